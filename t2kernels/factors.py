@@ -1,0 +1,349 @@
+"""Frozen factors of a model's matrices, in memory or read one at a time from a directory, and what identifies them.
+
+Singular vectors of near-equal singular values differ between algorithms, machines and dtypes, so an expert belongs to the factors that
+it was trained on. Two things tell factors apart: a *fingerprint*, equal only for the same bytes, and a *sketch*, one number per component,
+by which factors that were recomputed elsewhere are recognised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from t2kernels import linalg
+from t2kernels.storage import read_json, why_unreadable, write_json, write_tensors
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SPECTRA = "spectra.safetensors"  # sigma and sketch of every matrix, so that an expert is checked without opening the factors
+
+
+class Factor(NamedTuple):
+    """W = U diag(sigma) Vᵀ, or its leading components.
+
+    U: [M, R] left singular vectors, as columns
+    sigma: [R] fp32, descending
+    V: [N, R] right singular vectors, as columns; a view of contiguous Vᵀ [R, N]
+    """
+
+    U: Tensor
+    sigma: Tensor
+    V: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.sigma.numel()
+
+    def cut(self, rank: int) -> Factor:
+        """The leading `rank` components, as views."""
+        return Factor(self.U[:, :rank], self.sigma[:rank], self.V[:, :rank])
+
+    def to(self, *args, **kwargs) -> Factor:
+        """U and V by `Tensor.to`; sigma follows the device and stays fp32."""
+        U, V = self.U.to(*args, **kwargs), self.V.t().to(*args, **kwargs).t()
+        return Factor(U, self.sigma.to(U.device), V)
+
+    def dense(self, z: Tensor | None = None) -> Tensor:
+        """U diag(sigma * z) Vᵀ [M, N] in fp32 or better; z [R] (None: all ones)."""
+        dtype = torch.promote_types(self.U.dtype, torch.float32)
+        scale = self.sigma if z is None else self.sigma * z.to(self.sigma.device)
+        return (self.U.to(dtype) * scale.to(dtype)) @ self.V.to(dtype).t()
+
+
+def resolve_rank(rank: int | float | None, R: int) -> int:
+    """How many of R components `rank` asks for: an int, at most R of them; a float in (0, 1), that fraction, at least 1; None, all.
+
+    Raises ValueError for anything else.
+    """
+    if rank is None:
+        return R
+    if isinstance(rank, bool) or not isinstance(rank, int | float):
+        raise ValueError(f"rank={rank!r}: wanted an int (components), a float in (0, 1) (a fraction of them) or None (all)")
+    if isinstance(rank, int):
+        if rank < 1:
+            raise ValueError(f"rank={rank}: wanted at least 1 component, or None for all")
+        return min(rank, R)
+    if not 0 < rank < 1:
+        raise ValueError(f"rank={rank}: a float is a fraction in (0, 1); use an int for a number of components, None for all")
+    return max(1, int(rank * R + 1e-9))  # 0.29 * 100 is 28.999...
+
+
+def svd(W: Tensor, rank: int | float | None = None) -> Factor:
+    """W [M, N] = U diag(sigma) Vᵀ, or its leading `rank` components: computed in fp64 on W's device, returned in fp32.
+
+    Raises ValueError where W is not a finite floating-point matrix.
+    """
+    if W.dim() != 2 or not W.is_floating_point() or 0 in W.shape:
+        raise ValueError(f"svd: wanted a floating-point matrix [M, N], got {W.dtype} {list(W.shape)}")
+    if not torch.isfinite(W).all():
+        raise ValueError(f"svd: the matrix {list(W.shape)} holds NaN or infinity")
+    U, sigma, Vt = linalg.svd(W, resolve_rank(rank, min(W.shape)))
+    return Factor(U.float().contiguous(), sigma.float(), Vt.float().contiguous().t())
+
+
+def sketch(factor: Factor) -> Tensor:
+    """One number per component, (u_i · a)(v_i · b), the same whichever sign the decomposition gave u_i and v_i. [R] fp32, of order 1.
+
+    a [M] and b [N] are fixed patterns of +1 and -1, from an integer hash of the position, so that every machine has the same ones.
+    Its sum over components that share a singular value does not depend on the basis chosen among them: it is aᵀ(Σ u_i v_iᵀ)b.
+    """
+    a = _signs(factor.U.shape[0], 1).to(factor.U.device)
+    b = _signs(factor.V.shape[0], 2).to(factor.V.device)
+    dtype = torch.promote_types(factor.U.dtype, torch.float32)
+    return ((a.to(dtype) @ factor.U.to(dtype)) * (b.to(dtype) @ factor.V.to(dtype))).float()
+
+
+def fingerprint(factor: Factor) -> str:
+    """sha256 of shape, dtype and bytes of U, sigma and Vᵀ."""
+    h = hashlib.sha256(f"{list(factor.U.shape)} {list(factor.V.shape)} {factor.U.dtype}".encode())
+    for t in (factor.U, factor.sigma, factor.V.t()):
+        h.update(_bytes(t))
+    return h.hexdigest()
+
+
+def combine_fingerprints(fingerprints: Mapping[str, str]) -> str:
+    """One fingerprint for all matrices: sha256 of their names and fingerprints in the order of the names."""
+    return hashlib.sha256("\n".join(f"{n} {fingerprints[n]}" for n in sorted(fingerprints)).encode()).hexdigest()
+
+
+def weight_hash(W: Tensor) -> str:
+    """sha256 of dtype, shape and bytes of a weight as it is read."""
+    h = hashlib.sha256(f"{list(W.shape)} {W.dtype}".encode())
+    h.update(_bytes(W))
+    return h.hexdigest()
+
+
+def reconstruction_error(W: Tensor, factor: Factor) -> float:
+    """||W - U diag(sigma) Vᵀ|| / ||W||, Frobenius. 0 for a zero matrix that is reproduced."""
+    wide = torch.float32 if W.device.type == "mps" else torch.float64
+    # Rows in blocks: the difference is never held whole in fp64.
+    scaled, off, total = factor.V.float() * factor.sigma, 0.0, 0.0
+    for rows, u in zip(W.split(1024), factor.U.split(1024), strict=True):
+        off += (rows.float() - u.float() @ scaled.t()).to(wide).square().sum().item()
+        total += rows.to(wide).square().sum().item()
+    return (off / total) ** 0.5 if total else off**0.5
+
+
+class Factors(Mapping[str, Factor]):
+    """Factors of many matrices by name, all of one model.
+
+    `Factors({name: Factor})` holds them in memory; `Factors.load(directory)` reads a matrix when it is asked for and keeps none.
+    manifest: base model, revision, algorithm, dtype, and under "matrices" shape, rank, error, fingerprint and weight hash of each.
+    """
+
+    def __init__(self, factors: Mapping[str, Factor], manifest: Mapping | None = None, sketches: Mapping[str, Tensor] | None = None):
+        self._init(_Memory(dict(factors), dict(sketches or {}), dict(manifest or {})))
+
+    def _init(self, source: _Memory | _Directory, ranks: Mapping[str, int] | None = None) -> None:
+        self._source = source
+        self.ranks: dict[str, int] = dict(ranks) if ranks is not None else {n: source.rank(n) for n in source.names}
+        self.sketches: Mapping[str, Tensor] = _View(self.ranks, lambda name: source.sketch(name)[: self.ranks[name]])
+        self.sigmas: Mapping[str, Tensor] = _View(self.ranks, lambda name: source.sigma(name)[: self.ranks[name]])
+        self.fingerprints: Mapping[str, str] = _View(self.ranks, source.fingerprint)
+
+    @property
+    def manifest(self) -> dict:
+        return self._source.manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all matrices as they were decomposed; `cut` does not change it."""
+        return combine_fingerprints(self.fingerprints)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(M, N) of the matrix."""
+        return self._source.shape(self._known(name))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Factors:
+        """Open a directory that `save` or `decompose` wrote. Raises FileNotFoundError or ValueError that says what is wrong with it."""
+        self = cls.__new__(cls)
+        self._init(_Directory(Path(path)))
+        return self
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file per matrix, then spectra and manifest; without a manifest it is not finished. Raises OSError."""
+        path = Path(path)
+        start_directory(path)
+        matrices = {}
+        for i, (name, factor) in enumerate(self.items()):
+            record = {**self.manifest.get("matrices", {}).get(name, {}), "shape": list(self.shape(name)), "rank": factor.rank}
+            record["fingerprint"] = fingerprint(factor)
+            matrices[name] = {**record, "file": write_matrix(path, i, name, factor, self.sketches[name], record)}
+        return finish_directory(path, {**self.manifest, "matrices": matrices}, self.sigmas, self.sketches)
+
+    def cut(self, rank: int | float | None) -> Factors:
+        """The leading components of each matrix, sharing memory or files. `rank` as in `resolve_rank`; a fraction is one of min(M, N)."""
+        ranks = {n: min(r, resolve_rank(rank, min(self._source.shape(n)))) for n, r in self.ranks.items()}
+        other = type(self).__new__(type(self))
+        other._init(self._source, ranks)
+        return other
+
+    def __getitem__(self, name: str) -> Factor:
+        return self._source.read(self._known(name), self.ranks[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ranks)
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.ranks
+
+    def __repr__(self) -> str:
+        return f"Factors({len(self)} matrices, {sum(self.ranks.values())} components, {self._source})"
+
+    def _known(self, name: str) -> str:
+        if name not in self.ranks:
+            raise KeyError(f"no factors of {name!r}; there are {', '.join(list(self.ranks)[:4])}{', ...' if len(self) > 4 else ''}")
+        return name
+
+
+class _Memory:
+    def __init__(self, factors: dict[str, Factor], sketches: dict[str, Tensor], manifest: dict):
+        for name, (U, sigma, V) in factors.items():
+            if U.dim() != 2 or V.dim() != 2 or sigma.shape != (U.shape[1],) or U.shape[1] != V.shape[1]:
+                raise ValueError(f"{name}: wanted U [M, R], sigma [R], V [N, R], got {list(U.shape)}, {list(sigma.shape)}, {list(V.shape)}")
+        self._factors = {n: Factor(U, sigma.float(), V) for n, (U, sigma, V) in factors.items()}
+        self._sketches, self.manifest, self.names = sketches, manifest, list(factors)
+        self._fingerprints = {n: m["fingerprint"] for n, m in manifest.get("matrices", {}).items() if "fingerprint" in m}
+
+    def __str__(self) -> str:
+        return "in memory"
+
+    def rank(self, name: str) -> int:
+        return self._factors[name].rank
+
+    def shape(self, name: str) -> tuple[int, int]:
+        U, _, V = self._factors[name]
+        return U.shape[0], V.shape[0]
+
+    def read(self, name: str, rank: int) -> Factor:
+        return self._factors[name].cut(rank)
+
+    def sigma(self, name: str) -> Tensor:
+        return self._factors[name].sigma
+
+    def sketch(self, name: str) -> Tensor:
+        if name not in self._sketches:
+            self._sketches[name] = sketch(self._factors[name]).cpu()
+        return self._sketches[name]
+
+    def fingerprint(self, name: str) -> str:
+        if name not in self._fingerprints:
+            self._fingerprints[name] = fingerprint(self._factors[name])
+        return self._fingerprints[name]
+
+
+class _Directory:
+    def __init__(self, path: Path):
+        self.path = path
+        if not path.is_dir():
+            raise FileNotFoundError(f"no directory of factors at {path}; `decompose(model, out={str(path)!r})` makes one")
+        if not (path / MANIFEST).is_file():
+            raise FileNotFoundError(
+                f"{path} holds no {MANIFEST}: not a directory of factors, or its decomposition was cut short; run decompose again"
+            )
+        self.manifest = read_json(path / MANIFEST, "a manifest of factors")
+        if self.manifest.get("format") != FORMAT or not isinstance(self.manifest.get("matrices"), dict):
+            found = self.manifest.get("format")
+            raise ValueError(f"{path / MANIFEST} has format {found!r}, this version reads {FORMAT}; update t2kernels or decompose again")
+        self._matrices: dict[str, dict] = self.manifest["matrices"]
+        self.names = self.manifest.get("order") or list(self._matrices)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def rank(self, name: str) -> int:
+        return self._matrices[name]["rank"]
+
+    def shape(self, name: str) -> tuple[int, int]:
+        m, n = self._matrices[name]["shape"]
+        return m, n
+
+    def fingerprint(self, name: str) -> str:
+        return self._matrices[name]["fingerprint"]
+
+    def read(self, name: str, rank: int) -> Factor:
+        def get(f):
+            return Factor(f.get_slice(f"{name}.U")[:, :rank], f.get_slice(f"{name}.sigma")[:rank], f.get_slice(f"{name}.Vt")[:rank].t())
+
+        return self._open(self._matrices[name]["file"], get)
+
+    def sigma(self, name: str) -> Tensor:
+        return self._open(SPECTRA, lambda f: f.get_tensor(f"{name}.sigma"))
+
+    def sketch(self, name: str) -> Tensor:
+        return self._open(SPECTRA, lambda f: f.get_tensor(f"{name}.sketch"))
+
+    def _open(self, file: str, get: Callable):
+        path = self.path / file
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, though {self.path / MANIFEST} names it; run decompose again")
+        try:
+            with safe_open(path, framework="pt") as f:
+                return get(f)
+        except SafetensorError as e:
+            raise ValueError(f"{path} cannot be read: {why_unreadable(path)} ({e}); delete it and run decompose again") from None
+
+
+class _View(Mapping):
+    """{name: get(name)}, read when asked for."""
+
+    def __init__(self, names: Mapping[str, int], get: Callable):
+        self._names, self._get = names, get
+
+    def __getitem__(self, name: str):
+        if name not in self._names:
+            raise KeyError(name)
+        return self._get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def start_directory(directory: Path) -> None:
+    """From here until `finish_directory`, nobody takes what lies in the directory for finished."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MANIFEST).unlink(missing_ok=True)
+
+
+def write_matrix(directory: Path, index: int, name: str, factor: Factor, sketched: Tensor, record: Mapping) -> str:
+    """Write one matrix as its own file, whole or not at all; the record stands in its header. Returns the file's name."""
+    file = f"{index:05d}.safetensors"
+    tensors = {f"{name}.U": factor.U, f"{name}.sigma": factor.sigma, f"{name}.Vt": factor.V.t(), f"{name}.sketch": sketched}
+    write_tensors(directory / file, tensors, {**record, "format": FORMAT, "name": name})
+    return file
+
+
+def finish_directory(directory: Path, manifest: Mapping, sigmas: Mapping[str, Tensor], sketches: Mapping[str, Tensor]) -> Path:
+    """Write spectra and, last, the manifest, which is what makes a directory of factors finished."""
+    spectra = {f"{n}.sigma": t for n, t in sigmas.items()} | {f"{n}.sketch": t for n, t in sketches.items()}
+    write_tensors(directory / SPECTRA, spectra)
+    matrices = manifest["matrices"]
+    whole = {n: m["fingerprint"] for n, m in matrices.items()}
+    write_json(directory / MANIFEST, {**manifest, "format": FORMAT, "order": list(matrices), "fingerprint": combine_fingerprints(whole)})
+    return directory
+
+
+def _signs(n: int, seed: int) -> Tensor:
+    """[n] of +1 and -1: one bit of a 32-bit integer hash of (position, seed)."""
+    h = torch.arange(n, dtype=torch.int64) + seed * 0x9E3779B1
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # the "lowbias32" mixing constants
+        h = h & 0xFFFFFFFF
+        h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+    return 1 - 2 * ((h >> 16) & 1)
+
+
+def _bytes(t: Tensor) -> memoryview:
+    return memoryview(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

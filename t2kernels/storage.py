@@ -1,0 +1,77 @@
+"""Files that are whole or absent: written beside their place, forced to disk, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+TEMPORARY = ".tmp"  # names that end so are leftovers of a killed process; no reader ever opens one
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write a safetensors file; `metadata` stands in its header as JSON under "t2kernels". Raises OSError, with `path` as it was before."""
+    header = {"t2kernels": json.dumps(dict(metadata), sort_keys=True)} if metadata is not None else None
+    # The header also gets the format key that transformers looks for, so that any safetensors reader is at ease with the file.
+    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    return _replace(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt", **(header or {})}))
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write `value` as JSON. Raises OSError, with `path` as it was before."""
+    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    return _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: str | Path, what: str) -> dict:
+    """The JSON object in a file. Raises ValueError that names the file where it is not one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path} is not {what}: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not {what}: it holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def header(path: str | Path) -> dict | None:
+    """The JSON that `write_tensors` put into the header; None where there is none. Raises SafetensorError on a broken file."""
+    with safe_open(path, framework="pt") as f:
+        text = (f.metadata() or {}).get("t2kernels")
+    return None if text is None else json.loads(text)
+
+
+def why_unreadable(path: str | Path) -> str:
+    """What a file that should be safetensors is instead, in words, from its first bytes."""
+    with open(path, "rb") as f:
+        start = f.read(8)
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        return "it is a pickle (a torch.save file), which is never loaded here"
+    if len(start) < 8:
+        return f"it has only {len(start)} bytes"
+    return "it is truncated, damaged, or in another format"
+
+
+def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
+        code = getattr(e, "errno", None) or (errno.ENOSPC if "No space left" in str(e) else errno.EIO)
+        raise OSError(code, f"could not write {path} ({e}); what was there before is untouched. Free space or choose another place") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
