@@ -233,15 +233,15 @@ class Expert:
 
 
 def make_scale(z: Tensor, sigma: Tensor, form: str) -> Tensor:
-    """The expert's row of a layer's table, [R] fp32: "factored" sigma * z, "delta" sigma * (z - 1); z [<= R] is padded with 1.
+    """The expert's row of a layer's table, [..., R] fp32: "factored" sigma * z, "delta" sigma * (z - 1); z [..., <= R] is padded with 1.
 
     Differentiable in z. Raises ValueError for another form or a z that is longer than sigma.
     """
-    if z.dim() != 1 or z.numel() > sigma.numel():
+    if z.shape[:-1] != sigma.shape[:-1] or z.shape[-1] > sigma.shape[-1]:
         raise ValueError(
             f"make_scale: z {list(z.shape)} does not fit sigma {list(sigma.shape)}; cut it, and see truncation_error for what that loses"
         )
-    z, sigma = torch.nn.functional.pad(z.float(), (0, sigma.numel() - z.numel()), value=1.0), sigma.float()
+    z, sigma = torch.nn.functional.pad(z.float(), (0, sigma.shape[-1] - z.shape[-1]), value=1.0), sigma.float()
     if form == "factored":
         return sigma * z
     if form == "delta":
@@ -264,15 +264,15 @@ def truncation_error(z: Tensor, sigma: Tensor, k: int) -> float:
 def z_from_logits(p: Tensor, sigma: Tensor, trace_norm: bool = True, max_mult: float = 1.0) -> Tensor:
     """The authors' parametrisation: m = sigmoid(p) * max_mult; z = m Σ sigma / Σ(sigma m), which keeps Σ sigma_i z_i. Differentiable in p.
 
-    p, sigma: [R]; trace_norm=False: z = m. With it, max_mult cancels, and a uniform p is the base model. Raises ValueError on other shapes.
+    p, sigma: [..., R]; trace_norm=False: z = m. With it, max_mult cancels, and a uniform p is the base model. Raises ValueError on other shapes.
     """
-    if p.dim() != 1 or p.shape != sigma.shape:
-        raise ValueError(f"z_from_logits: wanted p and sigma of one length, got {list(p.shape)} and {list(sigma.shape)}")
+    if p.shape != sigma.shape:
+        raise ValueError(f"z_from_logits: wanted p and sigma of one shape, got {list(p.shape)} and {list(sigma.shape)}")
     m = torch.sigmoid(p) * max_mult
     if not trace_norm:
         return m
     sigma = sigma.to(m)
-    return m * (sigma.sum() / (sigma * m).sum())
+    return m * (sigma.sum(-1, keepdim=True) / (sigma * m).sum(-1, keepdim=True))
 
 
 def _vector(name: str, v: Tensor, kind: str = "z") -> Tensor:

@@ -69,9 +69,13 @@ class Matrix:
         """W [M, N] in floating point, dequantised where the module holds another format. Raises ValueError where there are no numbers."""
         stored = getattr(self.module, self.tensor.rpartition(".")[2], None)
         if not isinstance(stored, Tensor):
-            raise ValueError(f"{self.name}: {type(self.module).__name__} has no readable weight; pass factors decomposed from the original checkpoint")
+            raise ValueError(
+                f"{self.name}: {type(self.module).__name__} has no readable weight; pass factors decomposed from the original checkpoint"
+            )
         if stored.is_meta:
-            raise ValueError(f"{self.name}: its weight is on the meta device (not loaded, or offloaded); load it, or pass factors of the checkpoint")
+            raise ValueError(
+                f"{self.name}: its weight is on the meta device (not loaded, or offloaded); load it, or pass factors of the checkpoint"
+            )
         with torch.no_grad():
             return self.orient(_dense(stored, self.module))
 
@@ -110,7 +114,9 @@ def find_matrices(model: nn.Module, targets: Targets = "all") -> dict[str, Matri
         chosen = {n: m for n, m in usual.items() if pattern.search(n)} or {n: m for n, m in every.items() if pattern.search(n)}
     if not chosen:
         some = ", ".join(list(every)[:6]) or "no linear layer at all"
-        raise ValueError(f"targets={targets!r} selects no matrix of {type(model).__name__}; it has {some}{', ...' if len(every) > 6 else ''}")
+        raise ValueError(
+            f"targets={targets!r} selects no matrix of {type(model).__name__}; it has {some}{', ...' if len(every) > 6 else ''}"
+        )
     tied = _tied_head(model)
     for n, m in chosen.items():
         if m.module is tied:
@@ -143,7 +149,7 @@ def is_expert_stack(module: nn.Module) -> bool:
 
 
 def kind_of(path: str) -> str:
-    """"attention", "mlp" or "other", from the path alone."""
+    """ "attention", "mlp" or "other", from the path alone."""
     for part in reversed(path.split(".")):
         if part in ATTENTION:
             return "attention"
@@ -189,4 +195,6 @@ def _dense(stored: Tensor, module: nn.Module) -> Tensor:
         return dequantize_bnb_weight(stored, getattr(module, "state", None)).detach()
     if type(stored) not in (nn.Parameter, Tensor) and hasattr(stored, "dequantize"):  # torchao and other tensor subclasses
         return stored.dequantize().detach()
-    raise ValueError(f"{type(module).__name__}: cannot turn its {stored.dtype} weight into floating point; pass factors of the original checkpoint")
+    raise ValueError(
+        f"{type(module).__name__}: cannot turn its {stored.dtype} weight into floating point; pass factors of the original checkpoint"
+    )

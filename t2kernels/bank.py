@@ -1,0 +1,473 @@
+"""`ExpertBank`: names to rows. It owns the scale table of every layer of one patched model.
+
+All tables are views of one array [E, C] (C = the widths of all layers, side by side), so that loading, replacing or mixing an expert
+is one row copy, whatever the number of layers, and never a new allocation: captured graphs stay valid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .expert import Expert
+from .layer import SVFLinear
+from .origin import Origin
+from .routing import Route, Routing
+
+Name = str | None | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the numbers of one layer lie in the bank's row: names of its matrices, first column, and (X, R)."""
+
+    layer: SVFLinear
+    names: tuple[str, ...]
+    start: int
+    shape: tuple[int, int] = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", (len(self.names), self.layer.rank))
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.shape[0] * self.shape[1]
+
+
+class ExpertBank:
+    """The experts of one patched model. Made by `patch_model`.
+
+    matrices: {matrix name: k}, the number of components that an expert may rescale, in model order
+    rows: rows of the tables, row 0 (the base model) included. Experts beyond that wait in host memory and are loaded when they are used;
+        the least recently used one gives up its row, never one that a live `ids` tensor names.
+    """
+
+    def __init__(self, layers: Sequence[tuple[SVFLinear, tuple[str, ...]]], rows: int, origin: Origin, routing: Routing, plan: dict):
+        if rows < 2:
+            raise ValueError(f"rows={rows}: row 0 is the base model, so at least 2 are needed")
+        self.rows, self.origin, self.routing, self.plan = rows, origin, routing, plan
+        self._slots, start = [], 0
+        for layer, names in layers:
+            self._slots.append(Slot(layer, names, start))
+            start = self._slots[-1].stop
+        self.width = start
+        self.matrices = {n: s.layer.support for s in self._slots for n in s.names}
+        self._places = {n: (s, i) for s in self._slots for i, n in enumerate(s.names)}
+        self._experts: dict[str, tuple[Tensor, dict]] = {}  # name -> (z - 1 on the host [C], manifest)
+        self._resident: OrderedDict[object, int] = OrderedDict()  # name or mixture -> row, least recently used first
+        self._pins: Counter[int] = Counter()
+        self._orphans: set[int] = set()  # rows without a name that a live ids tensor still uses
+        self._training: dict[str, str] = {}  # name -> key of its parameters
+        self._lock = threading.RLock()
+        self.loads = self.evictions = 0
+        self._bind()
+
+    # --- what is in the bank
+
+    @property
+    def names(self) -> list[str]:
+        return [*self._experts, *self._training]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._experts or name in self._training
+
+    def __len__(self) -> int:
+        return len(self._experts) + len(self._training)
+
+    def __getitem__(self, name: str) -> Expert:
+        """The expert as it stands here: on this model's supports; one in training as it is now."""
+        self._known(name)
+        if name in self._training:
+            return self._trained_expert(name)
+        delta, manifest = self._experts[name]
+        return self.expert(self._unflatten(1 + delta), **manifest)
+
+    def __repr__(self) -> str:
+        return f"ExpertBank({len(self.matrices)} matrices, {len(self)} experts, {self.rows} rows: {self.describe()})"
+
+    def describe(self) -> str:
+        """Which forms were picked for how many matrices, why, and how many numbers a token reads compared with the dense layers."""
+        counts = Counter(self.plan.values())
+        reads = dense = 0
+        for s in self._slots:
+            x, (m, n, r) = s.shape[0], (s.layer.U.shape[-2], s.layer.Vt.shape[-1], s.layer.rank)
+            dense += x * m * n
+            reads += x * ((m + n) * r + (m * n if s.layer.form == "delta" else 0))
+        forms = ", ".join(f"{count} {form} ({why})" for (form, why), count in counts.items())
+        return f"{forms}; reads {reads / dense:.2f}x the dense layers"
+
+    def sigma(self, name: str) -> Tensor:
+        """[R] fp32, the singular values of a matrix, largest first."""
+        slot, i = self._find(name)
+        return slot.layer.sigma.reshape(slot.shape)[i]
+
+    def expert(self, z: Mapping[str, Tensor], **manifest) -> Expert:
+        """An `Expert` that carries the identity of this model's factors, as a trained one must."""
+        unknown = [n for n in z if n not in self.matrices]
+        if unknown:
+            raise ValueError(f"no matrix {unknown[0]!r} in this bank; it has {', '.join(list(self.matrices)[:4])}, ...")
+        return self.origin.stamp(z, manifest)
+
+    # --- adding and removing
+
+    def add(self, name: str, expert: Expert | str | os.PathLike, max_error: float = 0.1, replace: bool = False) -> None:
+        """Take an expert into the bank, from memory or from where one was saved.
+
+        max_error: most that may be lost where the expert rescales components outside a layer's support, as
+            max sigma_i |z_i - 1| over what is left out, divided by the same over everything: ||dW - dW_k|| / ||dW|| in the spectral norm
+        replace: whether `name` may exist. The new values go into the row it has, unless a live ids tensor uses that.
+        Raises ExpertError or ExpertMismatch (file, values, other factors), ValueError (name taken, too much lost).
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"an expert's name is a non-empty string, not {name!r}")
+        if name in self and not replace:
+            raise ValueError(f"the bank has an expert named {name!r}; remove it first, or pass replace=True")
+        if name in self._training:
+            raise ValueError(f"{name!r} is in training and cannot be replaced; stop_training({name!r}) first")
+        if not isinstance(expert, Expert):
+            expert = Expert.load(expert)
+        self.origin.check(expert)
+        delta, lost = self._flatten(expert, max_error, name)
+        manifest = {**expert.manifest, "lost": lost} if lost else dict(expert.manifest)
+        with self._lock:
+            self._experts[name] = (delta, manifest)
+            self._forget_mixtures_of(name)
+            if name in self._resident:
+                row = self._resident.pop(name)
+                if self._pins[row]:
+                    self._orphans.add(row)
+                else:
+                    self._write(row, delta)
+                    self._resident[name] = row
+            elif self._free_row() is not None:
+                self._load(name)
+
+    def remove(self, name: str) -> None:
+        """Forget an expert. A running forward that uses it ends with it; its row is free afterwards."""
+        self._known(name)
+        if name in self._training:
+            raise ValueError(f"{name!r} is in training; stop_training({name!r}) first")
+        with self._lock:
+            del self._experts[name]
+            self._forget_mixtures_of(name)
+            if name in self._resident:
+                self._release(self._resident.pop(name))
+
+    def save(self, folder: str | os.PathLike) -> list[Path]:
+        """Write every expert to `folder`/{name}.safetensors; returns the paths."""
+        paths = [Path(folder) / f"{name}.safetensors" for name in self.names]
+        for name, path in zip(self.names, paths, strict=True):
+            self[name].save(path)
+        return paths
+
+    # --- choosing rows
+
+    def ids(self, names: Name | Sequence[Name] | Sequence[Sequence[Name]]) -> Tensor:
+        """Rows for names, int32 on the model's device: () for one name, [B] for a list, [B, S] for a list of lists.
+
+        A name is an expert's, None for the base model, or a mixture {name: weight}: 1 + sum_k weight_k (z_k - 1), which is the paper's
+        sum_k weight_k z_k (section 3.2) when the weights sum to one. Experts that are not in a row are loaded; while the tensor lives,
+        its rows keep their experts. Raises KeyError (unknown name), RuntimeError (more experts at once than rows).
+        """
+        with self._lock:
+            flat: list[Name] = list(_flatten_names(names))
+            keys = [self._key(n) for n in flat]
+            wanted = dict.fromkeys(k for k in keys if k is not None)
+            taken: list[int] = []
+            try:
+                rows = {None: 0}
+                for key in wanted:
+                    rows[key] = self._row_of(key)
+                    self._pins[rows[key]] += 1
+                    taken.append(rows[key])
+            except BaseException:
+                self._unpin(taken)
+                raise
+            out = torch.tensor([rows[k] for k in keys], dtype=torch.int32).reshape(_shape_of(names)).to(self.device)
+            weakref.finalize(out, self._unpin, taken)
+            return out
+
+    @contextlib.contextmanager
+    def use(self, names: Name | Sequence[Name] | Tensor):
+        """Within it every forward of the model in this thread uses these experts; one name (the usual case) holds for any batch."""
+        ids = self.check_ids(names) if isinstance(names, Tensor) else self.ids(names)
+        with self.routing.use(Route(ids)):
+            yield ids
+
+    def check_ids(self, ids: Tensor) -> Tensor:
+        """Raises ValueError or IndexError if the tensor cannot be expert_ids. Values are looked at on the CPU only: no synchronisation."""
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64) or ids.dim() > 2:
+            got = f"{ids.dtype} of {ids.dim()} dimensions" if isinstance(ids, Tensor) else repr(ids)
+            raise ValueError(
+                f"expert_ids is {got}; wanted an int32 or int64 tensor, 0-dim, [B] or [B, S]; bank.ids([...]) makes one from names"
+            )
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(v) for v in torch.aminmax(ids))
+            if low < 0 or high >= self.rows:
+                raise IndexError(f"expert_ids holds {low if low < 0 else high}; the bank has rows 0 (base) to {self.rows - 1}")
+        return ids
+
+    @property
+    def layers(self) -> list[tuple[SVFLinear, tuple[str, ...]]]:
+        """Every patched layer with the names of its matrices, in model order."""
+        return [(s.layer, s.names) for s in self._slots]
+
+    @property
+    def device(self) -> torch.device:
+        return self._slots[0].layer.scale.device
+
+    # --- training
+
+    def start_training(self, name: str, parametrisation: str = "raw", init: Expert | None = None) -> list[nn.Parameter]:
+        """Make `name` a trainable expert: a parameter p per layer over its support, whose row every forward sees as it is then.
+
+        parametrisation: "raw", z = 1 + p from p = 0; "sigmoid", the authors' release: z = sigmoid(p) scaled so that the trace of W is kept,
+            from p = 0.1 + 0.01 randn. init: start from this expert instead ("raw" only).
+        Returns the parameters, in model order. Raises ValueError on a taken name or an unknown parametrisation.
+        """
+        if parametrisation not in ("raw", "sigmoid"):
+            raise ValueError(f"parametrisation={parametrisation!r}; wanted 'raw' or 'sigmoid'")
+        if parametrisation == "sigmoid":
+            if init is not None:
+                raise ValueError("an initial expert can be trained further with parametrisation='raw' only: z fixes p only up to its trace")
+            partial = [n for s in self._slots for n in s.names if s.layer.form == "delta" or s.layer.support < s.layer.rank]
+            if partial:
+                raise ValueError(
+                    f"parametrisation='sigmoid' rescales every component, but {partial[0]} leaves some out: patch with form='factored', rank=None"
+                )
+        if name in self:
+            raise ValueError(f"the bank has an expert named {name!r}; choose another name, or remove it and pass it as init")
+        start = None
+        if init is not None:
+            self.origin.check(init)
+            start, _ = self._flatten(init, 0.0, name)
+        with self._lock:
+            row = self._claim_row()
+            key = f"e{row}"
+            self._training[name] = key
+            self._resident[name] = row
+            self._pins[row] += 1  # until training stops
+        parameters = []
+        for s in self._slots:
+            shape = s.layer.sigma.shape[:-1] + (s.layer.support,)
+            if parametrisation == "sigmoid":
+                p = 0.1 + 0.01 * torch.randn(shape, device=s.layer.sigma.device)
+            elif start is not None:
+                p = start[s.start : s.stop].reshape(*s.layer.sigma.shape)[..., : s.layer.support].to(s.layer.sigma.device).clone()
+            else:
+                p = torch.zeros(shape, device=s.layer.sigma.device)
+            parameters.append(nn.Parameter(p))
+            s.layer.add_trained(key, row, parameters[-1], parametrisation)
+        return parameters
+
+    def stop_training(self, name: str, **manifest) -> Expert:
+        """End the training of `name`: it becomes an ordinary expert of the bank, which is returned."""
+        if name not in self._training:
+            raise KeyError(f"{name!r} is not in training; in training are {list(self._training) or 'none'}")
+        expert = self.expert(self._trained_expert(name).z, **manifest)
+        with self._lock:
+            key = self._training.pop(name)
+            for s in self._slots:
+                s.layer.drop_trained(key)
+            row = self._resident.pop(name)
+            self._unpin([row])
+            self._release(row)
+        self.add(name, expert)
+        return self[name]
+
+    @property
+    def in_training(self) -> list[str]:
+        return list(self._training)
+
+    def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """{matrix, or module and stack: p} of an expert in training, in model order."""
+        key = self._training[name]
+        return {s.names[0] if len(s.names) == 1 else s.names[0].rpartition(".")[0]: s.layer.logits[key] for s in self._slots}
+
+    def _trained_expert(self, name: str) -> Expert:
+        key = self._training[name]
+        with torch.no_grad():
+            parts = [(s, s.layer.trained_z(key).detach().float().cpu().reshape(len(s.names), -1)) for s in self._slots]
+        return self.expert({n: z[i].clone() for s, z in parts for i, n in enumerate(s.names)})
+
+    # --- rows
+
+    def _row_of(self, key: object) -> int:
+        if key in self._resident:
+            self._resident.move_to_end(key)
+            return self._resident[key]
+        return self._load(key)
+
+    def _load(self, key: object) -> int:
+        if isinstance(key, tuple):
+            delta = torch.zeros(self.width)
+            for name, weight in key:
+                delta.add_(self._experts[name][0], alpha=weight)
+        else:
+            delta = self._experts[key][0]
+        row = self._claim_row()
+        self._write(row, delta)
+        self._resident[key] = row
+        self.loads += 1
+        return row
+
+    def _free_row(self) -> int | None:
+        used = set(self._resident.values()) | self._orphans
+        return next((r for r in range(1, self.rows) if r not in used), None)
+
+    def _claim_row(self) -> int:
+        row = self._free_row()
+        if row is not None:
+            return row
+        for key, row in self._resident.items():
+            if not self._pins[row]:
+                del self._resident[key]
+                self.evictions += 1
+                return row
+        raise RuntimeError(
+            f"all {self.rows - 1} rows are in use at the same time; patch with more rows (patch_model(..., rows={2 * self.rows})), "
+            "or let go of ids tensors that are no longer needed"
+        )
+
+    def _release(self, row: int) -> None:
+        if self._pins[row]:
+            self._orphans.add(row)
+
+    def _unpin(self, rows: Iterable[int]) -> None:
+        with self._lock:
+            for row in rows:
+                self._pins[row] -= 1
+                if not self._pins[row]:
+                    del self._pins[row]
+                    self._orphans.discard(row)
+
+    def _forget_mixtures_of(self, name: str) -> None:
+        for key in [k for k in self._resident if isinstance(k, tuple) and any(n == name for n, _ in k)]:
+            self._release(self._resident.pop(key))
+
+    def _write(self, row: int, delta: Tensor) -> None:
+        if not self._bound():
+            self._bind()
+        for device, (table, sigma, base, columns) in self._tables.items():
+            d = delta if columns is None else delta[columns]
+            d = d.to(device, non_blocking=True)
+            torch.addcmul(base, sigma, d, out=table[row])
+
+    def _bind(self) -> None:
+        """Make every layer's table a view of one array per device; again after the model was moved."""
+        self._tables = {}
+        for device in dict.fromkeys(s.layer.scale.device for s in self._slots):
+            slots = [s for s in self._slots if s.layer.scale.device == device]
+            table = torch.cat([s.layer.scale.reshape(self.rows, -1) for s in slots], 1)
+            sigma = torch.cat([s.layer.sigma.reshape(-1) for s in slots])
+            start = 0
+            for s in slots:
+                width = s.stop - s.start
+                s.layer.scale = table[:, start : start + width].unflatten(1, s.layer.sigma.shape)
+                start += width
+            columns = None if len(slots) == len(self._slots) else torch.cat([torch.arange(s.start, s.stop) for s in slots])
+            self._tables[device] = (table, sigma, table[0].clone(), columns)
+
+    def _bound(self) -> bool:
+        storages = {table.untyped_storage().data_ptr() for table, *_ in self._tables.values()}
+        return all(s.layer.scale.untyped_storage().data_ptr() in storages for s in self._slots)
+
+    # --- names and numbers
+
+    def _known(self, name: str) -> None:
+        if name not in self:
+            raise KeyError(f"no expert named {name!r} in the bank; it has {', '.join(map(repr, self.names)) or 'none yet'}")
+
+    def _key(self, name: Name) -> object:
+        """What a row is remembered by: None for the base, a name, or a mixture's sorted (name, weight) pairs."""
+        if name is None:
+            return None
+        if isinstance(name, str):
+            self._known(name)
+            return name
+        if not isinstance(name, Mapping):
+            raise TypeError(f"{name!r} is no expert: give a name, None for the base model, or a mixture {{name: weight}}")
+        pairs = []
+        for n, weight in name.items():
+            self._known(n)
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of {n!r} in a mixture is {weight}; wanted a finite number")
+            if weight:
+                pairs.append((n, float(weight)))
+        if any(n in self._training for n, _ in pairs):
+            raise ValueError("an expert in training cannot be part of a mixture: its row changes at every step")
+        return tuple(sorted(pairs)) or None
+
+    def _find(self, name: str) -> tuple[Slot, int]:
+        if name not in self._places:
+            raise KeyError(f"no matrix {name!r} in this bank; it has {', '.join(list(self.matrices)[:4])}, ...")
+        return self._places[name]
+
+    def _flatten(self, expert: Expert, max_error: float, name: str) -> tuple[Tensor, float]:
+        """z - 1 over all columns [C], zero where the expert says nothing, and the worst truncation error over its matrices."""
+        delta, worst, where = torch.zeros(self.width), 0.0, ""
+        for s in self._slots:
+            part = delta[s.start : s.stop].view(s.shape)
+            k = s.layer.support
+            for i, n in enumerate(s.names):
+                z = expert.z.get(n)
+                if z is None:
+                    continue
+                kept = min(k, z.shape[0])
+                part[i, :kept] = z[:kept].float().cpu() - 1
+                error = self.origin.truncation_error(n, z, k)
+                if error > worst:
+                    worst, where = error, n
+        if worst > max_error:
+            raise ValueError(
+                f"expert {name!r} rescales components that this model's layers leave out: {worst:.1%} of its change to {where} would be lost "
+                f"(max_error={max_error:.1%}); patch with a larger rank, cut the expert, or pass max_error={math.ceil(worst * 100) / 100}"
+            )
+        return delta, worst
+
+    def _unflatten(self, z: Tensor) -> dict[str, Tensor]:
+        out = {}
+        for s in self._slots:
+            part = z[s.start : s.stop].view(s.shape)
+            for i, n in enumerate(s.names):
+                out[n] = part[i, : s.layer.support].clone()
+        return out
+
+    def __getstate__(self) -> dict:
+        # Neither locks nor live ids tensors can be copied: a copy starts with nothing in use but what is in training.
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_pins", "_orphans")}
+        state["_held"] = [self._resident[name] for name in self._training]
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        held = state.pop("_held")
+        self.__dict__.update(state, _lock=threading.RLock(), _pins=Counter(held), _orphans=set())
+
+
+def _flatten_names(names):
+    if isinstance(names, (str, Mapping)) or names is None:
+        yield names
+    elif isinstance(names, Sequence):
+        for n in names:
+            yield from _flatten_names(n)
+    else:
+        raise TypeError(f"{names!r} names no experts: give a name, None, a mixture {{name: weight}}, or a list of these")
+
+
+def _shape_of(names) -> tuple[int, ...]:
+    if isinstance(names, (str, Mapping)) or names is None:
+        return ()
+    inner = {_shape_of(n) for n in names}
+    if len(inner) > 1:
+        raise ValueError("lists of expert names per token must all have the same length")
+    return (len(names), *(inner.pop() if inner else ()))

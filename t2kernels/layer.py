@@ -1,0 +1,180 @@
+"""`SVFLinear`: the frozen factors of one matrix, its table of scale rows, and the op, in either form.
+
+    y = base + ((x V) * scale[expert_ids]) Uᵀ                                   (Transformer², arXiv 2501.06252, section 3.1)
+
+`DeltaLinear` is a child of the layer that it adapts and adds to its output; `FactoredLinear` stands in for it. Neither puts anything
+of its own into the model's state dict: a patched model saves as its base model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .expert import make_scale, z_from_logits
+from .factors import Factor
+from .ops import choose_impl
+from .routing import Routing
+
+
+class SVFLinear(nn.Module):
+    """Factors and scale table of one matrix, or of X matrices of equal shape (sizes in parentheses: a mixture-of-experts stack).
+
+    Vt [(X,) R, N] and U [(X,) M, R] in `dtype`, sigma [(X,) R] and scale [E, (X,) R] in fp32, whatever the model is cast to later.
+    support: how many leading components an expert may rescale (k <= R; k = R in delta form)
+    """
+
+    form: str
+
+    def __init__(self, factor: Factor, support: int, rows: int, dtype: torch.dtype, routing: Routing):
+        super().__init__()
+        self.register_buffer("Vt", factor.V.mT.to(dtype).contiguous(), persistent=False)
+        self.register_buffer("U", factor.U.to(dtype).contiguous(), persistent=False)
+        self.register_buffer("sigma", factor.sigma.float().clone(), persistent=False)
+        base_row = make_scale(torch.ones_like(self.sigma), self.sigma, self.form)
+        self.register_buffer("scale", base_row.expand(rows, *base_row.shape).clone(), persistent=False)
+        self.support, self.routing = support, routing
+        self.logits = nn.ParameterDict()  # experts in training: key -> p [k]
+        self._training_rows: dict[str, tuple[int, str]] = {}  # key -> (row, parametrisation)
+        self._written: dict[str, int] = {}  # key -> version of p that stands in `scale`
+
+    @property
+    def V(self) -> Tensor:
+        """[N, R], a view of Vᵀ, which is what lies in memory."""
+        return self.Vt.t()
+
+    @property
+    def rank(self) -> int:
+        return self.sigma.shape[-1]
+
+    def add_trained(self, key: str, row: int, p: nn.Parameter, parametrisation: str) -> None:
+        """Let row `row` follow the trainable p [(X,) k]: z = 1 + p ("raw"), or the release's sigmoid with the trace kept ("sigmoid")."""
+        self.logits[key] = p
+        self._training_rows[key] = (row, parametrisation)
+
+    def drop_trained(self, key: str) -> None:
+        del self.logits[key], self._training_rows[key]
+        self._written.pop(key, None)
+
+    def trained_z(self, key: str) -> Tensor:
+        """z [(X,) k] of an expert in training, differentiable."""
+        p = self.logits[key]
+        return 1 + p if self._training_rows[key][1] == "raw" else z_from_logits(p, self.sigma[..., : self.support])
+
+    def _trained_row(self, key: str) -> Tensor:
+        z = self.trained_z(key)
+        if self.support < self.rank:
+            z = nn.functional.pad(z, (0, self.rank - self.support), value=1.0)
+        return make_scale(z, self.sigma, self.form)
+
+    def table(self) -> Tensor:
+        """scale [E, (X,) R] with the rows of experts in training up to date: differentiable where gradients are on, else written in place."""
+        if not self._training_rows:
+            return self.scale
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            rows = torch.tensor([row for row, _ in self._training_rows.values()], device=self.scale.device)
+            return self.scale.index_copy(0, rows, torch.stack([self._trained_row(k) for k in self._training_rows]))
+        for key, (row, _) in self._training_rows.items():
+            version = self.logits[key]._version
+            if self._written.get(key) != version:
+                self.scale[row].copy_(self._trained_row(key))
+                self._written[key] = version
+        return self.scale
+
+    def _apply(self, fn, recurse=True):
+        # Casting a model to bf16 must not round sigma and the table: they follow its device, not its dtype.
+        kept = {name: self._buffers.pop(name) for name in ("sigma", "scale")}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(kept)
+        device = fn(torch.empty(0, device=self.scale.device)).device
+        if device != self.scale.device:
+            self.sigma, self.scale = self.sigma.to(device), self.scale.to(device)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        pass
+
+    def _load_from_state_dict(self, *args):
+        pass
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.form}, in_features={self.Vt.shape[-1]}, out_features={self.U.shape[-2]}, rank={self.rank}, "
+            f"support={self.support}, rows={self.scale.shape[0]}"
+        )
+
+
+class DeltaLinear(SVFLinear):
+    """y + ((x V) * scale[expert_ids]) Uᵀ with scale = sigma * (z - 1): what an expert adds to the output y of the layer it is a child of."""
+
+    form = "delta"
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        route = self.routing.active
+        return y if route is None else add_delta(y, x, self.V, self.U, self.table(), route.fit(x.shape[:-1]))
+
+
+def add_delta(y: Tensor, x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
+    """y + ((x V) * scale[ids]) Uᵀ in y's dtype: in one op where the dtypes agree, so that a zero row leaves y's bits alone."""
+    x, ids = x.to(U), ids.to(U.device)
+    together = y.dtype == U.dtype
+    out = torch.ops.t2kernels.svf_linear(x, V, U, scale, ids, y if together else None, None, choose_impl(x)[0])
+    return out if together else y + out.to(y.dtype)
+
+
+def delta_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Forward hook of a layer in delta form. A plain function, so that a copied, pickled or replicated layer finds its own child."""
+    return module.svf.add_to(output, args[0])
+
+
+class FactoredLinear(SVFLinear):
+    """y = ((x V) * scale[expert_ids]) Uᵀ + bias with scale = sigma * z; stands in for a layer whose weight was dropped."""
+
+    form = "factored"
+
+    def __init__(
+        self, factor: Factor, support: int, rows: int, dtype: torch.dtype, routing: Routing, original: nn.Module, transposed: bool
+    ):
+        super().__init__(factor, support, rows, dtype, routing)
+        self.bias = getattr(original, "bias", None)
+        self.transposed = transposed
+        self._original = (original,)  # in a tuple: not a submodule
+        self._requires_grad = original.weight.requires_grad
+        self.in_features, self.out_features = factor.V.shape[0], factor.U.shape[0]
+        self.register_buffer("_base_id", torch.zeros((), dtype=torch.int32), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        route = self.routing.active
+        ids = self._base_id if route is None else route.fit(x.shape[:-1])
+        x, ids = x.to(self.U), ids.to(self.U.device)
+        return torch.ops.t2kernels.svf_linear(x, self.V, self.U, self.table(), ids, None, self.bias, choose_impl(x)[0])
+
+    def dense(self, row: int = 0) -> Tensor:
+        """W [M, N] = U diag(scale[row]) Vᵀ, computed in fp32, in the factors' dtype."""
+        return ((self.U.float() * self.scale[row]) @ self.Vt.float()).to(self.U.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base model's weight as the original layer would hold it, rebuilt at each access: for code that looks at it, not for speed."""
+        w = self.dense()
+        return w.t().contiguous() if self.transposed else w
+
+    def restore(self, row: int = 0) -> nn.Module:
+        """The original layer with a dense weight again: the base model (row 0) or the expert of another row."""
+        (original,) = self._original
+        w = self.dense(row)
+        original.weight = nn.Parameter(w.t().contiguous() if self.transposed else w, requires_grad=self._requires_grad)
+        return original
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "weight"] = self.weight
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        if prefix + "weight" in state_dict:
+            error_msgs.append(
+                f"{prefix[:-1]} is patched in factored form, a dense weight cannot be loaded into it: unpatch_model(model) first"
+            )

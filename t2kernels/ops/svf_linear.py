@@ -1,0 +1,220 @@
+"""`svf_linear`: argument checks, the choice of an implementation, and the registration under `torch.ops.t2kernels`.
+
+The schemas are made with `Library.define` and `Library.impl`: the `custom_op` decorator does the same at about three times the cost a call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import torch_kernels
+
+IMPLS = ("torch", "triton", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ImplUnavailableError(RuntimeError):
+    """The implementation asked for by name cannot run here; the message says why."""
+
+
+def svf_linear(
+    x: Tensor,
+    V: Tensor,
+    U: Tensor,
+    scale: Tensor,
+    expert_ids: Tensor,
+    base: Tensor | None = None,
+    bias: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """y = base + ((x V) * scale[expert_ids]) Uᵀ + bias.
+
+    One op for both forms of a patched layer (Transformer², arXiv 2501.06252, section 3.1: W' = U diag(sigma * z) Vᵀ):
+    *factored*, base None and scale rows sigma * z; *delta*, base = x Wᵀ and scale rows sigma * (z - 1) of a support of R components.
+
+    x: [..., N] fp32, bf16 or fp16 (fp64 for checks), any rank
+    V: [N, R] x's dtype, right singular vectors in columns; best stored as Vᵀ contiguous
+    U: [M, R] x's dtype, left singular vectors in columns
+    scale: [E, R] fp32, one row an expert; row 0 is the base model by convention
+    expert_ids: int32 or int64, the row of each token; its shape is a leading part of x.shape[:-1]: () for one row for all, [B], [B, S]
+    base: [..., M] x's dtype, added
+    bias: [M] x's dtype, added
+    impl: "auto" chooses (`choose_impl` tells what); "torch", "triton" or "cuda" mean that one or an error
+
+    Returns [..., M] in x's dtype; sums in fp32. Gradients for x, scale, base and bias; U and V are frozen and get none.
+    Raises ValueError on shapes and dtypes that do not fit, IndexError on rows that are not there (CPU), ImplUnavailableError.
+    """
+    _check(x, V, [U], scale, expert_ids, [base], [bias])
+    return torch.ops.t2kernels.svf_linear(x, V, U, scale, expert_ids, base, bias, _resolve(impl, x)[0])
+
+
+def svf_linear_group(
+    x: Tensor,
+    V: Tensor,
+    U: list[Tensor],
+    scale: Tensor,
+    expert_ids: Tensor,
+    base: list[Tensor] | None = None,
+    bias: list[Tensor] | None = None,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i for matrices that share x (q, k, v; gate, up).
+
+    V: [N, R_1 + R_2 + ...] the members' V side by side; scale: [E, R_1 + R_2 + ...] likewise; U: one [M_i, R_i] a member
+    base, bias: one a member, or None for no member. The rest as in `svf_linear`. Returns one [..., M_i] a member.
+    """
+    bases, biases = list(base or []), list(bias or [])
+    for name, given in (("base", bases), ("bias", biases)):
+        if given and len(given) != len(U):
+            raise ValueError(f"svf_linear_group: {name} has {len(given)} members, U has {len(U)}; give one a member or None")
+    _check(x, V, list(U), scale, expert_ids, bases or [None] * len(U), biases or [None] * len(U))
+    return torch.ops.t2kernels.svf_linear_group(x, V, list(U), scale, expert_ids, bases, biases, _resolve(impl, x)[0])
+
+
+def choose_impl(x: Tensor) -> tuple[str, str]:
+    """What impl="auto" runs for an input like x, and why: (name, reason)."""
+    return _resolve("auto", x)
+
+
+def _resolve(impl: str, x: Tensor) -> tuple[str, str]:
+    if impl == "auto":
+        return "torch", f"the only implementation of this version on {x.device.type}"
+    if impl == "torch":
+        return "torch", "asked for"
+    if impl in IMPLS:
+        raise ImplUnavailableError(
+            f"impl={impl!r}: this version of t2kernels has no {impl} implementation of svf_linear; use impl='torch', or 'auto' to have one chosen"
+        )
+    raise ValueError(f"impl={impl!r} is unknown; wanted 'auto' or one of {', '.join(map(repr, IMPLS))}")
+
+
+def _check(
+    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, ids: Tensor, bases: list[Tensor | None], biases: list[Tensor | None]
+) -> None:
+    lead = x.shape[:-1]
+    if x.dtype not in DTYPES:
+        raise _misfit("x.dtype", x.dtype, "float32, bfloat16, float16 or float64")
+    if x.dim() < 1 or V.dim() != 2 or x.shape[-1] != V.shape[0]:
+        raise _misfit("V's shape", list(V.shape), f"[N, R] with N the last size of x, {list(x.shape)}")
+    if not Us or any(U.dim() != 2 for U in Us):
+        raise _misfit("U", [list(U.shape) for U in Us], "[M, R], at least one")
+    R = sum(U.shape[1] for U in Us)
+    if R != V.shape[1]:
+        raise _misfit("the rank of U", R, f"V's, {V.shape[1]}")
+    if scale.dim() != 2 or scale.shape[1] != R:
+        raise _misfit("scale's shape", list(scale.shape), f"[E, R={R}]")
+    if scale.dtype != torch.float32 and not scale.dtype == x.dtype == torch.float64:
+        raise _misfit("scale.dtype", scale.dtype, "float32")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise _misfit("expert_ids.dtype", ids.dtype, "int32 or int64")
+    if ids.dim() > len(lead) or ids.shape != lead[: ids.dim()]:
+        raise _misfit("expert_ids' shape", list(ids.shape), f"a leading part of x.shape[:-1] = {list(lead)}")
+    frozen = [("V", V), *((f"U[{i}]", U) for i, U in enumerate(Us))]
+    added = []
+    for i, (U, base, bias) in enumerate(zip(Us, bases, biases, strict=True)):
+        if base is not None:
+            if base.shape != (*lead, U.shape[0]):
+                raise _misfit(f"base[{i}]'s shape", list(base.shape), [*lead, U.shape[0]])
+            added.append((f"base[{i}]", base))
+        if bias is not None:
+            if bias.shape != (U.shape[0],):
+                raise _misfit(f"bias[{i}]'s shape", list(bias.shape), [U.shape[0]])
+            added.append((f"bias[{i}]", bias))
+    for name, t in frozen + added:
+        if t.dtype != x.dtype:
+            raise _misfit(f"{name}'s dtype", t.dtype, f"x's, {x.dtype}")
+    for name, t in [*frozen, *added, ("scale", scale), ("expert_ids", ids)]:
+        if t.device != x.device:
+            raise _misfit(f"{name}'s device", t.device, f"x's, {x.device}")
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < 0 or high >= scale.shape[0]:
+            raise IndexError(f"svf_linear: expert_ids holds {low if low < 0 else high}; scale has rows 0 to {scale.shape[0] - 1}")
+
+
+def _misfit(name: str, got: object, wanted: object) -> ValueError:
+    return ValueError(f"svf_linear: {name} is {got}, wanted {wanted}")
+
+
+# --- registration ----------------------------------------------------------------------------------------------------------------
+
+_lib = torch.library.Library("t2kernels", "DEF")
+# No default in the schemas with tensor lists: the dispatcher drops arguments that equal their default before autograd sees them, and torch's
+# autograd for lists then finds more gradients than inputs.
+_lib.define(
+    "svf_linear(Tensor x, Tensor V, Tensor U, Tensor scale, Tensor expert_ids, Tensor? base=None, Tensor? bias=None, str impl='torch') -> Tensor"
+)
+_lib.define(
+    "svf_linear_group(Tensor x, Tensor V, Tensor[] U, Tensor scale, Tensor expert_ids, Tensor[] base, Tensor[] bias, str impl) -> Tensor[]"
+)
+_lib.define(
+    "svf_linear_backward(Tensor[] dy, Tensor x, Tensor V, Tensor[] U, Tensor scale, Tensor expert_ids, bool need_dx, bool need_dscale, str impl)"
+    " -> (Tensor, Tensor)"
+)
+
+
+def _forward_impl(x, V, U, scale, expert_ids, base=None, bias=None, impl="torch"):
+    return torch_kernels.forward(x, V, [U], scale, expert_ids, [base], [bias])[0]
+
+
+def _group_impl(x, V, U, scale, expert_ids, base, bias, impl):
+    return torch_kernels.forward(x, V, U, scale, expert_ids, base or [None] * len(U), bias or [None] * len(U))
+
+
+def _backward_impl(dy, x, V, U, scale, expert_ids, need_dx, need_dscale, impl):
+    return torch_kernels.backward(dy, x, V, U, scale, expert_ids, need_dx, need_dscale)
+
+
+for _name, _fn in (("svf_linear", _forward_impl), ("svf_linear_group", _group_impl), ("svf_linear_backward", _backward_impl)):
+    _lib.impl(_name, _fn, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("t2kernels::svf_linear", lib=_lib)
+def _(x, V, U, scale, expert_ids, base=None, bias=None, impl="torch"):
+    return x.new_empty(*x.shape[:-1], U.shape[0])
+
+
+@torch.library.register_fake("t2kernels::svf_linear_group", lib=_lib)
+def _(x, V, U, scale, expert_ids, base, bias, impl):
+    return [x.new_empty(*x.shape[:-1], u.shape[0]) for u in U]
+
+
+@torch.library.register_fake("t2kernels::svf_linear_backward", lib=_lib)
+def _(dy, x, V, U, scale, expert_ids, need_dx, need_dscale, impl):
+    return x.new_empty(x.shape if need_dx else 0), scale.new_empty(scale.shape if need_dscale else 0)
+
+
+def _save(ctx, inputs, output):
+    x, V, U, scale, expert_ids, base, bias, impl = inputs
+    single = not isinstance(U, (list, tuple))
+    members = [U] if single else list(U)
+    ctx.single, ctx.impl, ctx.members = single, impl, len(members)
+    ctx.has_base = base is not None if single else len(base)
+    ctx.bias_dtypes = None if bias is None else [b.dtype for b in ([bias] if single else bias)]
+    ctx.save_for_backward(x, V, scale, expert_ids, *members)
+
+
+def _grad(ctx, dy):
+    x, V, scale, expert_ids, *U = ctx.saved_tensors
+    dys = [dy] if ctx.single else list(dy)
+    need = ctx.needs_input_grad
+    need_dx, need_dscale = need[0], need[3]
+    dx = dscale = None
+    if need_dx or need_dscale:
+        dx, dscale = torch.ops.t2kernels.svf_linear_backward(dys, x, V, U, scale, expert_ids, need_dx, need_dscale, ctx.impl)
+    dbase = dys if ctx.has_base else []
+    dbias = (
+        [d.reshape(-1, d.shape[-1]).sum(0, dtype=torch.promote_types(d.dtype, torch.float32)).to(d.dtype) for d in dys]
+        if ctx.bias_dtypes
+        else []
+    )
+    if ctx.single:
+        d_u, d_base, d_bias = None, dbase[0] if dbase else None, dbias[0] if dbias else None
+    else:
+        d_u, d_base, d_bias = [None] * ctx.members, dbase, dbias
+    return dx if need_dx else None, None, d_u, dscale if need_dscale else None, None, d_base, d_bias, None
+
+
+for _name in ("svf_linear", "svf_linear_group"):
+    torch.library.register_autograd(f"t2kernels::{_name}", _grad, setup_context=_save, lib=_lib)
