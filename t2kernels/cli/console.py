@@ -1,0 +1,94 @@
+"""What every verb shares: where it prints, its progress bars, and errors as one line."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+# What bad input, files and machines raise, with a message that is meant to be read. Anything else is a bug and keeps its traceback.
+EXPECTED = (ValueError, KeyError, IndexError, OSError, RuntimeError, ImportError)
+
+
+class Commands(TyperGroup):
+    """The verbs; takes --debug out of the arguments wherever it stands."""
+
+    debug: ClassVar[bool] = False
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        type(self).debug = "--debug" in args[:end]
+        return super().parse_args(ctx, [a for i, a in enumerate(args) if a != "--debug" or i > end])
+
+
+def verb(function: Callable) -> Callable:
+    """A verb whose expected errors end as one line on stderr and exit code 1; with --debug they keep their traceback."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        hush()
+        try:
+            return function(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            err.print("stopped")
+            raise typer.Exit(130) from None
+        except EXPECTED as e:
+            if Commands.debug:
+                raise
+            err.print(f"[bold red]error:[/] {escape(one_line(e))}", soft_wrap=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def one_line(e: BaseException) -> str:
+    """An exception's message without its line breaks; its class where it has no message."""
+    text = e.args[0] if isinstance(e, KeyError) and e.args else e  # str of a KeyError is its message in quotes
+    return " ".join(str(text).split()) or type(e).__name__
+
+
+def bar(*fields: str) -> Progress:
+    """A progress bar; `fields` are further columns, as format strings of a rich task ("{task.fields[kl]:.2f}")."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, *map(TextColumn, fields), console=out)
+
+
+def table(title: str, name: str, *numbers: str) -> Table:
+    """A table of a name and numbers a row; the numbers are never cut."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    made.add_column(name, overflow="fold")
+    for column in numbers:
+        made.add_column(column, justify="right", no_wrap=True)
+    return made
+
+
+def hush() -> None:
+    """Drop two messages of torchao's import, which say nothing about what is run here. Every other warning stays."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logger = logging.getLogger(name)
+        if _matters not in logger.filters:
+            logger.addFilter(_matters)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not ("torchao" in message and "Failed to load" in message) and "is an Enum subclass" not in message
+
+
+def comma_list(text: str) -> list[str]:
+    """ "a, b" -> ["a", "b"]."""
+    return [part.strip() for part in text.split(",") if part.strip()]
