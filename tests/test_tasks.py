@@ -18,7 +18,7 @@ def solve(task: str, prompt: str) -> str:
         return str(eval(body))
     if task == "revadd":
         return str(eval(body[2:-1]))[::-1]
-    if task in ("code", "digits", "ops4"):
+    if task in ("code", "digits", "ops5"):
         names, word = body[:-1].split("(")
         return operate(names, word)
     if task in ("reason", "hop5"):
@@ -40,10 +40,10 @@ def operate(names: str, word: str) -> str:
     for name in names:
         n = len(word)
         order = {"r": range(n)[::-1], "s": sorted(range(n), key=word.__getitem__), "t": [*range(1, n), 0], "n": range(n)}
-        order["x"] = [n - 1, *range(1, n - 1), 0]
+        order |= {"x": [n - 1, *range(1, n - 1), 0], "m": [i ^ 1 if i ^ 1 < n else i for i in range(n)], "u": range(n)}
         word = "".join(word[i] for i in order[name])
-        if name == "n":
-            word = "".join(symbols[(symbols.index(c) + 1) % 10] for c in word)
+        moved = {"n": n, "u": 1}.get(name, 0)
+        word = "".join(symbols[(symbols.index(c) + (i < moved)) % 10] for i, c in enumerate(word))
     return word
 
 
@@ -83,7 +83,7 @@ def test_corpus_holds_no_test_prompt_and_no_absent_task():
     assert 0.12 < len(shown) / len(documents) < 0.16  # one in five of the 69 % that have more than one step
     assert not any(p.startswith("r(") and "+" in p for p, _ in documents)
     assert max(p.count("+") for p, _ in documents) == 3
-    assert max(p.index("(") for p, _ in documents if p[0] in tiny.OPERATIONS and p[1:2] in (*tiny.OPERATIONS, "(")) == 3
+    assert max(p.index("(") for p, _ in documents if p[0] in tiny.OPERATIONS and p[1:2] in (*tiny.OPERATIONS, "(")) == 4
     assert not any(";5" in p for p, _ in documents)
     assert set(tiny.ABSENT) < set(tiny.UNSEEN)
     assert not set(tiny.ABSENT) & set(corpus.SHARES)
