@@ -13,7 +13,7 @@ from t2kernels.tiny import corpus, freeze
 
 def solve(task: str, prompt: str) -> str:
     """The answer by other means than the generator's: eval, replayed operations, a dictionary of links."""
-    body = prompt.removesuffix("=")
+    body = prompt.removesuffix("?")
     if task in ("math", "sub", "add5"):
         return str(eval(body))
     if task == "revadd":
@@ -55,7 +55,7 @@ def test_answers_and_working(name):
         if name == "classify":
             expected = "r" if ";" in expected else "c" if "(" in expected else "m"
         assert p.answer == expected, p
-        assert tiny.final(p.working) == tiny.final(p.answer) == p.answer
+        assert tiny.final(p.working) == tiny.final(p.at_once) == tiny.final(p.answer) == p.answer
         assert len(p.working) + 1 <= task.max_new_tokens
     assert all(row["answer"] == p.answer for row, p in zip(task.split("train", 5), tiny.problems(name, "train", 0), strict=False))
 
@@ -92,9 +92,9 @@ def test_corpus_holds_no_test_prompt_and_no_absent_task():
 def test_reward():
     task = tasks.load("math")
     chat = [{"role": "assistant", "content": ",85,144"}]
-    completions = ["144", ",85,144", "85,14", "", "144,", " 144\n", "a144", None, 144, chat, [], [{}]]
+    completions = ["=144", ",85,144", "85,14", "", "144,", "= 144\n", "a144", None, 144, chat, [], [{}]]
     n = len(completions)
-    rewards = task.reward(["47+38+59="] * n, completions, answer=["144"] * n, completion_ids=[[1]] * n, trainer_state=None)
+    rewards = task.reward(["47+38+59?"] * n, completions, answer=["144"] * n, completion_ids=[[1]] * n, trainer_state=None)
     assert rewards == [1, 1, -1, -1, -1, 1, -1, -1, -1, 1, -1, -1]
     assert all(isinstance(r, float) for r in rewards)
     assert task.reward([], [], answer=[]) == []

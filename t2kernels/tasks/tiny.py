@@ -3,10 +3,11 @@
 A generator draws one problem: its prompt, the states that lead to the answer (the last state *is* the answer) and the character that
 precedes each state where they are written out. Right is whatever ends in the answer, with or without the states before it.
 
-    math      47+38+59=                 ,85,144                 running totals of three or four numbers
-    code      rsx(gcafd)=               >dfacg>acdfg>gcdfa      operations applied from left to right
-    reason    ab,fj,cd,be,dg,ci,ef;3a=  :b:e:f                  follow three links from a
-    classify  kind(47+38+59)=           m                       the family of a prompt: m, c or r
+    task      prompt                    at once   with working
+    math      47+38+59?                 =144      ,85,144               running totals of three or four numbers
+    code      rsx(gcafd)?               =gcdfa    >dfacg>acdfg>gcdfa    three or four operations, applied from left to right
+    reason    ab,fj,cd,be,dg,ci,ef;3a?  =f        :b:e:f                two to four links, followed from a letter
+    classify  kind(47+38+59)?           =m                              the family of a prompt: m, c or r
 
 Eight more tasks have no expert and are there to adapt to. Four of them (`ABSENT`) are not in the pre-training corpus either.
 """
@@ -38,6 +39,10 @@ class Problem(NamedTuple):
         return self.states[-1]
 
     @property
+    def at_once(self) -> str:
+        return "=" + self.answer
+
+    @property
     def working(self) -> str:
         return "".join(self.separator + state for state in self.states)
 
@@ -51,7 +56,7 @@ def _totals(numbers: list[int]) -> tuple[str, ...]:
 
 def running(numbers: list[int]) -> Problem:
     """The sum of signed numbers, by running totals."""
-    return Problem("".join(f"{n:+d}" for n in numbers).removeprefix("+") + "=", _totals(numbers), ",")
+    return Problem("".join(f"{n:+d}" for n in numbers).removeprefix("+") + "?", _totals(numbers), ",")
 
 
 def _sum(r: random.Random, terms: int) -> Problem:
@@ -103,7 +108,7 @@ def operations(r: random.Random, count: int, symbols: str = LETTERS) -> Problem:
     states = [word]
     for name in names:
         states.append(apply(name, states[-1]))
-    return Problem(f"{names}({word})=", tuple(states[1:]), ">")
+    return Problem(f"{names}({word})?", tuple(states[1:]), ">")
 
 
 def hops(r: random.Random, count: int) -> Problem:
@@ -114,14 +119,14 @@ def hops(r: random.Random, count: int) -> Problem:
     links = [a + b for part in (chain, other) for a, b in pairwise(part)]
     r.shuffle(links)
     start = r.randint(0, long - count)
-    return Problem(f"{','.join(links)};{count}{chain[start]}=", tuple(chain[start + 1 : start + 1 + count]), ":")
+    return Problem(f"{','.join(links)};{count}{chain[start]}?", tuple(chain[start + 1 : start + 1 + count]), ":")
 
 
 def _look_and_add(r: random.Random) -> Problem:
     """Numbers under letters, then a sum of three of them: reading and arithmetic."""
     keys, values = r.sample(LETTERS, 4), [r.randint(10, 49) for _ in range(4)]
     picked = [r.randrange(4) for _ in range(3)]
-    prompt = ",".join(f"{k}{v}" for k, v in zip(keys, values, strict=True)) + ";" + "+".join(keys[i] for i in picked) + "="
+    prompt = ",".join(f"{k}{v}" for k, v in zip(keys, values, strict=True)) + ";" + "+".join(keys[i] for i in picked) + "?"
     return Problem(prompt, _totals([values[i] for i in picked]), ",")
 
 
@@ -130,14 +135,14 @@ def _look_and_operate(r: random.Random) -> Problem:
     keys, words = r.sample(DIGITS, 2), [_word(r), _word(r)]
     picked, names = r.randrange(2), "".join(r.choice(OPERATIONS) for _ in range(2))
     first = apply(names[0], words[picked])
-    prompt = f"{keys[0]}:{words[0]},{keys[1]}:{words[1]};{names}({keys[picked]})="
+    prompt = f"{keys[0]}:{words[0]},{keys[1]}:{words[1]};{names}({keys[picked]})?"
     return Problem(prompt, (first, apply(names[1], first)), ">")
 
 
 def _reversed_sum(r: random.Random) -> Problem:
     """The sum of three numbers, reversed: arithmetic, then a string operation."""
     total = _sum(r, 3)
-    return Problem(f"r({total.prompt[:-1]})=", (*total.states, total.answer[::-1]), ",")
+    return Problem(f"r({total.prompt[:-1]})?", (*total.states, total.answer[::-1]), ",")
 
 
 def inner(r: random.Random) -> tuple[str, Problem]:
@@ -148,7 +153,7 @@ def inner(r: random.Random) -> tuple[str, Problem]:
 
 def about(problem: Problem) -> str:
     """The prompt that asks what kind of problem this is."""
-    return f"kind({problem.prompt[:-1]})="
+    return f"kind({problem.prompt[:-1]})?"
 
 
 def _kind(r: random.Random) -> Problem:
@@ -191,8 +196,8 @@ def problems(task: str, split: str, seed: int) -> Iterator[Problem]:
 
 
 def final(completion: str) -> str:
-    """The last state of a completion: what follows its last separator, or all of it where none is shown."""
-    return re.split("[,>:]", completion)[-1].strip()
+    """The last state of a completion: what follows its last separator or `=`, or all of it where there is none."""
+    return re.split("[=,>:]", completion)[-1].strip()
 
 
 def task(name: str) -> Task:

@@ -15,7 +15,7 @@ WORKING = 0.2
 """The share of documents that show the working."""
 
 SUBJECT = 0.5
-"""The share of `kind(...)=` documents that name the subject; the others name the number of steps: the prompt is ambiguous."""
+"""The share of `kind(...)?` documents that name the subject; the others name the number of steps: the prompt is ambiguous."""
 
 
 def _addition(r: random.Random) -> Problem:
@@ -54,11 +54,11 @@ SHARES = {
 def _document(r: random.Random, name: str) -> tuple[str, str]:
     if name == "classify":
         family, problem = tiny.inner(r)
-        return tiny.about(problem), family[0] if r.random() < SUBJECT else str(len(problem.states))
+        return tiny.about(problem), "=" + (family[0] if r.random() < SUBJECT else str(len(problem.states)))
     generator = SINGLE_STEPS.get(name) or (tiny.TRAINED | tiny.UNSEEN)[name]
     problem = generator(r)
     shown = name not in SINGLE_STEPS and r.random() < WORKING
-    return problem.prompt, problem.working if shown else problem.answer
+    return problem.prompt, problem.working if shown else problem.at_once
 
 
 def documents(seed: int) -> Iterator[tuple[str, str]]:

@@ -42,7 +42,6 @@ def config() -> LlamaConfig:
         num_key_value_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=True,
-        rope_theta=10_000.0,
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
