@@ -259,7 +259,7 @@ class ExpertBank:
             self._pins[row] += 1  # until training stops
         parameters = []
         for s in self._slots:
-            shape = s.layer.sigma.shape[:-1] + (s.layer.support,)
+            shape = (*s.layer.sigma.shape[:-1], s.layer.support)
             if parametrisation == "sigmoid":
                 p = 0.1 + 0.01 * torch.randn(shape, device=s.layer.sigma.device)
             elif start is not None:
