@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from t2kernels.ops import ImplUnavailableError, choose_impl, svf_linear, svf_linear_group, svf_linear_ref
 
