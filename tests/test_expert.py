@@ -257,7 +257,7 @@ def test_z_from_logits_keeps_the_trace_and_differentiates():
     torch.testing.assert_close(z_from_logits(torch.full((9,), 0.1), sigma.float()), torch.ones(9))
     torch.testing.assert_close(z_from_logits(p, sigma, trace_norm=False, max_mult=2.0).detach(), 2 * m)
     assert torch.autograd.gradcheck(lambda q: z_from_logits(q, sigma), (p,))
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="one shape"):
         z_from_logits(p, sigma[:3])
 
 
