@@ -124,6 +124,14 @@ def _meta_model(directory: Path) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{directory / 'config.json'} is not a config that transformers {transformers.__version__} reads: {e}") from e
+    try:
+        return meta_model(config)
+    except ValueError as e:
+        raise ValueError(f"{directory}: {e}") from e
+
+
+def meta_model(config: transformers.PretrainedConfig) -> nn.Module:
+    """The model that a config describes, on the meta device: names and shapes without numbers. Raises ValueError if there is none."""
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     makers = [transformers.AutoModelForCausalLM.from_config, *([architecture] if architecture else []), transformers.AutoModel.from_config]
     refused = None
@@ -133,4 +141,4 @@ def _meta_model(directory: Path) -> nn.Module:
                 return make(config)
         except ValueError as e:  # "Unrecognized configuration class": this auto class has no such model
             refused = e
-    raise ValueError(f"{directory}: transformers makes no model of its {config.model_type} config: {refused}")
+    raise ValueError(f"transformers makes no model of a {config.model_type} config: {refused}")
