@@ -5,9 +5,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from t2kernels import decompose as module
+from t2kernels import decomposition as module
 from t2kernels import linalg, storage
-from t2kernels.decompose import decompose
+from t2kernels.decomposition import decompose
 from t2kernels.factors import Factors, reconstruction_error
 from t2kernels.matrices import find_matrices
 
