@@ -46,14 +46,9 @@ def svd(A: Tensor, k: int) -> SVD:
     """
     A = (A.cpu() if A.device.type == "mps" else A).double()
     if A.shape[0] < A.shape[1]:
-        V, sigma, Ut, algorithm, reached = svd(A.t(), k)
+        V, sigma, Ut, algorithm, reached = _tall(A.t(), k)
         return SVD(Ut.t(), sigma, V.t(), algorithm, reached)
-    found = _from_gram(A, k)
-    if found is not None and (reached := residual(A, *found)) <= TOLERANCE:
-        return SVD(*found, "gram-eigh-fp64", reached)
-    U, sigma, Vt = torch.linalg.svd(A, full_matrices=False)
-    U, sigma, Vt = U[:, :k], sigma[:k], Vt[:k]
-    return SVD(U, sigma, Vt, "svd-fp64", residual(A, U, sigma, Vt))
+    return _tall(A, k)
 
 
 def residual(A: Tensor, U: Tensor, sigma: Tensor, Vt: Tensor) -> float:
@@ -76,6 +71,15 @@ def signs(n: int, seed: int) -> Tensor:
         h = h & 0xFFFFFFFF
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
     return 1 - 2 * ((h >> 16) & 1)
+
+
+def _tall(A: Tensor, k: int) -> SVD:
+    found = _from_gram(A, k)
+    if found is not None and (reached := residual(A, *found)) <= TOLERANCE:
+        return SVD(*found, "gram-eigh-fp64", reached)
+    U, sigma, Vt = torch.linalg.svd(A, full_matrices=False)
+    U, sigma, Vt = U[:, :k], sigma[:k], Vt[:k]
+    return SVD(U, sigma, Vt, "svd-fp64", residual(A, U, sigma, Vt))
 
 
 def _from_gram(A: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:

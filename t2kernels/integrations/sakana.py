@@ -114,8 +114,8 @@ def _masks(path: Path, state: Mapping[str, Tensor], mask: str) -> tuple[str, dic
     if "adaptive_weights" in state:
         return "few-shot", _combine(path, state, mask)
     raise ExpertError(
-        f"{path} is no expert of the release: wanted keys learnable_params_module_list.N, model.layers.N.mlp.*_proj.weight, or adaptive_weights; "
-        f"got {', '.join(list(state)[:3]) or 'nothing'}"
+        f"{path} is no expert of the release: wanted keys learnable_params_module_list.N, model.layers.N.mlp.*_proj.weight, "
+        f"or adaptive_weights; got {', '.join(list(state)[:3]) or 'nothing'}"
     )
 
 
