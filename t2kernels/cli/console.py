@@ -76,17 +76,29 @@ def table(title: str, name: str, *numbers: str) -> Table:
     return made
 
 
+NOISE = {
+    "torchao": "Failed to load",
+    "torch.utils._pytree": "is an Enum subclass",
+    "bitsandbytes.backends.cpu.ops": "from kernels-community",
+}
+"""Messages by logger that say nothing about what is run here: optional kernels that other packages look for when they are imported."""
+
+
 def hush() -> None:
-    """Drop two messages of torchao's import, which say nothing about what is run here. Every other warning stays."""
-    for name in ("torchao", "torch.utils._pytree"):
+    """Drop NOISE. Every other warning stays."""
+    for name, message in NOISE.items():
         logger = logging.getLogger(name)
-        if _matters not in logger.filters:
-            logger.addFilter(_matters)
+        if not any(isinstance(f, _Without) for f in logger.filters):
+            logger.addFilter(_Without(message))
 
 
-def _matters(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    return not ("torchao" in message and "Failed to load" in message) and "is an Enum subclass" not in message
+class _Without(logging.Filter):
+    def __init__(self, message: str):
+        super().__init__()
+        self.message = message
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.message not in record.getMessage()
 
 
 def comma_list(text: str) -> list[str]:

@@ -1,2 +1,216 @@
-def demo() -> None:
-    """Stub."""
+"""`t2 demo`: everything once, on the built-in model, with numbers that are computed while you watch.
+
+It is an example, too: each step is one small function that uses the library as any program would.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import typer
+from rich.markup import escape
+from rich.rule import Rule
+from rich.table import Table
+
+from t2kernels.cli import models
+from t2kernels.cli.answers import Score, answers, scores
+from t2kernels.cli.console import bar, out, table
+from t2kernels.cli.train import compare, learn
+
+LIVE, TASK = "yours", "math"
+SERVED = ("math", "code", "reason")
+EACH, LIMIT = 8, 28
+"""Requests of each expert, and tokens of an answer, in the race."""
+
+
+def demo(quick: bool = typer.Option(False, "--quick", help="Few steps and few problems: whether it runs, not what it shows.")) -> None:
+    """Train an expert, serve many in one batch, and time that, on the built-in model: less than three minutes on two CPU cores."""
+    from t2kernels import tasks, tiny
+
+    start = time.perf_counter()
+    steps, problems, repeats = (3, 20, 1) if quick else (60, 250, 3)
+
+    step("1  A model that takes experts", "patch_model factors every linear layer; the experts are rows of a table beside it")
+    loaded = models.load(models.TINY)
+    bank = models.patch(loaded)
+    describe(loaded.model, bank)
+
+    step("2  One expert, trained by RL", f"only prompts and a check of the answer; the task is {TASK}")
+    task = tasks.load(TASK)
+    train_live(loaded, task, steps, problems)
+    shipped = [name for name in tiny.experts() if name != LIVE]
+    for name in shipped:
+        bank.add(name, tiny.experts()[name])
+    served = [name for name in SERVED if name in bank] or [LIVE]
+
+    step("3  One batch, many experts", "each row has its own; the base model is row 0")
+    mixed_batch(loaded, served)
+
+    step("4  Every expert on every task", f"{problems} held-out problems each; all experts of a task share their batches")
+    cross_table(loaded, [None, LIVE, *shipped], problems)
+
+    step(
+        "5  Against rebuilding the weights",
+        "the same requests, answered as the authors' release does: an expert at a time, W' = U diag(sigma z) Vᵀ",
+    )
+    race(loaded, bank, served, repeats)
+
+    what_next(time.perf_counter() - start)
+
+
+def step(title: str, explanation: str) -> None:
+    out.print("", Rule(f"[bold]{title}[/]", align="left"), f"[dim]{explanation}[/]")
+
+
+def describe(model: Any, bank: Any) -> None:
+    total = sum(p.numel() for p in model.parameters()) + sum(l.U.numel() + l.Vt.numel() for l, _ in bank.layers)
+    out.print(f"{type(model).__name__}: {bank.describe()}")
+    out.print(f"an expert is {sum(bank.matrices.values()):,} numbers in {len(bank.matrices)} matrices; {total:,} numbers stay frozen")
+
+
+def train_live(loaded: models.Loaded, task: Any, steps: int, problems: int) -> None:
+    """An expert from nothing, with accuracy on held-out problems before and after."""
+    held_out = task.split("test", problems)
+    start = time.perf_counter()
+    expert = learn(loaded, task, LIVE, max_steps=steps)
+    seconds = time.perf_counter() - start
+    compare(loaded, task, held_out, LIVE)
+    out.print(f"{steps} steps in {seconds:.0f} s moved {expert.numel:,} numbers; no weight was copied or changed")
+
+
+def mixed_batch(loaded: models.Loaded, served: list[str]) -> None:
+    """One `generate` whose rows are answered by the base model and by each task's expert."""
+    from t2kernels import tasks
+
+    rows = []
+    for number, name in enumerate(served):
+        one = tasks.load(task_of(name))
+        problem = one.split("test", number + 1)[number]
+        rows += [(one, problem, expert) for expert in (None, name)]
+    limit = max(one.max_new_tokens for one, _, _ in rows)
+    written = answers(loaded.model, loaded.tokenizer, [p["prompt"] for _, p, _ in rows], [e for _, _, e in rows], limit)
+    shown = Table("prompt", "expert", "answer", "", box=None, pad_edge=False)
+    for (one, problem, expert), text in zip(rows, written, strict=True):
+        right = one.reward([problem["prompt"]], [text], answer=[problem["answer"]])[0] > 0
+        verdict = "[green]right[/]" if right else f"[red]wrong[/], it is {escape(problem['answer'])}"
+        shown.add_row(escape(problem["prompt"]), expert or models.BASE, escape(text), verdict)
+    out.print(shown)
+
+
+def cross_table(loaded: models.Loaded, experts: list[str | None], problems: int) -> None:
+    """Accuracy of each expert (rows) on each task that one was trained for (columns)."""
+    from t2kernels import tasks, tiny
+
+    names = list(tiny.experts()) or [TASK]
+    columns: dict[str, list[Score]] = {}
+    with bar() as progress:
+        count = progress.add_task("answering", total=len(names) * len(experts) * problems)
+        for name in names:
+            one = tasks.load(name)
+            columns[name] = scores(
+                loaded.model, loaded.tokenizer, one, one.split("test", problems), experts, done=lambda k: progress.advance(count, k)
+            )
+    shown = table("accuracy on held-out problems", "expert", *names)
+    for i, expert in enumerate(experts):
+        cells = []
+        for name in names:
+            best = max(s.right for s in columns[name])
+            text = f"{columns[name][i].accuracy:.1%}"
+            cells.append(f"[bold]{text}[/]" if columns[name][i].right == best else text)
+        shown.add_row(expert or models.BASE, *cells)
+    out.print(shown)
+    worst = max(s.standard_error for column in columns.values() for s in column)
+    out.print(f"[dim]standard errors are at most {worst:.1%}; {LIVE}: the expert of step 2[/]")
+
+
+def race(loaded: models.Loaded, bank: Any, served: list[str], repeats: int) -> None:
+    """The same requests in one mixed batch, and expert by expert on a dense model whose weights are rebuilt in between."""
+    import t2kernels as t2
+
+    prompts, experts = requests(served)
+    dense = models.load(models.TINY).model
+    factors = t2.decompose(dense)
+
+    def mixed() -> tuple[list[str], float]:
+        return answers(loaded.model, loaded.tokenizer, prompts, experts, LIMIT), 0.0
+
+    def one_by_one() -> tuple[list[str], float]:
+        written, rebuilding = [""] * len(prompts), 0.0
+        for expert in dict.fromkeys(experts):
+            start = time.perf_counter()
+            rebuild(dense, factors, None if expert is None else bank[expert])
+            rebuilding += time.perf_counter() - start
+            mine = [i for i, e in enumerate(experts) if e == expert]
+            for i, text in zip(mine, answers(dense, loaded.tokenizer, [prompts[i] for i in mine], None, LIMIT), strict=True):
+                written[i] = text
+        return written, rebuilding
+
+    shown = table(f"{len(prompts)} requests for {len(set(experts))} experts", "way", "seconds", "of it rebuilding", "requests/s")
+    found = {}
+    for name, way in {"one mixed batch": mixed, "expert by expert, weights rebuilt": one_by_one}.items():
+        seconds, rebuilding, written = timed(way, repeats)
+        found[name] = seconds, written
+        shown.add_row(name, f"{seconds:.3f}", f"{rebuilding:.3f}" if rebuilding else "none", f"{len(prompts) / seconds:.0f}")
+    out.print(shown)
+    (ours, first), (theirs, second) = found.values()
+    equal = sum(a == b for a, b in zip(first, second, strict=True))
+    out.print(
+        f"equal answers: {equal} of {len(prompts)}; the mixed batch took {ours / theirs:.2f} of the time ({theirs / ours:.1f}x as fast)\n"
+        f"[dim]median of {repeats}; here a model of 1 M parameters on this machine, nothing follows from it for a large one[/]"
+    )
+
+
+def requests(served: list[str]) -> tuple[list[str], list[str | None]]:
+    """Eight prompts for each expert, and eight for the base model, as they might come in: (prompts, experts)."""
+    from t2kernels import tasks
+
+    prompts: list[str] = []
+    experts: list[str | None] = []
+    columns = [(expert, tasks.load(task_of(expert or served[0])).split("test", EACH)) for expert in (None, *served)]
+    for i in range(EACH):
+        for expert, problems in columns:
+            prompts.append(problems[i]["prompt"])
+            experts.append(expert)
+    return prompts, experts
+
+
+def rebuild(dense: Any, factors: Any, expert: Any) -> None:
+    """W' = U diag(sigma z) Vᵀ into every weight of a dense model; z = 1 for the base model."""
+    import torch
+
+    with torch.no_grad():
+        for name, factor in factors.items():
+            dense.get_submodule(name).weight.copy_(factor.dense(None if expert is None else expert.z[name]))
+
+
+def timed(way: Any, repeats: int) -> tuple[float, float, list[str]]:
+    """(median seconds, seconds of it that went into rebuilding, answers), after one run that does not count."""
+    way()
+    runs = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        written, rebuilding = way()
+        runs.append((time.perf_counter() - start, rebuilding, written))
+    return sorted(runs, key=lambda run: run[0])[len(runs) // 2]
+
+
+def what_next(seconds: float) -> None:
+    """What a user can do with what just happened."""
+    commands = {
+        "t2 train --task code --out experts/code": "train another expert, and keep it",
+        "t2 eval --task code --experts experts/code": "measure it",
+        't2 generate "47+38+59=" -e base -e math': "ask, with several experts in one batch",
+        "t2 inspect experts/code": "look into it",
+        "t2 train --help": "your own model, and your own problems in a .jsonl file",
+    }
+    shown = Table("", "", show_header=False, box=None, pad_edge=False)
+    for command, what in commands.items():
+        shown.add_row(f"[bold]{escape(command)}[/]", f"[dim]{what}[/]")
+    step("What next", f"this took {seconds:.0f} s")
+    out.print(shown)
+
+
+def task_of(expert: str) -> str:
+    """The task an expert of this demo was trained on."""
+    return TASK if expert == LIVE else expert

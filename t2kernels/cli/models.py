@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +48,8 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = None if dtype is None else parse_dtype(dtype)
     if name == TINY:
-        model, tokenizer = tiny.load(wanted or torch.float32)
+        with _no_bars():
+            model, tokenizer = tiny.load(wanted or torch.float32)
     else:
         if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
             raise FileNotFoundError(f"--model {name}: no such directory")
@@ -57,6 +60,20 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
     return Loaded(name, model.eval().to(device), tokenizer)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers: for a model that loads at once."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def patch(loaded: Loaded, targets: str = "all", rank: str = "all", form: str = "auto", factors: Path | None = None) -> ExpertBank:
