@@ -67,13 +67,18 @@ def bar(*fields: str) -> Progress:
     return Progress(*columns, *map(TextColumn, fields), console=out)
 
 
-def table(title: str, name: str, *numbers: str) -> Table:
+def table(name: str, *numbers: str) -> Table:
     """A table of a name and numbers a row; the numbers are never cut."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
     made.add_column(name, overflow="fold")
     for column in numbers:
         made.add_column(column, justify="right", no_wrap=True)
     return made
+
+
+def show(title: str, made: Table, note: str = "") -> None:
+    """A heading, a table, and what its columns mean."""
+    out.print("", f"[bold]{title}[/]", made, *([f"[dim]{note}[/]"] if note else []), sep="\n")
 
 
 NOISE = {

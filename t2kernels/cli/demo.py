@@ -15,7 +15,7 @@ from rich.table import Table
 
 from t2kernels.cli import models
 from t2kernels.cli.answers import Score, answers, scores
-from t2kernels.cli.console import bar, out, table
+from t2kernels.cli.console import bar, out, show, table
 from t2kernels.cli.train import compare, learn
 
 LIVE, TASK = "yours", "math"
@@ -33,8 +33,10 @@ def demo(quick: bool = typer.Option(False, "--quick", help="Few steps and few pr
 
     step("1  A model that takes experts", "patch_model factors every linear layer; the experts are rows of a table beside it")
     loaded = models.load(models.TINY)
+    parameters = loaded.model.num_parameters()
     bank = models.patch(loaded)
-    describe(loaded.model, bank)
+    out.print(f"{type(loaded.model).__name__} of {parameters:,} parameters; {bank.describe()}")
+    out.print(f"an expert is {sum(bank.matrices.values()):,} numbers, one for each singular value of {len(bank.matrices)} matrices")
 
     step("2  One expert, trained by RL", f"only prompts and a check of the answer; the task is {TASK}")
     task = tasks.load(TASK)
@@ -61,12 +63,6 @@ def demo(quick: bool = typer.Option(False, "--quick", help="Few steps and few pr
 
 def step(title: str, explanation: str) -> None:
     out.print("", Rule(f"[bold]{title}[/]", align="left"), f"[dim]{explanation}[/]")
-
-
-def describe(model: Any, bank: Any) -> None:
-    total = sum(p.numel() for p in model.parameters()) + sum(l.U.numel() + l.Vt.numel() for l, _ in bank.layers)
-    out.print(f"{type(model).__name__}: {bank.describe()}")
-    out.print(f"an expert is {sum(bank.matrices.values()):,} numbers in {len(bank.matrices)} matrices; {total:,} numbers stay frozen")
 
 
 def train_live(loaded: models.Loaded, task: Any, steps: int, problems: int) -> None:
@@ -111,7 +107,7 @@ def cross_table(loaded: models.Loaded, experts: list[str | None], problems: int)
             columns[name] = scores(
                 loaded.model, loaded.tokenizer, one, one.split("test", problems), experts, done=lambda k: progress.advance(count, k)
             )
-    shown = table("accuracy on held-out problems", "expert", *names)
+    shown = table("expert", *names)
     for i, expert in enumerate(experts):
         cells = []
         for name in names:
@@ -119,9 +115,8 @@ def cross_table(loaded: models.Loaded, experts: list[str | None], problems: int)
             text = f"{columns[name][i].accuracy:.1%}"
             cells.append(f"[bold]{text}[/]" if columns[name][i].right == best else text)
         shown.add_row(expert or models.BASE, *cells)
-    out.print(shown)
     worst = max(s.standard_error for column in columns.values() for s in column)
-    out.print(f"[dim]standard errors are at most {worst:.1%}; {LIVE}: the expert of step 2[/]")
+    show("accuracy on held-out problems", shown, f"standard errors are at most {worst:.1%}; {LIVE}: the expert of step 2")
 
 
 def race(loaded: models.Loaded, bank: Any, served: list[str], repeats: int) -> None:
@@ -146,18 +141,18 @@ def race(loaded: models.Loaded, bank: Any, served: list[str], repeats: int) -> N
                 written[i] = text
         return written, rebuilding
 
-    shown = table(f"{len(prompts)} requests for {len(set(experts))} experts", "way", "seconds", "of it rebuilding", "requests/s")
+    shown = table("way", "seconds", "of it rebuilding", "requests/s")
     found = {}
     for name, way in {"one mixed batch": mixed, "expert by expert, weights rebuilt": one_by_one}.items():
         seconds, rebuilding, written = timed(way, repeats)
         found[name] = seconds, written
         shown.add_row(name, f"{seconds:.3f}", f"{rebuilding:.3f}" if rebuilding else "none", f"{len(prompts) / seconds:.0f}")
-    out.print(shown)
+    show(f"{len(prompts)} requests: {EACH} for the base model, {EACH} for each of {', '.join(served)}", shown, f"median of {repeats}")
     (ours, first), (theirs, second) = found.values()
     equal = sum(a == b for a, b in zip(first, second, strict=True))
     out.print(
         f"equal answers: {equal} of {len(prompts)}; the mixed batch took {ours / theirs:.2f} of the time ({theirs / ours:.1f}x as fast)\n"
-        f"[dim]median of {repeats}; here a model of 1 M parameters on this machine, nothing follows from it for a large one[/]"
+        "[dim]a model of 1 M parameters on this machine: nothing follows from it for a large one[/]"
     )
 
 

@@ -10,7 +10,7 @@ import typer
 
 from t2kernels.cli import models
 from t2kernels.cli.answers import Score, scores
-from t2kernels.cli.console import bar, comma_list, out, table
+from t2kernels.cli.console import bar, comma_list, out, show, table
 
 
 def evaluate(
@@ -48,19 +48,19 @@ def evaluate(
             found[one.name] = scores(loaded.model, loaded.tokenizer, one, rows, names, batch, lambda k: progress.advance(count, k))
     labels = [name or models.BASE for name in names]
     for name, row in found.items():
-        out.print(accuracies(f"{name}: {row[0].of} {split} problems", labels, row))
-    out.print(f"[dim]{time.perf_counter() - start:.1f} s; all {len(names)} in the same batches[/]")
+        show_accuracies(f"{name}: {row[0].of} {split} problems", labels, row)
+    out.print(f"[dim]{time.perf_counter() - start:.1f} s{'; all experts in the same batches' if len(names) > 1 else ''}[/]")
     if save:
         save.write_text(json.dumps(_record(model, split, labels, found), indent=1) + "\n")
 
 
-def accuracies(title: str, labels: list[str], row: list[Score]):
-    """A table of one task."""
-    shown = table(title, "expert", "right", "accuracy", "95 % interval")
+def show_accuracies(title: str, labels: list[str], row: list[Score]) -> None:
+    """The table of one task."""
+    shown = table("expert", "right", "accuracy", "95 % interval")
     for label, score in zip(labels, row, strict=True):
         low, high = score.interval
         shown.add_row(label, str(score.right), f"{score.accuracy:.1%}", f"{low:.1%} to {high:.1%}")
-    return shown
+    show(title, shown)
 
 
 def _record(model: str, split: str, labels: list[str], found: dict[str, list[Score]]) -> dict:

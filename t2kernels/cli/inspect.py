@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from t2kernels.cli.console import out, table
+from t2kernels.cli.console import out, show, table
 
 
 def inspect(
@@ -40,13 +40,12 @@ def _expert(path: Path, rows: int) -> None:
     _facts({k: v for k, v in expert.manifest.items() if k != "fingerprints"}, f"expert {path}")
     title = f"z: {expert.numel:,} numbers in {len(expert.z)} matrices; 1 is the base model"
     head, short = _shorten(expert.z)
-    shown = table(title, head, "z", "mean", "std", "min", "max", "|z-1|", "at")
+    shown = table(head, "z", "mean", "std", "min", "max", "|z-1|", "at")
     for name, z in _first(expert.z, rows):
         change = (z - 1).abs()
         stats = z.mean(), z.std(correction=0), z.min(), z.max(), change.max()
         shown.add_row(short(name), str(len(z)), *(f"{s:.3f}" for s in stats), str(int(change.argmax())))
-    out.print(shown)
-    out.print("[dim]z: how many · |z-1|: the largest, and the component it is at[/]")
+    show(title, shown, "z: how many · |z-1|: the largest, and the component it is at")
     known = len(expert.manifest.get("fingerprints", {})), len(expert.sketch)
     if any(known):
         out.print(
@@ -63,7 +62,7 @@ def _factors(path: Path, rows: int) -> None:
     _facts({k: v for k, v in factors.manifest.items() if k not in ("matrices", "order")}, f"factors {path}")
     title = f"{len(factors)} matrices, {sum(factors.ranks.values()):,} components"
     head, short = _shorten(factors.ranks)
-    shown = table(title, head, "M x N", "rank", "error", "energy", "sigma_1", "last")
+    shown = table(head, "M x N", "rank", "error", "energy", "sigma_1", "last")
     for name, rank in _first(factors.ranks, rows):
         (m, n), sigma = factors.shape(name), factors.sigmas[name]
         error = factors.manifest["matrices"][name].get("error")
@@ -76,8 +75,7 @@ def _factors(path: Path, rows: int) -> None:
             f"{sigma[0]:.3g}",
             f"{sigma[-1]:.3g}",
         )
-    out.print(shown)
-    out.print("[dim]error: ||W - U diag(sigma) Vᵀ|| / ||W||, Frobenius · energy: the share of ||W||² that the components hold[/]")
+    show(title, shown, "error: ||W - U diag(sigma) Vᵀ|| / ||W||, Frobenius · energy: the share of ||W||² that the components hold")
 
 
 def _model(path: str) -> None:
@@ -95,7 +93,7 @@ def _model(path: str) -> None:
     model = meta_model(config)
     total = sum(p.numel() for p in model.parameters())
     title = f"{escape(path)}: {type(model).__name__}, {total:,} parameters"
-    shown = table(title, "targets", "matrices", "numbers in them", "SVF expert", "LoRA r=16", "LoRA / SVF")
+    shown = table("targets", "matrices", "numbers in them", "SVF expert", "LoRA r=16", "LoRA / SVF")
     for targets in ("attention", "mlp", "all"):
         try:
             count = t2.count_parameters(model, targets)
@@ -105,16 +103,15 @@ def _model(path: str) -> None:
         shown.add_row(
             targets, f"{count.matrices:,}", f"{count.dense:,}", f"{count.svf:,}", f"{count.lora:,}", f"{count.lora / count.svf:.0f}x"
         )
-    out.print(shown)
-    out.print("[dim]SVF expert, LoRA r=16: how many numbers are trained for one task[/]")
+    show(title, shown, "SVF expert, LoRA r=16: how many numbers are trained for one task")
 
 
 def _facts(facts: dict, title: str) -> None:
-    shown = Table("", "", title=escape(title), title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    shown = Table("", "", show_header=False, box=None, pad_edge=False)
     for name, value in facts.items():
         if value is not None:
             shown.add_row(escape(str(name)), escape(str(value)))
-    out.print(shown, "")
+    show(escape(title), shown)
 
 
 def _shorten(names):

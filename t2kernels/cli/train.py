@@ -11,7 +11,7 @@ import typer
 from t2kernels.cli import models
 from t2kernels.cli.answers import Score, scores
 from t2kernels.cli.console import bar, out
-from t2kernels.cli.evaluate import accuracies
+from t2kernels.cli.evaluate import show_accuracies
 
 
 def train(
@@ -126,7 +126,6 @@ def compare(loaded: models.Loaded, task: Any, held_out: list[dict], name: str) -
     with bar() as progress:
         count = progress.add_task("answering", total=2 * len(held_out))
         before, after = scores(loaded.model, loaded.tokenizer, task, held_out, [None, name], done=lambda k: progress.advance(count, k))
-    out.print(
-        accuracies(f"{task.name}: {len(held_out)} held-out problems", [f"{models.BASE} (before)", f"{name} (after)"], [before, after])
-    )
+    labels = [f"{models.BASE} (before)", f"{name} (after)"]
+    show_accuracies(f"{task.name}: {len(held_out)} held-out problems", labels, [before, after])
     return before, after
