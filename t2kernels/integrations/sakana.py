@@ -9,7 +9,6 @@ This is the only place that unpickles, and it does so with `weights_only=True`.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -181,9 +180,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         # Decomposed weights of an 8B model are 45 GB: mapped, so that only what is used is read.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as e:
+    except Exception as e:  # a damaged pickle raises whatever its first wrong byte leads to
         raise ExpertError(
-            f"{path} cannot be loaded as plain tensors (truncated, or it holds more than tensors): {str(e).splitlines()[0]}"
+            f"{path} cannot be loaded as plain tensors (truncated, or it holds more than tensors): {str(e).partition(chr(10))[0] or type(e).__name__}"
         ) from e
     if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
         raise ExpertError(f"{path} holds no dict of tensors; wanted a .pt file of the release")
