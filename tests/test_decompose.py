@@ -5,7 +5,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from t2kernels import decompose as module
 from t2kernels import linalg, storage
 from t2kernels.decompose import decompose
 from t2kernels.factors import Factors, reconstruction_error
@@ -52,7 +51,7 @@ def checkpoint(tmp_path):
 def calls(monkeypatch):
     """One entry for each decomposition that was really computed."""
     made, real = [], linalg.svd
-    monkeypatch.setattr(module.linalg, "svd", lambda A, k: made.append(k) or real(A, k))
+    monkeypatch.setattr(linalg, "svd", lambda A, k: made.append(k) or real(A, k))
     return made
 
 
@@ -165,7 +164,7 @@ def test_a_run_that_was_cut_short_goes_on(checkpoint, tmp_path, monkeypatch, wor
     # What a process leaves that is killed while it writes.
     (out / f".model.layers.0.mlp.up_proj.safetensors.1.ab{storage.TEMPORARY}").write_bytes(b"half")
     made, svd = [], linalg.svd
-    monkeypatch.setattr(module.linalg, "svd", lambda A, k: made.append(k) or svd(A, k))
+    monkeypatch.setattr(linalg, "svd", lambda A, k: made.append(k) or svd(A, k))
     factors = decompose(checkpoint, out=out)
     assert len(made) == 14 - 5
     assert same(factors, decompose(llama()))

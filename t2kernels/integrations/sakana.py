@@ -60,15 +60,13 @@ def load_expert(path: str | Path, factors: Mapping, base_model: str | None = Non
         else:
             z[name] = z_from_logits(m, sigma)
     manifest = {
-        "base_model": base_model or theirs,
         "parametrisation": {"form": "z", "from": "sakana", "kind": kind, "trace_norm": True}
         | ({"mask": mask} if kind == "few-shot" else {}),
         "source": {"file": path.name, "sha256": _sha256(path)},
     }
-    if not isinstance(factors, Factors):
-        return Expert(z, manifest)
-    manifest |= {"fingerprint": factors.fingerprint, "fingerprints": {n: factors.fingerprints[n] for n in z}}
-    return Expert(z, manifest, {n: factors.sketches[n] for n in z})
+    if base_model:
+        manifest["base_model"] = base_model
+    return Expert.trained_on(factors, z, **manifest) if isinstance(factors, Factors) else Expert(z, manifest)
 
 
 def load_factors(path: str | Path, base_model: str | None = None, mlp_only: bool = True) -> Factors:
@@ -181,9 +179,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         # Decomposed weights of an 8B model are 45 GB: mapped, so that only what is used is read.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # a damaged pickle raises whatever its first wrong byte leads to
-        raise ExpertError(
-            f"{path} cannot be loaded as plain tensors (truncated, or it holds more than tensors): {str(e).partition(chr(10))[0] or type(e).__name__}"
-        ) from e
+        why = str(e).partition("\n")[0] or type(e).__name__
+        raise ExpertError(f"{path} cannot be loaded as plain tensors (truncated, or it holds more than tensors): {why}") from e
     if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
         raise ExpertError(f"{path} holds no dict of tensors; wanted a .pt file of the release")
     return dict(state)
