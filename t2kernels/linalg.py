@@ -21,6 +21,7 @@ from torch import Tensor
 #   scipy propack fp32                  256  1.8-8 s  2e-6     4.0 s  2e-6
 #   scipy propack fp64                  256    4.4 s  1e-10    8.0 s  5e-11
 #   scipy propack fp32 / fp64          1024  18 / 76 s           -
+# For 4096 x 14336: 17 CPU seconds (k = 256) and 30 (all), 2 GiB, measured on a machine that was busy with other work.
 # For 1024 x 4096: 0.26 s against 0.83 s (fp32 SVD), 0.35 to 2.5 s (svd_lowrank), 0.5 s (propack), 1.9 s (arpack).
 # So one routine serves every rank, is deterministic, needs no iteration count, and runs in threads; a small k saves products, not eigh.
 
@@ -83,8 +84,11 @@ def _tall(A: Tensor, k: int) -> SVD:
 
 
 def _from_gram(A: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """None where sigma is too small, against sigma_1, for U = A V / sigma to have orthogonal columns."""
-    _, V = torch.linalg.eigh(A.t() @ A)
+    """None where eigh does not converge, or sigma is too small against sigma_1 for U = A V / sigma to have orthogonal columns."""
+    try:
+        _, V = torch.linalg.eigh(A.t() @ A)
+    except torch.linalg.LinAlgError:
+        return None
     V = V.flip(1)[:, :k]
     AV = A @ V
     sigma = AV.norm(dim=0)

@@ -223,8 +223,8 @@ def test_bad_weights_are_named(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     key = "model.layers.1.mlp.up_proj.weight"
     for bad, why in [
-        (torch.ones(48, 32, dtype=torch.int8), r"model\.layers\.1\.mlp\.up_proj: .*as torch.int8, a quantised format"),
-        (torch.ones(48, 32).to(torch.float8_e4m3fn), "as torch.float8_e4m3fn, a quantised format"),
+        (torch.ones(48, 32, dtype=torch.int8), r"model\.layers\.1\.mlp\.up_proj: .*as I8, a quantised format"),
+        (torch.ones(48, 32).to(torch.float8_e4m3fn), "as F8_E4M3, a quantised format"),
         (torch.ones(32, 48), r"as \[32, 48\], its config wants \[48, 32\]"),
     ]:
         save_file({**tensors, key: bad}, tmp_path / "model.safetensors")
