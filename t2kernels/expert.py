@@ -17,7 +17,6 @@ from .identity import Compared, ExpertError, ExpertMismatch, check_components
 from .storage import why_unreadable, write_tensors
 
 if TYPE_CHECKING:
-    from .factors import Factors
     from .origin import Origin
 
 __all__ = ["Expert", "ExpertError", "ExpertMismatch", "make_scale", "truncation_error", "z_from_logits"]
