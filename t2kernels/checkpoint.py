@@ -10,10 +10,11 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from t2kernels.matrices import Matrix, Targets, find_matrices
-from t2kernels.storage import read_json, why_unreadable
+from .matrices import Matrix, Targets, find_matrices
+from .storage import read_json, why_unreadable
 
 INDEX = "model.safetensors.index.json"
+PLAIN = ("F64", "F32", "F16", "BF16")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
@@ -43,18 +44,17 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt") as f:
                 part = f.get_slice(key)
-                shape, wanted = tuple(part.get_shape()), self._shapes[m.tensor]
-                if shape != wanted:
+                kind = part.get_dtype()
+                if kind not in PLAIN:
                     raise ValueError(
-                        f"{m.name}: {path} holds {key} as {list(shape)}, its config wants {list(wanted)}; one of them is another model's"
+                        f"{m.name}: {path} holds {key} as {kind}, a quantised format; decompose the original, or the loaded model"
                     )
+                shape, wanted = part.get_shape(), list(self._shapes[m.tensor])
+                if shape != wanted:
+                    raise ValueError(f"{m.name}: {path} holds {key} as {shape}, its config wants {wanted}; one is another model's")
                 stored = part[:] if m.index is None else part[m.index]
         except SafetensorError as e:
             raise ValueError(f"{m.name}: {path} cannot be read: {why_unreadable(path)} ({e}); fetch it again") from None
-        if not stored.is_floating_point() or stored.element_size() == 1:
-            raise ValueError(
-                f"{m.name}: {path} holds {key} as {stored.dtype}, a quantised format; decompose the original, or the loaded model"
-            )
         w = stored if m.index is None else stored.reshape(wanted[1:])
         return w.t() if m.transposed else w
 

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from t2kernels import linalg
-from t2kernels.storage import read_json, why_unreadable, write_json, write_tensors
+from . import linalg
+from .storage import read_json, why_unreadable, write_json, write_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -80,6 +80,7 @@ def svd(W: Tensor, rank: int | float | None = None) -> Factor:
 
     Raises ValueError where W is not a finite floating-point matrix.
     """
+    W = W.detach()
     if W.dim() != 2 or not W.is_floating_point() or 0 in W.shape:
         raise ValueError(f"svd: wanted a floating-point matrix [M, N], got {W.dtype} {list(W.shape)}")
     if not torch.isfinite(W).all():
@@ -148,8 +149,8 @@ class Factors(Mapping[str, Factor]):
     def _init(self, source: _Memory | _Directory, ranks: Mapping[str, int] | None = None) -> None:
         self._source = source
         self.ranks: dict[str, int] = dict(ranks) if ranks is not None else {n: source.rank(n) for n in source.names}
-        self.sketches: Mapping[str, Tensor] = _View(self.ranks, lambda name: source.sketch(name)[: self.ranks[name]])
-        self.sigmas: Mapping[str, Tensor] = _View(self.ranks, lambda name: source.sigma(name)[: self.ranks[name]])
+        self.sketches: Mapping[str, Tensor] = _View(self.ranks, source.sketch, cut=True)
+        self.sigmas: Mapping[str, Tensor] = _View(self.ranks, source.sigma, cut=True)
         self.fingerprints: Mapping[str, str] = _View(self.ranks, source.fingerprint)
 
     @property
@@ -295,21 +296,21 @@ class _Directory:
 
 
 class _View(Mapping):
-    """{name: get(name)}, read when asked for."""
+    """{name: get(name)}, read when asked for; cut: only its leading components, as many as the name's rank."""
 
-    def __init__(self, names: Mapping[str, int], get: Callable):
-        self._names, self._get = names, get
+    def __init__(self, ranks: Mapping[str, int], get: Callable, cut: bool = False):
+        self._ranks, self._get, self._cut = ranks, get, cut
 
     def __getitem__(self, name: str):
-        if name not in self._names:
+        if name not in self._ranks:
             raise KeyError(name)
-        return self._get(name)
+        return self._get(name)[: self._ranks[name]] if self._cut else self._get(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._ranks)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._ranks)
 
 
 def file_of(name: str) -> str:

@@ -5,7 +5,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from t2kernels import decomposition as module
 from t2kernels import linalg, storage
 from t2kernels.decomposition import decompose
 from t2kernels.factors import Factors, reconstruction_error
@@ -52,7 +51,7 @@ def checkpoint(tmp_path):
 def calls(monkeypatch):
     """One entry for each decomposition that was really computed."""
     made, real = [], linalg.svd
-    monkeypatch.setattr(module.linalg, "svd", lambda A, k: made.append(k) or real(A, k))
+    monkeypatch.setattr(linalg, "svd", lambda A, k: made.append(k) or real(A, k))
     return made
 
 
@@ -165,7 +164,7 @@ def test_a_run_that_was_cut_short_goes_on(checkpoint, tmp_path, monkeypatch, wor
     # What a process leaves that is killed while it writes.
     (out / f".model.layers.0.mlp.up_proj.safetensors.1.ab{storage.TEMPORARY}").write_bytes(b"half")
     made, svd = [], linalg.svd
-    monkeypatch.setattr(module.linalg, "svd", lambda A, k: made.append(k) or svd(A, k))
+    monkeypatch.setattr(linalg, "svd", lambda A, k: made.append(k) or svd(A, k))
     factors = decompose(checkpoint, out=out)
     assert len(made) == 14 - 5
     assert same(factors, decompose(llama()))
@@ -224,8 +223,8 @@ def test_bad_weights_are_named(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     key = "model.layers.1.mlp.up_proj.weight"
     for bad, why in [
-        (torch.ones(48, 32, dtype=torch.int8), r"model\.layers\.1\.mlp\.up_proj: .*as torch.int8, a quantised format"),
-        (torch.ones(48, 32).to(torch.float8_e4m3fn), "as torch.float8_e4m3fn, a quantised format"),
+        (torch.ones(48, 32, dtype=torch.int8), r"model\.layers\.1\.mlp\.up_proj: .*as I8, a quantised format"),
+        (torch.ones(48, 32).to(torch.float8_e4m3fn), "as F8_E4M3, a quantised format"),
         (torch.ones(32, 48), r"as \[32, 48\], its config wants \[48, 32\]"),
     ]:
         save_file({**tensors, key: bad}, tmp_path / "model.safetensors")

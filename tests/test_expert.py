@@ -308,6 +308,20 @@ def test_equal_fingerprint_passes_at_once(factors):
         Expert(numbers(), stamped | {"fingerprints": stamped["fingerprints"] | {"layers.0.q": "0"}}, nonsense).check(factors)
 
 
+def test_trained_on(factors, tmp_path):
+    expert = Expert.trained_on(factors, numbers(k=6), name="math")
+    assert expert.manifest["fingerprint"] == factors.fingerprint
+    assert {n: len(s) for n, s in expert.sketch.items()} == dict.fromkeys(SHAPES, 6)
+    Expert.load(expert.save(tmp_path / "e")).check(factors)
+    with pytest.raises(ExpertMismatch):
+        expert.check(decomposed(seed=5))
+    bare = Expert(expert.z, expert.manifest)
+    bare.check(factors)
+    bare.check(dict(factors.sigmas))
+    with pytest.raises(ExpertMismatch, match=r"fingerprint of the factors of layers\.0\.q, .* no sketch to compare"):
+        bare.check(decomposed(seed=5))
+
+
 def pair(z4, z5, angle=0.8, gap=1e-5):
     """An expert, and the same weights in another basis of the near-equal components 4 and 5."""
     f = svd(weights()["layers.0.q"])

@@ -1,5 +1,6 @@
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -146,6 +147,16 @@ def test_save_load_cut(factors, tmp_path):
         assert few.cut(0.125).ranks == {"a.q": 3, "a.k": 3, "b.experts.up_proj.3": 1}
         assert few.cut(None).ranks == few.ranks
     assert factors.cut(4)["a.q"].U.data_ptr() == factors["a.q"].U.data_ptr()
+
+
+def test_a_cut_is_saved_and_pickled(factors, tmp_path):
+    few = factors.cut(4)
+    few.save(tmp_path / "f")
+    for other in (Factors.load(tmp_path / "f"), pickle.loads(pickle.dumps(few)), pickle.loads(pickle.dumps(Factors.load(tmp_path / "f")))):
+        for name, f in few.items():
+            assert all(torch.equal(x, y) for x, y in zip(f, other[name], strict=True))
+            assert torch.equal(other.sketches[name], few.sketches[name])
+    assert Factors.load(tmp_path / "f").fingerprint != factors.fingerprint  # the bytes of what was cut off are gone
 
 
 def test_fingerprint_changes_with_any_byte(factors):

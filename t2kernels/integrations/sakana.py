@@ -9,7 +9,6 @@ This is the only place that unpickles, and it does so with `weights_only=True`.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -18,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2kernels.expert import Expert, z_from_logits
-from t2kernels.factors import Factor, Factors
-from t2kernels.identity import ExpertError, ExpertMismatch
+from ..expert import Expert, z_from_logits
+from ..factors import Factor, Factors
+from ..identity import ExpertError, ExpertMismatch
 
 # The release numbers its vectors by the order of "mlp" weights in the state dict of Llama and Mistral, the only models that it supports.
 # gate and up have the same length, so another order would load without any error: it is written down here, never read off a model.
@@ -61,15 +60,13 @@ def load_expert(path: str | Path, factors: Mapping, base_model: str | None = Non
         else:
             z[name] = z_from_logits(m, sigma)
     manifest = {
-        "base_model": base_model or theirs,
         "parametrisation": {"form": "z", "from": "sakana", "kind": kind, "trace_norm": True}
         | ({"mask": mask} if kind == "few-shot" else {}),
         "source": {"file": path.name, "sha256": _sha256(path)},
     }
-    if not isinstance(factors, Factors):
-        return Expert(z, manifest)
-    manifest |= {"fingerprint": factors.fingerprint, "fingerprints": {n: factors.fingerprints[n] for n in z}}
-    return Expert(z, manifest, {n: factors.sketches[n] for n in z})
+    if base_model:
+        manifest["base_model"] = base_model
+    return Expert.trained_on(factors, z, **manifest) if isinstance(factors, Factors) else Expert(z, manifest)
 
 
 def load_factors(path: str | Path, base_model: str | None = None, mlp_only: bool = True) -> Factors:
@@ -181,10 +178,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         # Decomposed weights of an 8B model are 45 GB: mapped, so that only what is used is read.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as e:
-        raise ExpertError(
-            f"{path} cannot be loaded as plain tensors (truncated, or it holds more than tensors): {str(e).splitlines()[0]}"
-        ) from e
+    except Exception as e:  # a damaged pickle raises whatever its first wrong byte leads to
+        why = str(e).partition("\n")[0] or type(e).__name__
+        raise ExpertError(f"{path} cannot be loaded as plain tensors (truncated, or it holds more than tensors): {why}") from e
     if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
         raise ExpertError(f"{path} holds no dict of tensors; wanted a .pt file of the release")
     return dict(state)
