@@ -1,0 +1,212 @@
+"""The tasks of the built-in tiny model: problems that are hard to answer at once and easy step by step.
+
+A generator draws one problem: its prompt, the states that lead to the answer (the last state *is* the answer) and the character that
+precedes each state where they are written out. Right is whatever ends in the answer, with or without the states before it.
+
+    task      prompt                    at once   with working
+    math      47+38+59?                 =144      ,85,144               running totals of three or four numbers
+    code      rsx(gcafd)?               =gcdfa    >dfacg>acdfg>gcdfa    three or four operations, applied from left to right
+    reason    ab,fj,cd,be,dg,ci,ef;3a?  =f        :b:e:f                two to four links, followed from a letter
+    classify  kind(47+38+59)?           =m                              the family of a prompt: m, c or r
+
+Eight more tasks have no expert and are there to adapt to. Four of them (`ABSENT`) are not in the pre-training corpus either.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from itertools import accumulate, islice, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from t2kernels.tasks.base import Task, bucket
+
+LETTERS = "abcdefghij"
+DIGITS = "0123456789"
+OPERATIONS = "rstxmnu"
+
+
+class Problem(NamedTuple):
+    """prompt: what the model reads · states: what leads to the answer, the answer last · separator: before each state that is shown."""
+
+    prompt: str
+    states: tuple[str, ...]
+    separator: str
+
+    @property
+    def answer(self) -> str:
+        return self.states[-1]
+
+    @property
+    def at_once(self) -> str:
+        return "=" + self.answer
+
+    @property
+    def working(self) -> str:
+        return "".join(self.separator + state for state in self.states)
+
+
+Generator = Callable[[random.Random], Problem]
+
+
+def _totals(numbers: list[int]) -> tuple[str, ...]:
+    return tuple(map(str, accumulate(numbers)))[1:]
+
+
+def running(numbers: list[int]) -> Problem:
+    """The sum of signed numbers, by running totals."""
+    return Problem("".join(f"{n:+d}" for n in numbers).removeprefix("+") + "?", _totals(numbers), ",")
+
+
+def _sum(r: random.Random, terms: int) -> Problem:
+    return running([r.randint(10, 99) for _ in range(terms)])
+
+
+def _difference(r: random.Random, terms: int) -> Problem:
+    """Additions and at least one subtraction; no running total is negative."""
+    while True:
+        numbers = [r.randint(10, 99)] + [r.choice((-1, 1)) * r.randint(10, 99) for _ in range(terms - 1)]
+        problem = running(numbers)
+        if min(numbers) < 0 and not any(state.startswith("-") for state in problem.states):
+            return problem
+
+
+def _shift(letter: str) -> str:
+    symbols = DIGITS if letter in DIGITS else LETTERS
+    return symbols[(symbols.index(letter) + 1) % len(symbols)]
+
+
+def apply(operation: str, text: str) -> str:
+    """r: reverse · s: sort · t: the first symbol goes last · x: first and last change places · m: neighbours change places, two by two ·
+    n: each symbol becomes the next one, and the last of all the first · u: the first symbol does."""
+    match operation:
+        case "r":
+            return text[::-1]
+        case "s":
+            return "".join(sorted(text))
+        case "t":
+            return text[1:] + text[0]
+        case "x":
+            return text[-1] + text[1:-1] + text[0]
+        case "m":
+            return "".join(text[i : i + 2][::-1] for i in range(0, len(text), 2))
+        case "n":
+            return "".join(map(_shift, text))
+        case "u":
+            return _shift(text[0]) + text[1:]
+    raise ValueError(f"operation {operation!r} is not one of {OPERATIONS}")
+
+
+def _word(r: random.Random, symbols: str = LETTERS) -> str:
+    return "".join(r.choice(symbols) for _ in range(r.randint(4, 5)))
+
+
+def operations(r: random.Random, count: int, symbols: str = LETTERS) -> Problem:
+    """`count` operations on a word, applied from left to right."""
+    names, word = "".join(r.choice(OPERATIONS) for _ in range(count)), _word(r, symbols)
+    states = [word]
+    for name in names:
+        states.append(apply(name, states[-1]))
+    return Problem(f"{names}({word})?", tuple(states[1:]), ">")
+
+
+def hops(r: random.Random, count: int) -> Problem:
+    """Follow `count` of seven links: a chain of five or six, the rest in another chain; start where enough links are left."""
+    letters = r.sample(LETTERS, 9)
+    long = max(count, r.choice((4, 5)))
+    chain, other = letters[: long + 1], letters[long + 1 :]
+    links = [a + b for part in (chain, other) for a, b in pairwise(part)]
+    r.shuffle(links)
+    start = r.randint(0, long - count)
+    return Problem(f"{','.join(links)};{count}{chain[start]}?", tuple(chain[start + 1 : start + 1 + count]), ":")
+
+
+def _look_and_add(r: random.Random) -> Problem:
+    """Numbers under letters, then a sum of three of them: reading and arithmetic."""
+    keys, values = r.sample(LETTERS, 4), [r.randint(10, 49) for _ in range(4)]
+    picked = [r.randrange(4) for _ in range(3)]
+    prompt = ",".join(f"{k}{v}" for k, v in zip(keys, values, strict=True)) + ";" + "+".join(keys[i] for i in picked) + "?"
+    return Problem(prompt, _totals([values[i] for i in picked]), ",")
+
+
+def _look_and_operate(r: random.Random) -> Problem:
+    """Words under digits, then two operations on one of them: reading and string operations."""
+    keys, words = r.sample(DIGITS, 2), [_word(r), _word(r)]
+    picked, names = r.randrange(2), "".join(r.choice(OPERATIONS) for _ in range(2))
+    first = apply(names[0], words[picked])
+    prompt = f"{keys[0]}:{words[0]},{keys[1]}:{words[1]};{names}({keys[picked]})?"
+    return Problem(prompt, (first, apply(names[1], first)), ">")
+
+
+def _reversed_sum(r: random.Random) -> Problem:
+    """The sum of three numbers, reversed: arithmetic, then a string operation."""
+    total = _sum(r, 3)
+    return Problem(f"r({total.prompt[:-1]})?", (*total.states, total.answer[::-1]), ",")
+
+
+def inner(r: random.Random) -> tuple[str, Problem]:
+    """A family and a problem of it: what a prompt of the task `classify` is about."""
+    family = r.choice(("math", "code", "reason"))
+    return family, TRAINED[family](r)
+
+
+def about(problem: Problem) -> str:
+    """The prompt that asks what kind of problem this is."""
+    return f"kind({problem.prompt[:-1]})?"
+
+
+def _kind(r: random.Random) -> Problem:
+    family, problem = inner(r)
+    return Problem(about(problem), (family[0],), ",")
+
+
+# What an expert is trained on, then what no expert is trained on.
+TRAINED: dict[str, Generator] = {
+    "math": lambda r: _sum(r, r.randint(3, 4)),
+    "code": lambda r: operations(r, r.randint(3, 4)),
+    "reason": lambda r: hops(r, r.randint(2, 4)),
+    "classify": _kind,
+}
+UNSEEN: dict[str, Generator] = {
+    "sub": lambda r: _difference(r, 3),
+    "digits": lambda r: operations(r, 3, DIGITS),
+    "lookadd": _look_and_add,
+    "lookops": _look_and_operate,
+    "add5": lambda r: _sum(r, 5),
+    "ops5": lambda r: operations(r, 5),
+    "hop5": lambda r: hops(r, 5),
+    "revadd": _reversed_sum,
+}
+ABSENT = ("add5", "ops5", "hop5", "revadd")
+"""The unseen tasks that are not in the pre-training corpus."""
+
+FROZEN = Path(__file__).parent.parent / "tiny" / "eval"
+"""The test splits, drawn once (t2kernels/tiny/freeze.py): a jsonl file per task. Duplicates are kept as drawn."""
+
+
+def problems(task: str, split: str, seed: int) -> Iterator[Problem]:
+    """Endless i.i.d. problems of `task` whose prompt falls into `split`, the same ones for the same seed."""
+    generator = (TRAINED | UNSEEN)[task]
+    r = random.Random(f"{task}/{split}/{seed}")
+    while True:
+        problem = generator(r)
+        if bucket(problem.prompt) == split:
+            yield problem
+
+
+def final(completion: str) -> str:
+    """The last state of a completion: what follows its last separator or `=`, or all of it where there is none."""
+    return re.split("[=,>:]", completion)[-1].strip()
+
+
+def task(name: str) -> Task:
+    """The task called `name`: training and validation problems are generated, test problems are the frozen ones."""
+
+    def rows(split: str, n: int | None, seed: int) -> list[dict]:
+        if split == "test":
+            return [json.loads(line) for line in (FROZEN / f"{name}.jsonl").read_text().splitlines()[:n]]
+        count = n or (20_000 if split == "train" else 500)
+        return [{"prompt": p.prompt, "answer": p.answer} for p in islice(problems(name, split, seed), count)]
+
+    return Task(name, rows, extract=final, max_new_tokens=32 if name == "ops5" else 28)

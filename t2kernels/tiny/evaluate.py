@@ -1,0 +1,30 @@
+"""Accuracy of a model on problems of a built-in task."""
+
+import torch
+
+from t2kernels import tasks
+
+
+@torch.no_grad()
+def completions(model, tokenizer, prompts: list[str], max_new_tokens: int, temperature: float = 0.0, batch: int = 256) -> list[str]:
+    """What the model writes after each prompt: greedily at temperature 0, else sampled with torch's global generator."""
+    written = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths together: less padding
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    for start in range(0, len(order), batch):
+        picked = order[start : start + batch]
+        inputs = tokenizer([prompts[i] for i in picked], padding=True, return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[:, inputs.input_ids.shape[1] :]
+        for i, text in zip(picked, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
+            written[i] = text
+    return written
+
+
+def accuracy(model, tokenizer, name: str, rows: list[dict], temperature: float = 0.0, seed: int = 0) -> float:
+    """The share of `rows` that the model answers rightly; sampling starts from `seed` and leaves torch's generator as it was."""
+    task = tasks.load(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        written = completions(model, tokenizer, [row["prompt"] for row in rows], task.max_new_tokens, temperature)
+    rewards = task.reward([row["prompt"] for row in rows], written, answer=[row["answer"] for row in rows])
+    return sum(reward > 0 for reward in rewards) / len(rewards)
