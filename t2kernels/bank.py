@@ -270,7 +270,7 @@ class ExpertBank:
             s.layer.add_trained(key, row, parameters[-1], parametrisation)
         return parameters
 
-    def stop_training(self, name: str, **manifest) -> Expert:
+    def stop_training(self, name: str, /, **manifest) -> Expert:
         """End the training of `name`: it becomes an ordinary expert of the bank, which is returned."""
         if name not in self._training:
             raise KeyError(f"{name!r} is not in training; in training are {list(self._training) or 'none'}")
