@@ -118,7 +118,8 @@ class SVFTrainer(ReinforceTrainer):
         self.experts, self._chosen = {}, {}
         self.optimizer = self.lr_scheduler = None  # of parameters that are no more
         set_seed(self.args.seed)  # again: what ran since the trainer was made must not decide where it starts
-        finished = False
+        finished, at_start = False, self.args.eval_on_start
+        self.args.eval_on_start = at_start and not resume_from_checkpoint  # a run that goes on has been evaluated at its start
         with self._only_experts_train():
             try:
                 for name in self._names:
@@ -126,7 +127,8 @@ class SVFTrainer(ReinforceTrainer):
                 result = super().train(resume_from_checkpoint, **kwargs)
                 finished = True
             finally:
-                for name in set(self._names) & set(self.bank.in_training):
+                self.args.eval_on_start = at_start
+                for name in [n for n in self._names if n in self.bank.in_training]:
                     self.experts[name] = self.bank.stop_training(name, **self._manifest(name))
                     if not finished:
                         self.bank.remove(name)
@@ -139,7 +141,7 @@ class SVFTrainer(ReinforceTrainer):
         grads = {p: p.requires_grad for p in model.parameters()}
         configs = [c for c in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)) if c is not None]
         before = [{k: getattr(c, k) for k in SPECIAL if hasattr(c, k)} for c in configs]
-        checkpointing = getattr(model, "is_gradient_checkpointing", False)
+        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         model.requires_grad_(False)
         try:
             yield
