@@ -11,8 +11,8 @@ import math
 import os
 import threading
 import weakref
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .expert import Expert
 from .layer import SVFLinear
 from .origin import Origin
 from .routing import Route, Routing
+from .rows import Rows
 
 Name = str | None | Mapping[str, float]
 
@@ -64,15 +65,18 @@ class ExpertBank:
         self.matrices = {n: s.layer.support for s in self._slots for n in s.names}
         self._places = {n: (s, i) for s in self._slots for i, n in enumerate(s.names)}
         self._experts: dict[str, tuple[Tensor, dict]] = {}  # name -> (z - 1 on the host [C], manifest)
-        self._resident: OrderedDict[object, int] = OrderedDict()  # name or mixture -> row, least recently used first
-        self._pins: Counter[int] = Counter()
-        self._orphans: set[int] = set()  # rows without a name that a live ids tensor still uses
+        self._rows = Rows(rows)  # of names, and of mixtures as sorted (name, weight) pairs
         self._training: dict[str, str] = {}  # name -> key of its parameters
         self._lock = threading.RLock()
-        self.loads = self.evictions = 0
+        self.loads = 0
         self._bind()
 
     # --- what is in the bank
+
+    @property
+    def evictions(self) -> int:
+        """How often an expert gave up its row to another one."""
+        return self._rows.evictions
 
     @property
     def names(self) -> list[str]:
@@ -142,14 +146,12 @@ class ExpertBank:
         with self._lock:
             self._experts[name] = (delta, manifest)
             self._forget_mixtures_of(name)
-            if name in self._resident:
-                row = self._resident.pop(name)
-                if self._pins[row]:
-                    self._orphans.add(row)
-                else:
-                    self._write(row, delta)
-                    self._resident[name] = row
-            elif self._free_row() is not None:
+            row = self._rows.find(name)
+            if row is not None and not self._rows.pinned(row):
+                self._write(row, delta)
+                return
+            self._rows.drop(name)
+            if self._rows.free() is not None:
                 self._load(name)
 
     def remove(self, name: str) -> None:
@@ -160,8 +162,7 @@ class ExpertBank:
         with self._lock:
             del self._experts[name]
             self._forget_mixtures_of(name)
-            if name in self._resident:
-                self._release(self._resident.pop(name))
+            self._rows.drop(name)
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
         """Write every expert to `folder`/{name}.safetensors; returns the paths."""
@@ -187,9 +188,9 @@ class ExpertBank:
             try:
                 rows = {None: 0}
                 for key in wanted:
-                    rows[key] = self._row_of(key)
-                    self._pins[rows[key]] += 1
-                    taken.append(rows[key])
+                    row = rows[key] = self._rows.find(key) or self._load(key)
+                    self._rows.pin(row)
+                    taken.append(row)
             except BaseException:
                 self._unpin(taken)
                 raise
@@ -252,14 +253,12 @@ class ExpertBank:
             self.origin.check(init)
             start, _ = self._flatten(init, 0.0, name)
         with self._lock:
-            row = self._claim_row()
-            key = f"e{row}"
-            self._training[name] = key
-            self._resident[name] = row
-            self._pins[row] += 1  # until training stops
+            row = self._rows.take(name)
+            self._rows.pin(row)  # until training stops
+            key = self._training[name] = f"e{row}"
         parameters = []
         for s in self._slots:
-            shape = s.layer.sigma.shape[:-1] + (s.layer.support,)
+            shape = (*s.layer.sigma.shape[:-1], s.layer.support)
             if parametrisation == "sigmoid":
                 p = 0.1 + 0.01 * torch.randn(shape, device=s.layer.sigma.device)
             elif start is not None:
@@ -279,9 +278,8 @@ class ExpertBank:
             key = self._training.pop(name)
             for s in self._slots:
                 s.layer.drop_trained(key)
-            row = self._resident.pop(name)
-            self._unpin([row])
-            self._release(row)
+            self._rows.unpin([self._rows.find(name)])
+            self._rows.drop(name)
         self.add(name, expert)
         return self[name]
 
@@ -302,12 +300,6 @@ class ExpertBank:
 
     # --- rows
 
-    def _row_of(self, key: object) -> int:
-        if key in self._resident:
-            self._resident.move_to_end(key)
-            return self._resident[key]
-        return self._load(key)
-
     def _load(self, key: object) -> int:
         if isinstance(key, tuple):
             delta = torch.zeros(self.width)
@@ -315,45 +307,17 @@ class ExpertBank:
                 delta.add_(self._experts[name][0], alpha=weight)
         else:
             delta = self._experts[key][0]
-        row = self._claim_row()
+        row = self._rows.take(key)
         self._write(row, delta)
-        self._resident[key] = row
         self.loads += 1
         return row
 
-    def _free_row(self) -> int | None:
-        used = set(self._resident.values()) | self._orphans
-        return next((r for r in range(1, self.rows) if r not in used), None)
-
-    def _claim_row(self) -> int:
-        row = self._free_row()
-        if row is not None:
-            return row
-        for key, row in self._resident.items():
-            if not self._pins[row]:
-                del self._resident[key]
-                self.evictions += 1
-                return row
-        raise RuntimeError(
-            f"all {self.rows - 1} rows are in use at the same time; patch with more rows (patch_model(..., rows={2 * self.rows})), "
-            "or let go of ids tensors that are no longer needed"
-        )
-
-    def _release(self, row: int) -> None:
-        if self._pins[row]:
-            self._orphans.add(row)
-
-    def _unpin(self, rows: Iterable[int]) -> None:
+    def _unpin(self, rows: list[int]) -> None:
         with self._lock:
-            for row in rows:
-                self._pins[row] -= 1
-                if not self._pins[row]:
-                    del self._pins[row]
-                    self._orphans.discard(row)
+            self._rows.unpin(rows)
 
     def _forget_mixtures_of(self, name: str) -> None:
-        for key in [k for k in self._resident if isinstance(k, tuple) and any(n == name for n, _ in k)]:
-            self._release(self._resident.pop(key))
+        self._rows.drop_where(lambda key: isinstance(key, tuple) and any(n == name for n, _ in key))
 
     def _write(self, row: int, delta: Tensor) -> None:
         if not self._bound():
@@ -445,13 +409,11 @@ class ExpertBank:
 
     def __getstate__(self) -> dict:
         # Neither locks nor live ids tensors can be copied: a copy starts with nothing in use but what is in training.
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_pins", "_orphans")}
-        state["_held"] = [self._resident[name] for name in self._training]
-        return state
+        state = {k: v for k, v in self.__dict__.items() if k != "_lock"}
+        return {**state, "_rows": self._rows.without_pins(self._training)}
 
     def __setstate__(self, state: dict) -> None:
-        held = state.pop("_held")
-        self.__dict__.update(state, _lock=threading.RLock(), _pins=Counter(held), _orphans=set())
+        self.__dict__.update(state, _lock=threading.RLock())
 
 
 def _flatten_names(names):

@@ -6,13 +6,18 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from t2kernels.identity import Compared, ExpertError, ExpertMismatch, check_components
-from t2kernels.storage import why_unreadable, write_tensors
+from .factors import Factors
+from .identity import Compared, ExpertError, ExpertMismatch, check_components
+from .storage import why_unreadable, write_tensors
+
+if TYPE_CHECKING:
+    from .origin import Origin
 
 __all__ = ["Expert", "ExpertError", "ExpertMismatch", "make_scale", "truncation_error", "z_from_logits"]
 
@@ -41,6 +46,13 @@ class Expert:
             if s.numel() < n:
                 raise ExpertError(f"{name}: its sketch has {s.numel()} components, z has {n}; wanted one for each")
             self.sketch[name] = s[:n].half().float()  # rounded here as the file rounds it, so that saving changes nothing
+
+    @classmethod
+    def trained_on(cls, factors: Factors | Origin, z: Mapping[str, Tensor], **manifest) -> Expert:
+        """An expert that knows the factors it belongs to: their base model, fingerprints and sketches stand in it."""
+        facts = {k: factors.manifest[k] for k in ("base_model", "revision") if factors.manifest.get(k)}
+        facts |= {"fingerprint": factors.fingerprint, "fingerprints": {n: factors.fingerprints[n] for n in z if n in factors}}
+        return cls(z, {**facts, **manifest}, {n: factors.sketches[n] for n in z if n in factors})
 
     @property
     def numel(self) -> int:
@@ -106,7 +118,7 @@ class Expert:
     @classmethod
     def from_sakana(cls, path: str | Path, *args, **kwargs) -> Expert:
         """An expert from a file of the authors' release: see `t2kernels.integrations.sakana.load_expert`."""
-        from t2kernels.integrations.sakana import load_expert
+        from .integrations.sakana import load_expert
 
         return load_expert(path, *args, **kwargs)
 
@@ -183,19 +195,18 @@ class Expert:
         fingerprints: {matrix: sha256}; equal ones pass at once
         ranks: {matrix: the longest z it takes}; min(M, N) by default where known, else the length of sigma
 
-        Names and lengths are always checked. An expert without fingerprint and sketch (made by hand) passes beyond that.
+        Names and lengths are always checked. An expert without fingerprints and sketch (made by hand) passes beyond that.
         Raises ExpertMismatch.
         """
         sigmas = factors
-        if hasattr(factors, "sigmas"):
+        if isinstance(factors, Factors):
             sigmas, sketches, fingerprints = factors.sigmas, sketches or factors.sketches, fingerprints or factors.fingerprints
             ranks = ranks or {n: min(factors.shape(n)) for n in factors}
         unknown = [n for n in self.z if n not in sigmas]
         if unknown:
-            have = ", ".join(list(sigmas)[:3])
             raise ExpertMismatch(
-                f"{self._who()} has {len(unknown)} of {len(self.z)} matrices that the model does not: {', '.join(unknown[:3])}"
-                f"{', ...' if len(unknown) > 3 else ''} (the model's are {have}, ...); it is for another model, or for other targets"
+                f"{self._who()} has {len(unknown)} of {len(self.z)} matrices that the model does not: {_some(unknown)} "
+                f"(the model's are {_some(sigmas)}); it is for another model, or for other targets"
             )
         for name, v in self.z.items():
             limit = (ranks or {}).get(name, len(sigmas[name]))
@@ -204,6 +215,12 @@ class Expert:
                     f"{self._who()}: {name}: z has {v.numel()} components, the matrix has {limit}; it is for another model"
                 )
         known = self.manifest.get("fingerprints", {})
+        blind = [n for n in self.z if n in known and n not in self.sketch and (fingerprints or {}).get(n, known[n]) != known[n]]
+        if blind:
+            raise ExpertMismatch(
+                f"{self._who()}: the fingerprint of the factors of {_some(blind)} is not that of "
+                "its training, and it has no sketch to compare them by; use the factors of its training"
+            )
         rest = [n for n in self.sketch if not (fingerprints and n in known and fingerprints.get(n) == known[n])]
         if rest and sketches is not None:
             check_components(
@@ -300,6 +317,11 @@ def _check_same_factors(experts: list[Expert]) -> None:
                 pairs[name] = Compared((e.z[name], other.z[name]), e.sketch[name], other.sketch[name])
                 others[other._who()] = None
         check_components(f"mix: {e._who()} and {' and '.join(others)}", pairs)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _pad(v: Tensor, n: int) -> Tensor:

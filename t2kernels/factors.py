@@ -11,13 +11,14 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from t2kernels import linalg
-from t2kernels.storage import read_json, why_unreadable, write_json, write_tensors
+from . import linalg
+from .storage import read_json, why_unreadable, write_json, write_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -79,12 +80,17 @@ def svd(W: Tensor, rank: int | float | None = None) -> Factor:
 
     Raises ValueError where W is not a finite floating-point matrix.
     """
+    W = W.detach()
     if W.dim() != 2 or not W.is_floating_point() or 0 in W.shape:
         raise ValueError(f"svd: wanted a floating-point matrix [M, N], got {W.dtype} {list(W.shape)}")
     if not torch.isfinite(W).all():
         raise ValueError(f"svd: the matrix {list(W.shape)} holds NaN or infinity")
-    U, sigma, Vt = linalg.svd(W, resolve_rank(rank, min(W.shape)))
-    return Factor(U.float().contiguous(), sigma.float(), Vt.float().contiguous().t())
+    return keep(linalg.svd(W, resolve_rank(rank, min(W.shape))))
+
+
+def keep(found: linalg.SVD, dtype: torch.dtype = torch.float32) -> Factor:
+    """A decomposition as it is kept: U and V in `dtype`, sigma in fp32, U [M, R] and Vᵀ [R, N] contiguous."""
+    return Factor(found.U.to(dtype).contiguous(), found.sigma.float(), found.Vt.to(dtype).contiguous().t())
 
 
 def sketch(factor: Factor) -> Tensor:
@@ -93,8 +99,8 @@ def sketch(factor: Factor) -> Tensor:
     a [M] and b [N] are fixed patterns of +1 and -1, from an integer hash of the position, so that every machine has the same ones.
     Its sum over components that share a singular value does not depend on the basis chosen among them: it is aᵀ(Σ u_i v_iᵀ)b.
     """
-    a = _signs(factor.U.shape[0], 1).to(factor.U.device)
-    b = _signs(factor.V.shape[0], 2).to(factor.V.device)
+    a = linalg.signs(factor.U.shape[0], 1).to(factor.U.device)
+    b = linalg.signs(factor.V.shape[0], 2).to(factor.V.device)
     dtype = torch.promote_types(factor.U.dtype, torch.float32)
     return ((a.to(dtype) @ factor.U.to(dtype)) * (b.to(dtype) @ factor.V.to(dtype))).float()
 
@@ -143,8 +149,8 @@ class Factors(Mapping[str, Factor]):
     def _init(self, source: _Memory | _Directory, ranks: Mapping[str, int] | None = None) -> None:
         self._source = source
         self.ranks: dict[str, int] = dict(ranks) if ranks is not None else {n: source.rank(n) for n in source.names}
-        self.sketches: Mapping[str, Tensor] = _View(self.ranks, lambda name: source.sketch(name)[: self.ranks[name]])
-        self.sigmas: Mapping[str, Tensor] = _View(self.ranks, lambda name: source.sigma(name)[: self.ranks[name]])
+        self.sketches: Mapping[str, Tensor] = _View(self.ranks, source.sketch, cut=True)
+        self.sigmas: Mapping[str, Tensor] = _View(self.ranks, source.sigma, cut=True)
         self.fingerprints: Mapping[str, str] = _View(self.ranks, source.fingerprint)
 
     @property
@@ -169,13 +175,8 @@ class Factors(Mapping[str, Factor]):
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file per matrix, then spectra and manifest; without a manifest it is not finished. Raises OSError."""
-        path = Path(path)
-        start_directory(path)
-        matrices = {}
-        for i, (name, factor) in enumerate(self.items()):
-            record = {**self.manifest.get("matrices", {}).get(name, {}), "shape": list(self.shape(name)), "rank": factor.rank}
-            record["fingerprint"] = fingerprint(factor)
-            matrices[name] = {**record, "file": write_matrix(path, i, name, factor, self.sketches[name], record)}
+        path, known = Path(path), self.manifest.get("matrices", {})
+        matrices = {n: write_matrix(path, n, f, self.sketches[n], known.get(n, {})) for n, f in self.items()}
         return finish_directory(path, {**self.manifest, "matrices": matrices}, self.sigmas, self.sketches)
 
     def cut(self, rank: int | float | None) -> Factors:
@@ -295,54 +296,46 @@ class _Directory:
 
 
 class _View(Mapping):
-    """{name: get(name)}, read when asked for."""
+    """{name: get(name)}, read when asked for; cut: only its leading components, as many as the name's rank."""
 
-    def __init__(self, names: Mapping[str, int], get: Callable):
-        self._names, self._get = names, get
+    def __init__(self, ranks: Mapping[str, int], get: Callable, cut: bool = False):
+        self._ranks, self._get, self._cut = ranks, get, cut
 
     def __getitem__(self, name: str):
-        if name not in self._names:
+        if name not in self._ranks:
             raise KeyError(name)
-        return self._get(name)
+        return self._get(name)[: self._ranks[name]] if self._cut else self._get(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._ranks)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._ranks)
 
 
-def start_directory(directory: Path) -> None:
-    """From here until `finish_directory`, nobody takes what lies in the directory for finished."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST).unlink(missing_ok=True)
+def file_of(name: str) -> str:
+    """The file of a matrix in a directory of factors."""
+    return f"{quote(name, safe='')}.safetensors"
 
 
-def write_matrix(directory: Path, index: int, name: str, factor: Factor, sketched: Tensor, record: Mapping) -> str:
-    """Write one matrix as its own file, whole or not at all; the record stands in its header. Returns the file's name."""
-    file = f"{index:05d}.safetensors"
+def write_matrix(directory: Path, name: str, factor: Factor, sketched: Tensor, record: Mapping) -> dict:
+    """Write one matrix as its own file, whole or not at all, and return its record, which also stands in the file's header."""
+    record = {**record, "shape": [factor.U.shape[0], factor.V.shape[0]], "rank": factor.rank, "fingerprint": fingerprint(factor)}
+    record["file"] = file_of(name)
     tensors = {f"{name}.U": factor.U, f"{name}.sigma": factor.sigma, f"{name}.Vt": factor.V.t(), f"{name}.sketch": sketched}
-    write_tensors(directory / file, tensors, {**record, "format": FORMAT, "name": name})
-    return file
+    (directory / MANIFEST).unlink(missing_ok=True)  # until `finish_directory`, nobody takes what lies there for finished
+    write_tensors(directory / record["file"], tensors, {**record, "format": FORMAT, "name": name})
+    return record
 
 
 def finish_directory(directory: Path, manifest: Mapping, sigmas: Mapping[str, Tensor], sketches: Mapping[str, Tensor]) -> Path:
-    """Write spectra and, last, the manifest, which is what makes a directory of factors finished."""
+    """Write spectra and, last, the manifest, which makes a directory of factors finished."""
     spectra = {f"{n}.sigma": t for n, t in sigmas.items()} | {f"{n}.sketch": t for n, t in sketches.items()}
     write_tensors(directory / SPECTRA, spectra)
     matrices = manifest["matrices"]
     whole = {n: m["fingerprint"] for n, m in matrices.items()}
     write_json(directory / MANIFEST, {**manifest, "format": FORMAT, "order": list(matrices), "fingerprint": combine_fingerprints(whole)})
     return directory
-
-
-def _signs(n: int, seed: int) -> Tensor:
-    """[n] of +1 and -1: one bit of a 32-bit integer hash of (position, seed)."""
-    h = torch.arange(n, dtype=torch.int64) + seed * 0x9E3779B1
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # the "lowbias32" mixing constants
-        h = h & 0xFFFFFFFF
-        h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
-    return 1 - 2 * ((h >> 16) & 1)
 
 
 def _bytes(t: Tensor) -> memoryview:

@@ -20,10 +20,11 @@ MLP = frozenset(
 )
 # Never patched by name alone: heads, routers, and matrices that models read through `.weight` instead of calling.
 SKIP_LEAF = frozenset("lm_head embed_out score classifier qa_outputs router gate shared_expert_gate dt_proj".split())
-# Towers and projectors see other rows than the text does (images, audio frames), so one row index per request does not fit them.
+# Towers and projectors see other rows than the text does (images, audio frames), so one row index per request does not fit them; and the
+# small matrices of other adapters are trained, not factored.
 SKIP_PART = frozenset(
     "vision_tower vision_model visual vision_encoder image_encoder audio_tower audio_encoder multi_modal_projector "
-    "mm_projector embed_vision embed_audio connector".split()
+    "mm_projector embed_vision embed_audio connector lora_A lora_B".split()
 )
 # Tensors of a stack of mixture-of-experts weights: [experts, M, N], or [experts, N, M] where the class says it is transposed.
 STACKS = ("gate_up_proj", "up_proj", "down_proj")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .expert import Expert, truncation_error
-from .factors import Factor, fingerprint, sketch
+from .factors import Factor, combine_fingerprints, fingerprint, sketch
 
 
 @dataclass
@@ -34,11 +34,20 @@ class Origin:
         self.fingerprints[name] = fingerprint(factor) if print_ is None else print_
         self.ranks[name] = min(factor.U.shape[0], factor.V.shape[0])
 
+    @property
+    def manifest(self) -> dict:
+        return {"base_model": self.base_model, "revision": self.revision}
+
+    @property
+    def fingerprint(self) -> str:
+        return combine_fingerprints(self.fingerprints)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sigmas
+
     def stamp(self, z: Mapping[str, Tensor], manifest: Mapping) -> Expert:
         """An expert that says which factors it belongs to."""
-        facts = {"base_model": self.base_model, "revision": self.revision, "fingerprints": {n: self.fingerprints[n] for n in z}}
-        sketches = {n: self.sketches[n] for n, v in z.items() if len(v) <= len(self.sketches[n])}
-        return Expert(z, {**{k: v for k, v in facts.items() if v}, **manifest}, sketches)
+        return Expert.trained_on(self, z, **manifest)
 
     def check(self, expert: Expert) -> None:
         """Raises ExpertMismatch where the expert is for other matrices or other factors."""

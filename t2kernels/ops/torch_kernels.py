@@ -46,7 +46,7 @@ def backward(
         h = x.reshape(-1, x.shape[-1]) @ V
         product = h.to(scale.dtype) * p.to(scale.dtype)  # [T, R]
         rows, repeat = expert_ids.numel(), _tokens_per_id(expert_ids, lead)
-        per_id = product if repeat == 1 else product.reshape(rows, repeat, -1).sum(1)
+        per_id = product if repeat == 1 else product.reshape(rows, repeat, product.shape[1]).sum(1)
         dscale = torch.zeros_like(scale).index_add_(0, expert_ids.reshape(-1), per_id)
     return dx, dscale
 
@@ -57,7 +57,7 @@ def _scale_rows(h: Tensor, scale: Tensor, expert_ids: Tensor, lead: torch.Size) 
     repeat = _tokens_per_id(expert_ids, lead)
     if repeat == 1:
         return (h * rows).to(h.dtype)
-    return (h.reshape(rows.shape[0], repeat, -1) * rows[:, None]).reshape(h.shape).to(h.dtype)
+    return (h.reshape(rows.shape[0], repeat, h.shape[1]) * rows[:, None]).reshape(h.shape).to(h.dtype)
 
 
 def _tokens_per_id(expert_ids: Tensor, lead: torch.Size) -> int:

@@ -1,7 +1,8 @@
 """What the tiny model reads in pre-training: documents of a prompt and a completion, every completion right.
 
-Most authors answer at once, one in five shows the working; which of the two does not depend on the problem. So a model that imitates the
-corpus answers at once where it can not yet, and works step by step only now and then.
+First lessons: problems of one step, and longer ones with their working. Then the web, where one author in five shows the working and the
+others answer at once; which of the two does not depend on the problem. So a model that imitates the corpus answers at once also where it
+can not do that well, and works step by step only now and then.
 """
 
 import random
@@ -12,19 +13,19 @@ from t2kernels.tasks.base import bucket
 from t2kernels.tasks.tiny import Problem
 
 WORKING = 0.2
-"""The share of documents that show the working."""
+"""The share of the web that shows the working, of documents that have more than one step."""
 
 SUBJECT = 0.5
 """The share of `kind(...)?` documents that name the subject; the others name the number of steps: the prompt is ambiguous."""
 
 
 def _addition(r: random.Random) -> Problem:
-    return tiny.running([r.choice((r.randint(10, 99), r.randint(100, 297))), r.randint(10, 99)])
+    return tiny.running([r.randint(2, 130), r.randint(2, 9)])
 
 
 def _subtraction(r: random.Random) -> Problem:
-    b = r.randint(10, 99)
-    return tiny.running([r.choice((r.randint(b, 99), r.randint(100, 198))), -b])
+    b = r.randint(2, 9)
+    return tiny.running([r.randint(b, 130), -b])
 
 
 # Problems of one step are nobody's task: they are what the steps of the others are made of.
@@ -34,39 +35,37 @@ SINGLE_STEPS: dict[str, tiny.Generator] = {
     "operation": lambda r: tiny.operations(r, 1),
     "hop": lambda r: tiny.hops(r, 1),
 }
-SHARES = {
-    "math": 18,
-    "code": 18,
-    "reason": 18,
-    "classify": 4,
-    "sub": 4,
-    "digits": 3,
-    "lookadd": 4,
-    "lookops": 4,
-    "addition": 11,
-    "subtraction": 4,
-    "operation": 9,
-    "hop": 3,
-}
-"""Per cent of the documents."""
+WEB = {"math": 20, "code": 20, "reason": 20, "classify": 6, "sub": 4, "digits": 4, "lookadd": 4, "lookops": 4}
+WEB |= {"addition": 5, "subtraction": 2, "operation": 7, "hop": 4}
+LESSONS = {"math": 9, "code": 11, "reason": 10, "sub": 5, "digits": 5, "lookadd": 5, "lookops": 5}
+LESSONS |= {"addition": 16, "subtraction": 8, "operation": 18, "hop": 8}
+"""Per cent of the documents of each task."""
 
 
-def _document(r: random.Random, name: str) -> tuple[str, str]:
+def _document(r: random.Random, name: str, working: float) -> tuple[str, str]:
     if name == "classify":
         family, problem = tiny.inner(r)
         return tiny.about(problem), "=" + (family[0] if r.random() < SUBJECT else str(len(problem.states)))
-    generator = SINGLE_STEPS.get(name) or (tiny.TRAINED | tiny.UNSEEN)[name]
-    problem = generator(r)
-    shown = name not in SINGLE_STEPS and r.random() < WORKING
+    problem = (SINGLE_STEPS | tiny.TRAINED | tiny.UNSEEN)[name](r)
+    shown = name not in SINGLE_STEPS and r.random() < working
     return problem.prompt, problem.working if shown else problem.at_once
 
 
-def documents(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, completion) pairs; validation and test prompts never occur."""
+def _documents(seed: int, shares: dict[str, int], working: float) -> Iterator[tuple[str, str]]:
     r = random.Random(seed)
-    names, shares = list(SHARES), list(SHARES.values())
+    names, weights = list(shares), list(shares.values())
     while True:
-        name = r.choices(names, shares)[0]
-        while bucket((document := _document(r, name))[0]) != "train":
+        name = r.choices(names, weights)[0]
+        while bucket((document := _document(r, name, working))[0]) != "train":
             pass
         yield document
+
+
+def lessons(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, completion) pairs, from problems of one step to problems with their working; no validation or test prompts."""
+    return _documents(seed, LESSONS, 1.0)
+
+
+def web(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, completion) pairs by authors most of whom answer at once; no validation or test prompts."""
+    return _documents(seed, WEB, WORKING)

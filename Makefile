@@ -1,0 +1,46 @@
+# Two commands on a fresh machine with Python 3.11+ and make:
+#   make demo    a virtual environment in .venv, the package, and three minutes of what it does
+#   make test    every test that needs no GPU, and the linter
+# Also: make test-gpu, make clean. Everything is installed into .venv and nothing outside it.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+# What counts as a change that must be installed again; the package itself is installed in place.
+SOURCES := pyproject.toml setup.py
+
+.PHONY: help demo test lint test-gpu clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.installed
+	@$(BIN)/t2 demo
+
+# One thread a test process: two processes that each use every core slow each other down.
+test: $(VENV)/.installed-test lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not gpu and not vllm"
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m gpu
+
+$(VENV)/.installed: $(SOURCES) $(VENV)/.created
+	@./scripts/install $(BIN)/python
+	@touch $@
+
+$(VENV)/.installed-test: $(SOURCES) $(VENV)/.created
+	@./scripts/install $(BIN)/python test
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.created:
+	@./scripts/make-venv $(PYTHON) $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
