@@ -395,10 +395,11 @@ def test_resume_gives_the_same_run_bit_for_bit(tmp_path, at):
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == 2 * at
     assert second.experts["a"] == straight.experts["a"]
-    numbers = lambda tr: [
-        {k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in tr.state.log_history[:-1]
-    ]  # noqa: E731
-    assert numbers(second) == numbers(straight)
+    numbers = [
+        [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in tr.state.log_history[:-1]]
+        for tr in (second, straight)
+    ]
+    assert numbers[0] == numbers[1]
     assert second.experts["a"].manifest == straight.experts["a"].manifest
 
 
@@ -416,9 +417,9 @@ def test_checkpoints_hold_experts_only_and_fit_only_their_model(tmp_path):
     assert json.loads((tmp_path / "checkpoint-2/svf_config.json").read_text())["kl_coef"] == 0.05
     checkpoint = str(tmp_path / "checkpoint-2")
     for wrong, message in (
-        (dict(model=small(1)), "expert"),
-        (dict(patch={"form": "delta", "rank": 4}), "rank|components"),
-        (dict(experts="b"), "holds the experts a, not 'b'"),
+        ({"model": small(1)}, "expert"),
+        ({"patch": {"form": "delta", "rank": 4}}, "rank|components"),
+        ({"experts": "b"}, "holds the experts a, not 'b'"),
     ):
         other = trainer(tmp_path / "other", **{"max_steps": 4, **wrong})
         with pytest.raises(ExpertMismatch, match=message):

@@ -67,6 +67,7 @@ class SVFConfig(TrainingArguments):
     metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "accuracy or reward"})
     disable_tqdm: bool | None = field(default=True, metadata={"help": "False for the progress bar of transformers."})
     use_cache: bool = field(default=True, metadata={"help": "Rollouts use a KV cache; forwards with gradients never do."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Batches are text: there is nothing to pin."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns go to the reward."})
 
     def __post_init__(self):

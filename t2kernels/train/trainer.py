@@ -152,7 +152,7 @@ class SVFTrainer(ReinforceTrainer):
                 for k, v in values.items():
                     setattr(config, k, v)
             if self.args.gradient_checkpointing and not checkpointing:
-                model.gradient_checkpointing_disable()
+                getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()  # the name since 5.23
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             vars(model).pop("_is_accelerate_prepared", None)
             self.model_wrapped = self.model = model
