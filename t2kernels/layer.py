@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .expert import make_scale, z_from_logits
 from .factors import Factor
@@ -36,7 +37,7 @@ class SVFLinear(nn.Module):
         self.support, self.routing = support, routing
         self.logits = nn.ParameterDict()  # experts in training: key -> p [k]
         self._training_rows: dict[str, tuple[int, str]] = {}  # key -> (row, parametrisation)
-        self._written: dict[str, int] = {}  # key -> version of p that stands in `scale`
+        self._written: dict[str, tuple[int, int]] = {}  # key -> state of p that stands in `scale`
 
     @property
     def V(self) -> Tensor:
@@ -49,6 +50,7 @@ class SVFLinear(nn.Module):
 
     def add_trained(self, key: str, row: int, p: nn.Parameter, parametrisation: str) -> None:
         """Let row `row` follow the trainable p [(X,) k]: z = 1 + p ("raw"), or the release's sigmoid with the trace kept ("sigmoid")."""
+        _count_optimiser_steps()
         self.logits[key] = p
         self._training_rows[key] = (row, parametrisation)
 
@@ -75,10 +77,10 @@ class SVFLinear(nn.Module):
             rows = torch.tensor([row for row, _ in self._training_rows.values()], device=self.scale.device)
             return self.scale.index_copy(0, rows, torch.stack([self._trained_row(k) for k in self._training_rows]))
         for key, (row, _) in self._training_rows.items():
-            version = self.logits[key]._version
-            if self._written.get(key) != version:
+            state = self.logits[key]._version, _optimiser_steps
+            if self._written.get(key) != state:
                 self.scale[row].copy_(self._trained_row(key))
-                self._written[key] = version
+                self._written[key] = state
         return self.scale
 
     def _apply(self, fn, recurse=True):
@@ -104,6 +106,22 @@ class SVFLinear(nn.Module):
             f"{self.form}, in_features={self.Vt.shape[-1]}, out_features={self.U.shape[-2]}, rank={self.rank}, "
             f"support={self.support}, rows={self.scale.shape[0]}"
         )
+
+
+_optimiser_steps: int | None = None  # of the whole process; None: not counted yet
+
+
+def _count_optimiser_steps() -> None:
+    """Fused optimisers change parameters without raising their version (torch 2.13), so a version alone would leave old rows in the table."""
+    global _optimiser_steps
+    if _optimiser_steps is None:
+        _optimiser_steps = 0
+        register_optimizer_step_post_hook(_count_one)
+
+
+def _count_one(optimizer, args, kwargs) -> None:
+    global _optimiser_steps
+    _optimiser_steps += 1
 
 
 class DeltaLinear(SVFLinear):

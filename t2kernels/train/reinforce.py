@@ -1,0 +1,277 @@
+"""`ReinforceTrainer`: REINFORCE (Transformer², arXiv 2501.06252, section 3.1) on those weights of a causal language model that require grad."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer
+
+from .config import SVFConfig
+from .data import Problems
+from .loss import kl_divergence, log_probs, reinforce_loss
+from .rewards import Scorer, advantages
+from .rollout import Rollout, Sampler, completion_logits
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 5  # batches in a row whose rewards are all equal, before a warning
+
+
+class ReinforceTrainer(Trainer):
+    """Samples completions, scores them, and follows ∇ E[r] = E[A ∇ log pi(y | x)], less the gradient of a KL to the model it started from.
+
+    Says nothing about what is trained: `SVFTrainer` trains experts; a subclass with another `routing` and `reference` trains adapters of
+    another kind under the same rollouts, loss and evaluation.
+
+    train_dataset, eval_dataset: `Problems`; scorers: {expert (or None): Scorer}, of the rows with that column "expert"
+    """
+
+    args: SVFConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SVFConfig,
+        train_dataset: Problems,
+        eval_dataset: Problems | None,
+        scorers: Mapping[str | None, Scorer],
+        processing_class,
+        **kwargs,
+    ):
+        if processing_class is None:
+            raise ValueError("processing_class is missing: give the model's tokenizer")
+        self.scorers = dict(scorers)
+        self.sampler = Sampler(model, processing_class, args.max_new_tokens or 64)
+        for part in (train_dataset, eval_dataset):
+            self._probe(part)
+        config = getattr(model, "config", None)
+        use_cache = getattr(config, "use_cache", None)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if use_cache is not None:
+            config.use_cache = use_cache  # Trainer sets it from its arguments
+        self.args._n_gpu = min(self.args.n_gpu, 1)  # one process a device: replicas of nn.DataParallel have no experts in training
+        self.remove_callback(PrinterCallback)  # which Trainer adds where there is no progress bar, and which writes to stdout
+        self.loss_is_scaled_for_ga = False
+        self._measured: dict[str, list[float]] = defaultdict(list)
+        self._equal: Counter[str | None] = Counter()
+
+    # --- what a subclass says about its weights
+
+    def routing(self, experts: Sequence[str | None]) -> dict:
+        """Arguments of a forward that sends row i of a batch through experts[i]."""
+        return {}
+
+    def reference(self) -> contextlib.AbstractContextManager:
+        """Within it the model is the one that the KL refers to."""
+        raise NotImplementedError("a KL needs a reference: set kl_coef=0, or define reference()")
+
+    # --- a step
+
+    def training_step(self, model: nn.Module, inputs: Mapping, num_items_in_batch=None) -> Tensor:
+        """Roll out, score, and run forward and backward; returns the loss."""
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        # No dropout: log-probabilities are those of the model that was sampled from. But models checkpoint in training mode only.
+        model.train(bool(self.args.gradient_checkpointing))
+        rollout = self.rollout(inputs["rows"])
+        pieces = rollout.split(self.args.loss_batch_size)
+        total = torch.zeros((), device=self.args.device)
+        for piece in pieces:
+            with contextlib.nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, piece) / self.current_gradient_accumulation_steps
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def rollout(self, rows: Sequence[Mapping]) -> Rollout:
+        """Draw `num_generations` completions of each row's prompt and score them."""
+        args, samples = self.args, self.args.num_generations
+        prompts = [row["prompt"] for row in rows]
+        ids, mask = self.sampler.encode(prompts, args.device)
+        routing = self.routing([row.get("expert") for row in rows])
+        out = self.sampler.draw(self.accelerator.unwrap_model(self.model), ids, mask, args.temperature, samples, **routing)
+        rows = [row for row in rows for _ in range(samples)]
+        out.experts = [row.get("expert") for row in rows]
+        rewards = self.score(rows, self.sampler.decode(out, [row["prompt"] for row in rows]))
+        cut = rewards if args.reward_range is None else rewards.clamp(*args.reward_range)
+        self._watch(out.experts, rewards, cut)
+        out.advantages = self._advantages(cut, out.experts).to(ids.device)
+        # A mean for each expert, not over the batch: an expert's gradient is the same whatever it shares its batch with.
+        counts = self._counts(out.experts)
+        out.weights = torch.tensor([self.accelerator.num_processes / counts[e] for e in out.experts], device=ids.device)
+        lengths = out.completion.sum(1)
+        self._note(out.experts, reward=rewards, accuracy=rewards > 0, completion_length=lengths)
+        return out
+
+    def score(self, rows: Sequence[Mapping], completions: Sequence) -> Tensor:
+        """[B] fp32 on the CPU: rewards, each by the scorer of its row's expert."""
+        rewards = torch.zeros(len(rows))
+        for expert in dict.fromkeys(row.get("expert") for row in rows):
+            at = [i for i, row in enumerate(rows) if row.get("expert") == expert]
+            rewards[at] = self.scorers[expert]([rows[i] for i in at], [completions[i] for i in at])
+        return rewards
+
+    def compute_loss(self, model: nn.Module, inputs: Rollout, return_outputs: bool = False, num_items_in_batch=None) -> Tensor:
+        """`reinforce_loss` of a rollout."""
+        temperature = self.args.temperature
+        log_base = None
+        if self.args.kl_coef:
+            with torch.no_grad(), self.reference():
+                log_base = log_probs(completion_logits(model, inputs), temperature)
+        log_pi = log_probs(completion_logits(model, inputs, **self.routing(inputs.experts)), temperature)
+        kl = None if log_base is None else kl_divergence(log_pi, log_base, self.args.kl_direction)
+        taken = log_pi.gather(2, inputs.tokens[..., None])[..., 0]
+        if kl is not None:
+            self._note(inputs.experts, kl=torch.where(inputs.completion, kl.detach(), 0).sum(1))
+        return reinforce_loss(taken, inputs.completion, inputs.advantages, inputs.weights, kl, self.args.kl_coef)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        kwargs = self.args.lr_scheduler_kwargs
+        if kwargs is None and self.args.lr_scheduler_type == "warmup_stable_decay":
+            decay = {"num_decay_steps": round(0.3 * num_training_steps), "decay_type": "linear", "min_lr_ratio": 0.05}
+            self.args.lr_scheduler_kwargs = decay
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.lr_scheduler_kwargs = kwargs
+
+    # --- several processes
+
+    def _gather(self, values: list) -> list:
+        """The lists of all processes, one after the other."""
+        if self.accelerator.num_processes == 1:
+            return values
+        parts = [None] * self.accelerator.num_processes
+        torch.distributed.all_gather_object(parts, values)
+        return [v for part in parts for v in part]
+
+    def _counts(self, experts: Sequence[str | None]) -> Counter:
+        return Counter(self._gather(list(experts)))
+
+    def _advantages(self, rewards: Tensor, experts: Sequence[str | None]) -> Tensor:
+        if self.args.advantage != "batch":
+            return advantages(rewards, experts, self.args.num_generations, self.args.advantage, self.args.advantage_clip)
+        everyone = self._gather(list(zip(experts, rewards.tolist(), strict=True)))
+        names, values = zip(*everyone, strict=True)
+        out = advantages(torch.tensor(values), names, 1, "batch", self.args.advantage_clip)
+        start = self.accelerator.process_index * len(rewards)
+        return out[start : start + len(rewards)]
+
+    # --- evaluation
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Greedy completions of the evaluation problems, each by its expert.
+
+        Returns {prefix}_accuracy (share of rewards > 0), _accuracy_se (its binomial standard error), _reward (mean), _reward_se and
+        _completion_length, over all problems; with several experts also {prefix}_{expert}_accuracy and so on for each.
+        Raises ValueError without an evaluation set.
+        """
+        start = time.perf_counter()
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if data is None:
+            raise ValueError("evaluate() needs problems: pass eval_dataset here or to the trainer")
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        rows = [data[i] for i in range(rank, len(data), world)]
+        results = self._gather(self._answer(rows))
+        by_expert: dict[str | None, list] = defaultdict(list)
+        for expert, *values in results:
+            by_expert[expert].append(values)
+        metrics = _statistics([values for _, *values in results], metric_key_prefix)
+        if len(by_expert) > 1:
+            for expert, values in by_expert.items():
+                metrics |= _statistics(values, f"{metric_key_prefix}_{expert}")
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _answer(self, rows: Sequence[Mapping]) -> list[tuple[str | None, float, int]]:
+        """(expert, reward, completion length) of a greedy completion for each row, in no particular order."""
+        model, size, out = self.accelerator.unwrap_model(self.model), self.args.per_device_eval_batch_size, []
+        rows = sorted(rows, key=lambda row: len(str(row["prompt"])))  # equal lengths together: less padding
+        for at in range(0, len(rows), size):
+            batch = rows[at : at + size]
+            prompts, experts = [row["prompt"] for row in batch], [row.get("expert") for row in batch]
+            ids, mask = self.sampler.encode(prompts, self.args.device)
+            drawn = self.sampler.draw(model, ids, mask, 0.0, **self.routing(experts))
+            rewards = self.score(batch, self.sampler.decode(drawn, prompts))
+            out += zip(experts, rewards.tolist(), drawn.completion.sum(1).tolist(), strict=True)
+        return out
+
+    # --- logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to a training log the means since the last one: reward, accuracy, completion_length, kl, and those of each of several experts."""
+        if "loss" in logs:
+            logs |= {key: sum(values) / len(values) for key, values in self._measured.items()}
+            self._measured.clear()
+        super().log(logs, start_time)
+
+    def _note(self, experts: Sequence[str | None], **values: Tensor) -> None:
+        names = dict.fromkeys(experts)
+        for key, v in values.items():
+            v = v.tolist()
+            self._measured[key] += v
+            if len(names) > 1:
+                for e, one in zip(experts, v, strict=True):
+                    self._measured[f"{e}_{key}"].append(one)
+
+    def _watch(self, experts: Sequence[str | None], rewards: Tensor, cut: Tensor) -> None:
+        """Warn, once for each expert, where a run of batches had nothing to tell good completions from bad ones."""
+        for expert in dict.fromkeys(experts):
+            at = [i for i, e in enumerate(experts) if e == expert]
+            equal = len(at) > 1 and bool((cut[at] == cut[at][0]).all())
+            self._equal[expert] = self._equal[expert] + 1 if equal else 0
+            if self._equal[expert] != PATIENCE:
+                continue
+            who = "" if expert is None else f" of expert {expert!r}"
+            why = (
+                ""
+                if bool((rewards[at] == rewards[at][0]).all())
+                else f"; they do differ before the cut to reward_range={self.args.reward_range}"
+            )
+            logger.warning("every reward%s in the last %d batches was %g: there is nothing to learn from%s", who, PATIENCE, cut[at][0], why)
+
+    def _probe(self, data: Problems | None) -> None:
+        """Find out before any long work that a reward cannot be called: on two rows of each expert with empty completions."""
+        for name, rows in ({} if data is None else data.parts).items():
+            rows = [dict(rows[i]) for i in range(min(2, len(rows)))]
+            rows = rows if name is None else [{**row, "expert": name} for row in rows]
+            for row in rows:
+                if row.get("expert") not in self.scorers:
+                    raise ValueError(f"no reward for rows of expert {row.get('expert')!r}; there are rewards for {list(self.scorers)}")
+            self.score(rows, ["" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": ""}] for row in rows])
+
+
+def _collate(rows: list[dict]) -> dict:
+    return {"rows": rows}
+
+
+def _statistics(values: Sequence, prefix: str) -> dict[str, float]:
+    rewards, lengths = (torch.tensor(column, dtype=torch.float64) for column in zip(*values, strict=True))
+    n = len(rewards)
+    accuracy = (rewards > 0).double().mean().item()
+    return {
+        f"{prefix}_accuracy": accuracy,
+        f"{prefix}_accuracy_se": (accuracy * (1 - accuracy) / n) ** 0.5,
+        f"{prefix}_reward": rewards.mean().item(),
+        f"{prefix}_reward_se": (rewards.var(unbiased=False) / n).sqrt().item(),
+        f"{prefix}_completion_length": lengths.mean().item(),
+    }

@@ -1,0 +1,143 @@
+"""Completions of a model: drawn with its KV cache, then scored in one forward with gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+
+@dataclass
+class Rollout:
+    """Prompts, left-padded to P tokens, and their completions, right-padded to C.
+
+    ids: [B, P + C] int64; mask: [B, P + C] int64, 1 for prompt and completion; completion: [B, C] bool, up to the end of text, which counts
+    """
+
+    ids: Tensor
+    mask: Tensor
+    completion: Tensor
+    advantages: Tensor | None = None  # [B]
+    weights: Tensor | None = None  # [B]
+    experts: Sequence[str | None] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, C], the completions."""
+        return self.ids[:, -self.completion.shape[1] :]
+
+    def split(self, size: int | None) -> list[Rollout]:
+        """Pieces of at most `size` rows."""
+        if size is None or size >= len(self):
+            return [self]
+        starts = range(0, len(self), size)
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return [replace(self, **{k: v if v is None else v[at : at + size] for k, v in parts.items()}) for at in starts]
+
+
+class Sampler:
+    """Prompts to tokens, tokens to completions, for one model and its tokenizer.
+
+    Raises ValueError if the tokenizer has neither a pad nor an end-of-text token.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, max_new_tokens: int):
+        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+        self.ends = list(dict.fromkeys(e for e in ends if e is not None))
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise ValueError("the tokenizer has no pad token and no end-of-text token to pad with: set tokenizer.pad_token")
+            tokenizer.pad_token = tokenizer.eos_token
+        self.pad = tokenizer.pad_token_id
+        self.limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+    def encode(self, prompts: Sequence, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(ids, mask), both [B, P] int64, left-padded. A prompt is text or a chat, which goes through the tokenizer's template."""
+        chats = [not isinstance(p, str) for p in prompts]
+        if any(chats) and not all(chats):
+            raise ValueError("some prompts of this batch are text and some are chats: use one of the two throughout")
+        texts = [
+            self.tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) if chat else p
+            for p, chat in zip(prompts, chats, strict=True)
+        ]
+        # A chat template writes its own special tokens.
+        encoded = self.tokenizer(
+            texts, padding=True, padding_side="left", add_special_tokens=not any(chats), return_attention_mask=True, return_tensors="pt"
+        )
+        longest = encoded["input_ids"].shape[1] + self.max_new_tokens
+        if self.limit is not None and longest > self.limit:
+            raise ValueError(
+                f"the longest prompt has {encoded['input_ids'].shape[1]} tokens, with max_new_tokens={self.max_new_tokens} that is {longest}; "
+                f"the model has {self.limit} positions: leave such prompts out, or lower max_new_tokens"
+            )
+        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, ids: Tensor, mask: Tensor, temperature: float, samples: int = 1, **routing) -> Rollout:
+        """Completions by `model.generate`; temperature 0 is greedy. The model's own generation settings (top-k, penalties, ...) do not apply:
+        what is drawn must be what `completion_logits` gives the probabilities of."""
+        plain = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=temperature > 0,
+            **({"temperature": float(temperature), "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+            num_return_sequences=samples,
+            eos_token_id=self.ends or None,
+            pad_token_id=self.pad,
+        )
+        training = model.training
+        model.eval()
+        try:
+            with _generation_config(model, plain):
+                out = model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **routing)
+        finally:
+            model.train(training)
+        tokens = out[:, ids.shape[1] :]
+        ends = torch.isin(tokens, torch.tensor(self.ends, device=tokens.device, dtype=tokens.dtype))
+        completion = ends.cumsum(1) - ends.long() == 0  # [B, C], nothing ended before
+        return Rollout(out, torch.cat([mask.repeat_interleave(samples, 0), completion.long()], 1), completion)
+
+    def decode(self, rollout: Rollout, prompts: Sequence) -> list:
+        """The completions as text without special tokens; as a chat message where the prompt is a chat."""
+        lengths = rollout.completion.sum(1).tolist()
+        ids = [row[:n] for row, n in zip(rollout.tokens.tolist(), lengths, strict=True)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [t if isinstance(p, str) else [{"role": "assistant", "content": t}] for t, p in zip(texts, prompts, strict=True)]
+
+
+@contextlib.contextmanager
+def _generation_config(model: nn.Module, config: GenerationConfig):
+    """`generate` fills what a given config leaves open from the model's own; so the model's own is put aside."""
+    before, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def completion_logits(model: nn.Module, rollout: Rollout, **routing) -> Tensor:
+    """[B, C, vocabulary]: the logits that each completion token was, or would have been, drawn from."""
+    ids, mask, length = rollout.ids[:, :-1], rollout.mask[:, :-1], rollout.completion.shape[1]  # nothing follows the last token
+    accepted = _forward_arguments(model)
+    if "position_ids" in accepted:
+        routing["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:  # the head is most of the work where the vocabulary is large
+        routing["logits_to_keep"] = length
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, **routing).logits[:, -length:]
+
+
+def _forward_arguments(model: nn.Module) -> set[str]:
+    while hasattr(model, "module"):  # DistributedDataParallel
+        model = model.module
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()
+    return set(inspect.signature(type(model).forward).parameters)  # of the class: mixed precision wraps the instance's

@@ -1,0 +1,317 @@
+"""`SVFTrainer`: experts of a patched model, trained by REINFORCE through the very modules that serve them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import set_seed
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..expert import Expert
+from ..storage import write_json
+from . import checkpoint
+from .config import SVFConfig
+from .data import is_task, problems
+from .reinforce import ReinforceTrainer
+from .rewards import Reward, Scorer
+
+STATE, ARGUMENTS = "trainer_state.json", "svf_config.json"
+SPECIAL = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class SVFTrainer(ReinforceTrainer):
+    """Trains one expert, or several at once, on a model that `patch_model` has patched.
+
+    An expert is W' = U diag(sigma * z) Vᵀ (Transformer², arXiv 2501.06252, section 3.1); its z, over the support of each layer, is all that
+    is trained. Rollouts, log-probabilities and the KL's reference (row 0) all run through the one model; no weight is copied.
+
+        trainer = SVFTrainer(model, SVFConfig("out"), tasks.load("math"), processing_class=tokenizer)
+        trainer.train()
+        trainer.save_expert("math", "experts/math")          # it is in the model's bank as well
+
+    train_dataset: a task, a list of dicts or a `datasets.Dataset`, with a column "prompt" (text, or chat messages) and the columns that the
+        reward takes; a column "expert" gives each row its own
+    eval_dataset: the same; None: the validation split of the tasks given
+    reward: reward(prompts, completions, **columns) -> list of numbers, as TRL calls it; a list of them; {expert: one of these}; None: the task's
+    experts: the name of the one expert (default: the task's name, or "expert"), or {name: train_dataset} for several at once
+    reward_weights: one for each reward, where several are summed
+    init: {name: Expert} or one Expert, to go on from ("raw" only); None: the base model
+    The rest as in transformers.Trainer.
+
+    Several experts in a batch train as each would alone: every row is rolled out, scored, normalised and averaged with those of its own
+    expert, gradient norms are cut one by one, and an expert that a step does not see is not moved by it.
+
+    After `train()`: `experts` {name: Expert}, also in the bank; every other weight as it was, with its requires_grad.
+    Raises ValueError before any work: not patched, no reward, a reward that fails or gives the wrong number of values or NaN, no prompts, a
+    name that is taken, a tokenizer that cannot pad.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SVFConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        reward: Reward | Sequence[Reward] | Mapping[str, Reward | Sequence[Reward]] | None = None,
+        experts: str | Mapping | None = None,
+        reward_weights: Sequence[float] | None = None,
+        init: Expert | Mapping[str, Expert] | None = None,
+        processing_class=None,
+        **kwargs,
+    ):
+        bank = getattr(model, "t2_bank", None)
+        if bank is None:
+            raise ValueError("the model is not patched: bank = t2kernels.patch_model(model) first")
+        if "optimizers" in kwargs:
+            raise ValueError("optimizers cannot be given: the parameters are made by train(); use optim=, or optimizer_cls_and_kwargs=")
+        self.bank = bank
+        args = SVFConfig() if args is None else args
+        data, tasks = _by_expert(train_dataset, experts)
+        train = problems(data, "train", "train_dataset")
+        names = train.experts
+        if eval_dataset is None and tasks and set(tasks) == set(names):
+            eval_dataset = tasks
+        elif eval_dataset is not None and len(names) == 1 and not isinstance(eval_dataset, Mapping):
+            eval_dataset = {names[0]: eval_dataset}
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"an expert's name is a non-empty string, not {name!r}")
+            if name in bank:
+                raise ValueError(f"the bank has an expert named {name!r}; choose another name, or remove it and pass it as init")
+        self.init = dict.fromkeys(names, init) if isinstance(init, Expert) or init is None else dict(init)
+        if unknown := set(self.init) - set(names):
+            raise ValueError(f"init has {sorted(unknown)}, but the experts in training are {names}")
+        if args.max_new_tokens is None and tasks:
+            args.max_new_tokens = max(getattr(t, "max_new_tokens", 64) for t in tasks.values())
+        rewards = reward if isinstance(reward, Mapping) else dict.fromkeys(names, reward)
+        scorers = {}
+        for name in names:
+            own = rewards.get(name)
+            scorers[name] = Scorer.of(tasks[name].reward if own is None and name in tasks else own, reward_weights)
+        self.tasks = {name: getattr(task, "name", None) for name, task in tasks.items()}
+        evaluation = problems(eval_dataset, "validation", "eval_dataset")
+        if evaluation is not None and (unknown := set(evaluation.experts) - set(names)):
+            raise ValueError(f"eval_dataset has problems of {sorted(map(str, unknown))}, but the experts in training are {names}")
+        super().__init__(model, args, train, evaluation, scorers, processing_class, **kwargs)
+        self.experts: dict[str, Expert] = {}
+        self._names, self._seen = names, set()
+        self._chosen: dict[str, int] = {}  # the step that load_best_model_at_end picked
+
+    # --- training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As Trainer.train. Experts of an earlier train() of this trainer leave the bank first; what was learned before a failure is in `experts`.
+
+        Raises ValueError for parametrisation="sigmoid" on partial supports, ExpertMismatch for a checkpoint of other factors.
+        """
+        for name in set(self.experts) & set(self.bank.names):
+            self.bank.remove(name)
+        self.experts, self._chosen = {}, {}
+        self.optimizer = self.lr_scheduler = None  # of parameters that are no more
+        set_seed(self.args.seed)  # again: what ran since the trainer was made must not decide where it starts
+        finished, at_start = False, self.args.eval_on_start
+        self.args.eval_on_start = at_start and not resume_from_checkpoint  # a run that goes on has been evaluated at its start
+        with self._only_experts_train():
+            try:
+                for name in self._names:
+                    self.bank.start_training(name, self.args.parametrisation, self.init.get(name))
+                result = super().train(resume_from_checkpoint, **kwargs)
+                finished = True
+            finally:
+                self.args.eval_on_start = at_start
+                for name in [n for n in self._names if n in self.bank.in_training]:
+                    self.experts[name] = self.bank.stop_training(name, **self._manifest(name))
+                    if not finished:
+                        self.bank.remove(name)
+        return result
+
+    @contextlib.contextmanager
+    def _only_experts_train(self):
+        """Freeze every weight there is, and leave the model as it was found afterwards."""
+        model, training = self.model, self.model.training
+        grads = {p: p.requires_grad for p in model.parameters()}
+        configs = [c for c in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)) if c is not None]
+        before = [{k: getattr(c, k) for k in SPECIAL if hasattr(c, k)} for c in configs]
+        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p, grad in grads.items():
+                p.requires_grad_(grad)
+            for config, values in zip(configs, before, strict=True):
+                for k, v in values.items():
+                    setattr(config, k, v)
+            if self.args.gradient_checkpointing and not checkpointing:
+                getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()  # the name since 5.23
+            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            vars(model).pop("_is_accelerate_prepared", None)
+            self.model_wrapped = self.model = model
+            model.train(training)
+
+    def training_step(self, model: nn.Module, inputs: Mapping, num_items_in_batch=None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            # A zero gradient is not none: Adam would go on moving an expert by its momentum.
+            for name in self._names:
+                if name not in self._seen:
+                    for p in self.bank.trained_parameters(name).values():
+                        p.grad = None
+            self._seen.clear()
+        return loss
+
+    def routing(self, experts: Sequence[str | None]) -> dict:
+        names = [e if e in self.bank else None for e in experts]
+        return {"expert_ids": self.bank.ids(names[0] if len(set(names)) == 1 else names)}
+
+    def reference(self):
+        return self.bank.routing.use(None)
+
+    def _counts(self, experts):
+        counts = super()._counts(experts)
+        self._seen |= set(counts)
+        return counts
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Cut the norm of each expert's gradient by itself; returns the norm over all of them before that."""
+        norms = [
+            self.accelerator.clip_grad_norm_(list(self.bank.trained_parameters(name).values()), self.args.max_grad_norm)
+            for name in self._names
+        ]
+        return torch.linalg.vector_norm(torch.stack([torch.as_tensor(n) for n in norms]))
+
+    # --- experts
+
+    def save_expert(self, name: str, path: str | os.PathLike) -> Path:
+        """Write one expert, as it is now, to `path`(.safetensors). Raises KeyError for a name that was not trained, OSError."""
+        return self._expert(name).save(path)
+
+    def _expert(self, name: str) -> Expert:
+        if name in self.experts:
+            return self.experts[name]
+        if name not in self.bank.in_training or name not in self._names:
+            raise KeyError(f"no expert {name!r} was trained here; there are {list(self.experts) or 'none yet'}")
+        return self.bank.expert(self.bank[name].z, **self._manifest(name))
+
+    def _manifest(self, name: str) -> dict:
+        """What an expert's file says about its training."""
+        args, history = self.args, self._history(name)
+        step = self._chosen.get(name, self.state.global_step)
+        facts = {
+            "name": name,
+            "task": self.tasks.get(name),
+            "reward": self.scorers[name].name,
+            "parametrisation": args.parametrisation,
+            "steps": step,
+            "batch": args.per_device_train_batch_size * args.num_generations * args.gradient_accumulation_steps * args.world_size,
+            "learning_rate": args.learning_rate,
+            "kl_coef": args.kl_coef,
+            "seed": args.seed,
+            "accuracy_before": history.get(0),
+            "accuracy_after": history.get(step),
+            "evaluated_on": sum(row["expert"] == name for row in self.eval_dataset) if history else None,
+        }
+        return {k: v for k, v in facts.items() if v is not None}
+
+    def _history(self, name: str, metric: str = "accuracy") -> dict[int, float]:
+        """{step: metric of an expert} over the evaluations so far."""
+        key = f"eval_{metric}" if len(self._names) == 1 else f"eval_{name}_{metric}"
+        return {entry["step"]: entry[key] for entry in self.state.log_history if key in entry}
+
+    # --- checkpoints: experts, and what it takes to go on
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if not self.is_world_process_zero():
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        training = [n for n in self._names if n in self.bank.in_training]
+        parameters = {n: self.bank.trained_parameters(n) for n in training}
+        checkpoint.save(folder, {n: self._expert(n) for n in training or self.experts}, parameters, self.args.parametrisation)
+        write_json(folder / ARGUMENTS, self.args.to_dict())
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """As Trainer's, but whole or not at all: written beside its place, then renamed."""
+        run = Path(self._get_output_dir(trial))
+        place = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        parts = [f".{place.name}.{uuid.uuid4().hex[:8]}.tmp"]
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(parts)
+        temporary = run / parts[0]
+        if trial is None:
+            self.store_flos()
+        try:
+            self.save_model(str(temporary), _internal_call=True)
+            if self.state.best_global_step:
+                best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                if best == place or best.is_dir():
+                    self.state.best_model_checkpoint = str(best)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(temporary))
+                self._save_scaler(str(temporary))
+                self._save_rng_state(str(temporary))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                for part in [*self.callback_handler.callbacks, self.control]:
+                    if isinstance(part, ExportableState):
+                        self.state.stateful_callbacks[type(part).__name__] = part.state()
+                self.state.save_to_json(str(temporary / STATE))
+                if place.exists():
+                    shutil.rmtree(place)
+                os.replace(temporary, place)
+        finally:
+            if self.is_world_process_zero():
+                shutil.rmtree(temporary, ignore_errors=True)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        for name in self._names:
+            self._load_expert(resume_from_checkpoint, name)
+
+    def _load_expert(self, folder: str | os.PathLike, name: str) -> None:
+        checkpoint.load(folder, name, self.bank.trained_parameters(name), self.args.parametrisation, self.bank.origin.check)
+
+    def _load_best_model(self) -> None:
+        """Each expert from the checkpoint that was best for it, among those that are still there."""
+        metric = self.args.metric_for_best_model.removeprefix("eval_")
+        sign = 1 if self.args.greater_is_better else -1
+        fallback = int(Path(self.state.best_model_checkpoint).name.rpartition("-")[2])
+        for name in self._names:
+            best, step = -math.inf, fallback
+            for at, value in self._history(name, metric).items():
+                folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{at}"
+                if sign * value > best and folder.is_dir():
+                    best, step = sign * value, at
+            self._load_expert(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}", name)
+            self._chosen[name] = step
+
+
+def _by_expert(train_dataset, experts) -> tuple[object, dict]:
+    """({expert: data} or a dataset with a column "expert", {expert: its task}) of what the trainer was given."""
+    if isinstance(experts, Mapping):
+        if train_dataset is not None:
+            raise ValueError("experts={name: dataset} already says what to train on: leave out train_dataset")
+        if not experts:
+            raise ValueError("experts={} names none; wanted {name: dataset}")
+        data = dict(experts)
+    elif train_dataset is None:
+        raise ValueError("there is nothing to train on: pass train_dataset, or experts={name: dataset}")
+    elif experts is None and not is_task(train_dataset) and len(train_dataset) and "expert" in train_dataset[0]:
+        return train_dataset, {}
+    else:
+        data = {experts or getattr(train_dataset, "name", None) or "expert": train_dataset}
+    return data, {name: d for name, d in data.items() if is_task(d)}
