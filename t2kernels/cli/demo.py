@@ -25,7 +25,10 @@ EACH, LIMIT = 8, 28
 
 
 def demo(quick: bool = typer.Option(False, "--quick", help="Few steps and few problems: whether it runs, not what it shows.")) -> None:
-    """Train an expert, serve many in one batch, and time that, on the built-in model: less than three minutes on two CPU cores."""
+    """Train an expert, serve many in one batch, and time that, on the built-in model: less than three minutes on two CPU cores.
+
+    [dim]$[/] t2 demo
+    """
     from t2kernels import tasks, tiny
 
     start = time.perf_counter()

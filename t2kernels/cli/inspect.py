@@ -88,7 +88,7 @@ def _model(path: str) -> None:
     if place.is_dir() and not (place / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds neither a manifest.json (factors) nor a config.json (a model)")
     if not place.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise FileNotFoundError(f"{path} does not exist: wanted an expert's file, a directory of factors, a checkpoint, or a model's id")
+        raise FileNotFoundError(f"no expert, no factors and no checkpoint at {path}")
     config = AutoConfig.from_pretrained(place if place.is_dir() else path)
     model = meta_model(config)
     total = sum(p.numel() for p in model.parameters())
