@@ -222,7 +222,9 @@ def test_scores_keep_experts_apart():
 
 def test_generate():
     prompts = [p["prompt"] for p in t2.tasks.load("math").split("test", 2)]
-    lines = t2_("generate", *prompts, "-e", "base", "-e", "math", "--mix", "math=.5,code=.5", "--max-new-tokens", "28", "--json").splitlines()
+    lines = t2_(
+        "generate", *prompts, "-e", "base", "-e", "math", "--mix", "math=.5,code=.5", "--max-new-tokens", "28", "--json"
+    ).splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     assert [(f["prompt"], f["expert"]) for f in found] == [(p, e) for p in prompts for e in ("base", "math", "math=.5,code=.5")]
     loaded = models.load("tiny")
@@ -243,7 +245,23 @@ def test_train_an_expert_on_a_file_and_use_it(checkpoint, tmp_path):
     file = tmp_path / "sums.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a in range(8) for b in range(8)))
     out = tmp_path / "mine"
-    args = ["train", "--task", file, "--model", checkpoint, "--steps", "2", "--batch", "8", "--rank", "4", "--max-new-tokens", "3", "--param", "raw"]
+    args = [
+        "train",
+        "--task",
+        file,
+        "--model",
+        checkpoint,
+        "--steps",
+        "2",
+        "--batch",
+        "8",
+        "--rank",
+        "4",
+        "--max-new-tokens",
+        "3",
+        "--param",
+        "raw",
+    ]
     text = t2_(*args, "--out", out)
     trained = t2.Expert.load(out)
     assert set(trained.ranks.values()) == {4}
