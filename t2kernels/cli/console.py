@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import typer
@@ -109,3 +110,8 @@ class _Without(logging.Filter):
 def comma_list(text: str) -> list[str]:
     """ "a, b" -> ["a", "b"]."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def is_missing(place: str) -> bool:
+    """Whether this can only be a path, and nothing is there; what could be a model's id on the hub is left to transformers."""
+    return not Path(place).expanduser().exists() and (place.startswith((".", "/", "~")) or place.count("/") > 1)

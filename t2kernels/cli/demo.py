@@ -32,7 +32,7 @@ def demo(quick: bool = typer.Option(False, "--quick", help="Few steps and few pr
     from t2kernels import tasks, tiny
 
     start = time.perf_counter()
-    steps, problems, repeats = (3, 20, 1) if quick else (60, 250, 3)
+    steps, problems, repeats = (3, 20, 1) if quick else (40, 250, 5)
 
     step("1  A model that takes experts", "patch_model factors every linear layer; the experts are rows of a table beside it")
     loaded = models.load(models.TINY)
@@ -72,7 +72,7 @@ def train_live(loaded: models.Loaded, task: Any, steps: int, problems: int) -> N
     """An expert from nothing, with accuracy on held-out problems before and after."""
     held_out = task.split("test", problems)
     start = time.perf_counter()
-    expert = learn(loaded, task, LIVE, max_steps=steps)
+    expert = learn(loaded, task, LIVE, max_steps=steps, per_device_train_batch_size=64)
     seconds = time.perf_counter() - start
     compare(loaded, task, held_out, LIVE)
     out.print(f"{steps} steps in {seconds:.0f} s moved {expert.numel:,} numbers; no weight was copied or changed")

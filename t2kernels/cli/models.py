@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from t2kernels.cli.console import bar, comma_list
+from t2kernels.cli.console import bar, comma_list, is_missing
 from t2kernels.cli.decompose import parse_dtype, parse_rank
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
         with _no_bars():
             model, tokenizer = tiny.load(wanted or torch.float32)
     else:
-        if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        if is_missing(name):
             raise FileNotFoundError(f"--model {name}: no such directory")
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted or "auto")
