@@ -86,7 +86,7 @@ def test_help_does_not_wait_for_torch():
         (["generate", "1+1?", "2+2?", "--expert", "base", "--pair"], "2 prompts and 1 experts"),
         (["generate", "1+1?", "--model", "./nowhere"], "no such directory"),
         (["generate", "1+1?", "--chat"], "no chat template"),
-        (["train", "--lr", "fast"], "'fast'"),
+        (["train", "--lr", "fast"], "'--lr'"),
         (["train", "--steps", "1", "--kl", "-1"], "kl_coef=-1"),
     ],
 )

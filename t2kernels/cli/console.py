@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,6 +41,7 @@ def verb(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(*args, **kwargs):
         hush()
+        wait_quietly()
         try:
             return function(*args, **kwargs)
         except (typer.Exit, typer.Abort):
@@ -96,6 +98,14 @@ def hush() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(f, _Without) for f in logger.filters):
             logger.addFilter(_Without(message))
+
+
+def wait_quietly() -> None:
+    """Let threads of a parallel region sleep, not spin, while they wait; torch reads this when it is imported.
+
+    On two cores that other programs used as well, ten steps of `t2 train` took 54 s with spinning threads and 6 s with sleeping ones.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 class _Without(logging.Filter):

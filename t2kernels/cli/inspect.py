@@ -123,6 +123,9 @@ def _shorten(names):
 
 def _first(mapping, rows: int):
     """(name, value) in the order of layers, which files do not keep; the first `rows`, or all."""
-    numbers_as_numbers = lambda item: [(not part.isdigit(), int(part) if part.isdigit() else part) for part in item[0].split(".")]
-    items = sorted(mapping.items(), key=numbers_as_numbers)
+    items = sorted(mapping.items(), key=lambda item: _parts(item[0]))
     return items[:rows] if rows else items
+
+
+def _parts(name: str) -> list[tuple]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

@@ -48,6 +48,7 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = None if dtype is None else parse_dtype(dtype)
     if name == TINY:
+        torch.set_num_threads(min(torch.get_num_threads(), 4))  # its matrices are 128 wide: more threads would only wait for each other
         with _no_bars():
             model, tokenizer = tiny.load(wanted or torch.float32)
     else:
