@@ -76,9 +76,9 @@ def test_help_does_not_wait_for_torch():
     ("args", "message"),
     [
         (["inspect", "no/such/thing"], "no expert, no factors and no checkpoint at no/such/thing"),
-        (["decompose", "./nowhere", "--out", "x"], "does not exist"),
-        (["decompose", "./nowhere", "--out", "x", "--rank", "many"], "--rank many"),
-        (["decompose", "./nowhere", "--out", "x", "--dtype", "int8"], "--dtype int8"),
+        (["decompose", "./nowhere", "--out", "x"], "no checkpoint at ./nowhere"),
+        (["decompose", ".", "--out", "x", "--rank", "many"], "--rank many"),
+        (["decompose", ".", "--out", "x", "--dtype", "int8"], "--dtype int8"),
         (["eval", "--task", "maths"], "did you mean 'math'?"),
         (["eval", "--task", "gone.jsonl"], "no file"),
         (["eval", "--experts", "nobody", "-n", "2"], "no expert 'nobody'"),
@@ -86,7 +86,7 @@ def test_help_does_not_wait_for_torch():
         (["generate", "1+1?", "2+2?", "--expert", "base", "--pair"], "2 prompts and 1 experts"),
         (["generate", "1+1?", "--model", "./nowhere"], "no such directory"),
         (["generate", "1+1?", "--chat"], "no chat template"),
-        (["train", "--lr", "fast"], "not a valid float"),
+        (["train", "--lr", "fast"], "'--lr'"),
         (["train", "--steps", "1", "--kl", "-1"], "kl_coef=-1"),
     ],
 )
@@ -169,7 +169,8 @@ def test_inspect_an_expert(expert):
     assert row[-3] == "1.625"
     assert "known" in shown
     assert "14 fingerprints and 14 sketches" in shown
-    assert "0.mlp" not in t2_("inspect", expert, "--rows", "1")
+    assert "0.mlp.gate_proj" in shown
+    assert "0.mlp.gate_proj" not in t2_("inspect", expert, "--rows", "1")
 
 
 def test_inspect_a_model_by_its_config(tmp_path):
@@ -279,7 +280,7 @@ def test_train_an_expert_on_a_file_and_use_it(checkpoint, tmp_path):
 def test_demo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = t2_("demo", "--quick")
-    assert "equal answers: 32 of 32" in text
+    assert "32 of 32" in text
     for expert in t2.tiny.experts():
         assert re.search(rf"^ {expert} +[\d.]+%", text, re.MULTILINE), text
     assert re.search(r"right|wrong", text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from t2kernels.cli.console import bar, out
+from t2kernels.cli.console import bar, is_missing, out
 
 
 def decompose(
@@ -27,6 +27,8 @@ def decompose(
     """
     import t2kernels as t2
 
+    if is_missing(model):
+        raise FileNotFoundError(f"no checkpoint at {model}")
     start = time.perf_counter()
     wanted = {"rank": parse_rank(rank), "targets": targets, "device": device, "workers": workers, "dtype": parse_dtype(dtype)}
     with bar("[dim]{task.fields[name]}[/]") as progress:

@@ -16,12 +16,11 @@ from rich.table import Table
 from t2kernels.cli import models
 from t2kernels.cli.answers import Score, answers, scores
 from t2kernels.cli.console import bar, out, show, table
+from t2kernels.cli.race import race
 from t2kernels.cli.train import compare, learn
 
 LIVE, TASK = "yours", "math"
 SERVED = ("math", "code", "reason")
-EACH, LIMIT = 8, 28
-"""Requests of each expert, and tokens of an answer, in the race."""
 
 
 def demo(quick: bool = typer.Option(False, "--quick", help="Few steps and few problems: whether it runs, not what it shows.")) -> None:
@@ -32,9 +31,9 @@ def demo(quick: bool = typer.Option(False, "--quick", help="Few steps and few pr
     from t2kernels import tasks, tiny
 
     start = time.perf_counter()
-    steps, problems, repeats = (3, 20, 1) if quick else (60, 250, 3)
+    steps, problems, counts, repeats = (3, 20, (4,), 1) if quick else (40, 250, (1, 4, 16, 32), 5)
 
-    step("1  A model that takes experts", "patch_model factors every linear layer; the experts are rows of a table beside it")
+    step("1  A model that takes experts", "patch_model, in place: the experts will be rows of a table beside each linear layer")
     loaded = models.load(models.TINY)
     parameters = loaded.model.num_parameters()
     bank = models.patch(loaded)
@@ -57,9 +56,9 @@ def demo(quick: bool = typer.Option(False, "--quick", help="Few steps and few pr
 
     step(
         "5  Against rebuilding the weights",
-        "the same requests, answered as the authors' release does: an expert at a time, W' = U diag(sigma z) Vᵀ",
+        "the authors' release answers an expert at a time: W' = U diag(sigma z) Vᵀ in every layer, its requests, the next expert",
     )
-    race(loaded, bank, served, repeats)
+    race(loaded, bank, {name: task_of(name) for name in served}, counts, repeats)
 
     what_next(time.perf_counter() - start)
 
@@ -72,7 +71,7 @@ def train_live(loaded: models.Loaded, task: Any, steps: int, problems: int) -> N
     """An expert from nothing, with accuracy on held-out problems before and after."""
     held_out = task.split("test", problems)
     start = time.perf_counter()
-    expert = learn(loaded, task, LIVE, max_steps=steps)
+    expert = learn(loaded, task, LIVE, max_steps=steps, per_device_train_batch_size=64)
     seconds = time.perf_counter() - start
     compare(loaded, task, held_out, LIVE)
     out.print(f"{steps} steps in {seconds:.0f} s moved {expert.numel:,} numbers; no weight was copied or changed")
@@ -122,89 +121,23 @@ def cross_table(loaded: models.Loaded, experts: list[str | None], problems: int)
     show("accuracy on held-out problems", shown, f"standard errors are at most {worst:.1%}; {LIVE}: the expert of step 2")
 
 
-def race(loaded: models.Loaded, bank: Any, served: list[str], repeats: int) -> None:
-    """The same requests in one mixed batch, and expert by expert on a dense model whose weights are rebuilt in between."""
-    import t2kernels as t2
-
-    prompts, experts = requests(served)
-    dense = models.load(models.TINY).model
-    factors = t2.decompose(dense)
-
-    def mixed() -> tuple[list[str], float]:
-        return answers(loaded.model, loaded.tokenizer, prompts, experts, LIMIT), 0.0
-
-    def one_by_one() -> tuple[list[str], float]:
-        written, rebuilding = [""] * len(prompts), 0.0
-        for expert in dict.fromkeys(experts):
-            start = time.perf_counter()
-            rebuild(dense, factors, None if expert is None else bank[expert])
-            rebuilding += time.perf_counter() - start
-            mine = [i for i, e in enumerate(experts) if e == expert]
-            for i, text in zip(mine, answers(dense, loaded.tokenizer, [prompts[i] for i in mine], None, LIMIT), strict=True):
-                written[i] = text
-        return written, rebuilding
-
-    shown = table("way", "seconds", "of it rebuilding", "requests/s")
-    found = {}
-    for name, way in {"one mixed batch": mixed, "expert by expert, weights rebuilt": one_by_one}.items():
-        seconds, rebuilding, written = timed(way, repeats)
-        found[name] = seconds, written
-        shown.add_row(name, f"{seconds:.3f}", f"{rebuilding:.3f}" if rebuilding else "none", f"{len(prompts) / seconds:.0f}")
-    show(f"{len(prompts)} requests: {EACH} for the base model, {EACH} for each of {', '.join(served)}", shown, f"median of {repeats}")
-    (ours, first), (theirs, second) = found.values()
-    equal = sum(a == b for a, b in zip(first, second, strict=True))
-    out.print(
-        f"equal answers: {equal} of {len(prompts)}; the mixed batch took {ours / theirs:.2f} of the time ({theirs / ours:.1f}x as fast)\n"
-        "[dim]a model of 1 M parameters on this machine: nothing follows from it for a large one[/]"
-    )
-
-
-def requests(served: list[str]) -> tuple[list[str], list[str | None]]:
-    """Eight prompts for each expert, and eight for the base model, as they might come in: (prompts, experts)."""
-    from t2kernels import tasks
-
-    prompts: list[str] = []
-    experts: list[str | None] = []
-    columns = [(expert, tasks.load(task_of(expert or served[0])).split("test", EACH)) for expert in (None, *served)]
-    for i in range(EACH):
-        for expert, problems in columns:
-            prompts.append(problems[i]["prompt"])
-            experts.append(expert)
-    return prompts, experts
-
-
-def rebuild(dense: Any, factors: Any, expert: Any) -> None:
-    """W' = U diag(sigma z) Vᵀ into every weight of a dense model; z = 1 for the base model."""
-    import torch
-
-    with torch.no_grad():
-        for name, factor in factors.items():
-            dense.get_submodule(name).weight.copy_(factor.dense(None if expert is None else expert.z[name]))
-
-
-def timed(way: Any, repeats: int) -> tuple[float, float, list[str]]:
-    """(median seconds, seconds of it that went into rebuilding, answers), after one run that does not count."""
-    way()
-    runs = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        written, rebuilding = way()
-        runs.append((time.perf_counter() - start, rebuilding, written))
-    return sorted(runs, key=lambda run: run[0])[len(runs) // 2]
-
-
 def what_next(seconds: float) -> None:
     """What a user can do with what just happened."""
+    from t2kernels import tasks
+
+    prompt = tasks.load(TASK).split("test", 1)[0]["prompt"]
     commands = {
-        "t2 train --task code --out experts/code": "train another expert, and keep it",
+        f't2 generate "{prompt}" -e base -e {TASK}': "several experts in one batch",
+        "t2 train --task code --out experts/code": "an expert to keep",
         "t2 eval --task code --experts experts/code": "measure it",
-        't2 generate "47+38+59=" -e base -e math': "ask, with several experts in one batch",
         "t2 inspect experts/code": "look into it",
-        "t2 train --help": "your own model, and your own problems in a .jsonl file",
+        "t2 train --help": "your model, your problems",
     }
-    shown = Table("", "", show_header=False, box=None, pad_edge=False)
+    shown = Table(show_header=False, box=None, pad_edge=False)
+    shown.add_column(no_wrap=True, style="bold")
+    shown.add_column(style="dim")
     for command, what in commands.items():
-        shown.add_row(f"[bold]{escape(command)}[/]", f"[dim]{what}[/]")
+        shown.add_row(escape(command), what)
     step("What next", f"this took {seconds:.0f} s")
     out.print(shown)
 

@@ -33,11 +33,11 @@ def generate(
 ) -> None:
     """Answer prompts with experts, all in one mixed batch: every row of it has its own expert.
 
-    [dim]$[/] t2 generate "47+38+59=" --expert base --expert math --expert code
+    [dim]$[/] t2 generate "47+38+59?" --expert base --expert math --expert code
 
-    [dim]$[/] t2 generate "47+38+59=" "rsx(gcafd)=" --expert math --expert code --pair
+    [dim]$[/] t2 generate "47+38+59?" "rsx(gcaf)?" --expert math --expert code --pair
 
-    [dim]$[/] t2 generate "47+38+59=" --mix math=.7,code=.3
+    [dim]$[/] t2 generate "47+38+59?" --mix math=.7,code=.3
     """
     loaded = models.load(model, dtype, device)
     bank = models.patch(loaded, targets, rank, form, factors)

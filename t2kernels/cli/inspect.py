@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from t2kernels.cli.console import out, show, table
+from t2kernels.cli.console import is_missing, out, show, table
 
 
 def inspect(
@@ -87,7 +87,7 @@ def _model(path: str) -> None:
     place = Path(path).expanduser()
     if place.is_dir() and not (place / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds neither a manifest.json (factors) nor a config.json (a model)")
-    if not place.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if is_missing(path):
         raise FileNotFoundError(f"no expert, no factors and no checkpoint at {path}")
     config = AutoConfig.from_pretrained(place if place.is_dir() else path)
     model = meta_model(config)
@@ -122,5 +122,10 @@ def _shorten(names):
 
 
 def _first(mapping, rows: int):
-    items = list(mapping.items())
+    """(name, value) in the order of layers, which files do not keep; the first `rows`, or all."""
+    items = sorted(mapping.items(), key=lambda item: _parts(item[0]))
     return items[:rows] if rows else items
+
+
+def _parts(name: str) -> list[tuple]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

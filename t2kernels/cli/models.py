@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from t2kernels.cli.console import bar, comma_list
+from t2kernels.cli.console import bar, comma_list, is_missing
 from t2kernels.cli.decompose import parse_dtype, parse_rank
 
 if TYPE_CHECKING:
@@ -48,10 +48,11 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = None if dtype is None else parse_dtype(dtype)
     if name == TINY:
+        torch.set_num_threads(min(torch.get_num_threads(), 4))  # its matrices are 128 wide: more threads would only wait for each other
         with _no_bars():
             model, tokenizer = tiny.load(wanted or torch.float32)
     else:
-        if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        if is_missing(name):
             raise FileNotFoundError(f"--model {name}: no such directory")
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted or "auto")
