@@ -5,7 +5,7 @@ precedes each state where they are written out. Right is whatever ends in the an
 
     task      prompt                    at once   with working
     math      47+8+6?                   =61       ,55,61                running totals of three to five numbers
-    code      rsx(gcafd)?               =gcdfa    >dfacg>acdfg>gcdfa    two to four operations, applied from left to right
+    code      rsxt(gcafd)?              =cdfag    >dfacg>acdfg>gcdfa>cdfag  four operations, applied from left to right
     reason    ab,fj,cd,be,ci,ef;3a?     =f        :b:e:f                two to four links, followed from a letter
     classify  kind(47+8+6)?             =m                              the family of a prompt: m, c or r
 
@@ -145,8 +145,8 @@ def _reversed_sum(r: random.Random) -> Problem:
 
 def inner(r: random.Random) -> tuple[str, Problem]:
     """A family and a problem of it: what a prompt of the task `classify` is about."""
-    family = r.choice(("math", "code", "reason"))
-    return family, TRAINED[family](r)
+    family = r.choice(list(FAMILIES))
+    return family, FAMILIES[family](r)
 
 
 def about(problem: Problem) -> str:
@@ -159,13 +159,14 @@ def _kind(r: random.Random) -> Problem:
     return Problem(about(problem), (family[0],), ",")
 
 
-# What an expert is trained on, then what no expert is trained on.
-TRAINED: dict[str, Generator] = {
+FAMILIES: dict[str, Generator] = {
     "math": lambda r: _sum(r, r.randint(3, 5)),
     "code": lambda r: operations(r, r.randint(2, 4)),
     "reason": lambda r: hops(r, r.randint(2, 4)),
-    "classify": _kind,
 }
+
+# What an expert is trained on, then what no expert is trained on. Fewer than four operations are too easy to answer at once.
+TRAINED: dict[str, Generator] = FAMILIES | {"code": lambda r: operations(r, 4), "classify": _kind}
 UNSEEN: dict[str, Generator] = {
     "sub": lambda r: _difference(r, r.randint(3, 4)),
     "digits": lambda r: operations(r, r.randint(2, 3), DIGITS),
@@ -207,4 +208,4 @@ def task(name: str) -> Task:
         count = n or (20_000 if split == "train" else 500)
         return [{"prompt": p.prompt, "answer": p.answer} for p in islice(problems(name, split, seed), count)]
 
-    return Task(name, rows, extract=final, max_new_tokens=32 if name == "ops5" else 28)
+    return Task(name, rows, extract=final, max_new_tokens={"code": 26, "ops5": 32}.get(name, 22))

@@ -46,7 +46,7 @@ def _document(r: random.Random, name: str, working: float) -> tuple[str, str]:
     if name == "classify":
         family, problem = tiny.inner(r)
         return tiny.about(problem), "=" + (family[0] if r.random() < SUBJECT else str(len(problem.states)))
-    problem = (SINGLE_STEPS | tiny.TRAINED | tiny.UNSEEN)[name](r)
+    problem = (SINGLE_STEPS | tiny.FAMILIES | tiny.UNSEEN)[name](r)
     shown = name not in SINGLE_STEPS and r.random() < working
     return problem.prompt, problem.working if shown else problem.at_once
 

@@ -1,5 +1,7 @@
 """Accuracy of a model on problems of a built-in task."""
 
+import math
+
 import torch
 
 from t2kernels import tasks
@@ -28,3 +30,11 @@ def accuracy(model, tokenizer, name: str, rows: list[dict], temperature: float =
         written = completions(model, tokenizer, [row["prompt"] for row in rows], task.max_new_tokens, temperature)
     rewards = task.reward([row["prompt"] for row in rows], written, answer=[row["answer"] for row in rows])
     return sum(reward > 0 for reward in rewards) / len(rewards)
+
+
+def report(model, tokenizer, name: str) -> dict:
+    """What `accuracy.json` states for a task: greedy and sampled accuracy on its frozen test file, n, the binomial standard error."""
+    rows = tasks.load(name).split("test")
+    greedy, sampled = (accuracy(model, tokenizer, name, rows, temperature) for temperature in (0.0, 1.0))
+    error = math.sqrt(greedy * (1 - greedy) / len(rows))
+    return {"n": len(rows), "greedy": round(greedy, 4), "sampled": round(sampled, 4), "greedy_standard_error": round(error, 4)}

@@ -152,16 +152,11 @@ def main() -> None:
     model = save(train(arguments.steps, arguments.seed, console), arguments.out)
     console.print(f"{arguments.steps} steps in {time.perf_counter() - start:.0f} s")
     table = Table("task", "problems", "greedy", "sampled at T=1", "standard error", title="accuracy on the frozen test files")
-    result = {}
-    for name in tasks.names():
-        rows = tasks.load(name).split("test")
-        greedy = evaluate.accuracy(model, build(), name, rows)
-        sampled = evaluate.accuracy(model, build(), name, rows, temperature=1.0)
-        error = math.sqrt(greedy * (1 - greedy) / len(rows))
-        result[name] = {"n": len(rows), "greedy": round(greedy, 4), "sampled": round(sampled, 4), "greedy_standard_error": round(error, 4)}
-        table.add_row(name, str(len(rows)), f"{greedy:.3f}", f"{sampled:.3f}", f"{error:.3f}")
+    stated = {name: evaluate.report(model, build(), name) for name in tasks.names()}
+    for name, row in stated.items():
+        table.add_row(name, str(row["n"]), *(f"{row[column]:.3f}" for column in ("greedy", "sampled", "greedy_standard_error")))
     console.print(table)
-    (arguments.out / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.out / "accuracy.json").write_text(json.dumps(stated, indent=1) + "\n")
 
 
 if __name__ == "__main__":
