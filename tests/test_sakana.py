@@ -4,8 +4,8 @@ from collections import OrderedDict
 import pytest
 import torch
 import transformers
-from t2kernels.decomposition import decompose
 
+from t2kernels.decomposition import decompose
 from t2kernels.expert import Expert, ExpertError, ExpertMismatch
 from t2kernels.integrations.sakana import load_expert, load_factors
 

@@ -1,0 +1,37 @@
+"""The command line, `t2`: one file per verb. torch and transformers are imported by the verbs when they run, so that help is instant."""
+
+from __future__ import annotations
+
+import typer
+
+from t2kernels.cli import decompose, demo, env, evaluate, generate, inspect, train
+from t2kernels.cli.console import Commands, verb
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for name, function in {
+    "demo": demo.demo,
+    "train": train.train,
+    "eval": evaluate.evaluate,
+    "generate": generate.generate,
+    "decompose": decompose.decompose,
+    "inspect": inspect.inspect,
+    "env": env.env,
+}.items():
+    app.command(name)(verb(function))
+
+
+@app.callback(epilog="[dim]Start with[/] t2 demo[dim]; it needs nothing but two CPU cores and takes less than three minutes.[/]")
+def main(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error, not only its message. May stand anywhere."),
+) -> None:
+    """SVF experts of Transformer²: train them by RL, keep many in a table, and batch them in one forward.
+
+    An expert is one number per singular value of a model's weights. Every verb uses the built-in tiny model unless --model names another.
+    """
