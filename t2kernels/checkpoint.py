@@ -18,6 +18,22 @@ PLAIN = ("F64", "F32", "F16", "BF16")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
+def name_of(model: nn.Module | str | Path) -> tuple[str, str | None]:
+    """(name, revision) of a model, or of where it lies, as manifests record it: a hub id, or the last part of a local path, never a whole path."""
+    revision = None
+    if isinstance(model, nn.Module):
+        config = getattr(model, "config", None)
+        revision = getattr(config, "_commit_hash", None)
+        model = getattr(config, "_name_or_path", None) or type(model).__name__
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        return str(model), revision
+    path = path.resolve()
+    if path.parent.name == "snapshots":  # the hub's cache: models--{owner}--{name}/snapshots/{revision}
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/"), path.name
+    return path.name, revision
+
+
 class Checkpoint:
     """config.json and safetensors of a model, in one file or in shards; the model itself is only ever built on the meta device.
 
@@ -26,9 +42,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, targets: Targets = "all"):
-        self.name = str(path)
         self.directory = _local(path)
-        self.revision = self.directory.name if self.directory.parent.name == "snapshots" else None
+        self.name, self.revision = name_of(self.directory)
         self._files = _tensor_files(self.directory)
         model = _meta_model(self.directory)
         self._prefix = getattr(model, "base_model_prefix", "")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import linalg
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, name_of
 from .factors import (
     FORMAT,
     Factor,
@@ -66,8 +66,7 @@ def decompose(
         raise ValueError(f"workers={workers}: wanted at least 1, or None")
     resolve_rank(rank, 1)
     if isinstance(model_or_path, nn.Module):
-        config = getattr(model_or_path, "config", None)
-        base = getattr(config, "_name_or_path", None) or type(model_or_path).__name__, getattr(config, "_commit_hash", None)
+        base = name_of(model_or_path)
         matrices, read = find_matrices(model_or_path, targets), Matrix.read
     else:
         source = Checkpoint(model_or_path, targets)

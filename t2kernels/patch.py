@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import moe
 from .bank import ExpertBank
+from .checkpoint import name_of
 from .expert import Expert
 from .factors import Factor, Factors, resolve_rank, svd
 from .hf import dress, remove_hook, undress
@@ -64,7 +65,7 @@ def patch_model(
     for name, m in matrices.items():
         _refuse(m, plan[name][0], factors)
 
-    routing, origin = Routing(), _origin(model)
+    routing, origin = Routing(), Origin(*name_of(model))
     layers: list[tuple[SVFLinear, tuple[str, ...]]] = []
     done, undo = 0, []
     dtype = _dtype(model)
@@ -233,11 +234,6 @@ def _by_module(matrices: Mapping[str, Matrix]) -> OrderedDict[tuple[str, str], l
         if members[0].index is not None and len(members) != getattr(members[0].module, tensor).shape[0]:
             raise ValueError(f"{path}.{tensor}: select all weights of a mixture-of-experts stack, or none; {len(members)} were selected")
     return groups
-
-
-def _origin(model: nn.Module) -> Origin:
-    config = getattr(model, "config", None)
-    return Origin(getattr(config, "_name_or_path", None) or type(model).__name__, getattr(config, "_commit_hash", None))
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

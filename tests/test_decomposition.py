@@ -6,6 +6,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from t2kernels import linalg, storage
+from t2kernels.checkpoint import name_of
 from t2kernels.decomposition import decompose
 from t2kernels.factors import Factors, reconstruction_error
 from t2kernels.matrices import find_matrices
@@ -88,7 +89,7 @@ def test_a_sharded_checkpoint_gives_the_model_s_factors(checkpoint, tmp_path):
     assert same(decompose(checkpoint), live)
     assert [x[1:] for x in seen] == [(i + 1, 14) for i in range(14)]
     assert {x[0] for x in seen} == set(live)
-    assert factors.manifest["base_model"] == str(checkpoint)
+    assert factors.manifest["base_model"] == checkpoint.name
     for record in factors.manifest["matrices"].values():
         assert {"weight_hash", "algorithm", "dtype", "error", "residual", "fingerprint", "shape", "rank", "file"} <= set(record)
 
@@ -303,3 +304,15 @@ def test_a_checkpoint_is_never_held_whole(checkpoint, monkeypatch):
     decompose(checkpoint, workers=1)
     assert len(alive) == 14
     assert most[0] == 1
+
+
+def test_names_are_hub_ids_or_last_parts_of_paths(tmp_path):
+    snapshot = tmp_path / "models--owner--some-model" / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    assert name_of(snapshot) == ("owner/some-model", "abc123")
+    assert name_of(tmp_path / "models--owner--some-model") == ("models--owner--some-model", None)
+    assert name_of("meta-llama/Llama-3.1-8B") == ("meta-llama/Llama-3.1-8B", None)
+    model = torch.nn.Linear(2, 2)
+    assert name_of(model) == ("Linear", None)
+    model.config = transformers.LlamaConfig(name_or_path=str(tmp_path))
+    assert name_of(model) == (tmp_path.name, None)

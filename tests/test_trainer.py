@@ -20,6 +20,7 @@ from t2kernels.tiny.tokenizer import build
 from t2kernels.train import SVFConfig, SVFTrainer
 from t2kernels.train.loss import kl_divergence, reinforce_loss
 from t2kernels.train.rewards import Scorer, advantages
+from t2kernels.train.rollout import completion_logits
 
 TOKENIZER = build()
 ROWS = [
@@ -255,6 +256,32 @@ def test_the_rollout_is_of_the_expert_and_ignores_the_models_own_sampling(tmp_pa
     for i, want in enumerate([mine, base] * 3):
         n = int(want.completion[i].sum())
         assert torch.equal(mixed.tokens[i, :n], want.tokens[i, :n])
+
+
+@pytest.mark.parametrize("max_new_tokens", [6, 20])  # in one stage, and in three
+def test_what_is_drawn_is_what_the_loss_scores(tmp_path, max_new_tokens):
+    """Greedy completions are the most likely tokens of `completion_logits`, whole or in pieces, and those of plain `generate`."""
+    model = small()
+    tr = trainer(tmp_path, model, max_new_tokens=max_new_tokens, num_generations=2, temperature=0.0, experts={"a": ROWS[:3], "b": ROWS[3:]})
+    start(tr, scale=2.0)
+    rows = batch(tr)
+    rollout = tr.rollout(rows)
+    prompts = [TOKENIZER.decode(ids[: -rollout.completion.shape[1]], skip_special_tokens=True) for ids in rollout.ids]
+    assert prompts == [row["prompt"] for row in rows for _ in range(2)]
+    encoded = TOKENIZER([row["prompt"] for row in rows], padding=True, return_tensors="pt")
+    plain = model.generate(**encoded, experts=["a"] * 3 + ["b"] * 3, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=2)
+    plain = plain[:, encoded.input_ids.shape[1] :].repeat_interleave(2, 0)
+    assert len(set(rollout.completion.sum(1).tolist())) > 1
+    for i, n in enumerate(rollout.completion.sum(1).tolist()):
+        assert torch.equal(rollout.tokens[i, :n], plain[i, :n])
+    pieces = rollout.split(5)
+    assert [len(p) for p in pieces] == [5, 5, 2]
+    assert sum(p.completion.sum() for p in pieces) == rollout.completion.sum()
+    assert sum(p.ids.numel() for p in pieces) < rollout.ids.numel()  # less padding
+    for piece in (rollout, *pieces):
+        with torch.no_grad():
+            best = completion_logits(model, piece, **tr.routing(piece.experts)).argmax(-1)
+        assert torch.equal(best[piece.completion], piece.tokens[piece.completion])
 
 
 def test_two_experts_at_once_are_each_alone(tmp_path):
@@ -606,16 +633,31 @@ def test_the_papers_settings(tmp_path):
 
 
 def test_it_learns(tmp_path):
-    """Rewarded for digits, an expert of 70 numbers makes a random model write them."""
+    """Rewarded for digits, an expert of 112 numbers makes a random model write them."""
 
     def digits(prompts, completions, **columns):
         return [1.0 if c[:1].isdigit() else -1.0 for c in completions]
 
     tr = trainer(
-        tmp_path, rows=ROWS * 20, reward=digits, eval_dataset=ROWS * 5, patch={"form": "delta", "rank": 8}, reward_range=[0, 1], max_steps=40,
-        per_device_train_batch_size=32, max_new_tokens=1, learning_rate=0.1, temperature=1.0, eval_on_start=True, eval_strategy="no",
+        tmp_path, rows=ROWS * 20, reward=digits, patch={"form": "delta", "rank": 8}, reward_range=[0, 1], max_steps=40,
+        per_device_train_batch_size=32, max_new_tokens=1, learning_rate=0.1,
     )  # fmt: skip
     tr.train()
-    logs = [e for e in tr.state.log_history if "reward" in e]
-    print([round(e["accuracy"], 3) for e in logs], tr.evaluate()["eval_accuracy"])
-    assert logs[-1]["accuracy"] > logs[0]["accuracy"] + 0.3
+    logs = [e["accuracy"] for e in tr.state.log_history if "accuracy" in e]
+    assert logs[-1] > logs[0] + 0.25, logs
+
+
+def test_it_learns_arithmetic_on_the_tiny_model(tmp_path):
+    from t2kernels import tasks, tiny
+
+    if not (tiny.path() / "model.safetensors").is_file():
+        pytest.skip("the tiny model is not there: python -m t2kernels.tiny.pretrain makes it")
+    model, tokenizer = tiny.load()
+    t2.patch_model(model, form="delta", rank=16)
+    task = tasks.load("math")
+    args = SVFConfig(str(tmp_path), max_steps=14, per_device_train_batch_size=64, learning_rate=0.05)
+    tr = SVFTrainer(model, args, task, task.split("test", 300), processing_class=tokenizer)
+    before = tr.evaluate()["eval_accuracy"]
+    tr.train()
+    after = tr.evaluate()["eval_accuracy"]
+    assert after > before + 0.2, (before, after)  # its standard error is .03

@@ -5,6 +5,9 @@ from pathlib import Path
 __all__ = ["experts", "load", "path"]
 
 
+NAME = "t2kernels-tiny"
+
+
 def path() -> Path:
     """The directory of the checkpoint, for anything that takes a model by path: `AutoModelForCausalLM.from_pretrained(tiny.path())`."""
     return Path(__file__).parent / "model"
@@ -16,6 +19,7 @@ def load(dtype=None):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(path(), dtype=dtype or torch.float32, local_files_only=True)
+    model.config._name_or_path = NAME  # what experts say they were trained on, wherever the package lies
     return model.eval(), AutoTokenizer.from_pretrained(path(), local_files_only=True)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
+
+STAGE = 8  # tokens: few enough that little is drawn for rows that have ended, enough that the set-up of `generate` stays small beside it
 
 
 @dataclass
@@ -35,12 +37,25 @@ class Rollout:
         return self.ids[:, -self.completion.shape[1] :]
 
     def split(self, size: int | None) -> list[Rollout]:
-        """Pieces of at most `size` rows."""
-        if size is None or size >= len(self):
-            return [self]
-        starts = range(0, len(self), size)
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return [replace(self, **{k: v if v is None else v[at : at + size] for k, v in parts.items()}) for at in starts]
+        """Pieces of at most `size` rows, the shortest first, each without the columns that are padding in all of it."""
+        order = self.mask.sum(1).argsort(stable=True)
+        size, prompt = size or len(self), self.ids.shape[1] - self.completion.shape[1]
+        pieces = []
+        for rows in order.split(size):
+            left = int(self.mask[rows].any(0).int().argmax())
+            length = int(self.completion[rows].any(0).sum())
+            cut = slice(left, prompt + length)
+            pieces.append(
+                Rollout(
+                    self.ids[rows, cut],
+                    self.mask[rows, cut],
+                    self.completion[rows, :length],
+                    None if self.advantages is None else self.advantages[rows],
+                    None if self.weights is None else self.weights[rows],
+                    [self.experts[i] for i in rows.tolist()] if self.experts else (),
+                )
+            )
+        return pieces
 
 
 class Sampler:
@@ -85,26 +100,50 @@ class Sampler:
     @torch.no_grad()
     def draw(self, model: nn.Module, ids: Tensor, mask: Tensor, temperature: float, samples: int = 1, **routing) -> Rollout:
         """Completions by `model.generate`; temperature 0 is greedy. The model's own generation settings (top-k, penalties, ...) do not apply:
-        what is drawn must be what `completion_logits` gives the probabilities of."""
-        plain = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=temperature > 0,
-            **({"temperature": float(temperature), "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
-            num_return_sequences=samples,
-            eos_token_id=self.ends or None,
-            pad_token_id=self.pad,
+        what is drawn must be what `completion_logits` gives the probabilities of.
+
+        Drawn in stages over one cache: rows that have ended leave the batch after each, so that a few long ones do not hold up the rest.
+        """
+        ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+        prompts = mask
+        routing = {k: v.repeat_interleave(samples, 0) if v.dim() else v for k, v in routing.items()}
+        sampling = (
+            {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
         )
+        prompt, stage = ids.shape[1], max(STAGE, self.max_new_tokens // 8)
+        out = torch.cat([ids, ids.new_full((len(ids), self.max_new_tokens), self.pad)], 1)
+        rows, cache, width = torch.arange(len(ids), device=ids.device), None, prompt
         training = model.training
         model.eval()
         try:
-            with _generation_config(model, plain):
-                out = model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **routing)
+            while len(rows) and width < out.shape[1]:
+                step = min(stage, out.shape[1] - width)
+                plain = GenerationConfig(max_new_tokens=step, eos_token_id=self.ends or None, pad_token_id=self.pad, **sampling)
+                with _generation_config(model, plain):
+                    drawn = model.generate(
+                        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict_in_generate=True, **routing
+                    )
+                ids, cache = drawn.sequences, drawn.past_key_values
+                out[rows, width : ids.shape[1]] = ids[:, width:]
+                going = ~self._ends(ids[:, width:]).any(1)
+                width = ids.shape[1]
+                mask = torch.cat([mask, mask.new_ones(len(mask), width - mask.shape[1])], 1)
+                kept = going.nonzero()[:, 0]
+                if len(kept) < len(rows) and len(kept):
+                    ids, mask, rows = ids[kept], mask[kept], rows[kept]
+                    cache.batch_select_indices(kept)
+                    routing = {k: v[kept] if v.dim() else v for k, v in routing.items()}
+                elif not len(kept):
+                    break
         finally:
             model.train(training)
-        tokens = out[:, ids.shape[1] :]
-        ends = torch.isin(tokens, torch.tensor(self.ends, device=tokens.device, dtype=tokens.dtype))
-        completion = ends.cumsum(1) - ends.long() == 0  # [B, C], nothing ended before
-        return Rollout(out, torch.cat([mask.repeat_interleave(samples, 0), completion.long()], 1), completion)
+        ends = self._ends(out[:, prompt:])
+        completion = (ends.cumsum(1) - ends.long() == 0)[:, : width - prompt]  # [B, C], nothing ended before
+        mask = torch.cat([prompts, completion.long()], 1)
+        return Rollout(out[:, :width], mask, completion)
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        return torch.isin(tokens, torch.tensor(self.ends, device=tokens.device, dtype=tokens.dtype))
 
     def decode(self, rollout: Rollout, prompts: Sequence) -> list:
         """The completions as text without special tokens; as a chat message where the prompt is a chat."""
