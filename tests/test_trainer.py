@@ -661,3 +661,13 @@ def test_it_learns_arithmetic_on_the_tiny_model(tmp_path):
     tr.train()
     after = tr.evaluate()["eval_accuracy"]
     assert after > before + 0.2, (before, after)  # its standard error is .03
+
+
+def test_metrics_reach_the_reporter_that_was_asked_for(tmp_path, monkeypatch):
+    """report_to of transformers, with TensorBoard files as the reporter; TFRecords hold the tags as plain text."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    tr = trainer(tmp_path, report_to=["tensorboard"], logging_steps=1)
+    tr.train()
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("events.out.tfevents.*"))
+    for tag in (b"train/loss", b"train/reward", b"train/kl"):
+        assert tag in written
