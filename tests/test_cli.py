@@ -59,6 +59,10 @@ def test_help_of_a_verb_has_an_example(verb):
     assert f"t2 {verb}" in t2_(verb, "--help")
 
 
+def test_help_says_what_happens_without_an_option():
+    assert "[default: a GPU if there is one]" in " ".join(t2_("decompose", "--help").replace("│", " ").split())
+
+
 def test_help_lists_every_verb():
     text = t2_("--help")
     assert all(re.search(rf"│ {verb} ", text) for verb in VERBS)
@@ -223,10 +227,8 @@ def test_scores_keep_experts_apart():
 
 def test_generate():
     prompts = [p["prompt"] for p in t2.tasks.load("math").split("test", 2)]
-    lines = t2_(
-        "generate", *prompts, "-e", "base", "-e", "math", "--mix", "math=.5,code=.5", "--max-new-tokens", "28", "--json"
-    ).splitlines()
-    found = [json.loads(line) for line in lines if line.startswith("{")]
+    args = ["generate", *prompts, "-e", "base", "-e", "math", "--mix", "math=.5,code=.5", "--max-new-tokens", "28", "--json"]
+    found = [json.loads(line) for line in CliRunner().invoke(app, args).stdout.splitlines()]  # nothing else on stdout
     assert [(f["prompt"], f["expert"]) for f in found] == [(p, e) for p in prompts for e in ("base", "math", "math=.5,code=.5")]
     loaded = models.load("tiny")
     plain = answers(loaded.model, loaded.tokenizer, prompts, None, 28)

@@ -65,9 +65,9 @@ def one_line(e: BaseException) -> str:
 
 
 def bar(*fields: str) -> Progress:
-    """A progress bar; `fields` are further columns, as format strings of a rich task ("{task.fields[kl]:.2f}")."""
+    """A progress bar on stderr; `fields` are further columns, as format strings of a rich task ("{task.fields[kl]:.2f}")."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, *map(TextColumn, fields), console=out)
+    return Progress(*columns, *map(TextColumn, fields), console=err)
 
 
 def table(name: str, *numbers: str) -> Table:

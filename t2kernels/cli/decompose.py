@@ -16,8 +16,8 @@ def decompose(
     rank: str = typer.Option("all", help="Leading components to keep: 'all', a number, or a fraction of min(M, N)."),
     targets: str = typer.Option("all", help="'all', 'mlp', 'attention', or a regular expression on matrix names."),
     dtype: str = typer.Option("float32", help="Of U and V as they are kept: float32, bfloat16 or float16."),
-    device: str = typer.Option(None, help="Where to compute.  [default: a GPU if there is one]", show_default=False),
-    workers: int = typer.Option(None, help="Matrices at a time.  [default: as many as keep the cores busy]", show_default=False),
+    device: str = typer.Option(None, help="Where to compute.  \\[default: a GPU if there is one]", show_default=False),
+    workers: int = typer.Option(None, help="Matrices at a time.  \\[default: as many as keep the cores busy]", show_default=False),
 ) -> None:
     """Decompose a checkpoint into frozen factors W = U diag(sigma) Vᵀ, one matrix at a time; the model is never loaded whole.
 

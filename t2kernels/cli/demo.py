@@ -5,7 +5,10 @@ It is an example, too: each step is one small function that uses the library as 
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -125,13 +128,13 @@ def what_next(seconds: float) -> None:
     """What a user can do with what just happened."""
     from t2kernels import tasks
 
-    prompt = tasks.load(TASK).split("test", 1)[0]["prompt"]
+    prompt, t2 = tasks.load(TASK).split("test", 1)[0]["prompt"], program()
     commands = {
-        f't2 generate "{prompt}" -e base -e {TASK}': "several experts in one batch",
-        "t2 train --task code --out experts/code": "an expert to keep",
-        "t2 eval --task code --experts experts/code": "measure it",
-        "t2 inspect experts/code": "look into it",
-        "t2 train --help": "your model, your problems",
+        f'{t2} generate "{prompt}" -e base -e {TASK}': "several experts in one batch",
+        f"{t2} train --task code --out experts/code": "an expert to keep",
+        f"{t2} eval --task code --experts experts/code": "measure it",
+        f"{t2} inspect experts/code": "look into it",
+        f"{t2} train --help": "your model, your problems",
     }
     shown = Table(show_header=False, box=None, pad_edge=False)
     shown.add_column(no_wrap=True, style="bold")
@@ -140,6 +143,12 @@ def what_next(seconds: float) -> None:
         shown.add_row(escape(command), what)
     step("What next", f"this took {seconds:.0f} s")
     out.print(shown)
+
+
+def program() -> str:
+    """What a user types for `t2` here: after `make demo` it lies in .venv/bin, which is on no one's path."""
+    typed = Path(sys.argv[0])
+    return "t2" if shutil.which("t2") or typed.name != "t2" else str(typed)
 
 
 def task_of(expert: str) -> str:

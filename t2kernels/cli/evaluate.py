@@ -17,7 +17,7 @@ def evaluate(
     task: str = typer.Option("math", "--task", "-t", help="Tasks by name, comma-separated, or a .jsonl file with prompt and answer."),
     experts: str = typer.Option("", "--experts", "-e", help="Experts by path or name, comma-separated; the base model is always there."),
     model: str = models.ModelOption,
-    n: int = typer.Option(None, "-n", help="Problems of each task.  [default: the whole split]", show_default=False),
+    n: int = typer.Option(None, "-n", help="Problems of each task.  \\[default: the whole split]", show_default=False),
     split: str = typer.Option("test", help="train, validation or test."),
     batch: int = typer.Option(256, help="Rows of a batch; all experts share it."),
     save: Path = typer.Option(None, "--json", help="Write the numbers to this file, too.", show_default=False),

@@ -16,7 +16,7 @@ from t2kernels.cli.evaluate import show_accuracies
 
 def train(
     task: str = typer.Option("math", "--task", "-t", help="A task by name, or a .jsonl file with the columns prompt and answer."),
-    into: Path = typer.Option(None, "--out", "-o", help="Where to save the expert.  [default: experts/TASK]", show_default=False),
+    into: Path = typer.Option(None, "--out", "-o", help="Where to save the expert.  \\[default: experts/TASK]", show_default=False),
     model: str = models.ModelOption,
     init: str = typer.Option(None, help="Go on from this expert, instead of from the base model.", show_default=False),
     steps: int = typer.Option(150, help="Updates."),
@@ -30,7 +30,7 @@ def train(
     temperature: float = typer.Option(1.0, help="Of the completions that are learned from; 0 is greedy."),
     param: str = typer.Option("raw", help="'raw', z = 1 + p; 'sigmoid', the authors' (needs --form factored)."),
     seed: int = typer.Option(0, help="The same seed gives the same expert on the same machine."),
-    max_new_tokens: int = typer.Option(None, help="Longest completion.  [default: the task's]", show_default=False),
+    max_new_tokens: int = typer.Option(None, help="Longest completion.  \\[default: the task's]", show_default=False),
     n: int = typer.Option(1000, "-n", help="Held-out problems for the accuracy before and after; fewer where there are fewer."),
     checkpoints: Path = typer.Option(None, help="Save here every 25 steps, and go on from what lies there.", show_default=False),
     targets: str = models.TargetsOption,
