@@ -277,7 +277,7 @@ def test_search_finds_what_the_reward_wants(tiny, examples):
 
             table, sigma, base, _ = next(iter(bank._tables.values()))
             alpha = ((table[ids.long()] - base) / sigma).double() @ basis
-            return Scores(-(alpha - peak).square().sum(1).float(), None)
+            return Scores(-(alpha - peak).square().sum(1, keepdim=True).float(), None, [[""]] * len(ids))
 
     found = search(Peak(), NAMES, config=CEMConfig(population=64, iterations=30, score="reward", seed=1, patience=30, tolerance=1e-3))
     torch.testing.assert_close(found.alpha[:, 0], peak, atol=0.02, rtol=0)

@@ -38,8 +38,8 @@ class CEMConfig:
 
     population: int = 32
     elite: float = 0.2
-    iterations: int = 10
-    patience: int = 4
+    iterations: int = 8
+    patience: int = 3
     tolerance: float = 0.02
     mean: float | None = None
     std: float = 0.5
@@ -186,7 +186,7 @@ def _fitness(examples: Examples, mixer: Mixer, rows, alpha: Tensor, config: CEMC
         scores = examples.score(ids, config.temperature, config.samples, reward=config.score != "likelihood")
         keys += _keys(scores, config)
         if scores.answers is not None:
-            for written, right in zip(scores.answers, scores.right.tolist(), strict=True):
+            for written, right in zip(scores.answers, (scores.rewards > 0).tolist(), strict=True):
                 for i, (text, good) in enumerate(zip(written, right, strict=True)):
                     if good:
                         answers[i // config.samples].setdefault(text if isinstance(text, str) else text[-1]["content"])
@@ -194,7 +194,7 @@ def _fitness(examples: Examples, mixer: Mixer, rows, alpha: Tensor, config: CEMC
 
 
 def _keys(scores: Scores, config: CEMConfig) -> list[tuple[float, float]]:
-    zero = torch.zeros(len(scores.reward if scores.reward is not None else scores.likelihood))
+    zero = torch.zeros(len(scores.rewards if scores.rewards is not None else scores.likelihood))
     reward = zero if scores.reward is None else scores.reward
     likelihood = zero if scores.likelihood is None else scores.likelihood
     first = {"reward": reward, "likelihood": likelihood, "both": reward + config.likelihood_weight * likelihood}[config.score]

@@ -20,13 +20,17 @@ MEMORY = 4 * 2**30
 
 @dataclass(frozen=True)
 class Scores:
-    """reward: [P] mean reward of the answers, or None; likelihood: [P] mean log-likelihood of a right answer in nats, or None;
-    answers: P lists of what was written, one for each example and sample, and right: the same as whether its reward was above 0"""
+    """rewards: [P, K * samples], of the answers, or None; likelihood: [P] mean log-likelihood of a right answer in nats, or None;
+    answers: P lists of what was written, one for each example and sample"""
 
-    reward: Tensor | None
+    rewards: Tensor | None
     likelihood: Tensor | None
-    answers: list[list[str]] | None = None
-    right: Tensor | None = None
+    answers: list[list] | None = None
+
+    @property
+    def reward(self) -> Tensor | None:
+        """[P], the mean."""
+        return None if self.rewards is None else self.rewards.mean(1)
 
 
 class Examples:
@@ -85,7 +89,7 @@ class Examples:
         ids: [P] int32, one for each candidate. temperature, samples: of the answers that are rewarded; 0 is greedy
         """
         ids = ids.reshape(-1)
-        rewards, likelihoods, answers, right = [], [], [], []
+        rewards, likelihoods, answers = [], [], []
         reward, likelihood = reward and self.scorer is not None, likelihood and self.gold is not None
         if not (reward or likelihood):
             raise ValueError("nothing to score by: these examples have no reward or no gold answer, and the other was not asked for")
@@ -95,14 +99,13 @@ class Examples:
                 drawn = self._answers(chunk, temperature, samples)
                 rows = [row for row in self.rows for _ in range(samples)] * len(chunk)
                 got = self.scorer(rows, drawn).reshape(len(chunk), -1)
-                rewards.append(got.mean(1))
-                right.append(got > 0)
+                rewards.append(got)
                 answers += [drawn[i : i + got.shape[1]] for i in range(0, len(drawn), got.shape[1])]
             if likelihood:
                 likelihoods.append(self._likelihoods(chunk, each).cpu())
         if not reward:
             return Scores(None, torch.cat(likelihoods))
-        return Scores(torch.cat(rewards), torch.cat(likelihoods) if likelihood else None, answers, torch.cat(right))
+        return Scores(torch.cat(rewards), torch.cat(likelihoods) if likelihood else None, answers)
 
     def chunk(self, samples: int = 1) -> int:
         """How many candidates go through at once."""

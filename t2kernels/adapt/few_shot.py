@@ -18,9 +18,11 @@ class FewShot(Strategy):
 
     examples: labelled prompts; experts: to mix, names in the bank or {name: Expert}; config: of the search
     name: of the new expert; replace: whether it may replace one
-    cautious: keep the base model where the new expert does no better than it on the examples
+    caution: keep the base model unless the mean gain on the examples is above so many of its standard errors; None: never mind the base.
+        A search over many candidates always finds one that is a little better on few examples.
 
-    After that: `found`, what the search found; `name`, the expert, or None for the base model; `gain`, its reward on the examples less the base's
+    After that: `found`, what the search found; `name`, the expert, or None for the base model; `gain` and `error`: the mean reward of the examples'
+    answers less that of the base model's, and its standard error over examples (without a reward: of the likelihood, and 0)
     Raises as `search`, before any forward, and ValueError for a name that is taken.
     """
 
@@ -33,7 +35,7 @@ class FewShot(Strategy):
         config: CEMConfig | None = None,
         name: str = "few-shot",
         replace: bool = False,
-        cautious: bool = True,
+        caution: float | None = 2.0,
     ):
         super().__init__(model, tokenizer)
         if examples.bank is not self.bank:
@@ -42,11 +44,13 @@ class FewShot(Strategy):
             raise ValueError(f"the bank has an expert named {name!r}: choose another name, or pass replace=True")
         self.found: Found = search(examples, experts, name, config)
         self.bank.add(name, self.found.expert, replace=replace)
-        by_reward = examples.scorer is not None
-        scores = examples.score(self.bank.ids([None, name]), reward=by_reward, likelihood=not by_reward)
-        base, new = (scores.reward if by_reward else scores.likelihood).tolist()
-        self.gain = new - base
-        self.name = name if self.gain > 0 or not cautious else None
+        scores = examples.score(self.bank.ids([None, name]), likelihood=examples.scorer is None)
+        if scores.rewards is None:
+            self.gain, self.error = (scores.likelihood[1] - scores.likelihood[0]).item(), 0.0
+        else:
+            difference = scores.rewards[1] - scores.rewards[0]
+            self.gain, self.error = difference.mean().item(), (difference.std(unbiased=False) / len(difference) ** 0.5).item()
+        self.name = name if caution is None or self.gain > caution * self.error else None
 
     def choose_batch(self, prompts: Sequence) -> list[Name]:
         return [self.name] * len(prompts)

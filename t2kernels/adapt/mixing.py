@@ -83,7 +83,9 @@ class Mixer:
         elif self.mixing == "logits":
             for span in self._spans.values():
                 m, sigma = out[:, span], self._sigma[span]
-                out[:, span] = m * (sigma.sum() / (sigma * m).sum(1, keepdim=True)) - 1
+                total = (sigma * m).sum(1, keepdim=True)
+                kept = total.abs() > EDGE * sigma.sum()  # all alphas 0: the release divides 0 by 0; here that is the base model
+                out[:, span] = torch.where(kept, m * (sigma.sum() / torch.where(kept, total, 1)) - 1, 0)
         return out
 
     def expert(self, alpha: Tensor, **manifest) -> Expert:

@@ -9,10 +9,11 @@ import random
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from ..expert import Expert
 from ..train.loss import log_probs
-from ..train.rollout import Rollout, completion_logits
+from ..train.rollout import Rollout, Sampler, completion_logits
 from .examples import Examples, encode_completions
 
 
@@ -21,17 +22,15 @@ def refine(
     completions: Sequence[Sequence[str]],
     start: Expert | None = None,
     name: str = "refined",
-    steps: int = 30,
-    lr: float = 0.01,
-    decay: float = 0.0,
+    steps: int = 15,
+    lr: float = 0.005,
     batch: int = 32,
     seed: int = 0,
 ) -> Expert:
     """An expert that makes right completions of the examples likelier; returned, not put into the bank.
 
     completions: for each example, texts that are right; an example without any is left out. `Found.answers` of a search, or [[gold], ...]
-    start: where z starts; None: the base model. decay: pull towards where it started, per step, of the learning rate
-    Adam with a straight decline of the learning rate to 5 %, gradient norm cut at 1.
+    start: where z starts; None: the base model. steps, lr, batch, seed: as in `supervise`
 
     Raises ValueError before any step: a count that differs from the examples', no completion at all, a name that is in the bank.
     """
@@ -42,42 +41,61 @@ def refine(
         raise ValueError(
             "no example has a right completion to learn from: give gold answers, or search with samples at a temperature above 0"
         )
-    model, bank, sampler = examples.model, examples.bank, examples.sampler
-    r, count = random.Random(seed), {i: len(texts) for i, texts in enumerate(completions)}
-    training = model.training
+    model, bank = examples.model, examples.bank
+    count = {i: len(texts) for i, texts in enumerate(completions)}
     frozen = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
     parameters = bank.start_training(name, init=start)
     try:
-        origin = [p.detach().clone() for p in parameters]
-        optimiser = torch.optim.Adam(parameters, lr=lr)
         row = bank.ids(name)
-        for step in range(steps):
-            optimiser.param_groups[0]["lr"] = lr * max(0.05, 1 - step / steps)
-            picked = pairs if len(pairs) <= batch else r.sample(pairs, batch)
-            ids, mask = sampler.encode([examples.prompts[i] for i, _ in picked], bank.device)
-            tokens, there = encode_completions(sampler.tokenizer, [text for _, text in picked], bank.device)
-            rollout = Rollout(torch.cat([ids, tokens], 1), torch.cat([mask, there.long()], 1), there)
-            found = log_probs(completion_logits(model, rollout, expert_ids=row)).gather(-1, tokens[..., None])[..., 0]
-            weights = torch.tensor([1 / count[i] for i, _ in picked], device=found.device)
-            loss = -(weights * torch.where(there, found, 0).sum(1)).sum() / weights.sum()
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            if decay:
-                with torch.no_grad():
-                    for p, p0 in zip(parameters, origin, strict=True):
-                        p.lerp_(p0, optimiser.param_groups[0]["lr"] * decay)
+        work = [(examples.prompts[i], text, 1 / count[i]) for i, text in pairs]
+        supervise(model, examples.sampler, parameters, work, steps, lr, batch, seed, expert_ids=row)
         del row
     except BaseException:
         bank.stop_training(name)
         bank.remove(name)
         raise
     finally:
-        model.train(training)
         for p, needed in frozen.items():
             p.requires_grad_(needed)
     made = bank.stop_training(name, name=name, refined={"steps": steps, "learning_rate": lr, "completions": len(pairs), "seed": seed})
     bank.remove(name)
     return Expert(made.z, {**(start.manifest if start is not None else {}), **made.manifest}, made.sketch)
+
+
+def supervise(
+    model: nn.Module,
+    sampler: Sampler,
+    parameters: Sequence[nn.Parameter],
+    work: Sequence[tuple],
+    steps: int,
+    lr: float,
+    batch: int = 32,
+    seed: int = 0,
+    **routing,
+) -> None:
+    """Raise Σ weight log p(completion | prompt) over `work`, triples (prompt, completion, weight), by moving `parameters`.
+
+    Adam, the learning rate in a straight line from lr to 5 % of it, gradient norm cut at 1; more than `batch` triples are drawn from anew at
+    each step. routing: of the forwards.
+    """
+    r, device = random.Random(seed), parameters[0].device
+    optimiser = torch.optim.Adam(parameters, lr=lr)
+    training = model.training
+    model.eval()  # no dropout: few examples, few steps
+    try:
+        for step in range(steps):
+            optimiser.param_groups[0]["lr"] = lr * max(0.05, 1 - step / steps)
+            picked = work if len(work) <= batch else r.sample(work, batch)
+            ids, mask = sampler.encode([prompt for prompt, _, _ in picked], device)
+            tokens, there = encode_completions(sampler.tokenizer, [text for _, text, _ in picked], device)
+            rollout = Rollout(torch.cat([ids, tokens], 1), torch.cat([mask, there.long()], 1), there)
+            found = log_probs(completion_logits(model, rollout, **routing)).gather(-1, tokens[..., None])[..., 0]
+            weights = torch.tensor([weight for _, _, weight in picked], device=device)
+            loss = -(weights * torch.where(there, found, 0).sum(1)).sum() / weights.sum()
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+    finally:
+        model.train(training)
