@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from ..train.data import is_task
 from ..train.loss import log_probs
 from ..train.rewards import Reward, Scorer
 from ..train.rollout import Rollout, Sampler, completion_logits
-from .prefix import hoist, prefill
+from .prefix import forward, hoist, prefill
 
 MEMORY = 4 * 2**30
 """Bytes of keys, values and logits that a batch may hold, unless said otherwise."""
@@ -94,15 +95,16 @@ class Examples:
         if not (reward or likelihood):
             raise ValueError("nothing to score by: these examples have no reward or no gold answer, and the other was not asked for")
         for chunk in ids.split(self.chunk(samples if reward else 1)):
-            each = chunk.repeat_interleave(len(self))  # candidates side by side, each with all examples
+            # Both read the prompts, and both change the cache they are given; one alone reads them in its own first forward.
+            cache = self._read_prompts(chunk) if reward and likelihood else prefill(self.model, self.prefix, chunk, len(self))
             if reward:
-                drawn = self._answers(chunk, temperature, samples)
+                drawn = self._answers(chunk, copy.deepcopy(cache) if likelihood else cache, temperature, samples)
                 rows = [row for row in self.rows for _ in range(samples)] * len(chunk)
                 got = self.scorer(rows, drawn).reshape(len(chunk), -1)
                 rewards.append(got)
                 answers += [drawn[i : i + got.shape[1]] for i in range(0, len(drawn), got.shape[1])]
             if likelihood:
-                likelihoods.append(self._likelihoods(chunk, each).cpu())
+                likelihoods.append(self._likelihoods(chunk, cache).cpu())
         if not reward:
             return Scores(None, torch.cat(likelihoods))
         return Scores(torch.cat(rewards), torch.cat(likelihoods) if likelihood else None, answers)
@@ -113,22 +115,31 @@ class Examples:
         tokens = self.ids.shape[1] + max(self.sampler.max_new_tokens if self.scorer else 0, gold)
         return max(1, int(self.memory // (bytes_per_token(self.model) * tokens * len(self) * samples)))
 
-    def _answers(self, chunk: Tensor, temperature: float, samples: int) -> list:
-        cache = prefill(self.model, self.prefix, chunk, len(self) * samples)
-        ids, mask = self.ids.repeat(len(chunk), 1), self.mask.repeat(len(chunk), 1)
+    def _read_prompts(self, chunk: Tensor):
+        """The cache of all prompts but their last tokens, candidates side by side; of their common beginning only once a candidate."""
+        cache = prefill(self.model, self.prefix, chunk, len(self))
+        if self.ids.shape[1] - 1 > len(self.prefix):
+            ids, mask = self._rows(chunk, self.ids[:, :-1], self.mask[:, :-1])
+            _, cache = forward(self.model, ids, mask, cache, keep=1, expert_ids=chunk.repeat_interleave(len(self)))
+        return cache
+
+    def _rows(self, chunk: Tensor, *tensors: Tensor) -> list[Tensor]:
+        return [t.repeat(len(chunk), 1) for t in tensors]
+
+    def _answers(self, chunk: Tensor, cache, temperature: float, samples: int) -> list:
+        if cache is not None:
+            cache.batch_repeat_interleave(samples)
         each = chunk.repeat_interleave(len(self))
-        drawn = self.sampler.draw(self.model, ids, mask, temperature, samples, cache=cache, expert_ids=each)
+        drawn = self.sampler.draw(self.model, *self._rows(chunk, self.ids, self.mask), temperature, samples, cache=cache, expert_ids=each)
         return self.sampler.decode(drawn, [p for p in self.prompts for _ in range(samples)] * len(chunk))
 
     @torch.no_grad()
-    def _likelihoods(self, chunk: Tensor, each: Tensor) -> Tensor:
+    def _likelihoods(self, chunk: Tensor, cache) -> Tensor:
         """[P'] mean over the examples of log p(gold | prompt), in one forward."""
         tokens, there = self.gold
-        cache = prefill(self.model, self.prefix, chunk, len(self))
-        ids = torch.cat([self.ids, tokens], 1).repeat(len(chunk), 1)
-        mask = torch.cat([self.mask, there.long()], 1).repeat(len(chunk), 1)
-        rollout = Rollout(ids, mask, there.repeat(len(chunk), 1))
-        logits = completion_logits(self.model, rollout, cache=cache, expert_ids=each)
+        ids, mask = self._rows(chunk, torch.cat([self.ids, tokens], 1), torch.cat([self.mask, there.long()], 1))
+        rollout = Rollout(ids, mask, *self._rows(chunk, there))
+        logits = completion_logits(self.model, rollout, cache=cache, expert_ids=chunk.repeat_interleave(len(self)))
         found = log_probs(logits).gather(-1, rollout.tokens[..., None])[..., 0]
         return torch.where(rollout.completion, found, 0).sum(1).reshape(len(chunk), -1).mean(1)
 

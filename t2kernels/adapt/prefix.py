@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..train.rollout import forward_arguments
+
 WORTH = 16
 """Common tokens below which a cache of their own saves nothing: copying it costs about as much as so few tokens."""
 
@@ -36,11 +38,29 @@ def prefill(model: nn.Module, prefix: Tensor, expert_ids: Tensor, copies: int):
     if not len(prefix):
         return None
     ids = prefix.expand(len(expert_ids), -1)
+    _, cache = forward(model, ids, torch.ones_like(ids), keep=1, expert_ids=expert_ids)
+    cache.batch_repeat_interleave(copies)
+    return cache
+
+
+@torch.no_grad()
+def forward(model: nn.Module, ids: Tensor, mask: Tensor, cache=None, keep: int = 0, **routing):
+    """(logits of the last `keep` tokens, 0: of all that the cache lacks; the cache, which now holds all of them). In eval mode.
+
+    ids, mask: [B, S], the tokens that the cache holds included
+    """
+    known = 0 if cache is None else cache.get_seq_length()
+    accepted = forward_arguments(model)
+    if "position_ids" in accepted:
+        routing["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, known:]
+    if "logits_to_keep" in accepted:
+        routing["logits_to_keep"] = keep
+    if cache is not None:
+        routing["past_key_values"] = cache
     training = model.training
     model.eval()
     try:
-        cache = model(input_ids=ids, use_cache=True, expert_ids=expert_ids).past_key_values
+        out = model(input_ids=ids[:, known:], attention_mask=mask, use_cache=True, **routing)
     finally:
         model.train(training)
-    cache.batch_repeat_interleave(copies)
-    return cache
+    return out.logits, out.past_key_values

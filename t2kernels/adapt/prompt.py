@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..bank import Name
 from ..train.data import is_task
 from ..train.rewards import Scorer
-from ..train.rollout import Sampler, forward_arguments
-from .prefix import hoist, prefill
+from ..train.rollout import Sampler
+from .prefix import forward, hoist, prefill
 from .question import Question
 from .strategy import Strategy
 
@@ -135,38 +135,22 @@ def label_log_likelihoods(model: nn.Module, ids: Tensor, mask: Tensor, labels: S
     shared = torch.tensor(labels[0][:common], dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
     rest = [list(label[common:]) for label in labels]
     prefix, ids, mask = hoist(torch.cat([ids, shared], 1), torch.cat([mask, mask.new_ones(shared.shape)], 1))
-    training = model.training
-    model.eval()
-    try:
-        with model.t2_bank.routing.use(None):
-            cache = prefill(model, prefix, row[None], len(ids))
-            logits, cache = _forward(model, ids, mask, cache, row, 1)
-            first = torch.log_softmax(logits[:, -1].float(), -1)
-            out = first[:, [label[0] for label in rest]]
-            longest = max(map(len, rest))
-            if longest == 1:
-                return out
-            tokens = torch.zeros(len(rest), longest, dtype=ids.dtype)
-            for i, label in enumerate(rest):
-                tokens[i, : len(label)] = torch.tensor(label)
-            there = torch.arange(longest) < torch.tensor([[len(label)] for label in rest])
-            tokens, there = tokens.to(ids.device).repeat(len(ids), 1), there.to(ids.device).repeat(len(ids), 1)
-            cache.batch_repeat_interleave(len(rest))
-            mask = torch.cat([mask.repeat_interleave(len(rest), 0), there[:, :-1].to(mask)], 1)
-            logits, _ = _forward(model, torch.cat([ids.repeat_interleave(len(rest), 0), tokens[:, :-1]], 1), mask, cache, row, 0)
-            more = torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
-            return out + torch.where(there[:, 1:], more, 0).sum(1).reshape(len(ids), -1)
-    finally:
-        model.train(training)
-
-
-def _forward(model: nn.Module, ids: Tensor, mask: Tensor, cache, row: Tensor, keep: int):
-    """(logits of the last `keep` tokens, or of all that the cache lacks for 0; the cache)."""
-    known = 0 if cache is None else cache.get_seq_length()
-    accepted, kwargs = forward_arguments(model), {}
-    if "position_ids" in accepted:
-        kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, known:]
-    if "logits_to_keep" in accepted:
-        kwargs["logits_to_keep"] = keep
-    out = model(input_ids=ids[:, known:], attention_mask=mask, past_key_values=cache, use_cache=True, expert_ids=row, **kwargs)
-    return out.logits, out.past_key_values
+    with model.t2_bank.routing.use(None):
+        cache = prefill(model, prefix, row[None], len(ids))
+        logits, cache = forward(model, ids, mask, cache, keep=1, expert_ids=row)
+        first = torch.log_softmax(logits[:, -1].float(), -1)
+        out = first[:, [label[0] for label in rest]]
+        longest = max(map(len, rest))
+        if longest == 1:
+            return out
+        tokens = torch.zeros(len(rest), longest, dtype=ids.dtype)
+        for i, label in enumerate(rest):
+            tokens[i, : len(label)] = torch.tensor(label)
+        there = torch.arange(longest) < torch.tensor([[len(label)] for label in rest])
+        tokens, there = tokens.to(ids.device).repeat(len(ids), 1), there.to(ids.device).repeat(len(ids), 1)
+        cache.batch_repeat_interleave(len(rest))
+        mask = torch.cat([mask.repeat_interleave(len(rest), 0), there[:, :-1].to(mask)], 1)
+        longer = torch.cat([ids.repeat_interleave(len(rest), 0), tokens[:, :-1]], 1)
+        logits, _ = forward(model, longer, mask, cache, expert_ids=row)
+        more = torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
+        return out + torch.where(there[:, 1:], more, 0).sum(1).reshape(len(ids), -1)
