@@ -53,7 +53,9 @@ class Question:
 
     @classmethod
     def tiny(cls, experts: Sequence[str] = ("math", "code", "reason")) -> Question:
-        """The built-in model's own: kind(47+8+6)? -> =m, the first letter of a family."""
+        """The built-in model's own: kind(47+8+6)? -> =m, the first letter of a family. Raises ValueError for two with one first letter."""
+        if len({e[:1] for e in experts}) < len(experts):
+            raise ValueError(f"the built-in model names a family by its first letter, and two of {', '.join(experts)} share one")
         return cls("kind({prompt})?", {f"={e[0]}": e for e in experts}, strip="?")
 
     def ask(self, prompt):
