@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .expert import make_scale, z_from_logits
 from .factors import Factor
-from .ops import choose_impl
+from .ops.svf_linear import call
 from .routing import Routing
 
 
@@ -135,11 +135,8 @@ class DeltaLinear(SVFLinear):
 
 
 def add_delta(y: Tensor, x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    """y + ((x V) * scale[ids]) Uᵀ in y's dtype: in one op where the dtypes agree, so that a zero row leaves y's bits alone."""
-    x, ids = x.to(U), ids.to(U.device)
-    together = y.dtype == U.dtype
-    out = torch.ops.t2kernels.svf_linear(x, V, U, scale, ids, y if together else None, None, choose_impl(x)[0])
-    return out if together else y + out.to(y.dtype)
+    """y + ((x V) * scale[ids]) Uᵀ in y's dtype, in one op, so that a zero row leaves y's bits alone."""
+    return call(x.to(y), V, U, scale, ids.to(y.device), y)
 
 
 def delta_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -166,8 +163,10 @@ class FactoredLinear(SVFLinear):
     def forward(self, x: Tensor) -> Tensor:
         route = self.routing.active
         ids = self._base_id if route is None else route.fit(x.shape[:-1])
-        x, ids = x.to(self.U), ids.to(self.U.device)
-        return torch.ops.t2kernels.svf_linear(x, self.V, self.U, self.table(), ids, None, self.bias, choose_impl(x)[0])
+        kind = x.device.type
+        x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        return call(x, self.V, self.U, self.table(), ids.to(x.device), None, bias)
 
     def dense(self, row: int = 0) -> Tensor:
         """W [M, N] = U diag(scale[row]) Vᵀ, computed in fp32, in the factors' dtype."""

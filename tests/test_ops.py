@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from t2kernels.ops import ImplUnavailableError, choose_impl, svf_linear, svf_linear_group, svf_linear_ref
+from t2kernels.ops import ImplUnavailableError, plan, svf_linear, svf_linear_group, svf_linear_ref, torch_kernels
 
 E = 5
 SHAPES = [((1,), 7, 3, 5), ((17,), 33, 20, 9), ((4, 6), 16, 16, 24), ((2, 3, 5, 4), 12, 7, 10), ((0,), 8, 4, 6), ((3, 0), 8, 4, 6)]
@@ -99,6 +99,129 @@ def test_gradients_in_low_precision_are_as_exact_as_eager(dtype):
         assert (got - want).norm() <= 2 * (plain - want).norm()
 
 
+MIXED = [
+    (torch.float32, torch.int8),
+    (torch.bfloat16, torch.int8),
+    (torch.float16, torch.int8),
+    (torch.bfloat16, torch.float16),
+    (torch.float16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
+
+
+def mixed_problem(x_dtype, factors, lead=(37,), N=48, C=40, M=56):
+    """Factors in another format than x; int8 ones with their column steps in scale, as a layer has them. Also those steps [C]."""
+    x, V, U, scale, base, bias = problem(lead, N, C, M, torch.float32)
+    steps = torch.ones(2, C)
+    if factors == torch.int8:
+        steps = torch.stack([t.abs().amax(0) / 127 for t in (V, U)])
+        V, U = ((t / s).round() for t, s in zip((V, U), steps, strict=True))
+        scale = scale * steps[0] * steps[1]
+    return x.to(x_dtype), V.to(factors), U.to(factors), scale, base.to(x_dtype), bias.to(x_dtype), steps
+
+
+@pytest.mark.parametrize("x_dtype, factors", MIXED)
+def test_other_formats_of_factors_are_as_exact_as_eager_in_x(x_dtype, factors):
+    x, V, U, scale, base, bias, (v_steps, u_steps) = mixed_problem(x_dtype, factors)
+    ids = draw_ids("uniform", (37,))
+    plain = x, (V * v_steps).to(x_dtype), (U * u_steps).to(x_dtype), scale / v_steps / u_steps, ids
+    for b, c in ((None, None), (base, None), (base, bias)):
+        truth = exact(x, V, U, scale, ids, b, c)
+        allowed = 1.1 * eager_error(*plain, b, c, truth)
+        got = svf_linear(x, V, U, scale, ids, b, c)
+        assert got.dtype == x_dtype
+        assert (got.double() - truth).norm() <= allowed
+
+
+def test_fp16_factors_are_better_than_bf16_ones_under_a_bf16_input():
+    x, V, U, scale, _, _ = problem((64,), 256, 256, 256)
+    x, ids = x.bfloat16(), draw_ids("uniform", (64,))
+    truth = exact(x, V, U, scale, ids)
+    fp16, bf16 = (
+        (svf_linear(x, V.to(d), U.to(d), scale, ids).double() - truth).norm() / truth.norm() for d in (torch.float16, torch.bfloat16)
+    )
+    assert fp16 < 0.7 * bf16  # what is left is the rounding of y to bf16
+
+
+@pytest.mark.parametrize("x_dtype, factors", [(torch.bfloat16, torch.float16), (torch.float16, torch.int8)])
+def test_large_activations_do_not_overflow_in_fp16(x_dtype, factors):
+    N, C, M = 4096, 8, 64
+    V, U = torch.linalg.qr(torch.randn(N, C))[0], torch.linalg.qr(torch.randn(M, C))[0]
+    x = (V.sum(1) / V.sum(1).norm() * 60000).to(x_dtype).expand(4, N)  # as long as fp16 can say, and along V
+    scale, ids = torch.rand(E, C), torch.zeros(4, dtype=torch.int32)
+    if factors == torch.int8:
+        steps = V.abs().amax(0) / 127, U.abs().amax(0) / 127
+        V, U, scale = (V / steps[0]).round(), (U / steps[1]).round(), scale * steps[0] * steps[1]
+    V, U = V.to(factors), U.to(factors)
+    truth, got = exact(x, V, U, scale, ids), svf_linear(x, V, U, scale, ids)
+    assert (got.double() - truth).norm() <= 4 * torch.finfo(x_dtype).eps * truth.norm()
+
+
+@pytest.mark.parametrize("x_dtype, factors", [(torch.float32, torch.float32), *MIXED])
+def test_gradients_with_other_formats_and_with_h_saved_or_not(x_dtype, factors):
+    x, V, U, scale, base, _, (v_steps, u_steps) = mixed_problem(x_dtype, factors)
+    ids, dy = draw_ids("uniform", (37,)), torch.randn(37, 56).to(x_dtype)
+    wide = [t.double().requires_grad_() for t in (x, scale)]
+    svf_linear_ref(wide[0], V.double(), U.double(), wide[1], ids).backward(dy.double())
+    plain = [x.clone().requires_grad_(), (scale / v_steps / u_steps).requires_grad_()]
+    rows = plain[1][ids.long()].to(x_dtype)
+    (((plain[0] @ (V * v_steps).to(x_dtype)) * rows) @ (U * u_steps).to(x_dtype).t()).backward(dy)
+    leaves = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
+    svf_linear(leaves[0], V, U, leaves[1], ids, base).backward(dy)
+    again = torch.ops.t2kernels.svf_linear_backward([dy], x, V, [U], scale, ids, None, True, True, "torch")
+    for got, without_h, want, eager, units in zip(leaves, again, wide, plain, (1, v_steps * u_steps), strict=True):
+        truth = want.grad * units
+        allowed = 1.1 * (eager.grad.double() - truth).norm() + torch.finfo(x_dtype).eps / 4 * truth.norm()
+        assert (got.grad.double() * units - truth).norm() <= allowed
+        torch.testing.assert_close(without_h, got.grad)
+
+
+def test_a_forward_that_is_differentiated_keeps_x_V_and_one_that_is_not_keeps_nothing():
+    x, V, U, scale, _, _ = problem((6,), 8, 4, 6)
+    ids = draw_ids("uniform", (6,))
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        svf_linear(x, V, U, scale.clone().requires_grad_(), ids)
+        assert any(t.shape == (6, 4) and torch.allclose(t, x @ V) for t in seen)
+        seen.clear()
+        svf_linear(x, V, U, scale, ids)
+        assert not seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factors", [None, torch.int8, torch.float16])
+def test_a_dense_weight_made_for_experts_of_many_tokens_gives_the_same(dtype, factors):
+    x, V, U, scale, base, bias = problem((200,), 20, 20, 24) if factors is None else mixed_problem(dtype, factors, (200,), 20, 20, 24)[:-1]
+    x, base, bias = x.to(dtype), base.to(dtype), bias.to(dtype)
+    V, U = (V.to(dtype), U.to(dtype)) if factors is None else (V, U)
+    for mix in MIXES:
+        ids = draw_ids(mix, (200,))
+        for b, c in ((None, None), (base, bias)):
+            truth = exact(x, V, U, scale, ids, b, c)
+            one = torch_kernels.materialised(x, V, [U], scale, ids[:1], [b], [c])[0]
+            where = ids == ids[0]
+            some = torch_kernels.materialised(x, V, [U], scale, ids, [b], [c], [1, 3])[0]
+            allowed = 2 * torch.finfo(dtype).eps * truth.norm()
+            assert (one.double() - truth)[where].norm() <= allowed
+            assert (some.double() - truth).norm() <= allowed
+
+
+def test_the_plan_sends_many_tokens_of_one_expert_through_a_dense_weight_and_no_others():
+    N, T = 16, 200
+    x, V, U, scale, _, _ = problem((T,), N, N, N)
+    many = torch.zeros(T, dtype=torch.int32)
+    many[::5] = 2
+    assert plan(x, V, [U], torch.tensor(1)).path == "dense"
+    assert plan(x, V, [U], many).experts == (0, 2)
+    assert plan(x, V, [U], torch.arange(T, dtype=torch.int32) % E * 0 + torch.arange(T) // 190).experts == (0,)
+    assert plan(x[:10], V, [U], torch.tensor(1)).path == "mm"
+    assert plan(x, V, [U], many, base=True).path == "mm"
+    assert plan(x, V, [U], many, grad=True).path == "mm"
+    ids = (torch.arange(T) // 190).int()
+    torch.testing.assert_close(svf_linear(x, V, U, scale, ids), svf_linear_ref(x, V, U, scale, ids))
+
+
 def test_frozen_factors_get_no_gradient():
     x, V, U, scale, _, _ = problem((6,), 8, 4, 6)
     V.requires_grad_(), U.requires_grad_(), x.requires_grad_()
@@ -149,7 +272,8 @@ def test_opcheck():
     torch.library.opcheck(op.svf_linear.default, (x, V, U, scale, ids, base, bias))
     torch.library.opcheck(op.svf_linear.default, (x.bfloat16(), V.bfloat16(), U.bfloat16(), scale, ids))
     torch.library.opcheck(op.svf_linear_group.default, (x, V, [U[:, :2], U[:5, 2:]], scale, ids, [], [], "torch"))
-    torch.library.opcheck(op.svf_linear_backward.default, ([base], x.detach(), V, [U], scale.detach(), ids, True, True, "torch"))
+    torch.library.opcheck(op.svf_linear_saving.default, (x, V, [U[:, :2], U[:5, 2:]], scale, ids, [], [], "torch"))
+    torch.library.opcheck(op.svf_linear_backward.default, ([base], x.detach(), V, [U], scale.detach(), ids, None, True, True, "torch"))
 
 
 def test_compiles_in_one_graph_and_not_again_for_other_ids():
@@ -167,13 +291,14 @@ def test_bad_arguments_are_named():
     ids = draw_ids("uniform", (4,))
     wrong = [
         ((x[:, :7], V, U, scale, ids), "V's shape"),
-        ((x, V, U[:, :2], scale, ids), "the rank of U"),
+        ((x, V, U[:, :2], scale, ids), "the columns of U"),
         ((x, V, U, scale[:, :2], ids), "scale's shape"),
         ((x, V, U, scale.half(), ids), "scale.dtype"),
         ((x, V, U, scale, ids.float()), "expert_ids.dtype"),
         ((x, V, U, scale, ids[:3]), "expert_ids' shape"),
         ((x, V, U, scale, ids[:, None]), "expert_ids' shape"),
-        ((x, V.half(), U, scale, ids), "V's dtype"),
+        ((x, V.half(), U, scale, ids), "U.*'s dtype"),
+        ((x, V.int(), U.int(), scale, ids), "V.dtype"),
         ((x, V, U, scale, ids, base[:3]), "base"),
         ((x, V, U, scale, ids, None, bias[:2]), "bias"),
         ((x.long(), V, U, scale, ids), "x.dtype"),
@@ -192,9 +317,9 @@ def test_bad_arguments_are_named():
 def test_impl_means_that_one_or_an_error():
     x, V, U, scale, _, _ = problem((4,), 8, 3, 6)
     ids = draw_ids("uniform", (4,))
-    name, why = choose_impl(x)
-    assert name == "torch"
-    assert "cpu" in why
+    choice = plan(x, V, [U], ids)
+    assert choice.impl == "torch"
+    assert "cpu" in choice.why
     assert torch.equal(svf_linear(x, V, U, scale, ids, impl="torch"), svf_linear(x, V, U, scale, ids, impl="auto"))
     for missing in ("triton", "cuda"):
         with pytest.raises(ImplUnavailableError, match=missing):

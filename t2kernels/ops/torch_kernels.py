@@ -1,67 +1,142 @@
 """impl="torch": two matmuls around a row scaling, on any device that torch has. Deterministic on the CPU.
 
-A group of matrices that share x is the general case: V's side by side along R, one U per member. A single matrix is a group of one.
+A group of matrices that share x is the general case: V's side by side along C, one U per member. A single matrix is a group of one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
+
+from .precision import backward_precision, forward_precision
 
 
 def forward(
     x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: list[Tensor | None], biases: list[Tensor | None]
+) -> tuple[list[Tensor], Tensor]:
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]; and h = x V [T, C], which `backward` can use."""
+    lead, how = x.shape[:-1], forward_precision(x.dtype, V.dtype)
+    h = _floats(x.reshape(-1, x.shape[-1]), how.dtype, how.x) @ _floats(V, how.dtype, how.V)  # [T, C]
+    g = _scale_rows(h, scale, expert_ids, lead, how.scale)
+    members = zip(_columns(Us), Us, bases, biases, strict=True)
+    ys = [_product(g[:, c], _floats(U, how.dtype), how.y, base, bias, x.dtype) for c, U, base, bias in members]
+    return [y.reshape(*lead, y.shape[-1]) for y in ys], h
+
+
+def materialised(
+    x: Tensor,
+    V: Tensor,
+    Us: list[Tensor],
+    scale: Tensor,
+    expert_ids: Tensor,
+    bases: list[Tensor | None],
+    biases: list[Tensor | None],
+    experts: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]."""
-    lead = x.shape[:-1]
-    h = x.reshape(-1, x.shape[-1]) @ V  # [T, R]
-    g = _scale_rows(h, scale, expert_ids, lead)
-    ys, column = [], 0
-    for U, base, bias in zip(Us, bases, biases, strict=True):
-        g_i = g if len(Us) == 1 else g[:, column : column + U.shape[1]]
-        column += U.shape[1]
-        if base is not None:
-            y = torch.addmm(base.reshape(-1, U.shape[0]), g_i, U.t())  # one rounding, and g = 0 leaves base's bits alone
-            if bias is not None:
-                y += bias
-        elif bias is not None:
-            y = torch.addmm(bias, g_i, U.t())
-        else:
-            y = g_i @ U.t()
-        ys.append(y.reshape(*lead, U.shape[0]))
+    """The same with W' = U diag(scale[e]) Vᵀ made once for an expert of many tokens, then x W'ᵀ: fewer operations from max(M, N) tokens on.
+
+    experts: the rows to do so for; tokens of other experts go through `forward`. None: all tokens have one expert, whichever it is.
+    """
+    x_, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    bases = [b if b is None else b.reshape(-1, b.shape[-1]) for b in bases]
+    if experts is None:
+        ys = _through_dense(x_, V, Us, scale.index_select(0, expert_ids.reshape(1)), bases, biases)
+    else:
+        ids = expert_ids.reshape(-1).repeat_interleave(tokens_per_id(expert_ids, lead))  # [T]
+        ys = [x.new_empty(x_.shape[0], U.shape[0]) for U in Us]
+        rest = torch.ones_like(ids, dtype=torch.bool)
+        for e in [*experts, None]:
+            mine = rest.nonzero()[:, 0] if e is None else (ids == e).nonzero()[:, 0]
+            rest[mine] = False
+            part = x_[mine], V, Us, scale
+            added = [b if b is None else b[mine] for b in bases], biases
+            found = forward(*part, ids[mine], *added)[0] if e is None else _through_dense(*part[:3], scale[e : e + 1], *added)
+            for y, y_e in zip(ys, found, strict=True):
+                y[mine] = y_e
+    return [y.reshape(*lead, y.shape[-1]) for y in ys]
+
+
+def _through_dense(
+    x: Tensor, V: Tensor, Us: list[Tensor], row: Tensor, bases: list[Tensor | None], biases: list[Tensor | None]
+) -> list[Tensor]:
+    how, ys = forward_precision(x.dtype, V.dtype), []
+    row, x_ = row * how.scale, _floats(x, how.dtype, how.x)
+    for c, U, base, bias in zip(_columns(Us), Us, bases, biases, strict=True):
+        W = (U * row[:, c]).to(how.dtype) @ _floats(V[:, c], how.dtype, how.V).t()  # [M, N]
+        ys.append(_product(x_, W, how.y, base, bias, x.dtype))
     return ys
 
 
 def backward(
-    dys: list[Tensor], x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, need_dx: bool, need_dscale: bool
+    dys: list[Tensor],
+    x: Tensor,
+    V: Tensor,
+    Us: list[Tensor],
+    scale: Tensor,
+    expert_ids: Tensor,
+    need_dx: bool,
+    need_dscale: bool,
+    h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """p = dy U;  dx = (p * scale[expert_ids]) Vᵀ;  dscale[e] = sum over the tokens of e of (x V) * p, in fp32. Not needed: empty [0]."""
-    lead = x.shape[:-1]
-    ps = [dy.reshape(-1, U.shape[0]) @ U for dy, U in zip(dys, Us, strict=True)]
-    p = ps[0] if len(ps) == 1 else torch.cat(ps, dim=1)  # [T, R]
+    """p = dy U;  dx = (p * scale[expert_ids]) Vᵀ;  dscale[e] = sum over the tokens of e of (x V) * p, in fp32. Not needed: empty [0].
+
+    h: x V as `forward` returned it, or None: computed again
+    """
+    lead, how = x.shape[:-1], backward_precision(x.dtype, V.dtype)
+    ps = [dy.reshape(-1, U.shape[0]) @ _floats(U, how.dtype, how.V) for dy, U in zip(dys, Us, strict=True)]
+    p = ps[0] if len(ps) == 1 else torch.cat(ps, dim=1)  # [T, C]
     dx, dscale = x.new_empty(0), scale.new_empty(0)
     if need_dx:
-        dx = (_scale_rows(p, scale, expert_ids, lead) @ V.t()).reshape(x.shape)
+        dx = (_scale_rows(p, scale, expert_ids, lead, how.scale) @ _floats(V, how.dtype).t()).reshape(x.shape)
     if need_dscale:
-        h = x.reshape(-1, x.shape[-1]) @ V
-        product = h.to(scale.dtype) * p.to(scale.dtype)  # [T, R]
-        rows, repeat = expert_ids.numel(), _tokens_per_id(expert_ids, lead)
+        there = forward_precision(x.dtype, V.dtype)
+        if h is None:
+            h = _floats(x.reshape(-1, x.shape[-1]), there.dtype, there.x) @ _floats(V, there.dtype, there.V)
+        product = h.to(scale.dtype) * p.to(scale.dtype)  # [T, C]
+        rows, repeat = expert_ids.numel(), tokens_per_id(expert_ids, lead)
         per_id = product if repeat == 1 else product.reshape(rows, repeat, product.shape[1]).sum(1)
-        dscale = torch.zeros_like(scale).index_add_(0, expert_ids.reshape(-1), per_id)
+        dscale = torch.zeros_like(scale).index_add_(0, expert_ids.reshape(-1), per_id, alpha=1 / (there.x * there.V * how.V))
     return dx, dscale
 
 
-def _scale_rows(h: Tensor, scale: Tensor, expert_ids: Tensor, lead: torch.Size) -> Tensor:
-    """h [T, R] * scale[expert_ids], multiplied in scale's precision, returned in h's."""
-    rows = scale.index_select(0, expert_ids.reshape(-1))  # [ids, R]
-    repeat = _tokens_per_id(expert_ids, lead)
+def tokens_per_id(expert_ids: Tensor, lead: torch.Size) -> int:
+    """How many tokens in a row share one id, where x is [*lead, N] and the shape of the ids is a leading part of `lead`."""
+    count = 1
+    for size in lead[expert_ids.dim() :]:
+        count *= size
+    return count
+
+
+def _scale_rows(h: Tensor, scale: Tensor, expert_ids: Tensor, lead: torch.Size, times: float) -> Tensor:
+    """h [T, C] * scale[expert_ids] * times, multiplied in scale's precision, returned in h's."""
+    rows = _floats(scale.index_select(0, expert_ids.reshape(-1)), scale.dtype, times)  # [ids, C]
+    repeat = tokens_per_id(expert_ids, lead)
     if repeat == 1:
         return (h * rows).to(h.dtype)
     return (h.reshape(rows.shape[0], repeat, h.shape[1]) * rows[:, None]).reshape(h.shape).to(h.dtype)
 
 
-def _tokens_per_id(expert_ids: Tensor, lead: torch.Size) -> int:
-    count = 1
-    for size in lead[expert_ids.dim() :]:
-        count *= size
-    return count
+def _product(g: Tensor, U: Tensor, times: float, base: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """base + g Uᵀ * times + bias [T, M] in `dtype`. g = 0 leaves base's bits alone."""
+    if times != 1:
+        y = (g @ U.t()).float() * times
+        for added in (base, bias):
+            y = y if added is None else y + added.reshape(-1, U.shape[0])
+        return y.to(dtype)
+    if base is None:
+        return g @ U.t() if bias is None else torch.addmm(bias, g, U.t())
+    y = torch.addmm(base.reshape(-1, U.shape[0]), g, U.t())  # one rounding
+    return y if bias is None else y.add_(bias)
+
+
+def _floats(t: Tensor, dtype: torch.dtype, times: float = 1.0) -> Tensor:
+    return t.to(dtype) if times == 1 else t * times if t.dtype == dtype else (t.float() * times).to(dtype)
+
+
+def _columns(Us: list[Tensor]) -> Iterator[slice]:
+    start = 0
+    for U in Us:
+        yield slice(start, start + U.shape[1])
+        start += U.shape[1]
