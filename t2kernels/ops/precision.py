@@ -5,6 +5,7 @@ int8 factors carry no scale of their own: it stands in `scale`, so that turning 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ class Precision(NamedTuple):
     y: float = 1.0
 
 
+@functools.cache
 def forward_precision(x: torch.dtype, factors: torch.dtype) -> Precision:
     """How y = ((x V) * scale) Uᵀ is computed.
 
@@ -37,6 +39,7 @@ def forward_precision(x: torch.dtype, factors: torch.dtype) -> Precision:
     return Precision(x, V=2.0**-11, scale=2.0**11) if factors == torch.int8 else Precision(x)
 
 
+@functools.cache
 def backward_precision(x: torch.dtype, factors: torch.dtype) -> Precision:
     """How p = dy U and dx = (p * scale) Vᵀ are computed; here V stands for U. In x's dtype: a bf16 gradient may be far smaller than fp16 can hold."""
     return Precision(x, V=2.0**-11, scale=2.0**11) if (x, factors) == (torch.float16, torch.int8) else Precision(x)

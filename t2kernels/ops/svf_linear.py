@@ -198,7 +198,7 @@ def _run(x, V, U, scale, expert_ids, base, bias, impl, saving=False) -> list[Ten
     arguments = (x, V, U, scale, expert_ids, base, bias)
     if choice.path == "dense":
         return torch_kernels.materialised(*arguments, choice.experts)
-    ys, h = torch_kernels.forward(*arguments)
+    ys, h = torch_kernels.forward(*arguments, keep_h=saving)
     return [*ys, h] if saving else ys
 
 

@@ -14,15 +14,22 @@ from .precision import backward_precision, forward_precision
 
 
 def forward(
-    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: list[Tensor | None], biases: list[Tensor | None]
-) -> tuple[list[Tensor], Tensor]:
-    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]; and h = x V [T, C], which `backward` can use."""
+    x: Tensor,
+    V: Tensor,
+    Us: list[Tensor],
+    scale: Tensor,
+    expert_ids: Tensor,
+    bases: list[Tensor | None],
+    biases: list[Tensor | None],
+    keep_h: bool = True,
+) -> tuple[list[Tensor], Tensor | None]:
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]; and h = x V [T, C] for `backward`, if that is wanted."""
     lead, how = x.shape[:-1], forward_precision(x.dtype, V.dtype)
-    h = _floats(x.reshape(-1, x.shape[-1]), how.dtype, how.x) @ _floats(V, how.dtype, how.V)  # [T, C]
-    g = _scale_rows(h, scale, expert_ids, lead, how.scale)
-    members = zip(_columns(Us), Us, bases, biases, strict=True)
-    ys = [_product(g[:, c], _floats(U, how.dtype), how.y, base, bias, x.dtype) for c, U, base, bias in members]
-    return [y.reshape(*lead, y.shape[-1]) for y in ys], h
+    h = _floats(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), how.dtype, how.x) @ _floats(V, how.dtype, how.V)  # [T, C]
+    g = _scale_rows(h, scale, expert_ids, lead, how.scale, out=None if keep_h else h)
+    members = zip((slice(None),) if len(Us) == 1 else _columns(Us), Us, bases, biases, strict=True)
+    ys = [_product(g[:, c] if len(Us) > 1 else g, _floats(U, how.dtype), how.y, base, bias, x.dtype) for c, U, base, bias in members]
+    return [y if x.dim() == 2 else y.reshape(*lead, y.shape[-1]) for y in ys], h if keep_h else None
 
 
 def materialised(
@@ -52,7 +59,7 @@ def materialised(
             rest[mine] = False
             part = x_[mine], V, Us, scale
             added = [b if b is None else b[mine] for b in bases], biases
-            found = forward(*part, ids[mine], *added)[0] if e is None else _through_dense(*part[:3], scale[e : e + 1], *added)
+            found = forward(*part, ids[mine], *added, keep_h=False)[0] if e is None else _through_dense(*part[:3], scale[e : e + 1], *added)
             for y, y_e in zip(ys, found, strict=True):
                 y[mine] = y_e
     return [y.reshape(*lead, y.shape[-1]) for y in ys]
@@ -109,13 +116,15 @@ def tokens_per_id(expert_ids: Tensor, lead: torch.Size) -> int:
     return count
 
 
-def _scale_rows(h: Tensor, scale: Tensor, expert_ids: Tensor, lead: torch.Size, times: float) -> Tensor:
-    """h [T, C] * scale[expert_ids] * times, multiplied in scale's precision, returned in h's."""
-    rows = _floats(scale.index_select(0, expert_ids.reshape(-1)), scale.dtype, times)  # [ids, C]
-    repeat = tokens_per_id(expert_ids, lead)
-    if repeat == 1:
-        return (h * rows).to(h.dtype)
-    return (h.reshape(rows.shape[0], repeat, h.shape[1]) * rows[:, None]).reshape(h.shape).to(h.dtype)
+def _scale_rows(h: Tensor, scale: Tensor, expert_ids: Tensor, lead: torch.Size, times: float, out: Tensor | None = None) -> Tensor:
+    """h [T, C] * scale[expert_ids] * times, multiplied in scale's precision and rounded once to h's; into `out` where one is given."""
+    rows = _floats(scale.index_select(0, expert_ids if expert_ids.dim() == 1 else expert_ids.reshape(-1)), scale.dtype, times)  # [ids, C]
+    out = torch.empty_like(h) if out is None else out
+    if rows.shape[0] in (1, h.shape[0]):
+        return torch.mul(h, rows, out=out)
+    by_id = (rows.shape[0], -1, h.shape[1]) if h.numel() else (rows.shape[0], 0, h.shape[1])
+    torch.mul(h.view(by_id), rows[:, None], out=out.view(by_id))
+    return out
 
 
 def _product(g: Tensor, U: Tensor, times: float, base: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -127,7 +136,7 @@ def _product(g: Tensor, U: Tensor, times: float, base: Tensor | None, bias: Tens
         return y.to(dtype)
     if base is None:
         return g @ U.t() if bias is None else torch.addmm(bias, g, U.t())
-    y = torch.addmm(base.reshape(-1, U.shape[0]), g, U.t())  # one rounding
+    y = torch.addmm(base if base.dim() == 2 else base.reshape(-1, U.shape[0]), g, U.t())  # one rounding
     return y if bias is None else y.add_(bias)
 
 
