@@ -51,13 +51,18 @@ class Call(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """impl: "torch", "triton" or "cuda"; path: "mm" (x V, row scaling, g Uᵀ), "pair" (two skinny kernels), "dense" (W' made for `experts`,
-    or for the one there is), "decode" (the CUDA kernel); why: in words."""
+    """impl: "torch", "triton" or "cuda", and why_impl; path: "mm" (x V, row scaling, g Uᵀ), "pair" (two skinny kernels), "dense" (W' made for
+    `experts`, or for the one there is), "decode" (the CUDA kernel), and why_path."""
 
     impl: str
+    why_impl: str
     path: str
-    why: str
+    why_path: str
     experts: tuple[int, ...] | None = None
+
+    @property
+    def why(self) -> str:
+        return f"{self.why_impl}; {self.why_path}"
 
 
 def operations(call: Call, path: str = "mm", T: int | None = None) -> int:
@@ -82,18 +87,26 @@ def bytes_moved(call: Call, path: str = "mm") -> int:
 @functools.lru_cache(4096)
 def choose(call: Call, machine: Machine, impl: str = "auto") -> Choice:
     """The path of a call. impl: "auto", or one by name, which must be able to run (`why_missing`)."""
-    if impl == "auto":
-        impl, why = _implementation(machine)
-    else:
-        why = "asked for"
+    impl, why = _implementation(machine) if impl == "auto" else (impl, "asked for")
     dense = _worth_a_dense_weight(call)
     if dense is not None:
-        return Choice(impl, "dense", f"{why}; {_say_dense(call, dense)}", dense or None)
+        return Choice(impl, why, "dense", _say_dense(call, dense), dense or None)
     if impl == "triton" and not call.grad:
         if call.T <= machine.pair_tokens:
-            return Choice(impl, "pair", f"{why}; {call.T} tokens, of at most {machine.pair_tokens} for the skinny kernels")
-        return Choice(impl, "mm", f"{why}; {call.T} tokens, above {machine.pair_tokens}: library matmuls")
-    return Choice(impl, "mm", f"{why}; two matmuls around a row scaling")
+            return Choice(impl, why, "pair", f"at most {machine.pair_tokens} tokens: skinny kernels")
+        return Choice(impl, why, "mm", f"more than {machine.pair_tokens} tokens: library matmuls around a row scaling")
+    return Choice(impl, why, "mm", "two matmuls around a row scaling")
+
+
+def cheaper_form(M: int, N: int, k: int, weight: float = 2, factors: float = 2, C: int | None = None) -> tuple[str, str]:
+    """("factored" or "delta", why): whichever reads fewer bytes for a token.
+
+    Factored reads U and V, factors * C (M + N) bytes; delta the weight and k components, weight * M N + factors * k (M + N).
+    weight, factors: bytes of a number of W, and of U and V; C: columns of the factored form, min(M, N) unless some components have several
+    """
+    factored = factors * (min(M, N) if C is None else C) * (M + N)
+    delta = weight * M * N + factors * k * (M + N)
+    return ("delta", "reads less than factored") if delta < factored else ("factored", "reads less than delta")
 
 
 def could_be_dense(call: Call) -> bool:
@@ -111,8 +124,8 @@ def _implementation(machine: Machine) -> tuple[str, str]:
     for impl in ("cuda", "triton"):
         if impl not in kept_off:
             return impl, f"checked on {machine.name}"
-    reasons = "; ".join(f"{impl}: {kept_off[impl]}" for impl in ("triton", "cuda") if kept_off[impl])
-    return "torch", f"on {machine.name} ({reasons})" if reasons else f"on {machine.name}"
+    reasons = "; ".join(f"no {impl}: {kept_off[impl]}" for impl in ("triton", "cuda"))
+    return "torch", f"{machine.name}; {reasons}"
 
 
 @functools.lru_cache(4096)
