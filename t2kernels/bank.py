@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .expert import Expert
+from .groups import find_groups
 from .layer import SVFLinear
 from .origin import Origin
 from .routing import Route, Routing
@@ -70,6 +71,9 @@ class ExpertBank:
         self._lock = threading.RLock()
         self.loads = 0
         self._bind()
+        for group in find_groups(layers):
+            for layer in group.layers:
+                layer.group = group
 
     # --- what is in the bank
 

@@ -18,18 +18,18 @@ from .ops.planner import Call, Choice, Machine, bytes_moved, choose
 
 @dataclass(frozen=True)
 class Line:
-    """Matrices of one kind that run alike.
+    """Calls that run alike: of one matrix, or of a group of matrices that read the same input.
 
-    count matrices called `kind` of shape [M, N] in `form` with C columns, factors in `factors`; choice: implementation, path and why
-    moved: bytes that a forward of one is predicted to read and write, base layer included; dense: the same of the layer that was there
+    count calls for `kind`, shapes [M_i, N], in `form` with C_i columns, factors in `factors`; choice: implementation, path and why
+    moved: bytes that one call is predicted to read and write, base layers included; dense: the same of the layers that were there
     """
 
     kind: str
     count: int
     form: str
-    M: int
+    M: tuple[int, ...]
     N: int
-    C: int
+    C: tuple[int, ...]
     factors: torch.dtype
     choice: Choice
     moved: int
@@ -60,8 +60,8 @@ class Explanation:
             (
                 f"{line.count} {line.kind}",
                 line.form,
-                f"{line.M} x {line.N}",
-                str(line.C),
+                f"{'+'.join(map(str, line.M))} x {line.N}",
+                "+".join(map(str, line.C)),
                 str(line.factors).removeprefix("torch."),
                 f"{line.choice.impl} {line.choice.path}",
                 _size(line.moved),
@@ -97,18 +97,33 @@ def explain(
     dtype = getattr(model, "dtype", None) or torch.get_default_dtype()
     one, tokens = _shares(experts, B, S)
     counts: dict[tuple, Counter] = defaultdict(Counter)
-    for layer, names in bank.layers:
-        M, N, C = layer.U.shape[-2], layer.Vt.shape[-1], layer.Vt.shape[-2]
-        delta, weight = layer.form == "delta", _weight_bytes(model, layer, names, dtype)
-        call = Call(B * S, N, (M,), (C,), dtype, layer.Vt.dtype, one, tokens, delta, bool(bank.in_training))
+    for layers in _together(bank):
+        first, _ = layers[0]
+        M, C = tuple(layer.U.shape[-2] for layer, _ in layers), tuple(layer.Vt.shape[-2] for layer, _ in layers)
+        N, delta = first.Vt.shape[-1], first.form == "delta"
+        call = Call(B * S, N, M, C, dtype, first.Vt.dtype, one, tokens, delta, bool(bank.in_training))
         choice = choose(call, machine)
-        dense = weight + dtype.itemsize * B * S * (M + N)
+        weights = sum(_weight_bytes(model, layer, names, dtype) for layer, names in layers)
+        dense = weights + dtype.itemsize * B * S * (N * len(layers) + sum(M))
         moved = bytes_moved(call, choice.path) + (dense if delta else 0)
-        counts[layer.form, M, N, C, layer.Vt.dtype, choice, moved, dense][_kind(names)] += len(names)
+        kind = " + ".join(_kind(names) for _, names in layers)
+        counts[first.form, M, N, C, first.Vt.dtype, choice, moved, dense][kind] += len(layers[0][1])
     lines = tuple(Line(", ".join(kinds), sum(kinds.values()), *rest) for rest, kinds in counts.items())
     asked = f"{_some(B, 'sequence')} of {_some(S, 'token')}" if S > 1 else _some(B, "token")
     title = f"{type(model).__name__} on {machine.name}: {asked}, {_say(experts)}"
     return Explanation(title, lines, tuple(_advice(lines, one, bank)))
+
+
+def _together(bank: ExpertBank) -> Iterator[list[tuple[SVFLinear, tuple[str, ...]]]]:
+    """The bank's layers with their names, those of a group in one list; none are together while experts train."""
+    for layer, names in bank.layers:
+        group = None if bank.in_training else layer.group
+        if group is None or layer is group.layers[0]:
+            found = [(layer, names)]
+        else:
+            found.append((layer, names))
+        if group is None or layer is group.layers[-1]:
+            yield found
 
 
 def _advice(lines: Sequence[Line], one: bool, bank: ExpertBank) -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .expert import make_scale, z_from_logits
 from .factors import Factor
+from .groups import Group
 from .ops.svf_linear import call
 from .routing import Routing
 
@@ -35,6 +36,7 @@ class SVFLinear(nn.Module):
         base_row = make_scale(torch.ones_like(self.sigma), self.sigma, self.form)
         self.register_buffer("scale", base_row.expand(rows, *base_row.shape).clone(), persistent=False)
         self.support, self.routing = support, routing
+        self.group: Group | None = None  # of layers with the same input; set by the bank
         self.logits = nn.ParameterDict()  # experts in training: key -> p [k]
         self._training_rows: dict[str, tuple[int, str]] = {}  # key -> (row, parametrisation)
         self._written: dict[str, tuple[int, int]] = {}  # key -> state of p that stands in `scale`
@@ -131,7 +133,11 @@ class DeltaLinear(SVFLinear):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         route = self.routing.active
-        return y if route is None else add_delta(y, x, self.V, self.U, self.table(), route.fit(x.shape[:-1]))
+        if route is None:
+            return y
+        if self.group is not None and x.dtype == y.dtype and (out := self.group.expanded(self, y, x, route)) is not None:
+            return out
+        return add_delta(y, x, self.V, self.U, self.table(), route.fit(x.shape[:-1]))
 
 
 def add_delta(y: Tensor, x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
@@ -165,8 +171,11 @@ class FactoredLinear(SVFLinear):
         ids = self._base_id if route is None else route.fit(x.shape[:-1])
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        ids = ids.to(x.device)
+        if self.group is not None and (out := self.group.output(self, x, route, ids)) is not None:
+            return out
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        return call(x, self.V, self.U, self.table(), ids.to(x.device), None, bias)
+        return call(x, self.V, self.U, self.table(), ids, None, bias)
 
     def dense(self, row: int = 0) -> Tensor:
         """W [M, N] = U diag(scale[row]) Vᵀ, computed in fp32, in the factors' dtype."""

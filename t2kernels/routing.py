@@ -18,6 +18,7 @@ class Route:
 
     def __init__(self, ids: Tensor, tokens: tuple[int, int] | None = None):
         self.ids, self.tokens = ids, tokens
+        self.made: dict = {}  # by group of layers: what its first layer computed for the others
         self._flat: Tensor | None = None
 
     def fit(self, shape: torch.Size) -> Tensor:

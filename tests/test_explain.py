@@ -20,13 +20,17 @@ def test_every_matrix_is_in_it_and_the_bytes_are_counted():
     model = build("llama").bfloat16()
     bank = t2.patch_model(model, rank=4)
     found = t2.explain(model, 3)
-    assert sum(line.count for line in found.lines) == len(bank.matrices)
-    line = found.lines[0]
-    layer = bank.layers[0][0]
-    assert (line.form, line.M, line.N, line.C) == ("delta", layer.U.shape[0], layer.Vt.shape[1], 4)
-    around = 2 * 3 * (line.M + line.N)
-    assert line.dense == 2 * line.M * line.N + around
-    assert line.moved == line.dense + 2 * 4 * (line.M + line.N) + 2 * 3 * (line.N + 2 * line.M) + 4 * 2 * 3 * 4
+    assert sum(line.count * len(line.M) for line in found.lines) == len(bank.matrices)
+    qkv, o = found.lines[:2]
+    layers = [layer for layer, _ in bank.layers[:4]]
+    assert (qkv.kind, qkv.form, qkv.N, qkv.C) == ("q_proj + k_proj + v_proj", "delta", layers[0].Vt.shape[1], (4, 4, 4))
+    assert qkv.M == tuple(layer.U.shape[0] for layer in layers[:3])
+    N, M = o.N, sum(o.M)
+    assert o.dense == 2 * M * N + 2 * 3 * (M + N)
+    assert o.moved == o.dense + 2 * 4 * (M + N) + 2 * 3 * (N + 2 * M) + 4 * 2 * 3 * 4
+    N, M = qkv.N, sum(qkv.M)
+    assert qkv.dense == 2 * M * N + 2 * 3 * (M + 3 * N)
+    assert qkv.moved == qkv.dense + 2 * 4 * (M + 3 * N) + 2 * 3 * (N + 2 * M) + 4 * 2 * 3 * 12  # x is read once for the three
     assert found.moved == sum(x.count * x.moved for x in found.lines)
     text = str(found)
     assert "3 tokens" in text
@@ -46,7 +50,7 @@ def test_it_says_what_runs(monkeypatch):
         said = t2.explain(model, ids, experts)
         with torch.no_grad():
             model(ids, experts=experts)
-        assert [c.path for c in ran] == [path] * len(bank.matrices)
+        assert [c.path for c in ran] == [path] * sum(x.count for x in said.lines)
         assert [x.choice.path for x in said.lines] == [path] * len(said.lines)
 
 
@@ -71,9 +75,9 @@ def test_quantised_bases_and_stacks_are_counted_as_they_are_kept():
     model = build("mixtral")
     bank = t2.patch_model(model)
     found = t2.explain(model, 5)
-    assert sum(x.count for x in found.lines) == len(bank.matrices)
+    assert sum(x.count * len(x.M) for x in found.lines) == len(bank.matrices)
     stack = next(x for x in found.lines if "gate_up_proj" in x.kind)
-    assert stack.dense == 4 * stack.M * stack.N + 4 * 5 * (stack.M + stack.N)
+    assert stack.dense == 4 * stack.M[0] * stack.N + 4 * 5 * (stack.M[0] + stack.N)
     packed = torch.nn.Linear(64, 64)
     quantize_(packed, Int8WeightOnlyConfig())
     assert 64 * 64 < stored_bytes(packed.weight) < 64 * 64 * 2

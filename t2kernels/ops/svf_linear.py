@@ -89,6 +89,16 @@ def call_group(x, V, U, scale, expert_ids, base, bias, impl="auto") -> list[Tens
     return torch.ops.t2kernels.svf_linear_group(x, V, U, scale, expert_ids, base, bias, impl)
 
 
+def shrink(x, V, scale, expert_ids) -> Tensor:
+    """g = (x V) * scale[expert_ids] [T, C]: the first half of the op alone, without gradients, for `expand`, which gives it its meaning."""
+    return torch_kernels.shrink(x, V, scale, expert_ids)[0]
+
+
+def expand(g, Us, bases, biases, dtype, lead) -> list[Tensor]:
+    """y_i = base_i + g_i U_iᵀ + bias_i [*lead, M_i]: the second half. dtype, lead: those of the x that g was made from."""
+    return torch_kernels.expand(g, Us, bases, biases, dtype, lead)
+
+
 def _differentiated(x: Tensor, scale: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
 

@@ -24,12 +24,29 @@ def forward(
     keep_h: bool = True,
 ) -> tuple[list[Tensor], Tensor | None]:
     """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]; and h = x V [T, C] for `backward`, if that is wanted."""
-    lead, how = x.shape[:-1], forward_precision(x.dtype, V.dtype)
+    g, h = shrink(x, V, scale, expert_ids, keep_h)
+    return expand(g, Us, bases, biases, x.dtype, x.shape[:-1]), h
+
+
+def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor, keep_h: bool = False) -> tuple[Tensor, Tensor | None]:
+    """g = (x V) * scale[expert_ids] [T, C], in the dtype and units of `forward_precision`, and h = x V if it is to be kept."""
+    how = forward_precision(x.dtype, V.dtype)
     h = _floats(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), how.dtype, how.x) @ _floats(V, how.dtype, how.V)  # [T, C]
-    g = _scale_rows(h, scale, expert_ids, lead, how.scale, out=None if keep_h else h)
-    members = zip((slice(None),) if len(Us) == 1 else _columns(Us), Us, bases, biases, strict=True)
-    ys = [_product(g[:, c] if len(Us) > 1 else g, _floats(U, how.dtype), how.y, base, bias, x.dtype) for c, U, base, bias in members]
-    return [y if x.dim() == 2 else y.reshape(*lead, y.shape[-1]) for y in ys], h if keep_h else None
+    g = _scale_rows(h, scale, expert_ids, x.shape[:-1], how.scale, out=None if keep_h else h)
+    return g, h if keep_h else None
+
+
+def expand(
+    g: Tensor, Us: list[Tensor], bases: list[Tensor | None], biases: list[Tensor | None], dtype: torch.dtype, lead: torch.Size
+) -> list[Tensor]:
+    """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, x's, from what `shrink` returned."""
+    how = forward_precision(dtype, Us[0].dtype)
+    columns = (slice(None),) if len(Us) == 1 else _columns(Us)
+    ys = [
+        _product(g if len(Us) == 1 else g[:, c], _floats(U, how.dtype), how.y, base, bias, dtype)
+        for c, U, base, bias in zip(columns, Us, bases, biases, strict=True)
+    ]
+    return ys if len(lead) == 1 else [y.reshape(*lead, y.shape[-1]) for y in ys]
 
 
 def materialised(
