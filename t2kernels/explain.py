@@ -85,9 +85,9 @@ def explain(
     """What every layer of a patched model runs for a forward of `batch`, why, and the bytes that it is predicted to move.
 
     batch: a number of tokens; or input_ids [B, S], or what a tokenizer returned: B * S tokens
-    experts: as `bank.ids` takes them: one name (or None, the base model) for all, or a list with one for each sequence; (): not known
+    experts: as `bank.ids` takes them: one name (or None, the base model) for all, or a list with one for each sequence; (): not known yet
     machine: for another device than the model's
-    Raises ValueError if the model is not patched, or on a batch that says no number of tokens.
+    Raises ValueError if the model is not patched, or on a batch that says no number of tokens; KeyError on an expert that is not there.
     """
     bank: ExpertBank | None = getattr(model, "t2_bank", None)
     if bank is None:
@@ -96,12 +96,13 @@ def explain(
     machine = machine or machine_of(bank.device)
     dtype = getattr(model, "dtype", None) or torch.get_default_dtype()
     one, tokens = _shares(experts, B, S)
+    kept = one and bank.keeps_dense(experts if experts is None or isinstance(experts, (str, Mapping)) else experts[0])
     counts: dict[tuple, Counter] = defaultdict(Counter)
     for layers in _together(bank):
         first, _ = layers[0]
         M, C = tuple(layer.U.shape[-2] for layer, _ in layers), tuple(layer.Vt.shape[-2] for layer, _ in layers)
         N, delta = first.Vt.shape[-1], first.form == "delta"
-        call = Call(B * S, N, M, C, dtype, first.Vt.dtype, one, tokens, delta, bool(bank.in_training))
+        call = Call(B * S, N, M, C, dtype, first.Vt.dtype, one, tokens, delta, bool(bank.in_training), kept and not delta)
         choice = choose(call, machine)
         weights = sum(_weight_bytes(model, layer, names, dtype) for layer, names in layers)
         dense = weights + dtype.itemsize * B * S * (N * len(layers) + sum(M))
@@ -130,6 +131,8 @@ def _advice(lines: Sequence[Line], one: bool, bank: ExpertBank) -> Iterator[str]
     factored = [line for line in lines if line.form == "factored"]
     if one and not bank.in_training:
         yield "one expert for everything: unpatch_model(model, expert=...) merges it, and the dense weights are all that is read"
+        if any(line.form == "factored" and line.choice.path != "kept" for line in lines):
+            yield "one expert for most: bank.keep_dense(name) keeps its dense weights beside the factors"
     if sum(x.count * x.moved for x in factored) > sum(x.count * x.dense for x in factored):
         yield "factored layers move more than dense ones would: form='delta' with a rank, or factors='int8', reads less"
 

@@ -165,17 +165,24 @@ class FactoredLinear(SVFLinear):
         self._requires_grad = original.weight.requires_grad
         self.in_features, self.out_features = factor.V.shape[0], factor.U.shape[0]
         self.register_buffer("_base_id", torch.zeros((), dtype=torch.int32), persistent=False)
+        self.dense_rows: dict[int, Tensor] = {}  # row -> W' [M, N], for experts whose dense weights are kept
 
     def forward(self, x: Tensor) -> Tensor:
         route = self.routing.active
         ids = self._base_id if route is None else route.fit(x.shape[:-1])
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        if self.dense_rows and (W := self.dense_rows.get(0 if route is None else route.row)) is not None:
+            return nn.functional.linear(x, W.to(x.dtype), self.bias if self.bias is None else self.bias.to(x.dtype))
         ids = ids.to(x.device)
         if self.group is not None and (out := self.group.output(self, x, route, ids)) is not None:
             return out
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         return call(x, self.V, self.U, self.table(), ids, None, bias)
+
+    def _apply(self, fn, recurse=True):
+        self.dense_rows = {row: fn(W) for row, W in self.dense_rows.items()}
+        return super()._apply(fn, recurse)
 
     def dense(self, row: int = 0) -> Tensor:
         """W [M, N] = U diag(scale[row]) Vᵀ, computed in fp32, in the factors' dtype."""

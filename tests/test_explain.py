@@ -64,7 +64,7 @@ def test_another_machine_can_be_asked_about():
 def test_advice():
     model = build("llama")
     t2.patch_model(model, form="factored")
-    assert "merges it" in str(t2.explain(model, 1, "any name"))
+    assert "merges it" in str(t2.explain(model, 1, None))
     assert "form='delta'" in str(t2.explain(model, 1))
     t2.unpatch_model(model)
     t2.patch_model(model, rank=2)

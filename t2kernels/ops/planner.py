@@ -35,7 +35,7 @@ class Call(NamedTuple):
     """One call of the op. T tokens, N in_features, M and C (columns of V and U) by member, dtypes of x and of the factors.
 
     tokens: tokens of each expert that has any, {row: count} as pairs, or None where only the device knows; one: all tokens have one expert
-    base: whether a base is added (delta form); grad: whether a backward will follow
+    base: whether a base is added (delta form); grad: whether a backward will follow; kept: whether W' of the one expert is kept by the layer
     """
 
     T: int
@@ -48,11 +48,12 @@ class Call(NamedTuple):
     tokens: tuple[tuple[int, int], ...] | None = None
     base: bool = False
     grad: bool = False
+    kept: bool = False
 
 
 class Choice(NamedTuple):
     """impl: "torch", "triton" or "cuda", and why_impl; path: "mm" (x V, row scaling, g Uᵀ), "pair" (two skinny kernels), "dense" (W' made for
-    `experts`, or for the one there is), "decode" (the CUDA kernel), and why_path."""
+    `experts`, or for the one there is), "kept" (the layer has W'), "decode" (the CUDA kernel), and why_path."""
 
     impl: str
     why_impl: str
@@ -76,6 +77,8 @@ def operations(call: Call, path: str = "mm", T: int | None = None) -> int:
 def bytes_moved(call: Call, path: str = "mm") -> int:
     """Bytes that must be read and written at least once: factors, x, y and base, and what lies between (h, or W')."""
     w, a = call.factors.itemsize, call.x.itemsize
+    if path == "kept":
+        return a * sum(M * call.N + call.T * (M + call.N) for M in call.M)
     C, M = sum(call.C), sum(call.M)
     factors = w * (C * call.N + sum(m * c for m, c in zip(call.M, call.C, strict=True)))
     around = a * call.T * (call.N + M * (2 if call.base else 1))
@@ -88,6 +91,8 @@ def bytes_moved(call: Call, path: str = "mm") -> int:
 def choose(call: Call, machine: Machine, impl: str = "auto") -> Choice:
     """The path of a call. impl: "auto", or one by name, which must be able to run (`why_missing`)."""
     impl, why = _implementation(machine) if impl == "auto" else (impl, "asked for")
+    if call.kept:
+        return Choice("torch", "a library matmul", "kept", "W' of this expert is kept")
     dense = _worth_a_dense_weight(call)
     if dense is not None:
         return Choice(impl, why, "dense", _say_dense(call, dense), dense or None)
