@@ -71,3 +71,40 @@ def expand(g, Us, bases, biases, dtype=None) -> list[Tensor]:
     from .triton_pair import expand
 
     return expand(g, Us, bases, biases, dtype)
+
+
+def forward_mm(x, V, Us, scale, expert_ids, bases, biases, need_h=False) -> tuple[list[Tensor], Tensor | None]:
+    """(y_i, h): as `forward_pair` for many tokens, with the two products by torch.mm and one pass of `scale_rows` between them.
+
+    Factors in int8 or in another float than x's are converted whole before the product, except fp16 factors with bf16 x, where x is.
+    h: x V as `backward` takes it, or None where need_h is False.
+    """
+    from .triton_mm import forward_mm
+
+    return forward_mm(x, V, Us, scale, expert_ids, bases, biases, need_h)
+
+
+def scale_rows(h, scale, expert_ids, repeat, out=None) -> Tensor:
+    """g[t] = h[t] * scale[expert_ids[t // repeat]] for h [T, C], multiplied in fp32, in h's dtype. out: where to, h itself too."""
+    from .triton_backward import scale_rows
+
+    return scale_rows(h, scale, expert_ids, repeat, out)
+
+
+def segments(expert_ids, E):
+    """The order of the tokens by expert that `backward` needs: made on the device, without a sync, once for all layers of a step."""
+    from .triton_backward import segments
+
+    return segments(expert_ids, E)
+
+
+def backward(dys, x, V, Us, scale, expert_ids, need_dx, need_dscale, h=None, deterministic=True, segments=None) -> tuple[Tensor, Tensor]:
+    """p = dy U;  dx = (p * scale[expert_ids]) Vᵀ;  dscale[e] = sum over the tokens of e of (x V) * p, [E, C] fp32. Not needed: empty [0].
+
+    h: what `forward_mm` returned, else x V is made again. Products of gradients are made in x's dtype, whatever the factors'.
+    deterministic: the same bits in every run, in any order of tokens the same to fp32 rounding; False: fp32 atomics, no sort.
+    segments: what `segments` returned for these expert_ids, else they are sorted here. An expert without tokens gets exactly 0.
+    """
+    from .triton_mm import backward
+
+    return backward(dys, x, V, Us, scale, expert_ids, need_dx, need_dscale, h, deterministic, segments)
