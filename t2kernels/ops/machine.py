@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from . import triton_kernels
 from .planner import Machine
 
 
@@ -16,6 +17,10 @@ def machine_of(device: torch.device) -> Machine:
 
 @functools.cache
 def _machine(kind: str, index: int | None) -> Machine:
-    missing = {"cuda": "this version of t2kernels has no CUDA kernel", "triton": "this version of t2kernels has no Triton kernel"}
-    name = torch.cuda.get_device_name(index) if kind == "cuda" else kind
-    return Machine(kind, name, tuple(missing.items()))
+    device = torch.device(kind, index)
+    missing = {"cuda": "this version of t2kernels has no CUDA kernel"}
+    if why := triton_kernels.why_not(device):
+        missing["triton"] = why
+    unchecked = {"triton": "its kernels have not been checked on this device; `t2 tune` does that"}
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
+    return Machine(kind, name, tuple(missing.items()), tuple(unchecked.items()))
