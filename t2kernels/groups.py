@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -143,15 +144,18 @@ class _Made:
 
 def find_groups(layers: Sequence[tuple]) -> list[Group]:
     """Groups among a bank's (layer, names): neighbours whose names say that they read the same input."""
-    found, run = [], []
-    for layer, names in [*layers, (None, ("",))]:
-        path, _, leaf = names[0].rpartition(".")
-        together = next((t for t in TOGETHER if leaf in t), None) if layer is not None and len(names) == 1 else None
-        key = (path, together, layer.form, layer.Vt.dtype, layer.Vt.shape[-1]) if together else None
-        if run and run[0][0] != key:
-            if len(run) > 1:
-                found.append(Group([layer for _, layer in run]))
-            run = []
-        if key:
-            run.append((key, layer))
-    return found
+
+    def key(pair: tuple):
+        layer, names = pair
+        shared = shared_input(names[0]) if len(names) == 1 else None
+        return (shared, layer.form, layer.Vt.dtype, layer.Vt.shape[-1]) if shared else id(layer)
+
+    runs = ([layer for layer, _ in run] for _, run in groupby(layers, key))
+    return [Group(run) for run in runs if len(run) > 1]
+
+
+def shared_input(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """What matrices whose modules are handed the same tensor have in common: (parent, names together); None for others."""
+    parent, _, leaf = name.rpartition(".")
+    together = next((t for t in TOGETHER if leaf in t), None)
+    return None if together is None else (parent, together)

@@ -29,6 +29,8 @@ def why_not(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"the Triton kernels are written for NVIDIA GPUs, not for {device.type}"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU here"
     if torch.version.hip:
         return "the Triton kernels are written for NVIDIA GPUs, and this torch is built for AMD"
     if os.environ.get("TRITON_INTERPRET") == "1":

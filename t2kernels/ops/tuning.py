@@ -7,6 +7,7 @@ registers and shared memory, and were checked by compiling for sm_80, sm_90 and 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import astuple, dataclass
 from itertools import product
 from math import log2
@@ -149,27 +150,44 @@ def cdiv(a: int, b: int) -> int:
 # --- tables made offline ---------------------------------------------------------------------------------------------------------------
 
 
+def user_folder() -> Path:
+    """Where `t2 tune` keeps what it finds: tuned/ in t2kernels' directory under XDG_CACHE_HOME, or under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2kernels" / "tuned"
+
+
 def table_path(device_name: str, triton_version: str, folder: Path = TABLES) -> Path:
     """Where the table of a GPU lies: its name, and Triton's major.minor, since another compiler is another machine."""
     name = "".join(c if c.isalnum() else "_" for c in device_name)
     return Path(folder) / f"{name}-triton{'.'.join(triton_version.split('.')[:2])}.json"
 
 
-def read_table(device_name: str, triton_version: str, folder: Path = TABLES) -> dict | None:
-    """The table of this GPU and this Triton, None where nobody has made one."""
-    path = table_path(device_name, triton_version, folder)
-    return json.loads(path.read_text()) if path.exists() else None
+def read_table(device_name: str, triton_version: str, folder: Path | None = None) -> dict | None:
+    """The table of this GPU and this Triton: the user's own, else the package's; None where nobody has made one.
+
+    Raises ValueError for a file that is not a table.
+    """
+    for path in (table_path(device_name, triton_version, f) for f in ([folder] if folder else [user_folder(), TABLES])):
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text())
+                if isinstance(found["tiles"], dict):
+                    return found
+            except (ValueError, KeyError, TypeError):
+                pass
+            raise ValueError(f"{path} is not a table of tiles: delete it, and run `t2 tune` again")
+    return None
 
 
-def write_table(device_name: str, triton_version: str, commit: str, best: dict[tuple, Tiles], folder: Path = TABLES) -> Path:
-    """best: (kernel, T, rows, K, x_dtype, w_dtype) -> the tiles that were fastest there."""
+def write_table(device_name: str, triton_version: str, best: dict[tuple, Tiles], folder: Path = TABLES, **facts) -> Path:
+    """best: (kernel, T, rows, K, x_dtype, w_dtype) -> the tiles that were fastest there. facts: what else stands in it, such as the checks."""
     found: dict[str, dict[str, tuple]] = {}
     for (kernel, T, rows, K, x_dtype, w_dtype), t in best.items():
         found.setdefault(_key(kernel, rows, K, x_dtype, w_dtype), {})[str(T)] = astuple(t)
     path = table_path(device_name, triton_version, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": device_name, "triton": triton_version, "commit": commit, "tiles": found}, indent=1) + "\n")
-    return path
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"device": device_name, "triton": triton_version, **facts, "tiles": found}, indent=1) + "\n")
+    return temporary.replace(path)
 
 
 def _key(kernel: str, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dtype) -> str:
