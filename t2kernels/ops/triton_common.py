@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .precision import forward_precision
 from .tuning import Tiles, read_table
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-HEADROOM = 2.0**-5  # fp16 products of bf16 data: nothing overflows below 65504 * 32, about 2e6
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -46,9 +46,8 @@ def products(x_dtype: torch.dtype, w_dtype: torch.dtype) -> tuple[torch.dtype, f
         raise ValueError(f"the Triton kernels take x in float32, bfloat16 or float16; got {x_dtype}: use impl='torch'")
     if w_dtype not in (*_TL, torch.int8):
         raise ValueError(f"the Triton kernels take factors in float32, bfloat16, float16 or int8; got {w_dtype}")
-    if x_dtype == torch.bfloat16 and w_dtype == torch.float16:
-        return torch.float16, HEADROOM
-    return x_dtype, 1.0
+    how = forward_precision(x_dtype, w_dtype)
+    return how.dtype, how.x
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -293,9 +293,9 @@ def expand_launch(
     g: Tensor, Us: list[Tensor], bases: list[Tensor | None], biases: list[Tensor | None], ys: list[Tensor], tile: Tiles, arch: tuple[int, int],
     scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1,
 ) -> Launch:  # fmt: skip
-    """g as shrink left it ([T, C], or [split, T, C] with scale and ids) -> ys, each [T, M_i]."""
+    """g as shrink left it ([T, C] with any stride between rows, or [split, T, C] with scale and ids) -> ys, each [T, M_i]."""
     split = g.shape[0] if g.dim() == 3 else 1
-    T, C = g.shape[-2:]
+    T, C = g.shape[-2], g.stride(-2)
     dtype, headroom = products(ys[0].dtype, Us[0].dtype)
     chosen = options(tile, arch, pdl=True)
     columns = [0, *accumulate(U.shape[1] for U in Us)]

@@ -89,7 +89,7 @@ def _expand(g, Us, bases, biases, dtype, tile, arch, scale=None, ids=None, repea
         raise ValueError(f"the Triton expand takes a group of 1 to {MEMBERS} matrices, got {len(Us)}: split the group")
     if len({U.dtype for U in Us}) != 1:
         raise ValueError(f"U is in {[str(U.dtype) for U in Us]}, wanted one dtype for the whole group")
-    T = g.shape[-2]
+    T, g = g.shape[-2], g if g.stride(-1) == 1 else g.contiguous()
     ys = [g.new_empty(T, U.shape[0], dtype=dtype) for U in Us]
     bases, biases = _added(bases, biases, Us, T)
     expand_launch(g, _contiguous(Us), bases, biases, ys, tile, arch, scale, ids, repeat).run()
