@@ -258,10 +258,13 @@ def swiglu_kernel(
 # --- launches ----------------------------------------------------------------------------------------------------------------------
 
 
-def _ahead(K: int, tile: Tiles, factors: int, w_dtype: torch.dtype, split: int = 1) -> int:
-    """How many steps are loaded by hand before the wait: two, or one where their operands would take over 48 registers a thread each."""
-    registers = tile.BK * (factors * tile.BR * w_dtype.itemsize + 2 * tile.BT) // (4 * 32 * tile.warps)
-    return min(2 if registers <= 48 else 1, cdiv(K, tile.BK * split))
+def _ahead(K: int, tile: Tiles, w_dtype: torch.dtype, split: int = 1, parts: int = 1) -> int:
+    """How many steps are loaded by hand before the wait: two, or one where the registers of two, with the sum and scale, would spill."""
+    threads = 32 * tile.warps
+    a_bytes = 2 if parts == 1 else 4 * (parts + 1)  # partial sums and scale are fp32, and are all in flight together
+    step = tile.BK * (tile.BR * w_dtype.itemsize + tile.BT * a_bytes) // (4 * threads)
+    both = step <= 48 and 2 * step + 2 * tile.BR * tile.BT // threads <= 160
+    return min(2 if both else 1, cdiv(K, tile.BK * split))
 
 
 def shrink_launch(
@@ -279,7 +282,7 @@ def shrink_launch(
             repeat=repeat,
         ),
         dict(
-            BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=tile.split, AHEAD=_ahead(N, tile, 1, Vt.dtype, tile.split), EVEN=N % (tile.BK * tile.split) == 0,
+            BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=tile.split, AHEAD=_ahead(N, tile, Vt.dtype, split=tile.split), EVEN=N % (tile.BK * tile.split) == 0,
             HEADROOM=headroom, DTYPE=triton_dtype(dtype), PDL="launch_pdl" in chosen, INTERPRETED=INTERPRETED,
         ),
         chosen,
@@ -315,7 +318,7 @@ def expand_launch(
         ),
         dict(
             MEMBERS=len(Us), BASES=_bits(bases), BIASES=_bits(biases), BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=split,
-            AHEAD=min(_ahead(U.shape[1], tile, 1, U.dtype) for U in Us), EVEN=all(U.shape[1] % tile.BK == 0 for U in Us), HEADROOM=headroom,
+            AHEAD=min(_ahead(U.shape[1], tile, U.dtype, parts=split) for U in Us), EVEN=all(U.shape[1] % tile.BK == 0 for U in Us), HEADROOM=headroom,
             DTYPE=triton_dtype(dtype), PDL="launch_pdl" in chosen, INTERPRETED=INTERPRETED,
         ),
         chosen,

@@ -71,10 +71,11 @@ def _skinny(kernel, T, rows, K, x_dtype, w_dtype, capability, parts) -> Tiles:
     # BR rows of the factor against BT tokens: as many bytes of activations are read as of factors where BR = BT, so BR grows with BT.
     least = 32 if narrow else {16: 32, 32: 64}.get(BT, 64)
     largest = 32 if narrow else {16: 64, 32: 64}.get(BT, 64 if kernel == "swiglu" else 128)
-    if kernel == "shrink" and rows * cdiv(T, BT) < 16 * sms and BT == 16:
+    if kernel == "shrink" and rows * cdiv(T, BT) < 16 * sms and BT <= 32 and x_dtype != torch.float32:
         least = 16  # the delta form's few rows: more blocks before more parts of a sum
     BR = next((b for b in (128, 64, 32) if least <= b <= largest and cdiv(rows, b) * cdiv(T, BT) >= 0.9 * sms), least)
-    warps = 8 if BT == 128 else 4  # 32 numbers of the sum a thread, 64 at the most
+    # 32 numbers of the sum a thread, 64 at the most; two narrow int8 factors of 64 columns are 16 bytes a lane for four warps.
+    warps = 8 if BT == 128 and not (narrow and kernel == "swiglu") else 4
     if narrow and BT >= 64 and w_dtype == torch.int8:
         BK = 128  # 32 rows of 64 bytes would be 8 bytes a lane
     if BR == 16 and w_dtype.itemsize == 2:
@@ -140,7 +141,12 @@ def _sensible(t: Tiles, kernel, T, rows, K, x_dtype, w_dtype, capability) -> boo
 def _fits(t: Tiles, kernel, x_dtype, w_dtype, capability) -> bool:
     """Shared memory: the stages, and on sm_90 and later one step more, for what is loaded by hand."""
     step = (2 if kernel == "swiglu" else 1) * t.BK * (t.BR * w_dtype.itemsize + t.BT * max(2, x_dtype.itemsize))
-    return (t.stages + (capability[0] >= 9)) * step <= _SHARED_KB.get(tuple(capability), 99) * 1024
+    return (t.stages + (capability[0] >= 9)) * step <= shared_bytes(capability)
+
+
+def shared_bytes(capability: tuple[int, int]) -> int:
+    """The most shared memory that a block may have."""
+    return _SHARED_KB.get(tuple(capability), 99) * 1024
 
 
 def cdiv(a: int, b: int) -> int:
