@@ -21,6 +21,7 @@ from .layer import DeltaLinear, FactoredLinear, SVFLinear, delta_hook
 from .matrices import Matrix, Targets, find_matrices, is_quantised
 from .origin import Origin
 from .routing import Routing
+from .swiglu import fuse, unfuse
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def patch_model(
             layers.append((layer, tuple(m.name for m in members)))
         bank = ExpertBank(layers, rows, origin, routing, plan)
         dress(model, bank)
+        fuse(model)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -147,6 +149,7 @@ def unpatch_model(model: nn.Module, expert: str | Expert | None = None) -> nn.Mo
                     _merge_delta(module, layer, row)
                 _detach_delta(module)
         undress(model)
+        unfuse(model.modules())
     return model
 
 
