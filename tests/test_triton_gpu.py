@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from t2kernels.ops import triton_kernels as tk
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
+pytestmark = [pytest.mark.gpu]
 if not torch.cuda.is_available():
     pytestmark.append(pytest.mark.skip(reason="no CUDA GPU"))
 
@@ -53,6 +53,7 @@ def eager_gradients(dys, x, V, Us, scale, ids):
     return dx, dscale * 2.0**14
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("x_dtype, w_dtype", PAIRS)
 @pytest.mark.parametrize("name", GROUPS)
 def test_forward(name, x_dtype, w_dtype):
@@ -64,6 +65,7 @@ def test_forward(name, x_dtype, w_dtype):
         check(tk.forward_mm(*args)[0], plain, want, x_dtype)
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("x_dtype, w_dtype", PAIRS)
 @pytest.mark.parametrize("R", [256, 2048])
 def test_swiglu(x_dtype, w_dtype, R):
@@ -76,6 +78,7 @@ def test_swiglu(x_dtype, w_dtype, R):
         check([tk.forward_swiglu(*args)], [plain], [want], x_dtype)
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("x_dtype, w_dtype", PAIRS)
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_backward(x_dtype, w_dtype, deterministic):
