@@ -260,10 +260,9 @@ def swiglu_kernel(
 
 def _ahead(K: int, tile: Tiles, w_dtype: torch.dtype, split: int = 1, parts: int = 1) -> int:
     """How many steps are loaded by hand before the wait: two, or one where the registers of two, with the sum and scale, would spill."""
-    threads = 32 * tile.warps
     a_bytes = 2 if parts == 1 else 4 * (parts + 1)  # partial sums and scale are fp32, and are all in flight together
-    step = tile.BK * (tile.BR * w_dtype.itemsize + tile.BT * a_bytes) // (4 * threads)
-    both = step <= 48 and 2 * step + 2 * tile.BR * tile.BT // threads <= 160
+    step = tile.BK * (tile.BR * w_dtype.itemsize + tile.BT * a_bytes) // (4 * 32 * tile.warps)  # registers of a thread
+    both = tile.BT <= 32 and step <= 48
     return min(2 if both else 1, cdiv(K, tile.BK * split))
 
 
