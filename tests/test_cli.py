@@ -171,6 +171,21 @@ def test_decompose(checkpoint, tmp_path):
     assert float(re.search(r"([\d.]+)%", row)[1]) / 100 == pytest.approx(kept.item(), abs=2e-3)
 
 
+def test_decompose_to_int8(checkpoint, tmp_path):
+    out = tmp_path / "factors"
+    text = t2_("decompose", checkpoint, "--out", out, "--format", "int8", "--max-error", "0.005")
+    records = t2.Factors.load(out).manifest["matrices"]
+    columns, rank = (sum(r[k] for r in records.values()) for k in ("columns", "rank"))
+    assert f"{columns - rank:,} columns more than components (+{(columns - rank) / rank:.1%})" in text
+    assert f"{max(r['format_error'] for r in records.values()):.2g}" in text
+    assert all(r["format_error"] <= 0.005 for r in records.values())
+    record = records["model.layers.1.mlp.down_proj"]
+    row = next(line for line in t2_("inspect", out).splitlines() if "1.mlp.down_proj" in line).split()
+    assert row[4:7] == [str(record["columns"]), f"{record['format_error']:.1e}", f"{record['dense_int8_error']:.1e}"]
+    with_int8 = t2_("generate", "1+1?", "--factors", "int8", "--form", "factored", "--json")
+    assert with_int8.count("1+1?") == t2_("generate", "1+1?", "--json").count("1+1?") > 0
+
+
 def test_inspect_an_expert(expert):
     shown = t2_("inspect", expert)
     row = next(line for line in shown.splitlines() if "1.mlp.up_proj" in line).split()
