@@ -1,6 +1,6 @@
 """`ExpertBank`: names to rows. It owns the scale table of every layer of one patched model.
 
-All tables are views of one array [E, C] (C = the widths of all layers, side by side), so that loading, replacing or mixing an expert
+All tables are views of one array [E, C] (C = the columns of all layers, side by side), so that loading, replacing or mixing an expert
 is one row copy, whatever the number of layers, and never a new allocation: captured graphs stay valid.
 """
 
@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .expert import Expert
+from .groups import find_groups
 from .layer import SVFLinear
 from .origin import Origin
 from .routing import Route, Routing
@@ -31,7 +33,7 @@ Name = str | None | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the numbers of one layer lie in the bank's row: names of its matrices, first column, and (X, R)."""
+    """Where the numbers z of one layer lie among those of the bank: names of its matrices, where they start, and (X, R)."""
 
     layer: SVFLinear
     names: tuple[str, ...]
@@ -44,6 +46,13 @@ class Slot:
     @property
     def stop(self) -> int:
         return self.start + self.shape[0] * self.shape[1]
+
+    def components(self) -> Tensor:
+        """For each column of the layer's table, which number z of the bank scales it; on the host."""
+        of = torch.arange(self.start, self.stop).reshape(self.shape)
+        if self.layer.source is None:
+            return of.flatten()
+        return of.gather(1, self.layer.source.cpu().reshape(self.shape[0], -1)).flatten()
 
 
 class ExpertBank:
@@ -68,9 +77,14 @@ class ExpertBank:
         self._experts: dict[str, tuple[Tensor, dict]] = {}  # name -> (z - 1 on the host [C], manifest)
         self._rows = Rows(rows)  # of names, and of mixtures as sorted (name, weight) pairs
         self._training: dict[str, str] = {}  # name -> key of its parameters
+        self._dense: dict[object, Tensor] = {}  # experts whose dense weights are kept -> ids, which hold their row
+        self._one_row = WeakIdKeyDictionary()  # ids tensor -> the row that is all of it
         self._lock = threading.RLock()
         self.loads = 0
         self._bind()
+        for group in find_groups(layers):
+            for layer in group.layers:
+                layer.group = group
 
     # --- what is in the bank
 
@@ -101,15 +115,18 @@ class ExpertBank:
         return f"ExpertBank({len(self.matrices)} matrices, {len(self)} experts, {self.rows} rows: {self.describe()})"
 
     def describe(self) -> str:
-        """Which forms were picked for how many matrices, why, and how many numbers a token reads compared with the dense layers."""
+        """Which forms were picked for how many matrices, why, and the bytes a token reads compared with dense layers in the model's dtype."""
         counts = Counter(self.plan.values())
         reads = dense = 0
         for s in self._slots:
-            x, (m, n, r) = s.shape[0], (s.layer.U.shape[-2], s.layer.Vt.shape[-1], s.layer.rank)
-            dense += x * m * n
-            reads += x * ((m + n) * r + (m * n if s.layer.form == "delta" else 0))
+            x, (m, c), n = s.shape[0], s.layer.U.shape[-2:], s.layer.Vt.shape[-1]
+            whole = x * m * n * s.layer.dtype.itemsize
+            dense += whole
+            reads += x * (m + n) * c * s.layer.U.dtype.itemsize + (whole if s.layer.form == "delta" else 0)
         forms = ", ".join(f"{count} {form} ({why})" for (form, why), count in counts.items())
-        return f"{forms}; reads {reads / dense:.2f}x the dense layers"
+        kinds = {str(s.layer.U.dtype).removeprefix("torch.") for s in self._slots if s.layer.U.dtype != s.layer.dtype}
+        said = f" (factors in {' and '.join(sorted(kinds))})" if kinds else ""
+        return f"{forms}; reads {reads / dense:.2f}x the dense layers{said}"
 
     def sigma(self, name: str) -> Tensor:
         """[R] fp32, the singular values of a matrix, largest first."""
@@ -146,14 +163,18 @@ class ExpertBank:
         manifest = {**expert.manifest, "lost": lost} if lost else dict(expert.manifest)
         with self._lock:
             self._experts[name] = (delta, manifest)
+            dense = name in self._dense
+            self._drop_dense(name)
             self._forget_mixtures_of(name)
             row = self._rows.find(name)
             if row is not None and not self._rows.pinned(row):
                 self._write(row, delta)
-                return
-            self._rows.drop(name)
-            if self._rows.free() is not None:
-                self._load(name)
+            else:
+                self._rows.drop(name)
+                if self._rows.free() is not None:
+                    self._load(name)
+            if dense:
+                self.keep_dense(name)
 
     def remove(self, name: str) -> None:
         """Forget an expert. A running forward that uses it ends with it; its row is free afterwards."""
@@ -162,6 +183,7 @@ class ExpertBank:
             raise ValueError(f"{name!r} is in training; stop_training({name!r}) first")
         with self._lock:
             del self._experts[name]
+            self._drop_dense(name)
             self._forget_mixtures_of(name)
             self._rows.drop(name)
 
@@ -197,14 +219,58 @@ class ExpertBank:
                 raise
             out = torch.tensor([rows[k] for k in keys], dtype=torch.int32).reshape(_shape_of(names)).to(self.device)
             weakref.finalize(out, self._unpin, taken)
+            if len(set(keys)) == 1:
+                self._one_row[out] = rows[keys[0]]
             return out
+
+    def row_of(self, ids: Tensor) -> int | None:
+        """The one row that a tensor made by `ids` holds; None if there are several, or if it is not known without asking the device."""
+        return None if torch.compiler.is_compiling() else self._one_row.get(ids)
 
     @contextlib.contextmanager
     def use(self, names: Name | Sequence[Name] | Tensor):
         """Within it every forward of the model in this thread uses these experts; one name (the usual case) holds for any batch."""
         ids = self.check_ids(names) if isinstance(names, Tensor) else self.ids(names)
-        with self.routing.use(Route(ids)):
+        with self.routing.use(Route(ids, row=self.row_of(ids))):
             yield ids
+
+    def keep_dense(self, name: Name) -> int:
+        """Keep W' = U diag(sigma * z) Vᵀ of one expert beside the factors, in every layer in factored form, and use it where a whole forward has
+        that expert: it then costs what the dense model costs. Returns the bytes that this takes: those of the dense layers.
+
+        name: an expert's, None (the base model) or a mixture. It keeps its row until `drop_dense`; an expert that is replaced is made again.
+        For one expert and no other, `unpatch_model(model, expert=...)` does the same without the factors.
+        Raises KeyError (unknown name), ValueError (in training), RuntimeError (no row free).
+        """
+        key = self._key(name)
+        if key in self._training:
+            raise ValueError(f"{name!r} is in training: its weights change at every step; stop_training({name!r}) first")
+        with self._lock, torch.no_grad():
+            self._dense[key] = ids = self.ids(name)
+            made = []
+            for s in self._slots:
+                if s.layer.form == "factored":
+                    made.append(s.layer.dense(self.row_of(ids)))
+                    s.layer.dense_rows[self.row_of(ids)] = made[-1]
+            return sum(W.numel() * W.element_size() for W in made)
+
+    def drop_dense(self, name: Name) -> None:
+        """Undo `keep_dense`. Raises KeyError if nothing is kept for the name."""
+        key = self._key(name)
+        if key not in self._dense:
+            raise KeyError(f"no dense weights are kept for {name!r}")
+        self._drop_dense(key)
+
+    def keeps_dense(self, name: Name) -> bool:
+        """Whether dense weights are kept for an expert."""
+        return self._key(name) in self._dense
+
+    def _drop_dense(self, key: object) -> None:
+        ids = self._dense.pop(key, None)
+        if ids is not None:
+            for s in self._slots:
+                if s.layer.form == "factored":
+                    s.layer.dense_rows.pop(self.row_of(ids), None)
 
     def check_ids(self, ids: Tensor) -> Tensor:
         """Raises ValueError or IndexError if the tensor cannot be expert_ids. Values are looked at on the CPU only: no synchronisation."""
@@ -325,7 +391,12 @@ class ExpertBank:
             self._rows.unpin(rows)
 
     def _forget_mixtures_of(self, name: str) -> None:
-        self._rows.drop_where(lambda key: isinstance(key, tuple) and any(n == name for n, _ in key))
+        def test(key: object) -> bool:
+            return isinstance(key, tuple) and any(n == name for n, _ in key)
+
+        for key in [k for k in self._dense if test(k)]:
+            self._drop_dense(key)
+        self._rows.drop_where(test)
 
     def _write(self, row: int, delta: Tensor) -> None:
         if not self._bound():
@@ -341,14 +412,15 @@ class ExpertBank:
         for device in dict.fromkeys(s.layer.scale.device for s in self._slots):
             slots = [s for s in self._slots if s.layer.scale.device == device]
             table = torch.cat([s.layer.scale.reshape(self.rows, -1) for s in slots], 1)
-            sigma = torch.cat([s.layer.sigma.reshape(-1) for s in slots])
+            sigma = torch.cat([s.layer.columns(s.layer.sigma).reshape(-1) for s in slots])
             start = 0
             for s in slots:
-                width = s.stop - s.start
-                s.layer.scale = table[:, start : start + width].unflatten(1, s.layer.sigma.shape)
+                width = s.layer.scale[0].numel()
+                s.layer.scale = table[:, start : start + width].unflatten(1, s.layer.scale.shape[1:])
                 start += width
-            columns = None if len(slots) == len(self._slots) else torch.cat([torch.arange(s.start, s.stop) for s in slots])
-            self._tables[device] = (table, sigma, table[0].clone(), columns)
+            columns = torch.cat([s.components() for s in slots])
+            whole = torch.equal(columns, torch.arange(self.width))
+            self._tables[device] = (table, sigma, table[0].clone(), None if whole else columns)
 
     def _bound(self) -> bool:
         storages = {table.untyped_storage().data_ptr() for table, *_ in self._tables.values()}
@@ -417,11 +489,11 @@ class ExpertBank:
 
     def __getstate__(self) -> dict:
         # Neither locks nor live ids tensors can be copied: a copy starts with nothing in use but what is in training.
-        state = {k: v for k, v in self.__dict__.items() if k != "_lock"}
-        return {**state, "_rows": self._rows.without_pins(self._training)}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_one_row")}
+        return {**state, "_rows": self._rows.without_pins(self._training), "_dense": {}}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        self.__dict__.update(state, _lock=threading.RLock(), _one_row=WeakIdKeyDictionary())
 
 
 def _flatten_names(names):

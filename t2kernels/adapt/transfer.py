@@ -139,9 +139,11 @@ def resample(z: Tensor, rank: int) -> Tensor:
 
 
 def factors_of(bank: ExpertBank) -> dict[str, Factor]:
-    """{matrix: its factors, as far as the model holds them}, views of what is in the layers."""
+    """{matrix: its factors, as far as the model holds them}, views of what is in the layers. Matrices with int8 factors are left out."""
     out = {}
     for layer, names in bank.layers:
+        if layer.fold is not None:
+            continue
         shape = (len(names), layer.rank)
         sigma = layer.sigma.reshape(shape)
         U, Vt = layer.U.reshape(len(names), -1, layer.rank), layer.Vt.reshape(len(names), layer.rank, -1)
