@@ -23,8 +23,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from measure import RESULTS, append, machine
 from rich.console import Console
-from rl import lora, machine, prepare
+from rl import lora, prepare
 
 import t2kernels as t2
 from t2kernels import tasks, tiny
@@ -51,7 +52,6 @@ from t2kernels.cli.race import rebuild
 from t2kernels.train import SVFConfig, SVFTrainer
 from t2kernels.train.rollout import Rollout, Sampler, completion_logits
 
-RESULTS = Path(__file__).parent / "results" / "paper.jsonl"
 CACHE = Path(__file__).parent / "cache"
 
 
@@ -150,10 +150,14 @@ def train_expert(setup: Setup, task: str, seed: int) -> dict:
     data = (
         tasks.load(task)
         if task != "classify"
-        else labelled(dict(zip(bench.names, map(tasks.load, setup.trained), strict=True)), bench.question)
+        else labelled(dict(zip(bench.question.labels, map(tasks.load, setup.trained), strict=False)), bench.question)
     )
     config = SVFConfig.paper(
-        str(setup.cache / "checkpoints" / path.stem), max_steps=setup.steps, max_new_tokens=data.max_new_tokens, seed=seed
+        str(setup.cache / "checkpoints" / path.stem),
+        max_steps=setup.steps,
+        max_new_tokens=data.max_new_tokens,
+        seed=seed,
+        use_cpu=bench.model.device.type == "cpu",
     )
     trainer = SVFTrainer(bench.model, config, data, experts=path.stem, processing_class=bench.tokenizer)
     trainer.train()
@@ -531,7 +535,7 @@ def main() -> None:
     parser.add_argument("--dtype")
     parser.add_argument("--device")
     parser.add_argument("--again", action="store_true", help="run also what the results hold already")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "paper.jsonl")
     given = parser.parse_args()
     same = ("model", "n", "shots", "steps", "iterations", "cache", "dtype", "device")
     chosen = {key: getattr(given, key) for key in same}
@@ -548,8 +552,7 @@ def main() -> None:
     for name in (*setup.trained, *setup.unseen):
         tasks.load(name).split("test", 1)  # what is not there is said now, not after hours
     there = set() if given.again else {key(row) for row in read(given.out) if row["settings"] == settings(setup)}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    facts = machine() | {"settings": settings(setup), "jobs": given.jobs}
+    facts = machine(("torch", "transformers", "peft")) | {"settings": settings(setup), "jobs": given.jobs}
     for stage in cells(setup, given.parts, given.seeds, given.siblings):
         waiting = [
             c
@@ -559,8 +562,7 @@ def main() -> None:
         waiting = [c for c in waiting if c[0] != "experts" or not setup.experts[c[1]].is_file()]
         jobs = 1 if stage and stage[0][0] == "speed" else given.jobs
         for done, row in enumerate(work(setup, waiting, jobs), 1):
-            with given.out.open("a") as f:
-                f.write(json.dumps(row | facts) + "\n")
+            append(given.out, row | facts)
             shown = {k: v for k, v in row.items() if k in ("accuracy", "modes")}
             console.print(f"{done}/{len(waiting)} {row['part']} {row['task']} {row['seed']}: {row['seconds']} s {shown}", highlight=False)
 
