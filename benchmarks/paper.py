@@ -53,6 +53,7 @@ from t2kernels.train import SVFConfig, SVFTrainer
 from t2kernels.train.rollout import Rollout, Sampler, completion_logits
 
 CACHE = Path(__file__).parent / "cache"
+LONG = {False: 128, True: 96}  # tokens of a long answer; the built-in model has 128 positions
 
 
 @dataclass(frozen=True)
@@ -335,8 +336,16 @@ def mixed(setup: Setup, task: str, seed: int) -> dict:
         for name, way in ways.items():
             first[name].append(clock(lambda way=way: way.choose(batch)))
         second.append(clock(lambda: answers(model, tokenizer, batch, oracle[: len(batch)], longest, len(batch))))
-        long.append(clock(lambda: fixed_length(bench, batch, oracle[: len(batch)], 96 if setup.is_tiny else 128)))
+        long.append(clock(lambda: fixed_length(bench, batch, oracle[: len(batch)], LONG[setup.is_tiny])))
+    alone: dict[str, list[float]] = {name: [] for name in ways}
+    for prompt, expert in zip(batch[:8], oracle[:8], strict=True):
+        for name, way in ways.items():
+            pass_1 = clock(lambda way=way, prompt=prompt: way.choose([prompt]))
+            alone[name].append(
+                pass_1 / clock(lambda prompt=prompt, expert=expert: fixed_length(bench, [prompt], [expert], LONG[setup.is_tiny]))
+            )
     median = statistics.median
+    cost_alone = {name: round(median(shares), 4) for name, shares in alone.items()}
     cost = {name: round(median(seconds) / median(second), 4) for name, seconds in first.items()}
     cost_long = {name: round(median(seconds) / median(long), 4) for name, seconds in first.items()}
     return {
@@ -345,6 +354,7 @@ def mixed(setup: Setup, task: str, seed: int) -> dict:
         "routed_right": routed,
         "first_pass": cost,
         "first_pass_of_long": cost_long,
+        "first_pass_of_one_long": cost_alone,
         "second_pass_seconds": round(median(second), 3),
     }
 
