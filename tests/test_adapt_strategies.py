@@ -251,11 +251,30 @@ def test_a_router_mixes_by_probability(tiny):
 
     class Judge(Prompt):
         def log_likelihoods(self, prompts):
-            return torch.tensor([[0.97, 0.02, 0.01], [0.5, 0.3, 0.2], [0.02, 0.01, 0.97]]).log()
+            return torch.tensor([[0.97, 0.02, 0.01], [0.5, 0.3, 0.2], [0.02, 0.01, 0.97], [0.45, 0.35, 0.2], [0.2, 0.7, 0.1]]).log()
 
     question = Question("{prompt}", {"m": "math", "c": "code", "o": None})
-    chosen = Router(Judge(model, tokenizer, question)).choose(["a", "b", "c"])
-    assert chosen == ["math", {"math": 0.5, "code": 0.3}, None]
+    judge = Judge(model, tokenizer, question)
+    assert Router(judge).choose(["a"] * 5) == [
+        "math",
+        {"code": 0.25, "math": 0.5},
+        None,
+        {"code": 0.25, "math": 0.5},
+        {"code": 0.75, "math": 0.25},
+    ]
+    assert Router(judge, step=0.1, most=1).choose(["a"] * 5)[1:] == [{"code": 0.3, "math": 0.5}, None, "math", "code"]
+
+
+def test_a_router_does_not_run_out_of_rows(tiny):
+    model, tokenizer, bank = tiny
+
+    class Judge(Prompt):
+        def log_likelihoods(self, prompts):
+            return torch.rand(len(prompts), 3, generator=torch.Generator().manual_seed(0)).softmax(1).log()
+
+    chosen = Router(Judge(model, tokenizer, Question.tiny()), step=0.01).choose(["a"] * 200)
+    assert 2 <= len({str(c) for c in chosen if isinstance(c, dict)}) <= bank.rows // 4
+    bank.ids(chosen)
 
 
 # --- transfer

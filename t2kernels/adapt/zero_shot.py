@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -64,22 +65,34 @@ class ZeroShot(Strategy):
 
 
 class Router(Strategy):
-    """A mixture by the probabilities that a `Prompt` or `Classifier` gives its labels; those of the base model's labels are left out.
+    """A mixture by the probabilities that a `Prompt` or `Classifier` gives its labels; what the base model's labels get is left to it.
 
-    smallest: probabilities below it count as 0, so that prompts that are clear share a row of the bank
+    step: probabilities are rounded to multiples of it: a mixture is a row of the bank, and prompts that are much alike should share one
+    most: mixtures in a batch at most, the rarest of more give way to the likeliest expert; None: a quarter of the bank's rows
     """
 
-    def __init__(self, judge: Prompt, smallest: float = 0.05):
+    def __init__(self, judge: Prompt, step: float = 0.25, most: int | None = None):
         super().__init__(judge.model, judge.sampler.tokenizer)
-        self.judge, self.smallest = judge, smallest
+        self.judge, self.step, self.most = judge, step, max(1, self.bank.rows // 4) if most is None else most
 
     def choose_batch(self, prompts: Sequence) -> list[Name]:
-        out: list[Name] = []
-        for row in self.judge.log_likelihoods(prompts).softmax(1).tolist():
+        likelihoods = self.judge.log_likelihoods(prompts)
+        chosen: list[tuple] = []
+        for row in likelihoods.softmax(1).tolist():
             weights: dict[str, float] = {}
             for name, p in zip(self.judge.experts, row, strict=True):
-                if name is not None and p >= self.smallest:
-                    weights[name] = weights.get(name, 0.0) + round(p, 2)
-            only = next(iter(weights)) if len(weights) == 1 and sum(weights.values()) > 1 - self.smallest else None
-            out.append(only or weights or None)
+                if name is not None:
+                    weights[name] = weights.get(name, 0.0) + p
+            chosen.append(
+                tuple((name, round(self.step * round(p / self.step), 6)) for name, p in sorted(weights.items()) if round(p / self.step))
+            )
+        kept = {mixture for mixture, _ in Counter(c for c in chosen if len(c) > 1).most_common(self.most)}
+        out: list[Name] = []
+        for mixture, best in zip(chosen, likelihoods.argmax(1).tolist(), strict=True):
+            if len(mixture) > 1 and mixture not in kept:
+                out.append(self.judge.experts[best])
+            elif len(mixture) == 1 and mixture[0][1] == 1:
+                out.append(mixture[0][0])
+            else:
+                out.append(dict(mixture) or None)
         return out
