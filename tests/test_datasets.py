@@ -73,7 +73,7 @@ def test_gsm8k_row():
     row = gsm8k.problem(GSM8K)
     assert row["prompt"] == "Question: Tom buys 1,200 pens at $2. How much?\nAnswer:"
     assert "1,200 pens" in user(row)
-    assert (row["answer"], row["target"]) == ("2400", "He pays 1200*2=$2400.\n#### 2400")
+    assert (row["answer"], row["target"]) == ("2400", " He pays 1200*2=$2400.\n#### 2400")
     assert gsm8k.extract(row["target"]) == row["answer"]
 
 
@@ -238,7 +238,8 @@ def test_chat_prompts(tmp_path):
     assert tasks.load("gsm8k", path).split("test")[0]["prompt"].startswith("Question: ")
     row = tasks.load("gsm8k", path, chat=True).split("test")[0]
     assert [m["role"] for m in row["prompt"]] == ["user"]
-    assert "messages" not in row
+    assert not {"messages", "chat_target"} & set(row)
+    assert row["target"] == "#### 0"
     own = write(tmp_path / "own.jsonl", [{"prompt": "1+1=", "answer": "2", "split": "test"}])
     assert tasks.load(own, chat=True).split("test") == [{"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}]
     assert tasks.load("math", chat=True).split("test", 1)[0]["prompt"][0]["role"] == "user"

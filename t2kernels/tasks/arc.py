@@ -29,6 +29,7 @@ def problem(raw: dict) -> dict:
         "messages": [{"role": "user", "content": f"{question}\n{listed}\n\nAnswer with the letter of the right option and nothing else."}],
         "answer": answer,
         "target": f" {answer}",
+        "chat_target": answer,
         "options": options,
     }
 

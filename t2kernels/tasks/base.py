@@ -27,7 +27,8 @@ class Task:
 
     name: what `load` finds it by.
     rows: (split, n, seed) -> problems, dicts with at least `prompt` and `answer`; n None means the split's usual size. Where a chat model
-        should be asked in other words, they are in `messages`; `target`, if there, is a whole right completion; `category` a label.
+        should be asked in other words, they are in `messages`; `target`, if there, is a whole right completion, and `chat_target` that of a
+        chat model; `category` a label.
     extract: the answer in a completion; right is what equals the column `answer`.
     judge: (completion, columns of its row) -> whether it is right, for tasks where equality is not enough. extract does not count then.
     max_new_tokens: enough for the longest right completion, working and end of text included.
@@ -62,9 +63,11 @@ class Task:
 
     def _styled(self, row: dict) -> dict:
         row = dict(row)
-        messages = row.pop("messages", None)
+        messages, target = row.pop("messages", None), row.pop("chat_target", None)
         if self.chat and isinstance(row["prompt"], str):
             row["prompt"] = messages or [{"role": "user", "content": row["prompt"]}]
+            if target:
+                row["target"] = target
         return row
 
     def reward(self, prompts: Sequence, completions: Sequence, answer: Sequence[str], **columns) -> list[float]:

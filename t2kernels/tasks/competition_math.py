@@ -29,7 +29,8 @@ def problem(raw: dict) -> dict:
         "prompt": f"Problem: {asked}\nSolution:",
         "messages": [{"role": "user", "content": f"{asked}\n\n{ask}"}],
         "answer": answer.strip(),
-        "target": solution,
+        "target": f" {solution}",
+        "chat_target": solution,
         "category": str(raw.get("subject") or raw.get("type") or "MATH"),
         "level": str(raw.get("level", "")).removeprefix("Level "),
     }

@@ -17,11 +17,13 @@ def problem(raw: dict) -> dict:
     if not mark or not answer:
         raise ValueError(f"'answer' ends in {solution[-40:]!r}; wanted is '#### ' and a number")
     ask = "Think step by step. End with a line that holds nothing but #### and the number."
+    target = f"{re.sub('<<.*?>>', '', worked)}#### {answer}"
     return {
         "prompt": f"Question: {question}\nAnswer:",
         "messages": [{"role": "user", "content": f"{question}\n\n{ask}"}],
         "answer": answer,
-        "target": f"{re.sub('<<.*?>>', '', worked)}#### {answer}",
+        "target": f" {target}",
+        "chat_target": target,
     }
 
 

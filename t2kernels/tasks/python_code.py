@@ -28,6 +28,7 @@ def humaneval_problem(raw: dict) -> dict:
         "code": stub,
         "names": [name],
         "target": body,
+        "chat_target": f"```python\n{stub}{body.rstrip()}\n```",
     }
 
 
@@ -53,6 +54,7 @@ def mbpp_problem(raw: dict) -> dict:
         "code": "",
         "names": names,
         "target": code,
+        "chat_target": f"```python\n{code}\n```",
     }
 
 

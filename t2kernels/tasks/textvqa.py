@@ -24,6 +24,8 @@ def problem(raw: dict) -> dict:
         "prompt": f"Words in the picture: {', '.join(words)}\nQuestion: {question}\nAnswer:",
         "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ask}]}],
         "answer": counts.most_common(1)[0][0],
+        "target": f" {counts.most_common(1)[0][0]}",
+        "chat_target": counts.most_common(1)[0][0],
         "answers": answers,
         "image": raw.get("image"),
     }
