@@ -11,12 +11,7 @@ appended to benchmarks/results/rl.jsonl. No run is chosen by its test accuracy: 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -26,7 +21,7 @@ from typing import NamedTuple
 
 import peft
 import torch
-import transformers
+from measure import RESULTS, append, machine
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
@@ -39,7 +34,6 @@ from t2kernels.train.data import problems
 from t2kernels.train.rewards import Scorer
 from t2kernels.train.rollout import Rollout
 
-RESULTS = Path(__file__).parent / "results" / "rl.jsonl"
 TASKS = ("math", "code", "reason", "classify")
 
 
@@ -151,23 +145,6 @@ def run(task_name: str, arm_name: str, seed: int, steps: int, count: int | None,
     }
 
 
-def machine() -> dict:
-    """What the numbers depend on."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    return {
-        "machine": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-        "commit": git.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).is_file() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=tasks.names(), metavar="TASK")
@@ -175,7 +152,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--n", type=int, help="only the first N test problems; all of them by default")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "rl.jsonl")
     arguments = parser.parse_args()
     cells = [(task, arm, seed) for task in arguments.tasks for arm in arguments.arms for seed in arguments.seeds]
     console, rows = Console(), []
@@ -184,12 +161,10 @@ def main() -> None:
         bar = progress.add_task("", total=len(cells) * arguments.steps)
         for task, arm, seed in cells:
             progress.update(bar, description=f"{task}, {arm}, seed {seed}")
-            facts = machine()
+            facts = machine(("torch", "transformers", "peft"))
             row = run(task, arm, seed, arguments.steps, arguments.n, lambda: progress.advance(bar))
             rows.append(row)
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.out.open("a") as f:
-                f.write(json.dumps(row | facts) + "\n")
+            append(arguments.out, row | facts)
     console.print(table(rows))
 
 

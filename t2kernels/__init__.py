@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .counting import ParameterCount, count_parameters
     from .decomposition import decompose
     from .expert import Expert, ExpertError, ExpertMismatch
+    from .explain import Explanation, explain
     from .factors import Factor, Factors
     from .ops import svf_linear, svf_linear_group, svf_linear_ref
     from .patch import patch_model, unpatch_model
@@ -28,6 +29,8 @@ _HOME = {
     "ParameterCount": "counting",
     "count_parameters": "counting",
     "decompose": "decomposition",
+    "Explanation": "explain",
+    "explain": "explain",
     "patch_model": "patch",
     "svf_linear": "ops",
     "svf_linear_group": "ops",
@@ -41,11 +44,13 @@ __all__ = [
     "ExpertBank",
     "ExpertError",
     "ExpertMismatch",
+    "Explanation",
     "Factor",
     "Factors",
     "ParameterCount",
     "count_parameters",
     "decompose",
+    "explain",
     "patch_model",
     "svf_linear",
     "svf_linear_group",

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .expert import Expert
+from .groups import find_groups
 from .layer import SVFLinear
 from .origin import Origin
 from .routing import Route, Routing
@@ -67,9 +69,14 @@ class ExpertBank:
         self._experts: dict[str, tuple[Tensor, dict]] = {}  # name -> (z - 1 on the host [C], manifest)
         self._rows = Rows(rows)  # of names, and of mixtures as sorted (name, weight) pairs
         self._training: dict[str, str] = {}  # name -> key of its parameters
+        self._dense: dict[object, Tensor] = {}  # experts whose dense weights are kept -> ids, which hold their row
+        self._one_row = WeakIdKeyDictionary()  # ids tensor -> the row that is all of it
         self._lock = threading.RLock()
         self.loads = 0
         self._bind()
+        for group in find_groups(layers):
+            for layer in group.layers:
+                layer.group = group
 
     # --- what is in the bank
 
@@ -145,14 +152,18 @@ class ExpertBank:
         manifest = {**expert.manifest, "lost": lost} if lost else dict(expert.manifest)
         with self._lock:
             self._experts[name] = (delta, manifest)
+            dense = name in self._dense
+            self._drop_dense(name)
             self._forget_mixtures_of(name)
             row = self._rows.find(name)
             if row is not None and not self._rows.pinned(row):
                 self._write(row, delta)
-                return
-            self._rows.drop(name)
-            if self._rows.free() is not None:
-                self._load(name)
+            else:
+                self._rows.drop(name)
+                if self._rows.free() is not None:
+                    self._load(name)
+            if dense:
+                self.keep_dense(name)
 
     def remove(self, name: str) -> None:
         """Forget an expert. A running forward that uses it ends with it; its row is free afterwards."""
@@ -161,6 +172,7 @@ class ExpertBank:
             raise ValueError(f"{name!r} is in training; stop_training({name!r}) first")
         with self._lock:
             del self._experts[name]
+            self._drop_dense(name)
             self._forget_mixtures_of(name)
             self._rows.drop(name)
 
@@ -196,14 +208,58 @@ class ExpertBank:
                 raise
             out = torch.tensor([rows[k] for k in keys], dtype=torch.int32).reshape(_shape_of(names)).to(self.device)
             weakref.finalize(out, self._unpin, taken)
+            if len(set(keys)) == 1:
+                self._one_row[out] = rows[keys[0]]
             return out
+
+    def row_of(self, ids: Tensor) -> int | None:
+        """The one row that a tensor made by `ids` holds; None if there are several, or if it is not known without asking the device."""
+        return None if torch.compiler.is_compiling() else self._one_row.get(ids)
 
     @contextlib.contextmanager
     def use(self, names: Name | Sequence[Name] | Tensor):
         """Within it every forward of the model in this thread uses these experts; one name (the usual case) holds for any batch."""
         ids = self.check_ids(names) if isinstance(names, Tensor) else self.ids(names)
-        with self.routing.use(Route(ids)):
+        with self.routing.use(Route(ids, row=self.row_of(ids))):
             yield ids
+
+    def keep_dense(self, name: Name) -> int:
+        """Keep W' = U diag(sigma * z) Vᵀ of one expert beside the factors, in every layer in factored form, and use it where a whole forward has
+        that expert: it then costs what the dense model costs. Returns the bytes that this takes: those of the dense layers.
+
+        name: an expert's, None (the base model) or a mixture. It keeps its row until `drop_dense`; an expert that is replaced is made again.
+        For one expert and no other, `unpatch_model(model, expert=...)` does the same without the factors.
+        Raises KeyError (unknown name), ValueError (in training), RuntimeError (no row free).
+        """
+        key = self._key(name)
+        if key in self._training:
+            raise ValueError(f"{name!r} is in training: its weights change at every step; stop_training({name!r}) first")
+        with self._lock, torch.no_grad():
+            self._dense[key] = ids = self.ids(name)
+            made = []
+            for s in self._slots:
+                if s.layer.form == "factored":
+                    made.append(s.layer.dense(self.row_of(ids)))
+                    s.layer.dense_rows[self.row_of(ids)] = made[-1]
+            return sum(W.numel() * W.element_size() for W in made)
+
+    def drop_dense(self, name: Name) -> None:
+        """Undo `keep_dense`. Raises KeyError if nothing is kept for the name."""
+        key = self._key(name)
+        if key not in self._dense:
+            raise KeyError(f"no dense weights are kept for {name!r}")
+        self._drop_dense(key)
+
+    def keeps_dense(self, name: Name) -> bool:
+        """Whether dense weights are kept for an expert."""
+        return self._key(name) in self._dense
+
+    def _drop_dense(self, key: object) -> None:
+        ids = self._dense.pop(key, None)
+        if ids is not None:
+            for s in self._slots:
+                if s.layer.form == "factored":
+                    s.layer.dense_rows.pop(self.row_of(ids), None)
 
     def check_ids(self, ids: Tensor) -> Tensor:
         """Raises ValueError or IndexError if the tensor cannot be expert_ids. Values are looked at on the CPU only: no synchronisation."""
@@ -317,7 +373,12 @@ class ExpertBank:
             self._rows.unpin(rows)
 
     def _forget_mixtures_of(self, name: str) -> None:
-        self._rows.drop_where(lambda key: isinstance(key, tuple) and any(n == name for n, _ in key))
+        def test(key: object) -> bool:
+            return isinstance(key, tuple) and any(n == name for n, _ in key)
+
+        for key in [k for k in self._dense if test(k)]:
+            self._drop_dense(key)
+        self._rows.drop_where(test)
 
     def _write(self, row: int, delta: Tensor) -> None:
         if not self._bound():
@@ -409,11 +470,11 @@ class ExpertBank:
 
     def __getstate__(self) -> dict:
         # Neither locks nor live ids tensors can be copied: a copy starts with nothing in use but what is in training.
-        state = {k: v for k, v in self.__dict__.items() if k != "_lock"}
-        return {**state, "_rows": self._rows.without_pins(self._training)}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_one_row")}
+        return {**state, "_rows": self._rows.without_pins(self._training), "_dense": {}}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        self.__dict__.update(state, _lock=threading.RLock(), _one_row=WeakIdKeyDictionary())
 
 
 def _flatten_names(names):

@@ -14,7 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .expert import make_scale, z_from_logits
 from .factors import Factor
-from .ops import choose_impl
+from .groups import Group
+from .ops.svf_linear import call
 from .routing import Routing
 
 
@@ -35,6 +36,7 @@ class SVFLinear(nn.Module):
         base_row = make_scale(torch.ones_like(self.sigma), self.sigma, self.form)
         self.register_buffer("scale", base_row.expand(rows, *base_row.shape).clone(), persistent=False)
         self.support, self.routing = support, routing
+        self.group: Group | None = None  # of layers with the same input; set by the bank
         self.logits = nn.ParameterDict()  # experts in training: key -> p [k]
         self._training_rows: dict[str, tuple[int, str]] = {}  # key -> (row, parametrisation)
         self._written: dict[str, tuple[int, int]] = {}  # key -> state of p that stands in `scale`
@@ -131,15 +133,16 @@ class DeltaLinear(SVFLinear):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         route = self.routing.active
-        return y if route is None else add_delta(y, x, self.V, self.U, self.table(), route.fit(x.shape[:-1]))
+        if route is None:
+            return y
+        if self.group is not None and x.dtype == y.dtype and (out := self.group.expanded(self, y, x, route)) is not None:
+            return out
+        return add_delta(y, x, self.V, self.U, self.table(), route.fit(x.shape[:-1]))
 
 
 def add_delta(y: Tensor, x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    """y + ((x V) * scale[ids]) Uᵀ in y's dtype: in one op where the dtypes agree, so that a zero row leaves y's bits alone."""
-    x, ids = x.to(U), ids.to(U.device)
-    together = y.dtype == U.dtype
-    out = torch.ops.t2kernels.svf_linear(x, V, U, scale, ids, y if together else None, None, choose_impl(x)[0])
-    return out if together else y + out.to(y.dtype)
+    """y + ((x V) * scale[ids]) Uᵀ in y's dtype, in one op, so that a zero row leaves y's bits alone."""
+    return call(x.to(y), V, U, scale, ids.to(y.device), y)
 
 
 def delta_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -162,12 +165,24 @@ class FactoredLinear(SVFLinear):
         self._requires_grad = original.weight.requires_grad
         self.in_features, self.out_features = factor.V.shape[0], factor.U.shape[0]
         self.register_buffer("_base_id", torch.zeros((), dtype=torch.int32), persistent=False)
+        self.dense_rows: dict[int, Tensor] = {}  # row -> W' [M, N], for experts whose dense weights are kept
 
     def forward(self, x: Tensor) -> Tensor:
         route = self.routing.active
         ids = self._base_id if route is None else route.fit(x.shape[:-1])
-        x, ids = x.to(self.U), ids.to(self.U.device)
-        return torch.ops.t2kernels.svf_linear(x, self.V, self.U, self.table(), ids, None, self.bias, choose_impl(x)[0])
+        kind = x.device.type
+        x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        if self.dense_rows and (W := self.dense_rows.get(0 if route is None else route.row)) is not None:
+            return nn.functional.linear(x, W.to(x.dtype), self.bias if self.bias is None else self.bias.to(x.dtype))
+        ids = ids.to(x.device)
+        if self.group is not None and (out := self.group.output(self, x, route, ids)) is not None:
+            return out
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        return call(x, self.V, self.U, self.table(), ids, None, bias)
+
+    def _apply(self, fn, recurse=True):
+        self.dense_rows = {row: fn(W) for row, W in self.dense_rows.items()}
+        return super()._apply(fn, recurse)
 
     def dense(self, row: int = 0) -> Tensor:
         """W [M, N] = U diag(scale[row]) Vᵀ, computed in fp32, in the factors' dtype."""

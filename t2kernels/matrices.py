@@ -87,6 +87,13 @@ def is_quantised(module: nn.Module) -> bool:
     return not (type(w) in (nn.Parameter, Tensor) and w.is_floating_point() and w.element_size() > 1)
 
 
+def stored_bytes(t: Tensor) -> int:
+    """Bytes of a weight as it is kept: of the packed numbers and their scales where it is a quantised tensor made of others."""
+    if hasattr(t, "__tensor_flatten__"):
+        return sum(stored_bytes(getattr(t, part)) for part in t.__tensor_flatten__()[0])
+    return t.numel() * t.element_size()
+
+
 def find_matrices(model: nn.Module, targets: Targets = "all") -> dict[str, Matrix]:
     """The matrices that `targets` selects, by name, in model order.
 

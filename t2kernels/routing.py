@@ -14,10 +14,14 @@ from torch import Tensor
 
 
 class Route:
-    """The ids of one forward: () for all tokens alike, [B] one a sequence, [B, S] one a token; and the (B, S) of the forward, if known."""
+    """The ids of one forward: () for all tokens alike, [B] one a sequence, [B, S] one a token; and the (B, S) of the forward, if known.
 
-    def __init__(self, ids: Tensor, tokens: tuple[int, int] | None = None):
-        self.ids, self.tokens = ids, tokens
+    row: the one row of all tokens, where that is known without asking the device
+    """
+
+    def __init__(self, ids: Tensor, tokens: tuple[int, int] | None = None, row: int | None = None):
+        self.ids, self.tokens, self.row = ids, tokens, row
+        self.made: dict = {}  # by group of layers: what its first layer computed for the others
         self._flat: Tensor | None = None
 
     def fit(self, shape: torch.Size) -> Tensor:

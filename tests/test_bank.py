@@ -308,3 +308,92 @@ def test_the_releases_parametrisation():
         torch.testing.assert_close(expert.z[name].double(), m * s.sum() / (s * m).sum(), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="rescales every component"):
         t2.patch_model(build("llama"), rank=4).start_training("t", "sigmoid")
+
+
+@pytest.fixture
+def factored():
+    model = build("llama")
+    bank = t2.patch_model(model, form="factored", rows=4)
+    for name in "ab":
+        bank.add(name, draw(bank))
+    return model, bank
+
+
+def kept_rows(bank):
+    return {tuple(sorted(layer.dense_rows)) for layer, _ in bank.layers}
+
+
+def test_dense_weights_kept_for_one_expert_are_used_for_it_alone(factored):
+    model, bank = factored
+    ids = torch.randint(0, 60, (3, 7))
+    with torch.no_grad():
+        want = {str(e): model(ids, experts=e).logits for e in ("a", None, {"a": 0.5, "b": 0.5}, ["a", "b", "a"])}
+    size = bank.keep_dense("a")
+    assert size == sum(4 * layer.U.shape[0] * layer.Vt.shape[1] for layer, _ in bank.layers)
+    row = int(bank.ids("a"))
+    assert kept_rows(bank) == {(row,)}
+    calls = []
+    for layer, _ in bank.layers:
+        layer.table = lambda layer=layer: calls.append(layer) or layer.scale  # only the factored path asks for the table
+    with torch.no_grad():
+        for experts in ("a", ["a", "a", "a"]):
+            calls.clear()
+            torch.testing.assert_close(model(ids, experts=experts).logits, want["a"], rtol=1e-4, atol=1e-4)
+            assert not calls
+        for experts in (None, {"a": 0.5, "b": 0.5}, ["a", "b", "a"]):
+            torch.testing.assert_close(model(ids, experts=experts).logits, want[str(experts)], rtol=1e-4, atol=1e-4)
+            assert calls
+        torch.testing.assert_close(model(ids, expert_ids=torch.tensor(row)).logits, want["a"], rtol=1e-4, atol=1e-4)
+        bank.keep_dense(None)
+        calls.clear()
+        torch.testing.assert_close(model(ids).logits, want["None"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model.generate(ids, experts="a", max_new_tokens=3), model.generate(ids, expert_ids=torch.tensor([row] * 3), max_new_tokens=3)
+        )
+    bank.drop_dense("a")
+    assert kept_rows(bank) == {(0,)}
+    with pytest.raises(KeyError, match="no dense weights are kept for 'a'"):
+        bank.drop_dense("a")
+
+
+def test_kept_dense_weights_follow_their_expert(factored):
+    model, bank = factored
+    ids = torch.randint(0, 60, (1, 5))
+    bank.keep_dense("a")
+    bank.keep_dense({"a": 0.5, "b": 0.5})
+    new = draw(bank)
+    bank.add("a", new, replace=True)
+    assert bank.keeps_dense("a")
+    assert not bank.keeps_dense({"a": 0.5, "b": 0.5})
+    with torch.no_grad():
+        got = model(ids, experts="a").logits
+        bank.drop_dense("a")
+        torch.testing.assert_close(got, model(ids, experts="a").logits, rtol=1e-4, atol=1e-4)
+        bank.keep_dense("a")
+        model.double()
+        assert {W.dtype for layer, _ in bank.layers for W in layer.dense_rows.values()} == {torch.float64}
+        torch.testing.assert_close(model(ids, experts="a").logits.float(), got, rtol=1e-4, atol=1e-4)
+    for name in "cde":
+        bank.add(name, draw(bank))
+        bank.ids(name)
+    assert bank.row_of(bank.ids("a")) == int(bank.ids("a"))
+    assert bank.keeps_dense("a")  # its row is never given away
+    bank.remove("a")
+    assert kept_rows(bank) == {()}
+
+
+def test_an_expert_in_training_has_no_dense_weights(factored):
+    _, bank = factored
+    bank.start_training("t")
+    with pytest.raises(ValueError, match="in training"):
+        bank.keep_dense("t")
+
+
+def test_explain_says_that_dense_weights_are_kept(factored):
+    model, bank = factored
+    assert "keep_dense" in str(t2.explain(model, 3, "a"))
+    bank.keep_dense("a")
+    found = t2.explain(model, 3, "a")
+    assert {x.choice.path for x in found.lines} == {"kept"}
+    assert found.moved == found.dense
+    assert {x.choice.path for x in t2.explain(model, 3, "b").lines} == {"mm"}

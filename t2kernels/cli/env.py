@@ -106,13 +106,14 @@ def _gpus() -> dict[str, str]:
 def _impls() -> dict[str, str]:
     import torch
 
-    from t2kernels.ops import choose_impl, svf_linear
-    from t2kernels.ops.svf_linear import IMPLS
+    from t2kernels.ops import plan, svf_linear
+    from t2kernels.ops.planner import IMPLS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, table = torch.ones(2, 4, device=device), torch.ones(1, 4, device=device)
     square, ids = torch.eye(4, device=device), torch.zeros(2, dtype=torch.int32, device=device)
-    found = {"auto": "{} ({})".format(*choose_impl(x))}
+    choice = plan(x, square, [square], ids)
+    found = {"auto": f"{choice.impl} ({choice.why})"}
     for impl in IMPLS:
         try:
             right = torch.allclose(svf_linear(x, square, square, table, ids, impl=impl), x)

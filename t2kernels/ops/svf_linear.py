@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import torch_kernels
-
-IMPLS = ("torch", "triton", "cuda")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from . import torch_kernels, triton_kernels
+from .machine import machine_of
+from .planner import IMPLS, Call, Choice, choose, could_be_dense, why_missing
+from .precision import FACTOR_DTYPES, X_DTYPES, forward_precision
 
 
 class ImplUnavailableError(RuntimeError):
@@ -31,22 +31,23 @@ def svf_linear(
     """y = base + ((x V) * scale[expert_ids]) Uᵀ + bias.
 
     One op for both forms of a patched layer (Transformer², arXiv 2501.06252, section 3.1: W' = U diag(sigma * z) Vᵀ):
-    *factored*, base None and scale rows sigma * z; *delta*, base = x Wᵀ and scale rows sigma * (z - 1) of a support of R components.
+    *factored*, base None and scale rows sigma * z; *delta*, base = x Wᵀ and scale rows sigma * (z - 1) of a support of k components.
 
     x: [..., N] fp32, bf16 or fp16 (fp64 for checks), any rank
-    V: [N, R] x's dtype, right singular vectors in columns; best stored as Vᵀ contiguous
-    U: [M, R] x's dtype, left singular vectors in columns
-    scale: [E, R] fp32, one row an expert; row 0 is the base model by convention
+    V: [N, C] right singular vectors in columns, best stored as Vᵀ contiguous; x's dtype, fp16, bf16 or int8, whatever x is (`ops.precision`)
+    U: [M, C] left singular vectors in columns; V's dtype. C is the rank R, and more where a component has several columns (int8)
+    scale: [E, C] fp32, one row an expert, with whatever int8 columns have been divided by multiplied in; row 0 is the base model by convention
     expert_ids: int32 or int64, the row of each token; its shape is a leading part of x.shape[:-1]: () for one row for all, [B], [B, S]
     base: [..., M] x's dtype, added
     bias: [M] x's dtype, added
-    impl: "auto" chooses (`choose_impl` tells what); "torch", "triton" or "cuda" mean that one or an error
+    impl: "auto" chooses (`plan` tells what and why); "torch", "triton" or "cuda" mean that one or an error
 
     Returns [..., M] in x's dtype; sums in fp32. Gradients for x, scale, base and bias; U and V are frozen and get none.
     Raises ValueError on shapes and dtypes that do not fit, IndexError on rows that are not there (CPU), ImplUnavailableError.
     """
     _check(x, V, [U], scale, expert_ids, [base], [bias])
-    return torch.ops.t2kernels.svf_linear(x, V, U, scale, expert_ids, base, bias, _resolve(impl, x)[0])
+    _check_impl(impl, x)
+    return call(x, V, U, scale, expert_ids, base, bias, impl)
 
 
 def svf_linear_group(
@@ -61,7 +62,7 @@ def svf_linear_group(
 ) -> list[Tensor]:
     """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i for matrices that share x (q, k, v; gate, up).
 
-    V: [N, R_1 + R_2 + ...] the members' V side by side; scale: [E, R_1 + R_2 + ...] likewise; U: one [M_i, R_i] a member
+    V: [N, C_1 + C_2 + ...] the members' V side by side; scale: [E, C_1 + C_2 + ...] likewise; U: one [M_i, C_i] a member
     base, bias: one a member, or None for no member. The rest as in `svf_linear`. Returns one [..., M_i] a member.
     """
     bases, biases = list(base or []), list(bias or [])
@@ -69,41 +70,91 @@ def svf_linear_group(
         if given and len(given) != len(U):
             raise ValueError(f"svf_linear_group: {name} has {len(given)} members, U has {len(U)}; give one a member or None")
     _check(x, V, list(U), scale, expert_ids, bases or [None] * len(U), biases or [None] * len(U))
-    return torch.ops.t2kernels.svf_linear_group(x, V, list(U), scale, expert_ids, bases, biases, _resolve(impl, x)[0])
+    _check_impl(impl, x)
+    return call_group(x, V, list(U), scale, expert_ids, bases, biases, impl)
 
 
-def choose_impl(x: Tensor) -> tuple[str, str]:
-    """What impl="auto" runs for an input like x, and why: (name, reason)."""
-    return _resolve("auto", x)
+def call(x, V, U, scale, expert_ids, base=None, bias=None, impl="auto") -> Tensor:
+    """`svf_linear` without its checks, for callers whose arguments are right by construction."""
+    if _differentiated(x, scale):
+        # What the backward needs of the forward is an output of this op: it is dropped with the rest of a checkpointed block.
+        return torch.ops.t2kernels.svf_linear_saving(x, V, [U], scale, expert_ids, _listed(base), _listed(bias), impl)[0]
+    return torch.ops.t2kernels.svf_linear(x, V, U, scale, expert_ids, base, bias, impl)
 
 
-def _resolve(impl: str, x: Tensor) -> tuple[str, str]:
-    if impl == "auto":
-        return "torch", f"the only implementation of this version on {x.device.type}"
-    if impl == "torch":
-        return "torch", "asked for"
-    if impl in IMPLS:
-        raise ImplUnavailableError(
-            f"impl={impl!r}: this version of t2kernels has no {impl} implementation of svf_linear; use impl='torch', or 'auto' to have one chosen"
-        )
-    raise ValueError(f"impl={impl!r} is unknown; wanted 'auto' or one of {', '.join(map(repr, IMPLS))}")
+def call_group(x, V, U, scale, expert_ids, base, bias, impl="auto") -> list[Tensor]:
+    """`svf_linear_group` without its checks."""
+    if _differentiated(x, scale):
+        return torch.ops.t2kernels.svf_linear_saving(x, V, U, scale, expert_ids, base, bias, impl)[:-1]
+    return torch.ops.t2kernels.svf_linear_group(x, V, U, scale, expert_ids, base, bias, impl)
+
+
+def shrink(x, V, scale, expert_ids) -> Tensor:
+    """g = (x V) * scale[expert_ids] [T, C]: the first half of the op alone, without gradients, for `expand`, which gives it its meaning."""
+    choice = _plan_of_half(x.shape[:-1].numel(), x.shape[-1], V, x.dtype, x.device)
+    if choice.path == "pair":
+        return triton_kernels.shrink(x, V, scale, expert_ids)
+    half = triton_kernels.shrink_mm if choice.impl == "triton" else torch_kernels.shrink
+    made = half(x, V, scale, expert_ids)
+    return made if choice.impl == "triton" else made[0]
+
+
+def expand(g, Us, bases, biases, dtype, lead) -> list[Tensor]:
+    """y_i = base_i + g_i U_iᵀ + bias_i [*lead, M_i]: the second half. dtype, lead: those of the x that g was made from."""
+    if _plan_of_half(g.shape[0], sum(U.shape[0] for U in Us), Us[0], dtype, g.device).path == "pair":
+        return [y.reshape(*lead, y.shape[-1]) for y in triton_kernels.expand(g, Us, bases, biases, dtype)]
+    return torch_kernels.expand(g, Us, bases, biases, dtype, lead)
+
+
+def _plan_of_half(T: int, size: int, factor: Tensor, dtype: torch.dtype, device: torch.device) -> Choice:
+    # Both halves must decide alike where it matters, on T; a base is what keeps W' from being considered.
+    return choose(Call(T, size, (size,), (factor.shape[1],), dtype, factor.dtype, base=True), machine_of(device))
+
+
+def _differentiated(x: Tensor, scale: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
+
+
+def _listed(t: Tensor | None) -> list[Tensor]:
+    return [] if t is None else [t]
+
+
+def plan(x: Tensor, V: Tensor, Us: list[Tensor], expert_ids: Tensor, base: bool = False, impl: str = "auto", grad: bool = False) -> Choice:
+    """What a call with these tensors runs, and why. Looks at values of expert_ids on the CPU only, and only where they can matter."""
+    lead = x.shape[:-1]
+    T = lead.numel()
+    asked = Call(T, x.shape[-1], tuple(U.shape[0] for U in Us), tuple(U.shape[1] for U in Us), x.dtype, V.dtype, base=base, grad=grad)
+    if expert_ids.numel() == 1:
+        asked = asked._replace(one=True)
+    elif expert_ids.device.type == "cpu" and could_be_dense(asked):
+        rows, counts = expert_ids.unique(return_counts=True)
+        repeat = torch_kernels.tokens_per_id(expert_ids, lead)
+        asked = asked._replace(tokens=tuple((int(r), int(c) * repeat) for r, c in zip(rows, counts, strict=True)))
+    return choose(asked, machine_of(x.device), impl)
+
+
+def _check_impl(impl: str, x: Tensor) -> None:
+    if impl not in ("auto", *IMPLS):
+        raise ValueError(f"impl={impl!r} is unknown; wanted 'auto' or one of {', '.join(map(repr, IMPLS))}")
+    if impl != "auto" and (why := why_missing(machine_of(x.device), impl, x.dtype)):
+        raise ImplUnavailableError(f"impl={impl!r} cannot run here: {why}; use impl='torch', or 'auto' to have one chosen")
 
 
 def _check(
     x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, ids: Tensor, bases: list[Tensor | None], biases: list[Tensor | None]
 ) -> None:
     lead = x.shape[:-1]
-    if x.dtype not in DTYPES:
+    if x.dtype not in X_DTYPES:
         raise _misfit("x.dtype", x.dtype, "float32, bfloat16, float16 or float64")
     if x.dim() < 1 or V.dim() != 2 or x.shape[-1] != V.shape[0]:
-        raise _misfit("V's shape", list(V.shape), f"[N, R] with N the last size of x, {list(x.shape)}")
+        raise _misfit("V's shape", list(V.shape), f"[N, C] with N the last size of x, {list(x.shape)}")
     if not Us or any(U.dim() != 2 for U in Us):
-        raise _misfit("U", [list(U.shape) for U in Us], "[M, R], at least one")
-    R = sum(U.shape[1] for U in Us)
-    if R != V.shape[1]:
-        raise _misfit("the rank of U", R, f"V's, {V.shape[1]}")
-    if scale.dim() != 2 or scale.shape[1] != R:
-        raise _misfit("scale's shape", list(scale.shape), f"[E, R={R}]")
+        raise _misfit("U", [list(U.shape) for U in Us], "[M, C], at least one")
+    C = sum(U.shape[1] for U in Us)
+    if C != V.shape[1]:
+        raise _misfit("the columns of U", C, f"V's, {V.shape[1]}")
+    if scale.dim() != 2 or scale.shape[1] != C:
+        raise _misfit("scale's shape", list(scale.shape), f"[E, C={C}]")
     if scale.dtype != torch.float32 and not scale.dtype == x.dtype == torch.float64:
         raise _misfit("scale.dtype", scale.dtype, "float32")
     if ids.dtype not in (torch.int32, torch.int64):
@@ -121,7 +172,12 @@ def _check(
             if bias.shape != (U.shape[0],):
                 raise _misfit(f"bias[{i}]'s shape", list(bias.shape), [U.shape[0]])
             added.append((f"bias[{i}]", bias))
-    for name, t in frozen + added:
+    if V.dtype not in FACTOR_DTYPES:
+        raise _misfit("V.dtype", V.dtype, "x's, float16, bfloat16 or int8")
+    for name, t in frozen:
+        if t.dtype != V.dtype:
+            raise _misfit(f"{name}'s dtype", t.dtype, f"V's, {V.dtype}")
+    for name, t in added:
         if t.dtype != x.dtype:
             raise _misfit(f"{name}'s dtype", t.dtype, f"x's, {x.dtype}")
     for name, t in [*frozen, *added, ("scale", scale), ("expert_ids", ids)]:
@@ -143,35 +199,63 @@ _lib = torch.library.Library("t2kernels", "DEF")
 # No default in the schemas with tensor lists: the dispatcher drops arguments that equal their default before autograd sees them, and torch's
 # autograd for lists then finds more gradients than inputs.
 _lib.define(
-    "svf_linear(Tensor x, Tensor V, Tensor U, Tensor scale, Tensor expert_ids, Tensor? base=None, Tensor? bias=None, str impl='torch') -> Tensor"
+    "svf_linear(Tensor x, Tensor V, Tensor U, Tensor scale, Tensor expert_ids, Tensor? base=None, Tensor? bias=None, str impl='auto') -> Tensor"
 )
 _lib.define(
     "svf_linear_group(Tensor x, Tensor V, Tensor[] U, Tensor scale, Tensor expert_ids, Tensor[] base, Tensor[] bias, str impl) -> Tensor[]"
 )
 _lib.define(
-    "svf_linear_backward(Tensor[] dy, Tensor x, Tensor V, Tensor[] U, Tensor scale, Tensor expert_ids, bool need_dx, bool need_dscale, str impl)"
-    " -> (Tensor, Tensor)"
+    "svf_linear_saving(Tensor x, Tensor V, Tensor[] U, Tensor scale, Tensor expert_ids, Tensor[] base, Tensor[] bias, str impl) -> Tensor[]"
+)
+_lib.define(
+    "svf_linear_backward(Tensor[] dy, Tensor x, Tensor V, Tensor[] U, Tensor scale, Tensor expert_ids, Tensor? h, bool need_dx, bool need_dscale,"
+    " str impl) -> (Tensor, Tensor)"
 )
 
 
-def _forward_impl(x, V, U, scale, expert_ids, base=None, bias=None, impl="torch"):
-    return torch_kernels.forward(x, V, [U], scale, expert_ids, [base], [bias])[0]
+def _run(x, V, U, scale, expert_ids, base, bias, impl, saving=False) -> list[Tensor]:
+    """y of each member, and behind them h where it is to be saved."""
+    base, bias = (list(t) or [None] * len(U) for t in (base, bias))
+    choice = plan(x, V, U, expert_ids, base[0] is not None, impl, saving)
+    arguments = (x, V, U, scale, expert_ids, base, bias)
+    if choice.path == "dense":
+        return torch_kernels.materialised(*arguments, choice.experts)
+    if choice.path == "pair":
+        return triton_kernels.forward_pair(*arguments)
+    forward = triton_kernels.forward_mm if choice.impl == "triton" else torch_kernels.forward
+    ys, h = forward(*arguments, saving)
+    return [*ys, h] if saving else ys
+
+
+def _forward_impl(x, V, U, scale, expert_ids, base=None, bias=None, impl="auto"):
+    return _run(x, V, [U], scale, expert_ids, _listed(base), _listed(bias), impl)[0]
 
 
 def _group_impl(x, V, U, scale, expert_ids, base, bias, impl):
-    return torch_kernels.forward(x, V, U, scale, expert_ids, base or [None] * len(U), bias or [None] * len(U))
+    return _run(x, V, U, scale, expert_ids, base, bias, impl)
 
 
-def _backward_impl(dy, x, V, U, scale, expert_ids, need_dx, need_dscale, impl):
-    return torch_kernels.backward(dy, x, V, U, scale, expert_ids, need_dx, need_dscale)
+def _saving_impl(x, V, U, scale, expert_ids, base, bias, impl):
+    return _run(x, V, U, scale, expert_ids, base, bias, impl, saving=True)
 
 
-for _name, _fn in (("svf_linear", _forward_impl), ("svf_linear_group", _group_impl), ("svf_linear_backward", _backward_impl)):
+def _backward_impl(dy, x, V, U, scale, expert_ids, h, need_dx, need_dscale, impl):
+    kernels = triton_kernels if plan(x, V, U, expert_ids, impl=impl, grad=True).impl == "triton" else torch_kernels
+    return kernels.backward(dy, x, V, U, scale, expert_ids, need_dx, need_dscale, h)
+
+
+_IMPLEMENTATIONS = {
+    "svf_linear": _forward_impl,
+    "svf_linear_group": _group_impl,
+    "svf_linear_saving": _saving_impl,
+    "svf_linear_backward": _backward_impl,
+}
+for _name, _fn in _IMPLEMENTATIONS.items():
     _lib.impl(_name, _fn, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("t2kernels::svf_linear", lib=_lib)
-def _(x, V, U, scale, expert_ids, base=None, bias=None, impl="torch"):
+def _(x, V, U, scale, expert_ids, base=None, bias=None, impl="auto"):
     return x.new_empty(*x.shape[:-1], U.shape[0])
 
 
@@ -180,8 +264,14 @@ def _(x, V, U, scale, expert_ids, base, bias, impl):
     return [x.new_empty(*x.shape[:-1], u.shape[0]) for u in U]
 
 
+@torch.library.register_fake("t2kernels::svf_linear_saving", lib=_lib)
+def _(x, V, U, scale, expert_ids, base, bias, impl):
+    ys = [x.new_empty(*x.shape[:-1], u.shape[0]) for u in U]
+    return [*ys, x.new_empty(x.shape[:-1].numel(), V.shape[1], dtype=forward_precision(x.dtype, V.dtype).dtype)]
+
+
 @torch.library.register_fake("t2kernels::svf_linear_backward", lib=_lib)
-def _(dy, x, V, U, scale, expert_ids, need_dx, need_dscale, impl):
+def _(dy, x, V, U, scale, expert_ids, h, need_dx, need_dscale, impl):
     return x.new_empty(x.shape if need_dx else 0), scale.new_empty(scale.shape if need_dscale else 0)
 
 
@@ -190,23 +280,25 @@ def _save(ctx, inputs, output):
     single = not isinstance(U, (list, tuple))
     members = [U] if single else list(U)
     ctx.single, ctx.impl, ctx.members = single, impl, len(members)
-    ctx.has_base = base is not None if single else len(base)
-    ctx.bias_dtypes = None if bias is None else [b.dtype for b in ([bias] if single else bias)]
-    ctx.save_for_backward(x, V, scale, expert_ids, *members)
+    ctx.has_base = base is not None if single else len(base) > 0
+    ctx.has_bias = bias is not None if single else len(bias) > 0
+    h = output[-1] if not single and len(output) > len(members) else None
+    ctx.save_for_backward(x, V, scale, expert_ids, h, *members)
 
 
 def _grad(ctx, dy):
-    x, V, scale, expert_ids, *U = ctx.saved_tensors
-    dys = [dy] if ctx.single else list(dy)
+    x, V, scale, expert_ids, h, *U = ctx.saved_tensors
+    dys = [dy] if ctx.single else list(dy)[: ctx.members]
+    dys = [x.new_zeros(*x.shape[:-1], u.shape[0]) if d is None else d for d, u in zip(dys, U, strict=True)]
     need = ctx.needs_input_grad
     need_dx, need_dscale = need[0], need[3]
     dx = dscale = None
     if need_dx or need_dscale:
-        dx, dscale = torch.ops.t2kernels.svf_linear_backward(dys, x, V, U, scale, expert_ids, need_dx, need_dscale, ctx.impl)
+        dx, dscale = torch.ops.t2kernels.svf_linear_backward(dys, x, V, U, scale, expert_ids, h, need_dx, need_dscale, ctx.impl)
     dbase = dys if ctx.has_base else []
     dbias = (
         [d.reshape(-1, d.shape[-1]).sum(0, dtype=torch.promote_types(d.dtype, torch.float32)).to(d.dtype) for d in dys]
-        if ctx.bias_dtypes
+        if ctx.has_bias
         else []
     )
     if ctx.single:
@@ -216,5 +308,5 @@ def _grad(ctx, dy):
     return dx if need_dx else None, None, d_u, dscale if need_dscale else None, None, d_base, d_bias, None
 
 
-for _name in ("svf_linear", "svf_linear_group"):
+for _name in ("svf_linear", "svf_linear_group", "svf_linear_saving"):
     torch.library.register_autograd(f"t2kernels::{_name}", _grad, setup_context=_save, lib=_lib)

@@ -1,0 +1,78 @@
+"""What every benchmark shares: interleaved timing, the facts that a number depends on, and rows that are appended, never changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Timing(NamedTuple):
+    """Seconds of one thing over several runs: median, and the middle half (`low` to `high`); ratio: the median of run-by-run ratios to the first."""
+
+    median: float
+    low: float
+    high: float
+    ratio: float
+
+
+def interleaved(run: Mapping[str, Callable[[], object]], repeats: int = 9, warmup: int = 2) -> dict[str, Timing]:
+    """Time each of `run` `repeats` times in turn, so that what disturbs the machine disturbs all alike. Ratios are to the first of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in run}
+    for i in range(warmup + repeats):
+        for name, f in run.items():
+            start = time.perf_counter()
+            f()
+            _wait()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    first = next(iter(seconds.values()))
+    out = {}
+    for name, found in seconds.items():
+        low, _, high = statistics.quantiles(found, n=4) if len(found) > 1 else (found[0],) * 3
+        ratio = statistics.median(a / b for a, b in zip(found, first, strict=True))
+        out[name] = Timing(statistics.median(found), low, high, ratio)
+    return out
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine(packages: Sequence[str] = ("torch", "transformers")) -> dict:
+    """Machine, versions, commit and command: what the numbers depend on."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return {
+        "machine": f"{gpu}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}",
+        "versions": {name: metadata.version(name) for name in packages},
+        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def append(path: Path, *rows: dict) -> None:
+    """Add rows to a file of results, one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)

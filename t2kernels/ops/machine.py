@@ -1,0 +1,36 @@
+"""What a device can run, found out once: what the planner needs to know of it."""
+
+from __future__ import annotations
+
+import functools
+from importlib import metadata
+
+import torch
+
+from . import triton_kernels
+from .planner import PAIR_TOKENS, Machine
+from .tuning import read_table
+
+
+def machine_of(device: torch.device) -> Machine:
+    """The `Machine` of a device."""
+    return _machine(device.type, device.index)
+
+
+@functools.cache
+def _machine(kind: str, index: int | None) -> Machine:
+    device = torch.device(kind, index)
+    missing = {"cuda": "this version of t2kernels has no CUDA kernel"}
+    if why := triton_kernels.why_not(device):
+        missing["triton"] = why
+    name, unchecked, pair_tokens = kind, {}, PAIR_TOKENS
+    if kind == "cpu":
+        unchecked["triton"] = "its interpreter is for checks"
+    elif kind == "cuda":
+        name = torch.cuda.get_device_name(device)
+        table = None if why else read_table(name, metadata.version("triton"))
+        if table is None or not table.get("checked"):
+            unchecked["triton"] = "its kernels have not been checked on this kind of GPU; `t2 tune` does that"
+        else:
+            pair_tokens = table.get("pair_tokens", pair_tokens)
+    return Machine(kind, name, tuple(missing.items()), tuple(unchecked.items()), pair_tokens)
