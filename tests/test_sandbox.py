@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from t2kernels.tasks import sandbox
 from t2kernels.tasks.sandbox import Job, Limits, SandboxError, report, run, run_many, wire
 
 MARK = f"2.{os.getpid():09d}1"  # stands in the arguments of every process of these sandboxes, and of no other test process
@@ -87,6 +88,7 @@ HOSTILE = {
     "tags that do not exist": FORGE + "def f():\n    for fd in range(3, 64):\n        try: os.write(fd, frame({'ok': {'h': 'x', 'i': []}}))\n        except OSError: pass",
     "removes files": "import os, shutil\nfor p in ('OUTSIDE',):\n    try: os.remove(p)\n    except OSError: pass\n    shutil.rmtree(os.path.dirname(p), ignore_errors=True)",
     "writes files": "open('OUTSIDE', 'w').write('x')",
+    "truncates files": "import os\nos.truncate('OUTSIDE', 0)",
     "changes modes": "import os\nos.chmod('OUTSIDE', 0o777)",
     "giant file": "f = open('giant', 'wb')\nwhile True:\n    f.write(bytes(1 << 20))",
     "many files": "i = 0\nwhile True:\n    open(f'x{i}', 'wb').write(bytes(1 << 19))\n    i += 1",
@@ -331,24 +333,45 @@ def test_without_isolation_there_are_limits_only(monkeypatch):
     assert not processes(MARK)
 
 
-def test_what_is_asked_for_or_an_error(monkeypatch, tmp_path):
+@pytest.fixture
+def refusing(monkeypatch, tmp_path):
+    """Machines that refuse some layers: refusing("namespaces") makes the warden say so."""
+
+    def refuse(*layers: str) -> None:
+        message = '{"verdict": "refused", "detail": "no", "layers": []}'
+        tests = " ".join(
+            f"""*'"isolation": "{layer}"'*) cat >/dev/null; printf '\\0\\0\\0\\{len(message):o}%s' '{message}'; exit;;"""
+            for layer in layers
+        )
+        stub = tmp_path / "python"
+        stub.write_text(f'#!/bin/sh\ncase "$*" in {tests} esac\nexec {sys.executable} "$@"\n')
+        stub.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(stub))
+
+    monkeypatch.setattr(sandbox, "_works", [])
+    return refuse
+
+
+def test_auto_takes_what_there_is_and_a_name_means_that_or_an_error(refusing):
+    refusing("namespaces")
+    assert run(SQUARE, SMALL).layers == ("filters", "seccomp")
+    assert sandbox._works == ["filters"]
+    with pytest.raises(SandboxError, match=r"isolation='namespaces' \(namespaces: no\)"):
+        run(SQUARE, replace(SMALL, isolation="namespaces"))
+
+
+def test_nothing_runs_where_nothing_confines(refusing):
+    refusing("namespaces", "filters")
+    with pytest.raises(SandboxError, match=r"isolation='auto' \(namespaces: no; filters: no\).*isolation='none'"):
+        run(SQUARE, SMALL)
+
+
+def test_what_is_asked_for_must_be_possible(monkeypatch):
     with pytest.raises(ValueError, match="isolation='docker'; it must be one of auto, namespaces"):
         Limits(isolation="docker")
-    monkeypatch.setattr(sys, "executable", str(stub(tmp_path, "refused", "namespaces: Operation not permitted")))
-    with pytest.raises(SandboxError, match=r"isolation='auto' \(namespaces: Operation not permitted\).*isolation='none'"):
-        run(SQUARE, SMALL)
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(SandboxError, match="only be confined on Linux, and this is darwin"):
         run(SQUARE, SMALL)
-
-
-def stub(folder: Path, verdict: str, detail: str) -> Path:
-    """A program that stands for the warden and says this."""
-    path = folder / "stub"
-    message = f'{{"verdict": "{verdict}", "detail": "{detail}", "layers": []}}'
-    path.write_text(f"#!/bin/sh\ncat >/dev/null\nprintf '\\0\\0\\0\\{len(message):o}%s' '{message}'\n")
-    path.chmod(0o755)
-    return path
 
 
 def test_the_end_of_the_caller_is_the_end_of_everything():

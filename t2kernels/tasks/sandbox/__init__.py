@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 WARDEN = Path(__file__).with_name("warden.py")
-ISOLATION = ("auto", "namespaces", "filters", "none")
+ISOLATED = ("namespaces", "filters")
+ISOLATION = ("auto", *ISOLATED, "none")
 
 
 class SandboxError(RuntimeError):
@@ -84,17 +85,36 @@ class Result:
         return self.verdict == "passed"
 
 
+_works: list[str] = []  # the layer that "auto" found, so that the ones before it are not tried for every program
+
+
 def run(job: Job, limits: Limits | None = None) -> Result:
     """Run one program. Raises SandboxError if it cannot be confined as `limits.isolation` asks; never for anything that the program does."""
-    limits, start = limits or Limits(), time.monotonic()
+    limits = limits or Limits()
     if sys.platform != "linux":
         raise SandboxError(f"sampled code can only be confined on Linux, and this is {sys.platform}")
-    settings = json.dumps({**vars(limits)})
+    auto, refused = limits.isolation == "auto", []
+    for layer in _works or ISOLATED if auto else (limits.isolation,):
+        start = time.monotonic()
+        found = _run(job, replace(limits, isolation=layer))
+        if found["verdict"] != "refused":
+            if auto:
+                _works[:] = [layer]
+            return Result(found["verdict"], found["detail"], found.get("output", ""), time.monotonic() - start, tuple(found["layers"]))
+        refused.append(f"{layer}: {found['detail']}")
+    raise SandboxError(
+        f"this machine cannot confine sampled code with isolation={limits.isolation!r} ({'; '.join(refused)}). Allow unprivileged user "
+        "namespaces, or a kernel with Landlock and seccomp; on a machine that is thrown away afterwards, isolation='none'"
+    )
+
+
+def _run(job: Job, limits: Limits) -> dict:
+    """What the warden and the judge say of a program."""
     payload = b"".join(map(_frame, (job.program, {"names": list(job.names), "setup": job.setup, "tests": job.tests})))
     scratch = tempfile.mkdtemp(prefix="t2-sandbox-")
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-X", "utf8", str(WARDEN), settings],
+            [sys.executable, "-I", "-S", "-X", "utf8", str(WARDEN), json.dumps(vars(limits))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -115,13 +135,7 @@ def run(job: Job, limits: Limits | None = None) -> Result:
     found = _message(said)
     if found is None and complaint:
         raise SandboxError(f"the sandbox itself failed: {complaint.decode(errors='replace').strip().splitlines()[-1]}")
-    found = found or {"verdict": "timeout", "detail": "out of CPU time or memory while the tests ran", "layers": []}
-    if found["verdict"] == "refused":
-        raise SandboxError(
-            f"this machine cannot confine sampled code with isolation={limits.isolation!r} ({found['detail']}). Allow unprivileged user "
-            "namespaces, or a kernel with Landlock and seccomp; on a machine that is thrown away afterwards, isolation='none'"
-        )
-    return Result(found["verdict"], found["detail"], found.get("output", ""), time.monotonic() - start, tuple(found["layers"]))
+    return found or {"verdict": "timeout", "detail": "out of CPU time or memory while the tests ran", "layers": []}
 
 
 def run_many(jobs: Sequence[Job], limits: Limits | None = None, workers: int | None = None, done: Callable[[int], object] | None = None):

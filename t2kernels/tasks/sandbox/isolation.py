@@ -54,7 +54,7 @@ CALLS = {
     "request_key": (249, 218), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "sched_setaffinity": (203, 122),
     "sched_setattr": (314, 274), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "semget": (64, 190),
     "setns": (308, 268), "setpriority": (141, 140), "setxattr": (188, 5), "shmget": (29, 194), "socket": (41, 198),
-    "syslog": (103, 116), "tgkill": (234, 131), "tkill": (200, 130), "umount2": (166, 39), "unshare": (272, 97),
+    "syslog": (103, 116), "tgkill": (234, 131), "tkill": (200, 130), "truncate": (76, 45), "umount2": (166, 39), "unshare": (272, 97),
     "userfaultfd": (323, 282), "utime": (132, None), "utimensat": (280, 88), "utimes": (235, None), "vfork": (58, None),
 }  # fmt: skip
 _COLUMN = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
@@ -229,8 +229,8 @@ _KERNEL = (
     "io_uring_setup io_uring_enter io_uring_register userfaultfd open_by_handle_at name_to_handle_at personality syslog"
 )
 _LEFT_BEHIND = "shmget semget msgget mq_open"
-_METADATA = (  # Landlock leaves these open, so they are closed to files everywhere
-    "chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr "
+_METADATA = (  # Landlock leaves these open, truncate up to its second version, so they are closed for files everywhere
+    "truncate chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr "
     "utime utimes utimensat futimesat"
 )
 DENIED = f"{_PROCESSES} {_SIGNALS} {_NETWORK} {_KERNEL} {_LEFT_BEHIND} {_METADATA}".split()

@@ -27,9 +27,14 @@ def main(settings: dict) -> None:
     isolation.die_with_parent()
     isolation.adopt_orphans()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    layers, refused = enter(settings["isolation"])
-    if layers is None:
-        say({"verdict": "refused", "detail": "; ".join(refused), "layers": []})
+    layers = {"none": []}.get(settings["isolation"], [settings["isolation"]])
+    try:
+        if "namespaces" in layers:
+            isolation.unshare()
+        if "filters" in layers:
+            probe()
+    except OSError as e:
+        say({"verdict": "refused", "detail": e.strerror, "layers": []})
         return
     child = os.fork()
     if not child:
@@ -52,24 +57,6 @@ def main(settings: dict) -> None:
         kill_all()
     if not done:
         say({"verdict": "timeout", "detail": why, "layers": layers})
-
-
-def enter(wanted: str) -> tuple[list[str] | None, list[str]]:
-    """(the outer layer that is in force, or None if what is wanted is not to be had; why not). What the judge adds is not known yet."""
-    refused = []
-    if wanted in ("auto", "namespaces"):
-        try:
-            isolation.unshare()
-            return ["namespaces"], refused
-        except OSError as e:
-            refused.append(f"namespaces: {e.strerror}")
-    if wanted in ("auto", "filters"):
-        try:
-            probe()
-            return ["filters"], refused
-        except OSError as e:
-            refused.append(f"filters: {e.strerror}")
-    return ([] if wanted == "none" else None), refused
 
 
 def probe() -> None:
@@ -99,7 +86,7 @@ def run(settings: dict, layers: list[str]) -> None:
         try:
             isolation.new_root(scratch, settings["scratch_bytes"])
         except OSError as e:
-            say({"verdict": "refused", "detail": f"namespaces: {e.strerror}", "layers": []})
+            say({"verdict": "refused", "detail": e.strerror, "layers": []})
             return
         isolation.drop_privileges()
     isolation.hide_memory()
