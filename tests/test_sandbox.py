@@ -309,7 +309,7 @@ def test_many_keep_their_order():
 def test_the_report_says_what_holds(layer):
     found = report(replace(SMALL, isolation=layer))
     assert found.pop("isolation") == f"{layer} + seccomp"
-    assert len(found) >= 12
+    assert len(found) >= 13
     assert all(found.values()), found
 
 

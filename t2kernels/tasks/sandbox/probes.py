@@ -14,6 +14,7 @@ ATTEMPTS = {
     "files outside are not written": "open(at['file'], 'a').write('x')",
     "files outside are not removed": "import os; os.remove(at['file'])",
     "files outside are not read": "open(at['file']).read()",
+    "the root directory": "import os; os.mkdir('/t2-probe')",
     "environment": "import os; 1 / len(set(at['variables']) & set(os.environ))",
     "processes": "import os; os.fork() or os._exit(0)",
     "programs": "import subprocess; subprocess.run(['/bin/true'], check=True)",

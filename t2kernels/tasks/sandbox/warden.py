@@ -144,7 +144,7 @@ def become_player(settings: dict, layers: list[str], scratch: str, requests: int
     try:
         isolation.filter_calls()
     except OSError:
-        if "filters" in layers:
+        if layers:  # without it a program may start others, and nothing bounds how many where this is root
             raise
         held = []
     wire.send(replies, {"layers": held})
@@ -172,7 +172,10 @@ def kill_all() -> None:
         for name in os.listdir("/proc"):
             if name.isdigit():
                 with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
-                    if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
+                    parent, group = map(int, file.read().rpartition(")")[2].split()[1:3])
+                    if parent == os.getpid():
+                        if group != os.getpgid(0):
+                            os.killpg(group, signal.SIGKILL)  # all of it at once: processes that multiply are faster than this loop
                         os.kill(int(name), signal.SIGKILL)
         time.sleep(0.002)
 
