@@ -292,6 +292,16 @@ def test_subclasses_arrive_as_plain_data_and_objects_do_not_arrive():
     assert check("def f(x):\n    return x", "f(object())", "f").verdict == "error"
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_files_are_bounded_together(layer):
+    """In one layer by the size of a file system, in the other by looking."""
+    program = "import time\ndef f():\n    for i in range(64):\n        open(f'x{i}', 'wb').write(bytes(1 << 19))\n    time.sleep(1)\n    return True"
+    limits = replace(SMALL, isolation=layer, scratch_bytes=4 << 20)
+    assert run(Job(program, "assert f()", ("f",)), replace(limits, scratch_bytes=64 << 20)).passed
+    result = run(Job(program, "assert f()", ("f",)), limits)
+    assert ("No space left" if layer == "namespaces" else f"wrote more than {4 << 20} bytes") in result.detail
+
+
 # --- the machinery
 
 
