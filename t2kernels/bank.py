@@ -1,6 +1,6 @@
 """`ExpertBank`: names to rows. It owns the scale table of every layer of one patched model.
 
-All tables are views of one array [E, C] (C = the widths of all layers, side by side), so that loading, replacing or mixing an expert
+All tables are views of one array [E, C] (C = the columns of all layers, side by side), so that loading, replacing or mixing an expert
 is one row copy, whatever the number of layers, and never a new allocation: captured graphs stay valid.
 """
 
@@ -32,7 +32,7 @@ Name = str | None | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the numbers of one layer lie in the bank's row: names of its matrices, first column, and (X, R)."""
+    """Where the numbers z of one layer lie among those of the bank: names of its matrices, where they start, and (X, R)."""
 
     layer: SVFLinear
     names: tuple[str, ...]
@@ -45,6 +45,13 @@ class Slot:
     @property
     def stop(self) -> int:
         return self.start + self.shape[0] * self.shape[1]
+
+    def components(self) -> Tensor:
+        """For each column of the layer's table, which number z of the bank scales it; on the host."""
+        of = torch.arange(self.start, self.stop).reshape(self.shape)
+        if self.layer.source is None:
+            return of.flatten()
+        return of.gather(1, self.layer.source.cpu().reshape(self.shape[0], -1)).flatten()
 
 
 class ExpertBank:
@@ -107,15 +114,18 @@ class ExpertBank:
         return f"ExpertBank({len(self.matrices)} matrices, {len(self)} experts, {self.rows} rows: {self.describe()})"
 
     def describe(self) -> str:
-        """Which forms were picked for how many matrices, why, and how many numbers a token reads compared with the dense layers."""
+        """Which forms were picked for how many matrices, why, and the bytes a token reads compared with dense layers in the model's dtype."""
         counts = Counter(self.plan.values())
         reads = dense = 0
         for s in self._slots:
-            x, (m, n, r) = s.shape[0], (s.layer.U.shape[-2], s.layer.Vt.shape[-1], s.layer.rank)
-            dense += x * m * n
-            reads += x * ((m + n) * r + (m * n if s.layer.form == "delta" else 0))
+            x, (m, c), n = s.shape[0], s.layer.U.shape[-2:], s.layer.Vt.shape[-1]
+            whole = x * m * n * s.layer.dtype.itemsize
+            dense += whole
+            reads += x * (m + n) * c * s.layer.U.dtype.itemsize + (whole if s.layer.form == "delta" else 0)
         forms = ", ".join(f"{count} {form} ({why})" for (form, why), count in counts.items())
-        return f"{forms}; reads {reads / dense:.2f}x the dense layers"
+        kinds = {str(s.layer.U.dtype).removeprefix("torch.") for s in self._slots if s.layer.U.dtype != s.layer.dtype}
+        said = f" (factors in {' and '.join(sorted(kinds))})" if kinds else ""
+        return f"{forms}; reads {reads / dense:.2f}x the dense layers{said}"
 
     def sigma(self, name: str) -> Tensor:
         """[R] fp32, the singular values of a matrix, largest first."""
@@ -394,14 +404,15 @@ class ExpertBank:
         for device in dict.fromkeys(s.layer.scale.device for s in self._slots):
             slots = [s for s in self._slots if s.layer.scale.device == device]
             table = torch.cat([s.layer.scale.reshape(self.rows, -1) for s in slots], 1)
-            sigma = torch.cat([s.layer.sigma.reshape(-1) for s in slots])
+            sigma = torch.cat([s.layer.columns(s.layer.sigma).reshape(-1) for s in slots])
             start = 0
             for s in slots:
-                width = s.stop - s.start
-                s.layer.scale = table[:, start : start + width].unflatten(1, s.layer.sigma.shape)
+                width = s.layer.scale[0].numel()
+                s.layer.scale = table[:, start : start + width].unflatten(1, s.layer.scale.shape[1:])
                 start += width
-            columns = None if len(slots) == len(self._slots) else torch.cat([torch.arange(s.start, s.stop) for s in slots])
-            self._tables[device] = (table, sigma, table[0].clone(), columns)
+            columns = torch.cat([s.components() for s in slots])
+            whole = torch.equal(columns, torch.arange(self.width))
+            self._tables[device] = (table, sigma, table[0].clone(), None if whole else columns)
 
     def _bound(self) -> bool:
         storages = {table.untyped_storage().data_ptr() for table, *_ in self._tables.values()}

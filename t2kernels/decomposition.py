@@ -28,6 +28,8 @@ from .factors import (
     weight_hash,
     write_matrix,
 )
+from .formats import FORMATS, check_format, convert
+from .int8 import Int8Factor
 from .matrices import Matrix, Targets, find_matrices
 from .storage import header
 
@@ -42,6 +44,8 @@ def decompose(
     device: torch.device | str | None = None,
     workers: int | None = None,
     dtype: torch.dtype | None = None,
+    format: str | None = None,
+    max_error: float | None = None,
     progress: Progress | None = None,
 ) -> Factors:
     """W = U diag(sigma) Vᵀ for every matrix that `targets` selects, computed in fp64.
@@ -53,15 +57,25 @@ def decompose(
     rank: as in `resolve_rank`: the leading components only
     device: where to compute; None: a GPU if there is one
     workers: matrices at a time; None: one for each core, as far as half of the free memory lasts; 1 on a GPU
-    dtype: of U and V as they are kept (None: fp32)
+    dtype: of U and V as they are kept (None: fp32); float64 too
+    format: the same by name, or "int8": "fp32", "bf16", "fp16" or "int8"
+    max_error: with a format: the largest relative error that it may add to a matrix. int8 spends residual columns until it holds; None: about
+        the error of an int8 weight with one step a row (`t2kernels.quantise`)
     progress: called as progress(name, matrices done, matrices in all), on the calling thread
 
     Raises ValueError that names the matrix for a weight that is not finite, not floating point or not loaded; FileNotFoundError or
     ValueError for a path without a readable checkpoint; OSError where `out` cannot be written, with what is finished kept.
     """
+    if format is not None:
+        check_format(format, max_error)
+        if dtype is not None and dtype != FORMATS[format]:
+            raise ValueError(f"format={format!r} and dtype={dtype}: give one of them")
+        dtype = torch.float32 if format == "int8" else FORMATS[format]
+    elif max_error is not None:
+        raise ValueError(f"max_error={max_error}: it bounds what a format loses; give format='int8', 'fp16' or 'bf16' with it")
     dtype = dtype or torch.float32
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"dtype={dtype}: factors are kept in torch.float32, bfloat16, float16 or float64")
+        raise ValueError(f"dtype={dtype}: factors are kept in torch.float32, bfloat16, float16 or float64, or in format='int8'")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}: wanted at least 1, or None")
     resolve_rank(rank, 1)
@@ -73,13 +87,13 @@ def decompose(
         base, matrices, read = (source.name, source.revision), source.matrices, source.read
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     out = None if out is None else Path(out)
-    job = _Job(read, rank, dtype, device, out)
+    job = _Job(read, rank, dtype, device, out, format, max_error)
     done = _map(job, matrices, *_share(matrices, device, workers), progress)
     manifest = {
         "base_model": base[0],
         "revision": base[1],
         "rank": rank,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": job.kind,
         "algorithm": sorted({d.record["algorithm"] for d in done.values()}),
         "matrices": {n: d.record for n, d in done.items()},
     }
@@ -95,7 +109,7 @@ class _Done:
     record: dict
     sigma: Tensor
     sketch: Tensor
-    factor: Factor | None
+    factor: Factor | Int8Factor | None
 
 
 @dataclass
@@ -107,11 +121,19 @@ class _Job:
     dtype: torch.dtype
     device: torch.device
     out: Path | None
+    format: str | None
+    max_error: float | None
+
+    @property
+    def kind(self) -> str:
+        return str(FORMATS[self.format] if self.format else self.dtype).removeprefix("torch.")
 
     def __call__(self, m: Matrix) -> _Done:
         W = self.read(m)
         k = resolve_rank(self.rank, m.rank)
-        record = {"weight_hash": weight_hash(W), "asked": k, "dtype": str(self.dtype).removeprefix("torch.")}
+        record = {"weight_hash": weight_hash(W), "asked": k, "dtype": self.kind}
+        if self.format:
+            record["max_error"] = self.max_error
         if self.out is not None and (found := self._finished(m.name, record)):
             return found
         if not torch.isfinite(W).all():
@@ -124,6 +146,9 @@ class _Job:
             )
         exact = keep(found)
         kept = exact if self.dtype == torch.float32 else keep(found, self.dtype)
+        if self.format:
+            kept, facts = convert(m.name, exact, self.format, self.max_error)
+            record |= facts
         record |= {"algorithm": found.algorithm, "residual": found.residual}
         del found
         record["error"] = reconstruction_error(A.to(kept.U.device), kept)

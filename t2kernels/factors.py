@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import linalg
+from .formats import FORMATS, check_format, convert
+from .int8 import Int8Factor, kept_columns
 from .storage import read_json, why_unreadable, write_json, write_tensors
 
 FORMAT = 1
@@ -49,6 +51,10 @@ class Factor(NamedTuple):
         """U and V by `Tensor.to`; sigma follows the device and stays fp32."""
         U, V = self.U.to(*args, **kwargs), self.V.t().to(*args, **kwargs).t()
         return Factor(U, self.sigma.to(U.device), V)
+
+    def columns(self, row: Tensor) -> Tensor:
+        """What a row of a table [..., R] is for the columns of U and V: itself. (`Int8Factor` has other columns than components.)"""
+        return row
 
     def dense(self, z: Tensor | None = None) -> Tensor:
         """U diag(sigma * z) Vᵀ [M, N] in fp32 or better; z [R] (None: all ones)."""
@@ -93,7 +99,7 @@ def keep(found: linalg.SVD, dtype: torch.dtype = torch.float32) -> Factor:
     return Factor(found.U.to(dtype).contiguous(), found.sigma.float(), found.Vt.to(dtype).contiguous().t())
 
 
-def sketch(factor: Factor) -> Tensor:
+def sketch(factor: Factor | Int8Factor) -> Tensor:
     """One number per component, (u_i · a)(v_i · b), the same whichever sign the decomposition gave u_i and v_i. [R] fp32, of order 1.
 
     a [M] and b [N] are fixed patterns of +1 and -1, from an integer hash of the position, so that every machine has the same ones.
@@ -102,13 +108,16 @@ def sketch(factor: Factor) -> Tensor:
     a = linalg.signs(factor.U.shape[0], 1).to(factor.U.device)
     b = linalg.signs(factor.V.shape[0], 2).to(factor.V.device)
     dtype = torch.promote_types(factor.U.dtype, torch.float32)
-    return ((a.to(dtype) @ factor.U.to(dtype)) * (b.to(dtype) @ factor.V.to(dtype))).float()
+    each = (a.to(dtype) @ factor.U.to(dtype)) * (b.to(dtype) @ factor.V.to(dtype))
+    if isinstance(factor, Int8Factor):
+        each = torch.zeros_like(factor.sigma).index_add_(0, factor.source, each * factor.fold)
+    return each.float()
 
 
-def fingerprint(factor: Factor) -> str:
-    """sha256 of shape, dtype and bytes of U, sigma and Vᵀ."""
+def fingerprint(factor: Factor | Int8Factor) -> str:
+    """sha256 of shape, dtype and bytes of U, sigma and Vᵀ; of int8 factors also of source and fold."""
     h = hashlib.sha256(f"{list(factor.U.shape)} {list(factor.V.shape)} {factor.U.dtype}".encode())
-    for t in (factor.U, factor.sigma, factor.V.t()):
+    for t in _tensors(factor).values():
         h.update(_bytes(t))
     return h.hexdigest()
 
@@ -125,25 +134,27 @@ def weight_hash(W: Tensor) -> str:
     return h.hexdigest()
 
 
-def reconstruction_error(W: Tensor, factor: Factor) -> float:
+def reconstruction_error(W: Tensor, factor: Factor | Int8Factor) -> float:
     """||W - U diag(sigma) Vᵀ|| / ||W||, Frobenius. 0 for a zero matrix that is reproduced."""
     wide = torch.float32 if W.device.type == "mps" else torch.float64
     # Rows in blocks: the difference is never held whole in fp64.
-    scaled, off, total = factor.V.float() * factor.sigma, 0.0, 0.0
+    scaled, off, total = factor.V.float() * factor.columns(factor.sigma), 0.0, 0.0
     for rows, u in zip(W.split(1024), factor.U.split(1024), strict=True):
         off += (rows.float() - u.float() @ scaled.t()).to(wide).square().sum().item()
         total += rows.to(wide).square().sum().item()
     return (off / total) ** 0.5 if total else off**0.5
 
 
-class Factors(Mapping[str, Factor]):
+class Factors(Mapping[str, Factor | Int8Factor]):
     """Factors of many matrices by name, all of one model.
 
     `Factors({name: Factor})` holds them in memory; `Factors.load(directory)` reads a matrix when it is asked for and keeps none.
     manifest: base model, revision, algorithm, dtype, and under "matrices" shape, rank, error, fingerprint and weight hash of each.
     """
 
-    def __init__(self, factors: Mapping[str, Factor], manifest: Mapping | None = None, sketches: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self, factors: Mapping[str, Factor | Int8Factor], manifest: Mapping | None = None, sketches: Mapping[str, Tensor] | None = None
+    ):
         self._init(_Memory(dict(factors), dict(sketches or {}), dict(manifest or {})))
 
     def _init(self, source: _Memory | _Directory, ranks: Mapping[str, int] | None = None) -> None:
@@ -186,7 +197,34 @@ class Factors(Mapping[str, Factor]):
         other._init(self._source, ranks)
         return other
 
-    def __getitem__(self, name: str) -> Factor:
+    def to_format(self, format: str, out: str | Path | None = None, max_error: float | None = None) -> Factors:
+        """The same factors in another format: "fp32", "bf16", "fp16" or "int8". Experts of these are experts of those.
+
+        out: a directory to write to, one matrix at a time; None: the result is in memory
+        max_error: largest relative error of a matrix; int8 spends residual columns until it holds (None: as `quantise` says)
+        The manifest tells for each matrix the error that was reached and how it is measured, and int8's columns.
+        Raises ValueError that names a matrix where max_error cannot be had, or whose factors are int8 already; OSError.
+        """
+        check_format(format, max_error)
+        matrices, kept, known = {}, {}, self.manifest.get("matrices", {})
+        for name, factor in self.items():
+            factor, facts = convert(name, factor, format, max_error)
+            record = {**{k: v for k, v in known.get(name, {}).items() if k not in ("file", "fingerprint")}, **facts}
+            if "error" in record and "format_error" in facts:
+                record["error"] = (record["error"] ** 2 + facts["format_error"] ** 2) ** 0.5
+            if out is None:
+                kept[name] = factor
+                record["fingerprint"] = fingerprint(factor)
+            else:
+                record = write_matrix(Path(out), name, factor, self.sketches[name], record)
+            matrices[name] = record
+        manifest = {**self.manifest, "dtype": str(FORMATS[format]).removeprefix("torch."), "matrices": matrices}
+        if out is None:
+            return Factors(kept, manifest, dict(self.sketches))
+        finish_directory(Path(out), manifest, self.sigmas, self.sketches)
+        return Factors.load(out)
+
+    def __getitem__(self, name: str) -> Factor | Int8Factor:
         return self._source.read(self._known(name), self.ranks[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -208,11 +246,14 @@ class Factors(Mapping[str, Factor]):
 
 
 class _Memory:
-    def __init__(self, factors: dict[str, Factor], sketches: dict[str, Tensor], manifest: dict):
-        for name, (U, sigma, V) in factors.items():
+    def __init__(self, factors: dict[str, Factor | Int8Factor], sketches: dict[str, Tensor], manifest: dict):
+        for name, factor in factors.items():
+            if isinstance(factor, Int8Factor):
+                continue
+            U, sigma, V = factor
             if U.dim() != 2 or V.dim() != 2 or sigma.shape != (U.shape[1],) or U.shape[1] != V.shape[1]:
                 raise ValueError(f"{name}: wanted U [M, R], sigma [R], V [N, R], got {list(U.shape)}, {list(sigma.shape)}, {list(V.shape)}")
-        self._factors = {n: Factor(U, sigma.float(), V) for n, (U, sigma, V) in factors.items()}
+        self._factors = {n: f if isinstance(f, Int8Factor) else Factor(f[0], f[1].float(), f[2]) for n, f in factors.items()}
         self._sketches, self.manifest, self.names = sketches, manifest, list(factors)
         self._fingerprints = {n: m["fingerprint"] for n, m in manifest.get("matrices", {}).items() if "fingerprint" in m}
 
@@ -223,10 +264,10 @@ class _Memory:
         return self._factors[name].rank
 
     def shape(self, name: str) -> tuple[int, int]:
-        U, _, V = self._factors[name]
-        return U.shape[0], V.shape[0]
+        factor = self._factors[name]
+        return factor.U.shape[0], factor.V.shape[0]
 
-    def read(self, name: str, rank: int) -> Factor:
+    def read(self, name: str, rank: int) -> Factor | Int8Factor:
         return self._factors[name].cut(rank)
 
     def sigma(self, name: str) -> Tensor:
@@ -272,9 +313,16 @@ class _Directory:
     def fingerprint(self, name: str) -> str:
         return self._matrices[name]["fingerprint"]
 
-    def read(self, name: str, rank: int) -> Factor:
+    def read(self, name: str, rank: int) -> Factor | Int8Factor:
         def get(f):
-            return Factor(f.get_slice(f"{name}.U")[:, :rank], f.get_slice(f"{name}.sigma")[:rank], f.get_slice(f"{name}.Vt")[:rank].t())
+            U, sigma, Vt = (f.get_slice(f"{name}.{part}") for part in ("U", "sigma", "Vt"))
+            if "runs" not in self._matrices[name]:
+                return Factor(U[:, :rank], sigma[:rank], Vt[:rank].t())
+            source, fold = f.get_tensor(f"{name}.source"), f.get_tensor(f"{name}.fold")
+            kept = [slice(*ab) for ab in kept_columns(source, fold, self._matrices[name]["runs"], rank)]
+            U, Vt = torch.cat([U[:, s] for s in kept], 1), torch.cat([Vt[s] for s in kept])
+            source, fold = (torch.cat([t[s] for s in kept]) for t in (source, fold))
+            return Int8Factor(U, sigma[:rank], Vt.t(), source, fold, tuple(s.stop - s.start for s in kept)).aligned()
 
         return self._open(self._matrices[name]["file"], get)
 
@@ -318,11 +366,13 @@ def file_of(name: str) -> str:
     return f"{quote(name, safe='')}.safetensors"
 
 
-def write_matrix(directory: Path, name: str, factor: Factor, sketched: Tensor, record: Mapping) -> dict:
+def write_matrix(directory: Path, name: str, factor: Factor | Int8Factor, sketched: Tensor, record: Mapping) -> dict:
     """Write one matrix as its own file, whole or not at all, and return its record, which also stands in the file's header."""
     record = {**record, "shape": [factor.U.shape[0], factor.V.shape[0]], "rank": factor.rank, "fingerprint": fingerprint(factor)}
     record["file"] = file_of(name)
-    tensors = {f"{name}.U": factor.U, f"{name}.sigma": factor.sigma, f"{name}.Vt": factor.V.t(), f"{name}.sketch": sketched}
+    if isinstance(factor, Int8Factor):
+        record["runs"] = list(factor.runs)
+    tensors = {f"{name}.{part}": t for part, t in {**_tensors(factor), "sketch": sketched}.items()}
     (directory / MANIFEST).unlink(missing_ok=True)  # until `finish_directory`, nobody takes what lies there for finished
     write_tensors(directory / record["file"], tensors, {**record, "format": FORMAT, "name": name})
     return record
@@ -336,6 +386,11 @@ def finish_directory(directory: Path, manifest: Mapping, sigmas: Mapping[str, Te
     whole = {n: m["fingerprint"] for n, m in matrices.items()}
     write_json(directory / MANIFEST, {**manifest, "format": FORMAT, "order": list(matrices), "fingerprint": combine_fingerprints(whole)})
     return directory
+
+
+def _tensors(factor: Factor | Int8Factor) -> dict[str, Tensor]:
+    found = {"U": factor.U, "sigma": factor.sigma, "Vt": factor.V.t()}
+    return found | ({"source": factor.source, "fold": factor.fold} if isinstance(factor, Int8Factor) else {})
 
 
 def _bytes(t: Tensor) -> memoryview:

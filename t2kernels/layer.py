@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .expert import make_scale, z_from_logits
 from .factors import Factor
 from .groups import Group
+from .int8 import Int8Factor, spread
 from .ops.svf_linear import call
 from .routing import Routing
 
@@ -22,18 +23,26 @@ from .routing import Routing
 class SVFLinear(nn.Module):
     """Factors and scale table of one matrix, or of X matrices of equal shape (sizes in parentheses: a mixture-of-experts stack).
 
-    Vt [(X,) R, N] and U [(X,) M, R] in `dtype`, sigma [(X,) R] and scale [E, (X,) R] in fp32, whatever the model is cast to later.
+    Vt [(X,) C, N], U [(X,) M, C], sigma [(X,) R] and scale [E, (X,) C]; C = R, and more with int8 factors, whose columns belong to the
+    components `source` [(X,) C] with the factors `fold` [(X,) C]. sigma, scale and fold stay in fp32 whatever the model is cast to later.
     support: how many leading components an expert may rescale (k <= R; k = R in delta form)
+    dtype: of the layer's dense weight. Vt and U are cast to it, and follow the model, unless the factors are int8 or `keep` says to leave them
     """
 
     form: str
 
-    def __init__(self, factor: Factor, support: int, rows: int, dtype: torch.dtype, routing: Routing):
+    def __init__(self, factor: Factor | Int8Factor, support: int, rows: int, dtype: torch.dtype, routing: Routing, keep: bool = False):
         super().__init__()
-        self.register_buffer("Vt", factor.V.mT.to(dtype).contiguous(), persistent=False)
-        self.register_buffer("U", factor.U.to(dtype).contiguous(), persistent=False)
+        int8 = isinstance(factor, Int8Factor)
+        kind = factor.U.dtype if int8 or keep else dtype
+        self.register_buffer("Vt", factor.V.mT.to(kind).contiguous(), persistent=False)
+        self.register_buffer("U", factor.U.to(kind).contiguous(), persistent=False)
         self.register_buffer("sigma", factor.sigma.float().clone(), persistent=False)
-        base_row = make_scale(torch.ones_like(self.sigma), self.sigma, self.form)
+        self.register_buffer("source", factor.source.clone() if int8 else None, persistent=False)
+        self.register_buffer("fold", factor.fold.clone() if int8 else None, persistent=False)
+        self.runs = factor.runs if int8 else (self.rank,)
+        self.dtype, self._kept = dtype, ("sigma", "scale", "fold", *(("Vt", "U") if keep or int8 else ()))
+        base_row = self.columns(make_scale(torch.ones_like(self.sigma), self.sigma, self.form))
         self.register_buffer("scale", base_row.expand(rows, *base_row.shape).clone(), persistent=False)
         self.support, self.routing = support, routing
         self.group: Group | None = None  # of layers with the same input; set by the bank
@@ -49,6 +58,10 @@ class SVFLinear(nn.Module):
     @property
     def rank(self) -> int:
         return self.sigma.shape[-1]
+
+    def columns(self, row: Tensor) -> Tensor:
+        """What a number for each component [..., R] is for the columns [..., C]."""
+        return row if self.fold is None else spread(row, self.source, self.fold, self.runs)
 
     def add_trained(self, key: str, row: int, p: nn.Parameter, parametrisation: str) -> None:
         """Let row `row` follow the trainable p [(X,) k]: z = 1 + p ("raw"), or the release's sigmoid with the trace kept ("sigmoid")."""
@@ -69,10 +82,10 @@ class SVFLinear(nn.Module):
         z = self.trained_z(key)
         if self.support < self.rank:
             z = nn.functional.pad(z, (0, self.rank - self.support), value=1.0)
-        return make_scale(z, self.sigma, self.form)
+        return self.columns(make_scale(z, self.sigma, self.form))
 
     def table(self) -> Tensor:
-        """scale [E, (X,) R] with the rows of experts in training up to date: differentiable where gradients are on, else written in place."""
+        """scale [E, (X,) C] with the rows of experts in training up to date: differentiable where gradients are on, else written in place."""
         if not self._training_rows:
             return self.scale
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -86,15 +99,16 @@ class SVFLinear(nn.Module):
         return self.scale
 
     def _apply(self, fn, recurse=True):
-        # Casting a model to bf16 must not round sigma and the table: they follow its device, not its dtype.
-        kept = {name: self._buffers.pop(name) for name in ("sigma", "scale")}
+        # Casting a model to bf16 must not round sigma and the table: what is kept follows its device, not its dtype.
+        kept = {name: self._buffers.pop(name) for name in self._kept}
         try:
             super()._apply(fn, recurse)
         finally:
             self._buffers.update(kept)
-        device = fn(torch.empty(0, device=self.scale.device)).device
-        if device != self.scale.device:
-            self.sigma, self.scale = self.sigma.to(device), self.scale.to(device)
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device))
+        self.dtype = like.dtype
+        if like.device != self.scale.device:
+            self._buffers.update({name: t if t is None else t.to(like.device) for name, t in kept.items()})
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -106,7 +120,8 @@ class SVFLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.form}, in_features={self.Vt.shape[-1]}, out_features={self.U.shape[-2]}, rank={self.rank}, "
-            f"support={self.support}, rows={self.scale.shape[0]}"
+            f"support={self.support}, rows={self.scale.shape[0]}, factors={str(self.U.dtype).removeprefix('torch.')}"
+            f"{f', columns={self.scale.shape[-1]}' if self.fold is not None else ''}"
         )
 
 
@@ -156,20 +171,28 @@ class FactoredLinear(SVFLinear):
     form = "factored"
 
     def __init__(
-        self, factor: Factor, support: int, rows: int, dtype: torch.dtype, routing: Routing, original: nn.Module, transposed: bool
+        self,
+        factor: Factor | Int8Factor,
+        support: int,
+        rows: int,
+        dtype: torch.dtype,
+        routing: Routing,
+        original: nn.Module,
+        transposed: bool,
+        keep: bool = False,
     ):
-        super().__init__(factor, support, rows, dtype, routing)
+        super().__init__(factor, support, rows, dtype, routing, keep)
         self.bias = getattr(original, "bias", None)
         self.transposed = transposed
         self._original = (original,)  # in a tuple: not a submodule
         self._requires_grad = original.weight.requires_grad
         self.in_features, self.out_features = factor.V.shape[0], factor.U.shape[0]
-        self.register_buffer("_base_id", torch.zeros((), dtype=torch.int32), persistent=False)
+        self.register_buffer("base_ids", torch.zeros((), dtype=torch.int32), persistent=False)  # for a forward without a route
         self.dense_rows: dict[int, Tensor] = {}  # row -> W' [M, N], for experts whose dense weights are kept
 
     def forward(self, x: Tensor) -> Tensor:
         route = self.routing.active
-        ids = self._base_id if route is None else route.fit(x.shape[:-1])
+        ids = self.base_ids if route is None else route.fit(x.shape[:-1])
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
         if self.dense_rows and (W := self.dense_rows.get(0 if route is None else route.row)) is not None:
@@ -185,8 +208,8 @@ class FactoredLinear(SVFLinear):
         return super()._apply(fn, recurse)
 
     def dense(self, row: int = 0) -> Tensor:
-        """W [M, N] = U diag(scale[row]) Vᵀ, computed in fp32, in the factors' dtype."""
-        return ((self.U.float() * self.scale[row]) @ self.Vt.float()).to(self.U.dtype)
+        """W [M, N] = U diag(scale[row]) Vᵀ, computed in fp32, in the dtype of the layer that it stands in for."""
+        return ((self.U.float() * self.scale[row]) @ self.Vt.float()).to(self.dtype)
 
     @property
     def weight(self) -> Tensor:

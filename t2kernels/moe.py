@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .factors import Factor
+from .int8 import Int8Factor, stack
 from .layer import SVFLinear, add_delta
 
 IMPLEMENTATION = "t2kernels_svf"
@@ -29,8 +30,10 @@ class DeltaStack(SVFLinear):
         return add_delta(y, x, self.Vt[index].t(), self.U[index], self.table()[:, index], ids)
 
 
-def stack_factors(factors: list[Factor]) -> Factor:
-    """Factors of equally shaped weights as one: U [X, M, R], sigma [X, R], V [X, N, R]."""
+def stack_factors(factors: list[Factor] | list[Int8Factor]) -> Factor | Int8Factor:
+    """Factors of equally shaped weights as one: U [X, M, C], sigma [X, R], V [X, N, C]."""
+    if isinstance(factors[0], Int8Factor):
+        return stack(factors)
     return Factor(*(torch.stack(part) for part in zip(*factors, strict=True)))
 
 

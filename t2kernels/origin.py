@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .expert import Expert, truncation_error
 from .factors import Factor, combine_fingerprints, fingerprint, sketch
+from .int8 import Int8Factor
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Origin:
     fingerprints: dict[str, str] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
 
-    def record(self, name: str, factor: Factor, print_: str | None = None, sketched: Tensor | None = None) -> None:
+    def record(self, name: str, factor: Factor | Int8Factor, print_: str | None = None, sketched: Tensor | None = None) -> None:
         """Note the factors of one matrix; fingerprint and sketch are computed unless given."""
         self.sigmas[name] = factor.sigma.float().cpu().clone()
         self.sketches[name] = (sketch(factor) if sketched is None else sketched).cpu().clone()

@@ -16,11 +16,14 @@ from .bank import ExpertBank
 from .checkpoint import name_of
 from .expert import Expert
 from .factors import Factor, Factors, resolve_rank, svd
+from .formats import FORMATS, check_format, convert
 from .hf import dress, remove_hook, undress
+from .int8 import Int8Factor
 from .layer import DeltaLinear, FactoredLinear, SVFLinear, delta_hook
 from .matrices import Matrix, Targets, find_matrices, is_quantised
 from .origin import Origin
 from .routing import Routing
+from .swiglu import fuse, unfuse
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ def patch_model(
     form: str = "auto",
     factors: Factors | Mapping[str, Factor] | str | os.PathLike | None = None,
     rows: int = 64,
+    max_error: float | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ExpertBank:
     """Let a model run SVF experts, a different one for each row of a batch; in place. Returns the bank that holds them.
@@ -45,12 +49,17 @@ def patch_model(
     rank: how many leading components an expert may rescale: None (every one), a number, or a fraction of min(M, N)
     form: "factored" (W is dropped; reads (M + N) R numbers), "delta" (the layer stays untouched in any format; reads k (M + N) more),
         or "auto": whichever reads less, matrix by matrix; `bank.describe()` says what was picked and why
-    factors: from `t2kernels.decompose`, or where they were saved; None computes them now
+    factors: from `t2kernels.decompose`, or where they were saved, used in the format that they have: int8 as it is, floats in the layer's dtype.
+        None computes them now, in the layer's dtype; "fp32", "bf16", "fp16" or "int8" computes them now and keeps them in that format (a
+        directory of such a name is "./int8"). int8 reads half of what bf16 does
+    max_error: with such a name: largest relative error of a matrix. int8 spends residual columns until it holds; None: about the error of an
+        int8 weight with one step a row
     rows: size of the tables, row 0 (the base model) included; more experts than rows take turns
     progress: called as progress(name, done, total)
 
     Heads, embeddings, routers, vision and audio towers are left alone unless asked for by name. Memory: never more than one extra matrix.
-    Raises ValueError: already patched; nothing selected; a matrix that cannot be patched (named); factors of other weights. A model that
+    Raises ValueError: already patched; nothing selected; a matrix that cannot be patched (named); factors of other weights; a max_error that
+    cannot be had. A model that
     could not be patched is left as it was (matrices that were already factored come back within rounding).
     """
     if hasattr(model, "t2_bank"):
@@ -58,40 +67,47 @@ def patch_model(
     if form not in FORMS:
         raise ValueError(f"form={form!r}; wanted 'auto', 'factored' or 'delta'")
     resolve_rank(rank, 1)
+    format = None
+    if isinstance(factors, str) and factors in FORMATS:
+        format, factors = factors, None
+        check_format(format, max_error)
+    elif max_error is not None:
+        raise ValueError(f"max_error={max_error}: it bounds what a format loses; give factors='int8', 'fp16' or 'bf16' with it")
     if isinstance(factors, (str, os.PathLike)):
         factors = Factors.load(factors)
     matrices = find_matrices(model, targets)
-    plan = {name: choose_form(m, resolve_rank(rank, m.rank), form) for name, m in matrices.items()}
+    kinds = _kinds(model, matrices, format, factors)
+    plan = {name: choose_form(m, resolve_rank(rank, m.rank), form, *kinds[name]) for name, m in matrices.items()}
     for name, m in matrices.items():
         _refuse(m, plan[name][0], factors)
 
     routing, origin = Routing(), Origin(*name_of(model))
     layers: list[tuple[SVFLinear, tuple[str, ...]]] = []
     done, undo = 0, []
-    dtype = _dtype(model)
+    keep = format is not None
     try:
         for (path, tensor), members in _by_module(matrices).items():
             first = members[0]
             support = resolve_rank(rank, first.rank)
             found = []
             for m in members:
-                found.append(_factor(m, plan[m.name][0], support, factors, origin))
+                found.append(_factor(m, plan[m.name][0], support, factors, origin, format, max_error))
                 done += 1
                 if progress:
                     progress(m.name, done, len(matrices))
             layer_form = plan[first.name][0]
-            layer_dtype = dtype if is_quantised(first.module) and first.index is None else getattr(first.module, tensor).dtype
+            layer_dtype = kinds[first.name][1]
             if first.index is not None:
-                layer = moe.DeltaStack(moe.stack_factors(found), support, rows, layer_dtype, routing)
+                layer = moe.DeltaStack(moe.stack_factors(found), support, rows, layer_dtype, routing, keep)
                 moe.attach(first.module, tensor, layer)
                 undo.append(lambda module=first.module, tensor=tensor: moe.detach(module, tensor))
             elif layer_form == "delta":
-                layer = DeltaLinear(found[0], support, rows, layer_dtype, routing)
+                layer = DeltaLinear(found[0], support, rows, layer_dtype, routing, keep)
                 first.module.add_module("svf", layer)
                 first.module.register_forward_hook(delta_hook)
                 undo.append(lambda module=first.module: _detach_delta(module))
             else:
-                layer = FactoredLinear(found[0], support, rows, layer_dtype, routing, first.module, first.transposed)
+                layer = FactoredLinear(found[0], support, rows, layer_dtype, routing, first.module, first.transposed, keep)
                 layer.train(first.module.training)
                 _replace(model, path, layer)
                 first.module.weight = None  # dropped now, so that never more than one matrix is held twice
@@ -99,6 +115,7 @@ def patch_model(
             layers.append((layer, tuple(m.name for m in members)))
         bank = ExpertBank(layers, rows, origin, routing, plan)
         dress(model, bank)
+        fuse(model)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -147,16 +164,21 @@ def unpatch_model(model: nn.Module, expert: str | Expert | None = None) -> nn.Mo
                     _merge_delta(module, layer, row)
                 _detach_delta(module)
         undress(model)
+        unfuse(model.modules())
     return model
 
 
-def choose_form(matrix: Matrix, support: int, form: str = "auto") -> tuple[str, str]:
+def choose_form(
+    matrix: Matrix, support: int, form: str = "auto", factors: torch.dtype = torch.float32, dense: torch.dtype = torch.float32
+) -> tuple[str, str]:
     """(form, why) for a matrix of which an expert may rescale `support` components.
 
-    Numbers read for a token, over the dense layer's MN: factored (M + N) R / MN, delta 1 + k (M + N) / MN.
+    Bytes read for a token, over those of the dense layer's MN numbers: factored s (M + N) R / MN, delta 1 + s k (M + N) / MN, where a number
+    of the factors takes s times the bytes of a dense one (int8 beside bf16: 0.5, residual columns left out).
     """
     M, N = matrix.shape
-    factored, delta = (M + N) * matrix.rank / (M * N), 1 + support * (M + N) / (M * N)
+    size = factors.itemsize / dense.itemsize
+    factored, delta = size * (M + N) * matrix.rank / (M * N), 1 + size * support * (M + N) / (M * N)
     if matrix.index is not None:
         if form == "factored":
             raise ValueError(
@@ -188,12 +210,30 @@ def _refuse(m: Matrix, form: str, factors: Mapping[str, Factor] | None) -> None:
         raise ValueError(f"{m.name} holds NaN or infinity; its checkpoint is damaged")
 
 
-def _factor(m: Matrix, form: str, support: int, factors: Mapping[str, Factor] | None, origin: Origin) -> Factor:
+def _kinds(
+    model, matrices: Mapping[str, Matrix], format: str | None, factors: Mapping | None
+) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+    """By matrix: in which dtype its factors will be, and its dense weight is, or is computed in."""
+    dtype, kinds = _dtype(model), {}
+    stored = getattr(factors, "manifest", {}).get("matrices", {})
+    for name, m in matrices.items():
+        dense = dtype if is_quantised(m.module) and m.index is None else getattr(m.module, m.tensor.rpartition(".")[2]).dtype
+        int8 = stored[name].get("dtype") == "int8" if name in stored else type((factors or {}).get(name)) is Int8Factor
+        kinds[name] = FORMATS[format] if format else torch.int8 if int8 else dense, dense
+    return kinds
+
+
+def _factor(
+    m: Matrix, form: str, support: int, factors: Mapping[str, Factor] | None, origin: Origin, format: str | None, max_error: float | None
+) -> Factor | Int8Factor:
     """The factors of one matrix as its layer will hold them: every component in factored form, the support in delta form."""
     wanted = m.rank if form == "factored" else support
     if factors is None:
         factor = svd(m.read(), wanted)
-        origin.record(m.name, factor)
+        origin.record(m.name, factor)  # as they were before rounding: an expert knows nothing of formats
+        if format:
+            # In delta form the rows sigma (z - 1) are 0 where an expert changes nothing, and would not make anything good.
+            factor, _ = convert(m.name, factor, format, max_error, compensate=form == "factored")
     else:
         factor = factors[m.name]
         got = (factor.U.shape[0], factor.V.shape[0])
@@ -207,19 +247,23 @@ def _factor(m: Matrix, form: str, support: int, factors: Mapping[str, Factor] | 
         known = isinstance(factors, Factors)
         origin.record(m.name, factor, factors.fingerprints[m.name] if known else None, factors.sketches[m.name] if known else None)
     device = getattr(m.module, m.tensor.rpartition(".")[2]).device
-    return Factor(factor.U[:, :wanted].to(device), factor.sigma[:wanted].to(device), factor.V[:, :wanted].to(device))
+    return factor.cut(wanted).to(device)
 
 
-def _same_weights(m: Matrix, factor: Factor) -> None:
-    """W v_1 = sigma_1 u_1 for the leading component, as far as the weight's format allows: one product, and foreign factors are found out."""
+def _same_weights(m: Matrix, factor: Factor | Int8Factor) -> None:
+    """W v_1 = sigma_1 u_1 for the leading component, as far as the formats allow: one product, and foreign factors are found out."""
     try:
         W = m.read()
     except ValueError:
         return  # a format that cannot be read: the caller's factors are all there is
     u, s, v = (t.to(W.device, torch.float32) for t in (factor.U[:, 0], factor.sigma[0], factor.V[:, 0]))
+    int8 = isinstance(factor, Int8Factor)
+    if int8:
+        u, v = u / u.norm(), v / v.norm()
     off = (W.float() @ v - s * u).norm() / s
     # Rounding a random matrix to bf16 moves sigma_1 u_1 by 2e-3, to 4 bits by 0.15 (measured on Gaussian 512x512); foreign factors by about 1.
-    if off > (0.3 if is_quantised(m.module) else 0.02):
+    # An int8 column without its residual one is off by 0.01 of itself, a spiky one by 0.08 (measured on MiniLM).
+    if off > (0.3 if is_quantised(m.module) or int8 else 0.02):
         raise ValueError(
             f"{m.name}: these factors are of other weights (||W v_1 - sigma_1 u_1|| = {off:.2g} sigma_1); decompose this model"
         )

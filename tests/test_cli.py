@@ -15,7 +15,7 @@ from t2kernels.cli import app, console, models
 from t2kernels.cli.answers import Score, answers, scores
 from t2kernels.cli.decompose import parse_rank
 
-VERBS = ("demo", "train", "eval", "generate", "decompose", "inspect", "env")
+VERBS = ("demo", "train", "eval", "generate", "decompose", "inspect", "tune", "env")
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +105,12 @@ def test_an_error_is_one_line_and_no_traceback(args, message, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tune_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "t2 tune measures a GPU" in t2_("tune", t2.tiny.path(), code=1)
+    assert "no such directory" in t2_("tune", "./nosuch", code=1)
+
+
 def test_debug_anywhere_shows_where_an_error_came_from():
     for args in (["--debug", "inspect", "no/such/thing"], ["inspect", "no/such/thing", "--debug"]):
         assert isinstance(CliRunner().invoke(app, args).exception, FileNotFoundError)
@@ -163,6 +169,21 @@ def test_decompose(checkpoint, tmp_path):
     W = LlamaForCausalLM.from_pretrained(checkpoint).get_submodule("model.layers.1.mlp.down_proj").weight.double()
     kept = torch.linalg.svdvals(W)[:8].square().sum() / W.square().sum()
     assert float(re.search(r"([\d.]+)%", row)[1]) / 100 == pytest.approx(kept.item(), abs=2e-3)
+
+
+def test_decompose_to_int8(checkpoint, tmp_path):
+    out = tmp_path / "factors"
+    text = t2_("decompose", checkpoint, "--out", out, "--format", "int8", "--max-error", "0.005")
+    records = t2.Factors.load(out).manifest["matrices"]
+    columns, rank = (sum(r[k] for r in records.values()) for k in ("columns", "rank"))
+    assert f"{columns - rank:,} columns more than components (+{(columns - rank) / rank:.1%})" in text
+    assert f"{max(r['format_error'] for r in records.values()):.2g}" in text
+    assert all(r["format_error"] <= 0.005 for r in records.values())
+    record = records["model.layers.1.mlp.down_proj"]
+    row = next(line for line in t2_("inspect", out).splitlines() if "1.mlp.down_proj" in line).split()
+    assert row[4:7] == [str(record["columns"]), f"{record['format_error']:.1e}", f"{record['dense_int8_error']:.1e}"]
+    with_int8 = t2_("generate", "1+1?", "--factors", "int8", "--form", "factored", "--json")
+    assert with_int8.count("1+1?") == t2_("generate", "1+1?", "--json").count("1+1?") > 0
 
 
 def test_inspect_an_expert(expert):

@@ -8,6 +8,7 @@ from triton_cases import DEVICE, MIXES, PAIRS, E, check, draw_ids, eager, exact,
 triton = pytest.importorskip("triton")
 import triton.language as tl
 
+from t2kernels.ops import triton_common
 from t2kernels.ops import triton_kernels as tk
 from t2kernels.ops.triton_common import cast, int8_as_bf16
 from t2kernels.ops.tuning import Tiles, tiles
@@ -171,6 +172,20 @@ def test_int8_converts_by_bits():
     _int8_by_bits[(1,)](q, fp16, low, high)
     assert torch.equal(fp16, q.half())
     assert torch.equal(low.view(torch.bfloat16) - high.view(torch.bfloat16), q.bfloat16())
+
+
+def test_no_dependent_launch_where_a_factor_was_just_copied(monkeypatch):
+    """The copy may still be under way when a block reads ahead of the wait."""
+    launched = []
+    monkeypatch.setattr(triton_common, "INTERPRETED", False)
+    monkeypatch.setattr(triton_common.Launch, "run", lambda launch: launched.append(launch))
+    x, V, Us, scale, bases, biases = problem(4, 64, [32, 32], [48, 48], torch.float32, torch.float32)
+    ids, copied = draw_ids("one", 4), Us[0].t().contiguous().t()
+    for v, us, pdl in ((V, Us, True), (V.contiguous(), Us, False), (V, [copied, Us[1]], False)):
+        for forward in (tk.forward_pair, tk.forward_swiglu):
+            launched.clear()
+            forward(x, v, us, scale, ids, bases, biases)
+            assert [(launch.meta["PDL"], launch.options.get("launch_pdl", False)) for launch in launched] == [(pdl, pdl)] * 2
 
 
 def test_what_does_not_fit_is_said():

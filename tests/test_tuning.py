@@ -70,7 +70,7 @@ def test_candidates_are_few_and_fit(kernel, T):
 def test_a_table_is_found_by_device_and_triton_and_read_at_the_nearest_T(tmp_path):
     a, b = Tiles(64, 16, 128, 1, 4, 3), Tiles(128, 64, 64, 1, 8, 3)
     best = {("expand", 4, 4096, 256, BF16, BF16): a, ("expand", 64, 4096, 256, BF16, BF16): b}
-    path = write_table("NVIDIA H200", "3.6.0", "abc1234", best, tmp_path)
+    path = write_table("NVIDIA H200", "3.6.0", best, tmp_path, commit="abc1234")
     assert path == table_path("NVIDIA H200", "3.6.1", tmp_path)
     table = read_table("NVIDIA H200", "3.6.0", tmp_path)
     assert (table["device"], table["commit"]) == ("NVIDIA H200", "abc1234")

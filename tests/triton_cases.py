@@ -70,3 +70,14 @@ def check(got, plain, want, x_dtype):
         room = 2 if x_dtype == torch.float32 else 1.1
         error, allowed = (y.double() - exact_y).norm(), room * (eager_y.double() - exact_y).norm()
         assert error <= allowed, f"error {error:.3e}, eager's {allowed / room:.3e}"
+
+
+def gradients(dys, x, V, Us, scale, ids, dtype):
+    """dx and dscale of the definition, by autograd in a dtype: fp64 is the truth, x's dtype is what eager torch does."""
+    x, scale = (
+        x.detach().to(dtype).requires_grad_(),
+        scale.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_(),
+    )
+    g = (x @ V.to(dtype)) * scale[ids.long()].to(dtype)
+    ys = [g_i @ U.to(dtype).t() for g_i, U in zip(g.split([U.shape[1] for U in Us], 1), Us, strict=True)]
+    return torch.autograd.grad(ys, [x, scale], [dy.to(dtype) for dy in dys])

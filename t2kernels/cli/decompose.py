@@ -15,7 +15,15 @@ def decompose(
     into: Path = typer.Option(..., "--out", "-o", help="Directory to write to; a run that was cut short goes on where it stopped."),
     rank: str = typer.Option("all", help="Leading components to keep: 'all', a number, or a fraction of min(M, N)."),
     targets: str = typer.Option("all", help="'all', 'mlp', 'attention', or a regular expression on matrix names."),
-    dtype: str = typer.Option("float32", help="Of U and V as they are kept: float32, bfloat16 or float16."),
+    dtype: str = typer.Option(
+        None, help="Of U and V as they are kept: float32, bfloat16 or float16.  \\[default: float32]", show_default=False
+    ),
+    format: str = typer.Option(None, help="The same by name: fp32, bf16, fp16, or int8.", show_default=False),
+    max_error: float = typer.Option(
+        None,
+        help="Of a matrix, relative; int8 spends columns until it holds.  \\[default: about that of an int8 weight]",
+        show_default=False,
+    ),
     device: str = typer.Option(None, help="Where to compute.  \\[default: a GPU if there is one]", show_default=False),
     workers: int = typer.Option(None, help="Matrices at a time.  \\[default: as many as keep the cores busy]", show_default=False),
 ) -> None:
@@ -23,14 +31,15 @@ def decompose(
 
     [dim]$[/] t2 decompose meta-llama/Llama-3.1-8B --out factors/llama --rank 256 --dtype bfloat16
 
-    [dim]$[/] t2 decompose ./checkpoint --out factors/mine --targets mlp
+    [dim]$[/] t2 decompose ./checkpoint --out factors/mine --targets mlp --format int8 --max-error 0.01
     """
     import t2kernels as t2
 
     if is_missing(model):
         raise FileNotFoundError(f"no checkpoint at {model}")
     start = time.perf_counter()
-    wanted = {"rank": parse_rank(rank), "targets": targets, "device": device, "workers": workers, "dtype": parse_dtype(dtype)}
+    wanted = {"rank": parse_rank(rank), "targets": targets, "device": device, "workers": workers}
+    wanted |= {"dtype": None if dtype is None else parse_dtype(dtype), "format": format, "max_error": max_error}
     with bar("[dim]{task.fields[name]}[/]") as progress:
         task = progress.add_task("decomposing", total=None, name="reading the checkpoint")
         factors = t2.decompose(
@@ -45,6 +54,19 @@ def decompose(
     out.print(
         f"{len(factors)} matrices, {sum(factors.ranks.values()):,} components, {size:,.1f} MiB in {into}, {time.perf_counter() - start:.1f} s; "
         f"largest ||W - U diag(sigma) Vᵀ|| / ||W|| is {worst[1]['error']:.2g} ({worst[0]})"
+    )
+    if format == "int8":
+        out.print(int8_facts(factors))
+
+
+def int8_facts(factors) -> str:
+    """What int8 factors cost and lose, in a sentence."""
+    records = [factors.manifest["matrices"][name] for name in factors]
+    columns, rank = sum(r["columns"] for r in records), sum(r["rank"] for r in records)
+    worst = max(records, key=lambda r: r["format_error"])
+    return (
+        f"int8: {columns - rank:,} columns more than components (+{(columns - rank) / rank:.1%}); largest relative error "
+        f"{worst['format_error']:.2g}, where an int8 weight with one step a row has {worst['dense_int8_error']:.2g}"
     )
 
 
@@ -67,5 +89,5 @@ def parse_dtype(text: str):
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(text, getattr(torch, text, None))
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"--dtype {text}: wanted float32, bfloat16 or float16")
+        raise ValueError(f"--dtype {text}: wanted float32, bfloat16 or float16{'; int8 factors: --format int8' if text == 'int8' else ''}")
     return dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import typer
 from rich.markup import escape
@@ -27,7 +26,7 @@ def generate(
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
     form: str = models.FormOption,
-    factors: Path = models.FactorsOption,
+    factors: str = models.FactorsOption,
     dtype: str = models.DtypeOption,
     device: str = models.DeviceOption,
 ) -> None:

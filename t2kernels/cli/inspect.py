@@ -62,20 +62,29 @@ def _factors(path: Path, rows: int) -> None:
     _facts({k: v for k, v in factors.manifest.items() if k not in ("matrices", "order")}, f"factors {path}")
     title = f"{len(factors)} matrices, {sum(factors.ranks.values()):,} components"
     head, short = _shorten(factors.ranks)
-    shown = table(head, "M x N", "rank", "error", "energy", "sigma_1", "last")
+    matrices = factors.manifest["matrices"]
+    int8 = any(matrices[name].get("dtype") == "int8" for name in factors)
+    shown = table(head, "M x N", "rank", "error", *(("columns", "int8", "W int8") if int8 else ("energy", "sigma_1", "last")))
     for name, rank in _first(factors.ranks, rows):
         (m, n), sigma = factors.shape(name), factors.sigmas[name]
-        error = factors.manifest["matrices"][name].get("error")
+        record = matrices[name]
+        error = record.get("error")
+        facts = [str(record.get("columns", "")), *(f"{record[k]:.1e}" if k in record else "" for k in ("format_error", "dense_int8_error"))]
         shown.add_row(
             short(name),
             f"{m}x{n}",
             f"{rank}/{min(m, n)}",
             "?" if error is None else f"{error:.1e}",
-            "?" if error is None else f"{1 - error**2:.1%}",  # the error is relative to ||W||, Frobenius
-            f"{sigma[0]:.3g}",
-            f"{sigma[-1]:.3g}",
+            # The error is relative to ||W||, Frobenius.
+            *(facts if int8 else ("?" if error is None else f"{1 - error**2:.1%}", f"{sigma[0]:.3g}", f"{sigma[-1]:.3g}")),
         )
-    show(title, shown, "error: ||W - U diag(sigma) Vᵀ|| / ||W||, Frobenius · energy: the share of ||W||² that the components hold")
+    note = "error: ||W - U diag(sigma) Vᵀ|| / ||W||, Frobenius"
+    if int8:
+        measured = next(matrices[name]["measured"] for name in factors if "columns" in matrices[name])
+        note += f" · int8: {measured} · W int8: that of W in int8, one step a row"
+    else:
+        note += " · energy: the share of ||W||² that the components hold"
+    show(title, shown, note)
 
 
 def _model(path: str) -> None:

@@ -24,7 +24,11 @@ ModelOption = typer.Option(TINY, "--model", "-m", help="'tiny' (built in), a che
 TargetsOption = typer.Option("all", help="'all', 'mlp', 'attention', or a regular expression on matrix names.")
 RankOption = typer.Option("all", help="Components that an expert may rescale: 'all', a number, or a fraction of min(M, N).")
 FormOption = typer.Option("auto", help="'auto', 'factored' or 'delta'; docs/patching.md says which is for what.")
-FactorsOption = typer.Option(None, help="Directory that 't2 decompose' wrote.  \\[default: decompose now]", show_default=False)
+FactorsOption = typer.Option(
+    None,
+    help="Directory that 't2 decompose' wrote; or int8, fp16, bf16: decompose now, into that.  \\[default: decompose now]",
+    show_default=False,
+)
 DtypeOption = typer.Option(None, help="Of the model's weights.  \\[default: float32 for tiny, else as saved]", show_default=False)
 DeviceOption = typer.Option(None, help="Where to run.  \\[default: a GPU if there is one]", show_default=False)
 
@@ -77,7 +81,7 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def patch(loaded: Loaded, targets: str = "all", rank: str = "all", form: str = "auto", factors: Path | None = None) -> ExpertBank:
+def patch(loaded: Loaded, targets: str = "all", rank: str = "all", form: str = "auto", factors: str | None = None) -> ExpertBank:
     """`patch_model` with a progress bar."""
     import t2kernels as t2
 

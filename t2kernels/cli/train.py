@@ -36,7 +36,7 @@ def train(
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
     form: str = models.FormOption,
-    factors: Path = models.FactorsOption,
+    factors: str = models.FactorsOption,
     dtype: str = models.DtypeOption,
     device: str = models.DeviceOption,
 ) -> None:

@@ -106,6 +106,11 @@ def expand(g, Us, bases, biases, dtype, lead) -> list[Tensor]:
     return torch_kernels.expand(g, Us, bases, biases, dtype, lead)
 
 
+def swiglu(x, V, Us, scale, expert_ids, bases, biases) -> Tensor:
+    """silu(y_0) * y_1 for two members y_i, in one launch; for calls whose `plan` is the skinny pair, without gradients."""
+    return triton_kernels.forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
+
+
 def _plan_of_half(T: int, size: int, factor: Tensor, dtype: torch.dtype, device: torch.device) -> Choice:
     # Both halves must decide alike where it matters, on T; a base is what keeps W' from being considered.
     return choose(Call(T, size, (size,), (factor.shape[1],), dtype, factor.dtype, base=True), machine_of(device))
