@@ -6,27 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from commandline import t2_, wide  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
 import t2kernels as t2
-from t2kernels.cli import app, console, evaluate, models
+from t2kernels.cli import evaluate, models
 from t2kernels.cli.answers import Meter, answers, scores
 from t2kernels.tasks.base import Task
 
 DATA = Path(__file__).parent / "data"
-
-
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch):
-    monkeypatch.setattr(console.out, "_width", 200)
-    monkeypatch.setattr(console.err, "_width", 200)
-
-
-def t2_(*args, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result.output
 
 
 @pytest.fixture(scope="module")
