@@ -9,10 +9,11 @@ between components, sigma_r (z_r - z_s) (F_r · B_s) is left: nothing for z = 1,
 *Residual columns* (`int8`), where the error that they remove is largest. sigma_r² (|e_r|², |f_r|²) are the energies of rounding errors e, f
 in W, and they add up exactly, since the other side's singular vectors are orthogonal.
 
-Median and maximum over the 36 linears of all-MiniLM-L6-v2 of the output's error on hidden states, over that of int8 W (one step a row); 1 - cos
-of its embeddings; columns added (benchmarks/formats.py has the table):
-    independent rounding 1.7, 10.1, 6.5e-3, 0 %      with 16 + 16 residual columns 1.2, 1.6, 4e-4, 8 %
-    compensated          1.1,  2.2, 8e-4,   0 %      with those chosen here        0.9, 1.3, 2e-4, 5 %       int8 W: 5e-4
+Output errors on hidden states over those of int8 W (one step a row), median and maximum of the 36 linears of all-MiniLM-L6-v2, and 1 - cos of
+its embeddings, 4.3e-4 with int8 W (benchmarks/formats.py):
+    independent rounding        1.7, 11.5    6.0e-3
+    compensated                 1.2,  2.3    7.1e-4
+    and 6 % residual columns    0.8,  1.0    1.9e-4
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ENOUGH = 1.0  # times the error of int8 W. At 1.1 MiniLM takes 2 % fewer columns
 INDEPENDENT = math.sqrt(2)  # what two roundings in place of one cost where the singular vectors are not spiky
 MOST = 8  # R / 8 more columns without being asked for more
 SPIKY = 0.02  # of its own length: a Gaussian column of 4096 entries is off by 0.009. Compensation hides such a component at z = 1 only: on
-# MiniLM the largest output error with z of SPREAD falls from 1.5e-2 to 9e-3 for 1 % more columns
+# MiniLM the largest output error with z of SPREAD fell from 1.5e-2 to 9e-3 for 1 % more columns
 MEASURED = f"||W(z) - W'(z)|| / ||W(z)||, Frobenius, root mean square over z = 1 +- {SPREAD}, of the kept components"
 
 
