@@ -26,8 +26,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The kernels' small tests run natively where there is a GPU. Most of the time is a compiler's: several processes.
 test-gpu: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m gpu
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal tests/test_triton_forward.py tests/test_triton_backward.py
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.created
 	@./scripts/install $(BIN)/python

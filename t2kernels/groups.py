@@ -7,12 +7,13 @@ What is kept between them is used only for the very tensor it was made from, unc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from .ops.svf_linear import call_group, expand, shrink
+from .ops.svf_linear import call_group, expand, plan, shrink, swiglu
 from .routing import Route
 
 # Names of modules of one parent whose forward hands the same tensor to each. A wrong guess costs time and no more: a group whose members turn
@@ -66,12 +67,33 @@ class Group:
         made = self._take(layer, x, route, run)
         return None if made is None else made[self.layers.index(layer)]
 
+    def swiglu(self, x: Tensor, route: Route | None, bases: Callable[[], list[Tensor]] | None) -> Tensor | None:
+        """silu(y_gate) * y_up of the two members in one kernel, where the planner picks the skinny kernels; else None.
+
+        bases: makes the base outputs of the two (delta form), or None (factored form)
+        """
+        if (route is None and bases is not None) or not self._may(x) or not self._ready():
+            return None
+        first, lead = self.layers[0], x.shape[:-1]
+        ids = first.base_ids if route is None else route.fit(lead).to(x.device)
+        V, scale = self._frozen()
+        Us = [m.U for m in self.layers]
+        if plan(x, V, Us, ids, bases is not None).path != "pair":
+            return None
+        for member in self.layers:
+            member.table()
+        made = [None, None] if bases is None else bases()
+        if any(b is not None and b.dtype != x.dtype for b in made):
+            return None
+        biases = [None if bases is not None or m.bias is None else m.bias.to(x.dtype) for m in self.layers]
+        return swiglu(x, V, Us, scale, ids, made, biases)
+
     def _shrink(self, x: Tensor, route: Route) -> Tensor:
         V, scale = self._frozen()
         return shrink(x, V, scale, route.fit(x.shape[:-1]).to(x.device))
 
     def _take(self, layer, x: Tensor, route: Route | None, make):
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference() or (self.wasted > 3 and self.wasted > self.hits):
+        if not self._may(x) or (self.wasted > 3 and self.wasted > self.hits):
             return None
         kept = self._without_route if route is None else route.made
         made = kept.pop(self, None)
@@ -88,6 +110,9 @@ class Group:
             member.table()  # rows of experts in training are brought up to date
         made = kept[self] = _Made(make(x, route), x, [m for m in self.layers if m is not layer])
         return made.what
+
+    def _may(self, x: Tensor) -> bool:
+        return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference())
 
     def _frozen(self) -> tuple[Tensor, Tensor]:
         """V [N, C] and scale [E, C] of all members."""
@@ -143,15 +168,18 @@ class _Made:
 
 def find_groups(layers: Sequence[tuple]) -> list[Group]:
     """Groups among a bank's (layer, names): neighbours whose names say that they read the same input."""
-    found, run = [], []
-    for layer, names in [*layers, (None, ("",))]:
-        path, _, leaf = names[0].rpartition(".")
-        together = next((t for t in TOGETHER if leaf in t), None) if layer is not None and len(names) == 1 else None
-        key = (path, together, layer.form, layer.Vt.dtype, layer.Vt.shape[-1]) if together else None
-        if run and run[0][0] != key:
-            if len(run) > 1:
-                found.append(Group([layer for _, layer in run]))
-            run = []
-        if key:
-            run.append((key, layer))
-    return found
+
+    def key(pair: tuple):
+        layer, names = pair
+        shared = shared_input(names[0]) if len(names) == 1 else None
+        return (shared, layer.form, layer.Vt.dtype, layer.Vt.shape[-1]) if shared else id(layer)
+
+    runs = ([layer for layer, _ in run] for _, run in groupby(layers, key))
+    return [Group(run) for run in runs if len(run) > 1]
+
+
+def shared_input(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """What matrices whose modules are handed the same tensor have in common: (parent, names together); None for others."""
+    parent, _, leaf = name.rpartition(".")
+    together = next((t for t in TOGETHER if leaf in t), None)
+    return None if together is None else (parent, together)

@@ -15,12 +15,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
+from .reclass import Mixin, put_before, take_off
 from .routing import Route, Routing
 
 logger = logging.get_logger(__name__)
 
 
-class PatchedModel:
+class PatchedModel(Mixin):
     """Mixed into the class of a patched transformers model."""
 
     def generate(self, *args, experts=None, expert_ids=None, **kwargs):
@@ -66,21 +67,6 @@ class PatchedModel:
             gradient_checkpointing_func = checkpoint_with_route(gradient_checkpointing_func, self.t2_bank.routing)
         return super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
-    def __reduce_ex__(self, protocol):
-        # The class is made on the fly, so it is pickled as the class it was made from.
-        return _rebuild, (type(self).__mro__[2],), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-
-
-@functools.cache
-def patched_class(cls: type) -> type:
-    """A subclass of `cls` with its name and `PatchedModel` in front."""
-    return type(cls.__name__, (PatchedModel, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__})
-
-
-def _rebuild(cls: type) -> nn.Module:
-    new = patched_class(cls)
-    return new.__new__(new)
-
 
 def dress(model: nn.Module, bank) -> None:
     """Give a model its hooks and, where it is a transformers model, its class."""
@@ -89,7 +75,7 @@ def dress(model: nn.Module, bank) -> None:
         module.register_forward_pre_hook(_enter, prepend=True, with_kwargs=True)
         module.register_forward_hook(_leave, always_call=True)
     if hasattr(model, "_validate_model_kwargs"):
-        model.__class__ = patched_class(type(model))
+        put_before(PatchedModel, model)
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
             module._gradient_checkpointing_func = checkpoint_with_route(module._gradient_checkpointing_func, bank.routing)
@@ -101,8 +87,7 @@ def undress(model: nn.Module) -> None:
         del module.t2_bank
         remove_hook(module, _enter)
         remove_hook(module, _leave)
-    if isinstance(model, PatchedModel):
-        model.__class__ = type(model).__mro__[2]
+    take_off(PatchedModel, model)
     for module in model.modules():
         func = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(func, functools.partial) and getattr(func.keywords.get("context_fn"), "__self__", None).__class__ is Routing:

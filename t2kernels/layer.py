@@ -187,12 +187,12 @@ class FactoredLinear(SVFLinear):
         self._original = (original,)  # in a tuple: not a submodule
         self._requires_grad = original.weight.requires_grad
         self.in_features, self.out_features = factor.V.shape[0], factor.U.shape[0]
-        self.register_buffer("_base_id", torch.zeros((), dtype=torch.int32), persistent=False)
+        self.register_buffer("base_ids", torch.zeros((), dtype=torch.int32), persistent=False)  # for a forward without a route
         self.dense_rows: dict[int, Tensor] = {}  # row -> W' [M, N], for experts whose dense weights are kept
 
     def forward(self, x: Tensor) -> Tensor:
         route = self.routing.active
-        ids = self._base_id if route is None else route.fit(x.shape[:-1])
+        ids = self.base_ids if route is None else route.fit(x.shape[:-1])
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
         if self.dense_rows and (W := self.dense_rows.get(0 if route is None else route.row)) is not None:

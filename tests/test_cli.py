@@ -7,28 +7,16 @@ import sys
 
 import pytest
 import torch
+from commandline import t2_, wide  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import t2kernels as t2
-from t2kernels.cli import app, console, models
+from t2kernels.cli import app, models
 from t2kernels.cli.answers import Score, answers, scores
 from t2kernels.cli.decompose import parse_rank
 
-VERBS = ("demo", "train", "eval", "generate", "decompose", "inspect", "env")
-
-
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch):
-    monkeypatch.setattr(console.out, "_width", 160)
-    monkeypatch.setattr(console.err, "_width", 160)
-
-
-def t2_(*args, code=0):
-    """Run `t2 args`; its output, stdout and stderr."""
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result.output
+VERBS = ("demo", "train", "eval", "generate", "decompose", "inspect", "tune", "env")
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +91,12 @@ def test_an_error_is_one_line_and_no_traceback(args, message, tmp_path, monkeypa
     if result.exit_code == 1:
         assert re.search(r"^error: .*\n\Z", result.output, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tune_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "t2 tune measures a GPU" in t2_("tune", t2.tiny.path(), code=1)
+    assert "no such directory" in t2_("tune", "./nosuch", code=1)
 
 
 def test_debug_anywhere_shows_where_an_error_came_from():

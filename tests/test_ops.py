@@ -1,12 +1,21 @@
 """svf_linear against the reference in fp64: forward, every gradient, odd sizes, empty batches, all expert mixes."""
 
+import os
+import subprocess
+import sys
+from functools import partial
+
 import pytest
 import torch
 import torch._dynamo.testing
 
 from t2kernels.ops import ImplUnavailableError, plan, svf_linear, svf_linear_group, svf_linear_ref, torch_kernels
+from t2kernels.ops.machine import machine_of
+from t2kernels.ops.planner import why_missing
 
 E = 5
+# Triton's kernels run on CPU tensors in its interpreter, which conftest asks for where there is no GPU.
+IMPLS = [impl for impl in ("torch", "triton") if why_missing(machine_of(torch.device("cpu")), impl) is None]
 SHAPES = [((1,), 7, 3, 5), ((17,), 33, 20, 9), ((4, 6), 16, 16, 24), ((2, 3, 5, 4), 12, 7, 10), ((0,), 8, 4, 6), ((3, 0), 8, 4, 6)]
 MIXES = ["one", "distinct", "uniform", "zipf", "skewed"]
 
@@ -51,9 +60,10 @@ def eager_error(x, V, U, scale, ids, base, bias, truth):
     return (y.double() - truth).norm() + torch.finfo(x.dtype).eps / 4 * truth.norm()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lead, N, R, M", SHAPES)
-def test_forward_is_as_exact_as_eager(dtype, lead, N, R, M):
+def test_forward_is_as_exact_as_eager(dtype, lead, N, R, M, impl):
     x, V, U, scale, base, bias = problem(lead, N, R, M, dtype)
     for mix in MIXES:
         for prefix in {(), lead[:1], lead}:
@@ -61,7 +71,7 @@ def test_forward_is_as_exact_as_eager(dtype, lead, N, R, M):
             for b, c in ((None, None), (base, None), (None, bias), (base, bias)):
                 truth = exact(x, V, U, scale, ids, b, c)
                 allowed = 2 * eager_error(x, V, U, scale, ids, b, c, truth)
-                for got in (svf_linear(x, V, U, scale, ids, b, c), svf_linear_ref(x, V, U, scale, ids, b, c)):
+                for got in (svf_linear(x, V, U, scale, ids, b, c, impl=impl), svf_linear_ref(x, V, U, scale, ids, b, c)):
                     assert got.dtype == dtype
                     assert got.shape == (*lead, M)
                     assert (got.double() - truth).norm() <= allowed
@@ -81,8 +91,9 @@ def test_gradients_match_the_reference_in_fp64(lead, N, R, M, mix):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"d{name}: {m}")
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradients_in_low_precision_are_as_exact_as_eager(dtype):
+def test_gradients_in_low_precision_are_as_exact_as_eager(dtype, impl):
     x, V, U, scale, base, _ = problem((64,), 48, 40, 56, dtype)
     ids, dy = draw_ids("uniform", (64,)), torch.randn(64, 56).to(dtype)
 
@@ -95,7 +106,8 @@ def test_gradients_in_low_precision_are_as_exact_as_eager(dtype):
     def eager(x, V, U, scale, ids, base):
         return base + ((x @ V) * scale.to(x.dtype)[ids.long()]) @ U.t()
 
-    for got, plain, want in zip(grads(svf_linear, False), grads(eager, False), grads(svf_linear_ref, True), strict=True):
+    op = partial(svf_linear, impl=impl)
+    for got, plain, want in zip(grads(op, False), grads(eager, False), grads(svf_linear_ref, True), strict=True):
         assert (got - want).norm() <= 2 * (plain - want).norm()
 
 
@@ -121,15 +133,16 @@ def mixed_problem(x_dtype, factors, lead=(37,), N=48, C=40, M=56):
     return x.to(x_dtype), V.to(factors), U.to(factors), scale, base.to(x_dtype), bias.to(x_dtype), steps
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("x_dtype, factors", MIXED)
-def test_other_formats_of_factors_are_as_exact_as_eager_in_x(x_dtype, factors):
+def test_other_formats_of_factors_are_as_exact_as_eager_in_x(x_dtype, factors, impl):
     x, V, U, scale, base, bias, (v_steps, u_steps) = mixed_problem(x_dtype, factors)
     ids = draw_ids("uniform", (37,))
     plain = x, (V * v_steps).to(x_dtype), (U * u_steps).to(x_dtype), scale / v_steps / u_steps, ids
     for b, c in ((None, None), (base, None), (base, bias)):
         truth = exact(x, V, U, scale, ids, b, c)
         allowed = 1.1 * eager_error(*plain, b, c, truth)
-        got = svf_linear(x, V, U, scale, ids, b, c)
+        got = svf_linear(x, V, U, scale, ids, b, c, impl=impl)
         assert got.dtype == x_dtype
         assert (got.double() - truth).norm() <= allowed
 
@@ -144,8 +157,9 @@ def test_fp16_factors_are_better_than_bf16_ones_under_a_bf16_input():
     assert fp16 < 0.7 * bf16  # what is left is the rounding of y to bf16
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("x_dtype, factors", [(torch.bfloat16, torch.float16), (torch.float16, torch.int8)])
-def test_large_activations_do_not_overflow_in_fp16(x_dtype, factors):
+def test_large_activations_do_not_overflow_in_fp16(x_dtype, factors, impl):
     N, C, M = 4096, 8, 64
     V, U = torch.linalg.qr(torch.randn(N, C))[0], torch.linalg.qr(torch.randn(M, C))[0]
     x = (V.sum(1) / V.sum(1).norm() * 60000).to(x_dtype).expand(4, N)  # as long as fp16 can say, and along V
@@ -154,12 +168,13 @@ def test_large_activations_do_not_overflow_in_fp16(x_dtype, factors):
         steps = V.abs().amax(0) / 127, U.abs().amax(0) / 127
         V, U, scale = (V / steps[0]).round(), (U / steps[1]).round(), scale * steps[0] * steps[1]
     V, U = V.to(factors), U.to(factors)
-    truth, got = exact(x, V, U, scale, ids), svf_linear(x, V, U, scale, ids)
+    truth, got = exact(x, V, U, scale, ids), svf_linear(x, V, U, scale, ids, impl=impl)
     assert (got.double() - truth).norm() <= 4 * torch.finfo(x_dtype).eps * truth.norm()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("x_dtype, factors", [(torch.float32, torch.float32), *MIXED])
-def test_gradients_with_other_formats_and_with_h_saved_or_not(x_dtype, factors):
+def test_gradients_with_other_formats_and_with_h_saved_or_not(x_dtype, factors, impl):
     x, V, U, scale, base, _, (v_steps, u_steps) = mixed_problem(x_dtype, factors)
     ids, dy = draw_ids("uniform", (37,)), torch.randn(37, 56).to(x_dtype)
     wide = [t.double().requires_grad_() for t in (x, scale)]
@@ -168,8 +183,8 @@ def test_gradients_with_other_formats_and_with_h_saved_or_not(x_dtype, factors):
     rows = plain[1][ids.long()].to(x_dtype)
     (((plain[0] @ (V * v_steps).to(x_dtype)) * rows) @ (U * u_steps).to(x_dtype).t()).backward(dy)
     leaves = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
-    svf_linear(leaves[0], V, U, leaves[1], ids, base).backward(dy)
-    again = torch.ops.t2kernels.svf_linear_backward([dy], x, V, [U], scale, ids, None, True, True, "torch")
+    svf_linear(leaves[0], V, U, leaves[1], ids, base, impl=impl).backward(dy)
+    again = torch.ops.t2kernels.svf_linear_backward([dy], x, V, [U], scale, ids, None, True, True, impl)
     for got, without_h, want, eager, units in zip(leaves, again, wide, plain, (1, v_steps * u_steps), strict=True):
         truth = want.grad * units
         allowed = 1.1 * (eager.grad.double() - truth).norm() + torch.finfo(x_dtype).eps / 4 * truth.norm()
@@ -231,8 +246,8 @@ def test_frozen_factors_get_no_gradient():
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_group_is_its_members(dtype):
+@pytest.mark.parametrize("dtype, impl", [(torch.float64, "torch"), *((torch.float32, impl) for impl in IMPLS)])
+def test_a_group_is_its_members(dtype, impl):
     Ms, Rs, N = (9, 5, 12), (4, 3, 7), 10
     x = torch.randn(3, 6, N, dtype=dtype)
     Vs, Us = [torch.randn(N, r, dtype=dtype) for r in Rs], [torch.randn(m, r, dtype=dtype) for m, r in zip(Ms, Rs, strict=True)]
@@ -241,7 +256,10 @@ def test_a_group_is_its_members(dtype):
     ids = draw_ids("uniform", (3,), torch.int64)
     dys = [torch.randn(3, 6, m, dtype=dtype) for m in Ms]
     a = [t.clone().requires_grad_() for t in (x, torch.cat(scales, 1), *bases, *biases)]
-    together = svf_linear_group(a[0], torch.cat(Vs, 1), Us, a[1], ids, a[2:5], a[5:8])
+    together = svf_linear_group(a[0], torch.cat(Vs, 1), Us, a[1], ids, a[2:5], a[5:8], impl=impl)
+    with torch.no_grad():  # other kernels than where gradients are wanted
+        for got, want in zip(svf_linear_group(a[0], torch.cat(Vs, 1), Us, a[1], ids, a[2:5], a[5:8], impl=impl), together, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     torch.autograd.backward(together, dys)
     b = [t.clone().requires_grad_() for t in (x, torch.cat(scales, 1), *bases, *biases)]
     parts = b[1].split(Rs, 1)
@@ -321,8 +339,31 @@ def test_impl_means_that_one_or_an_error():
     assert choice.impl == "torch"
     assert "cpu" in choice.why
     assert torch.equal(svf_linear(x, V, U, scale, ids, impl="torch"), svf_linear(x, V, U, scale, ids, impl="auto"))
-    for missing in ("triton", "cuda"):
-        with pytest.raises(ImplUnavailableError, match=missing):
-            svf_linear(x, V, U, scale, ids, impl=missing)
+    with pytest.raises(ImplUnavailableError, match="no CUDA kernel"):
+        svf_linear(x, V, U, scale, ids, impl="cuda")
+    with pytest.raises(ImplUnavailableError, match="float64 is for checks"):
+        svf_linear(x.double(), V.double(), U.double(), scale, ids, impl="triton")
     with pytest.raises(ValueError, match="unknown"):
         svf_linear(x, V, U, scale, ids, impl="magic")
+
+
+def test_triton_without_a_gpu_or_its_interpreter_is_an_error_that_says_so_and_auto_is_torch():
+    code = """
+import torch
+from t2kernels.ops import ImplUnavailableError, plan, svf_linear
+x, scale, ids = torch.eye(4), torch.ones(1, 4), torch.zeros(4, dtype=torch.int32)
+assert torch.equal(svf_linear(x, x, x, scale, ids), x)
+assert plan(x, x, [x], ids).impl == "torch"
+try:
+    svf_linear(x, x, x, scale, ids, impl="triton")
+except ImplUnavailableError as e:
+    print(e)
+"""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    said = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True).stdout
+    assert "impl='triton' cannot run here" in said
+    assert "GPU" in said or "not installed" in said
+
+
+def test_triton_is_in_the_interpreter_here_or_on_a_gpu():
+    assert "triton" in IMPLS or torch.cuda.is_available() or sys.platform != "linux"

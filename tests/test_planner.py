@@ -40,6 +40,8 @@ def call(T, M=HIDDEN, N=HIDDEN, C=None, **more):
         (call(25000, M=MLP, one=True), CPU, "torch", "dense"),
         (call(0, one=True), CPU, "torch", "mm"),
         (call(0), CHECKED, "triton", "pair"),
+        (Call(8, HIDDEN, (8,) * 5, (8,) * 5), CHECKED, "triton", "mm"),
+        (call(8, x=torch.float64), CUDA, "torch", "mm"),
     ],
 )
 def test_cases(asked, machine, impl, path):

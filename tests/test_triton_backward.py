@@ -2,24 +2,13 @@
 
 import pytest
 import torch
-from triton_cases import DEVICE, FLOATS, MIXES, PAIRS, E, check, draw_ids, eager, exact, problem
+from triton_cases import DEVICE, FLOATS, MIXES, PAIRS, E, check, draw_ids, eager, exact, gradients, problem
 
 pytest.importorskip("triton")
 
 from t2kernels.ops import triton_kernels as tk
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def gradients(dys, x, V, Us, scale, ids, dtype):
-    """dx and dscale of the definition, by autograd in a dtype: fp64 is the truth, x's dtype is what eager torch does."""
-    x, scale = (
-        x.detach().to(dtype).requires_grad_(),
-        scale.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_(),
-    )
-    g = (x @ V.to(dtype)) * scale[ids.long()].to(dtype)
-    ys = [g_i @ U.to(dtype).t() for g_i, U in zip(g.split([U.shape[1] for U in Us], 1), Us, strict=True)]
-    return torch.autograd.grad(ys, [x, scale], [dy.to(dtype) for dy in dys])
 
 
 def case(T, N, Rs, Ms, x_dtype, w_dtype, mix):

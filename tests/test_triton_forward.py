@@ -8,8 +8,9 @@ from triton_cases import DEVICE, MIXES, PAIRS, E, check, draw_ids, eager, exact,
 triton = pytest.importorskip("triton")
 import triton.language as tl
 
+from t2kernels.ops import triton_common
 from t2kernels.ops import triton_kernels as tk
-from t2kernels.ops.triton_common import cast
+from t2kernels.ops.triton_common import cast, int8_as_bf16
 from t2kernels.ops.tuning import Tiles, tiles
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -155,16 +156,36 @@ def test_swiglu_is_what_separate_ops_give(base, bias):
 
 
 @triton.jit
-def _int8_to_fp16(q_ptr, out_ptr):
+def _int8_by_bits(q_ptr, fp16_ptr, low_ptr, high_ptr):
     i = tl.arange(0, 256)
-    tl.store(out_ptr + i, cast(tl.load(q_ptr + i), tl.float16, False))
+    q = tl.load(q_ptr + i)
+    tl.store(fp16_ptr + i, cast(q, tl.float16, False))
+    low, high = int8_as_bf16(q)
+    tl.store(low_ptr + i, low)
+    tl.store(high_ptr + i, high)
 
 
-def test_int8_to_fp16_by_bits():
-    """The conversion that GPUs use in place of a slow one, for every int8 there is."""
-    q, out = torch.arange(-128, 128, dtype=torch.int8, device=DEVICE), torch.empty(256, dtype=torch.float16, device=DEVICE)
-    _int8_to_fp16[(1,)](q, out)
-    assert torch.equal(out, q.half())
+def test_int8_converts_by_bits():
+    """The conversions that GPUs use in place of a slow instruction, for every int8 there is."""
+    q = torch.arange(-128, 128, dtype=torch.int8, device=DEVICE)
+    fp16, low, high = (torch.empty(256, dtype=d, device=DEVICE) for d in (torch.float16, torch.int16, torch.int16))
+    _int8_by_bits[(1,)](q, fp16, low, high)
+    assert torch.equal(fp16, q.half())
+    assert torch.equal(low.view(torch.bfloat16) - high.view(torch.bfloat16), q.bfloat16())
+
+
+def test_no_dependent_launch_where_a_factor_was_just_copied(monkeypatch):
+    """The copy may still be under way when a block reads ahead of the wait."""
+    launched = []
+    monkeypatch.setattr(triton_common, "INTERPRETED", False)
+    monkeypatch.setattr(triton_common.Launch, "run", lambda launch: launched.append(launch))
+    x, V, Us, scale, bases, biases = problem(4, 64, [32, 32], [48, 48], torch.float32, torch.float32)
+    ids, copied = draw_ids("one", 4), Us[0].t().contiguous().t()
+    for v, us, pdl in ((V, Us, True), (V.contiguous(), Us, False), (V, [copied, Us[1]], False)):
+        for forward in (tk.forward_pair, tk.forward_swiglu):
+            launched.clear()
+            forward(x, v, us, scale, ids, bases, biases)
+            assert [(launch.meta["PDL"], launch.options.get("launch_pdl", False)) for launch in launched] == [(pdl, pdl)] * 2
 
 
 def test_what_does_not_fit_is_said():

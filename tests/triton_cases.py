@@ -20,22 +20,31 @@ def draw_ids(mix, n):
     return torch.multinomial(torch.tensor(weights[mix], dtype=torch.float), max(n, 1), replacement=True)[:n].to(DEVICE, torch.int32)
 
 
+def among_nans(t, dtype):
+    """t on the device with NaN before and after it: what is read there by mistake shows, even where it is multiplied by zero."""
+    if dtype == torch.int8:
+        return t.to(dtype).to(DEVICE)
+    room = torch.full((t.numel() + 512,), torch.nan, dtype=dtype, device=DEVICE)
+    room[256:-256] = t.reshape(-1)
+    return room[256:-256].view(t.shape)
+
+
 def factor(rows, columns, dtype):
     w = torch.randn(rows, columns) / columns**0.5
     if dtype == torch.int8:
         w = (w * (127 / w.abs().max())).round()
-    return w.to(dtype).to(DEVICE)
+    return among_nans(w, dtype)
 
 
 def problem(T, N, Rs, Ms, x_dtype, w_dtype, base=True, bias=True):
     C = sum(Rs)
-    x = torch.randn(T, N).to(x_dtype).to(DEVICE)
+    x = among_nans(torch.randn(T, N), x_dtype)
     V, Us = factor(C, N, w_dtype).t(), [factor(M, R, w_dtype) for M, R in zip(Ms, Rs, strict=True)]
-    scale = torch.randn(E, C).to(DEVICE)
+    scale = among_nans(torch.randn(E, C), torch.float32)
     if w_dtype == torch.int8:
         scale /= V.float().abs().max() ** 2 * 4  # the column scales of int8 factors are part of scale
-    bases = [torch.randn(T, M).to(x_dtype).to(DEVICE) if base else None for M in Ms]
-    biases = [torch.randn(M).to(x_dtype).to(DEVICE) if bias else None for M in Ms]
+    bases = [among_nans(torch.randn(T, M), x_dtype) if base else None for M in Ms]
+    biases = [among_nans(torch.randn(M), x_dtype) if bias else None for M in Ms]
     return x, V, Us, scale, bases, biases
 
 
@@ -70,3 +79,14 @@ def check(got, plain, want, x_dtype):
         room = 2 if x_dtype == torch.float32 else 1.1
         error, allowed = (y.double() - exact_y).norm(), room * (eager_y.double() - exact_y).norm()
         assert error <= allowed, f"error {error:.3e}, eager's {allowed / room:.3e}"
+
+
+def gradients(dys, x, V, Us, scale, ids, dtype):
+    """dx and dscale of the definition, by autograd in a dtype: fp64 is the truth, x's dtype is what eager torch does."""
+    x, scale = (
+        x.detach().to(dtype).requires_grad_(),
+        scale.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_(),
+    )
+    g = (x @ V.to(dtype)) * scale[ids.long()].to(dtype)
+    ys = [g_i @ U.to(dtype).t() for g_i, U in zip(g.split([U.shape[1] for U in Us], 1), Us, strict=True)]
+    return torch.autograd.grad(ys, [x, scale], [dy.to(dtype) for dy in dys])

@@ -15,7 +15,7 @@ from t2kernels.cli.evaluate import show_accuracies
 
 
 def train(
-    task: str = typer.Option("math", "--task", "-t", help="A task by name, or a .jsonl file with the columns prompt and answer."),
+    task: str = typer.Option("math", "--task", "-t", help="A task by name, NAME:PATH, or a .jsonl file with prompt and answer."),
     into: Path = typer.Option(None, "--out", "-o", help="Where to save the expert.  \\[default: experts/TASK]", show_default=False),
     model: str = models.ModelOption,
     init: str = typer.Option(None, help="Go on from this expert, instead of from the base model.", show_default=False),
@@ -53,6 +53,7 @@ def train(
     chosen = t2.tasks.load(task)
     into = into or Path("experts") / chosen.name
     held_out = some(chosen, "test", n)
+    chosen.split("train", 1)  # whether it is there is known before the model is
     loaded = models.load(model, dtype, device)
     bank = models.patch(loaded, targets, rank, form, factors)
     out.print(f"[dim]{bank.describe()}[/]")

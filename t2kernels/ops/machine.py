@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from importlib import metadata
 
 import torch
 
-from .planner import Machine
+from . import triton_kernels
+from .planner import PAIR_TOKENS, Machine
+from .tuning import read_table
 
 
 def machine_of(device: torch.device) -> Machine:
@@ -16,6 +19,18 @@ def machine_of(device: torch.device) -> Machine:
 
 @functools.cache
 def _machine(kind: str, index: int | None) -> Machine:
-    missing = {"cuda": "this version of t2kernels has no CUDA kernel", "triton": "this version of t2kernels has no Triton kernel"}
-    name = torch.cuda.get_device_name(index) if kind == "cuda" else kind
-    return Machine(kind, name, tuple(missing.items()))
+    device = torch.device(kind, index)
+    missing = {"cuda": "this version of t2kernels has no CUDA kernel"}
+    if why := triton_kernels.why_not(device):
+        missing["triton"] = why
+    name, unchecked, pair_tokens = kind, {}, PAIR_TOKENS
+    if kind == "cpu":
+        unchecked["triton"] = "its interpreter is for checks"
+    elif kind == "cuda":
+        name = torch.cuda.get_device_name(device)
+        table = None if why else read_table(name, metadata.version("triton"))
+        if table is None or not table.get("checked"):
+            unchecked["triton"] = "its kernels have not been checked on this kind of GPU; `t2 tune` does that"
+        else:
+            pair_tokens = table.get("pair_tokens", pair_tokens)
+    return Machine(kind, name, tuple(missing.items()), tuple(unchecked.items()), pair_tokens)

@@ -19,6 +19,9 @@ MATERIALISE_MARGIN = 1.1
 # Above this many tokens two library matmuls around a row scaling do better than the skinny kernels, whose tiles are made for streaming weights:
 # predicted crossover 128 to 160 tokens on an H200-like machine, from a time model; to be replaced by what `t2 tune` measures.
 PAIR_TOKENS = 160
+# Matrices that one launch of the skinny expand can hold: q, k, v and one more.
+PAIR_MEMBERS = 4
+NO_FP64 = "float64 is for checks, on impl='torch'"
 
 
 class Machine(NamedTuple):
@@ -90,13 +93,15 @@ def bytes_moved(call: Call, path: str = "mm") -> int:
 @functools.lru_cache(4096)
 def choose(call: Call, machine: Machine, impl: str = "auto") -> Choice:
     """The path of a call. impl: "auto", or one by name, which must be able to run (`why_missing`)."""
-    impl, why = _implementation(machine) if impl == "auto" else (impl, "asked for")
+    impl, why = _implementation(call, machine) if impl == "auto" else (impl, "asked for")
     if call.kept:
         return Choice("torch", "a library matmul", "kept", "W' of this expert is kept")
     dense = _worth_a_dense_weight(call)
     if dense is not None:
         return Choice(impl, why, "dense", _say_dense(call, dense), dense or None)
     if impl == "triton" and not call.grad:
+        if len(call.M) > PAIR_MEMBERS:
+            return Choice(impl, why, "mm", f"more than {PAIR_MEMBERS} matrices: library matmuls around a row scaling")
         if call.T <= machine.pair_tokens:
             return Choice(impl, why, "pair", f"at most {machine.pair_tokens} tokens: skinny kernels")
         return Choice(impl, why, "mm", f"more than {machine.pair_tokens} tokens: library matmuls around a row scaling")
@@ -119,13 +124,16 @@ def could_be_dense(call: Call) -> bool:
     return _worth_a_dense_weight(call._replace(one=True)) is not None
 
 
-def why_missing(machine: Machine, impl: str) -> str | None:
-    """Why `impl` cannot run on the machine, or None."""
-    return dict(machine.missing).get(impl)
+def why_missing(machine: Machine, impl: str, x: torch.dtype = torch.float32) -> str | None:
+    """Why `impl` cannot run on the machine for an input of dtype `x`, or None."""
+    why = dict(machine.missing).get(impl)
+    return NO_FP64 if why is None and impl != "torch" and x == torch.float64 else why
 
 
-def _implementation(machine: Machine) -> tuple[str, str]:
+def _implementation(call: Call, machine: Machine) -> tuple[str, str]:
     kept_off = dict((*machine.unchecked, *machine.missing))
+    if call.x == torch.float64:
+        kept_off = dict.fromkeys(("triton", "cuda"), NO_FP64)
     for impl in ("cuda", "triton"):
         if impl not in kept_off:
             return impl, f"checked on {machine.name}"

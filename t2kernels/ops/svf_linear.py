@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import torch_kernels
+from . import torch_kernels, triton_kernels
 from .machine import machine_of
 from .planner import IMPLS, Call, Choice, choose, could_be_dense, why_missing
 from .precision import FACTOR_DTYPES, X_DTYPES, forward_precision
@@ -91,12 +91,29 @@ def call_group(x, V, U, scale, expert_ids, base, bias, impl="auto") -> list[Tens
 
 def shrink(x, V, scale, expert_ids) -> Tensor:
     """g = (x V) * scale[expert_ids] [T, C]: the first half of the op alone, without gradients, for `expand`, which gives it its meaning."""
-    return torch_kernels.shrink(x, V, scale, expert_ids)[0]
+    choice = _plan_of_half(x.shape[:-1].numel(), x.shape[-1], V, x.dtype, x.device)
+    if choice.path == "pair":
+        return triton_kernels.shrink(x, V, scale, expert_ids)
+    half = triton_kernels.shrink_mm if choice.impl == "triton" else torch_kernels.shrink
+    made = half(x, V, scale, expert_ids)
+    return made if choice.impl == "triton" else made[0]
 
 
 def expand(g, Us, bases, biases, dtype, lead) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i [*lead, M_i]: the second half. dtype, lead: those of the x that g was made from."""
+    if _plan_of_half(g.shape[0], sum(U.shape[0] for U in Us), Us[0], dtype, g.device).path == "pair":
+        return [y.reshape(*lead, y.shape[-1]) for y in triton_kernels.expand(g, Us, bases, biases, dtype)]
     return torch_kernels.expand(g, Us, bases, biases, dtype, lead)
+
+
+def swiglu(x, V, Us, scale, expert_ids, bases, biases) -> Tensor:
+    """silu(y_0) * y_1 for two members y_i, in one launch; for calls whose `plan` is the skinny pair, without gradients."""
+    return triton_kernels.forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
+
+
+def _plan_of_half(T: int, size: int, factor: Tensor, dtype: torch.dtype, device: torch.device) -> Choice:
+    # Both halves must decide alike where it matters, on T; a base is what keeps W' from being considered.
+    return choose(Call(T, size, (size,), (factor.shape[1],), dtype, factor.dtype, base=True), machine_of(device))
 
 
 def _differentiated(x: Tensor, scale: Tensor) -> bool:
@@ -124,7 +141,7 @@ def plan(x: Tensor, V: Tensor, Us: list[Tensor], expert_ids: Tensor, base: bool 
 def _check_impl(impl: str, x: Tensor) -> None:
     if impl not in ("auto", *IMPLS):
         raise ValueError(f"impl={impl!r} is unknown; wanted 'auto' or one of {', '.join(map(repr, IMPLS))}")
-    if impl != "auto" and (why := why_missing(machine_of(x.device), impl)):
+    if impl != "auto" and (why := why_missing(machine_of(x.device), impl, x.dtype)):
         raise ImplUnavailableError(f"impl={impl!r} cannot run here: {why}; use impl='torch', or 'auto' to have one chosen")
 
 
@@ -208,7 +225,10 @@ def _run(x, V, U, scale, expert_ids, base, bias, impl, saving=False) -> list[Ten
     arguments = (x, V, U, scale, expert_ids, base, bias)
     if choice.path == "dense":
         return torch_kernels.materialised(*arguments, choice.experts)
-    ys, h = torch_kernels.forward(*arguments, keep_h=saving)
+    if choice.path == "pair":
+        return triton_kernels.forward_pair(*arguments)
+    forward = triton_kernels.forward_mm if choice.impl == "triton" else torch_kernels.forward
+    ys, h = forward(*arguments, saving)
     return [*ys, h] if saving else ys
 
 
@@ -225,7 +245,8 @@ def _saving_impl(x, V, U, scale, expert_ids, base, bias, impl):
 
 
 def _backward_impl(dy, x, V, U, scale, expert_ids, h, need_dx, need_dscale, impl):
-    return torch_kernels.backward(dy, x, V, U, scale, expert_ids, need_dx, need_dscale, h)
+    kernels = triton_kernels if plan(x, V, U, expert_ids, impl=impl, grad=True).impl == "triton" else torch_kernels
+    return kernels.backward(dy, x, V, U, scale, expert_ids, need_dx, need_dscale, h)
 
 
 _IMPLEMENTATIONS = {

@@ -5,12 +5,15 @@ A group of matrices that share x is the general case: V's side by side along C, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .precision import backward_precision, forward_precision
+
+ScaleRows = Callable[..., Tensor]
+"""(h [T, C], scale [E, C], expert_ids, x's leading sizes, times, out) -> h * scale[expert_ids] * times, to `out` if that is a tensor."""
 
 
 def forward(
@@ -22,18 +25,47 @@ def forward(
     bases: list[Tensor | None],
     biases: list[Tensor | None],
     keep_h: bool = True,
+    scale_rows: ScaleRows | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]; and h = x V [T, C] for `backward`, if that is wanted."""
-    g, h = shrink(x, V, scale, expert_ids, keep_h)
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]; and h = x V [T, C] for `backward`, if that is wanted.
+
+    scale_rows: another implementation of the row scaling between the two products
+    """
+    g, h = shrink(x, V, scale, expert_ids, keep_h, scale_rows)
     return expand(g, Us, bases, biases, x.dtype, x.shape[:-1]), h
 
 
-def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor, keep_h: bool = False) -> tuple[Tensor, Tensor | None]:
+def shrink(
+    x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor, keep_h: bool = False, scale_rows: ScaleRows | None = None
+) -> tuple[Tensor, Tensor | None]:
     """g = (x V) * scale[expert_ids] [T, C], in the dtype and units of `forward_precision`, and h = x V if it is to be kept."""
-    how = forward_precision(x.dtype, V.dtype)
-    h = _floats(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), how.dtype, how.x) @ _floats(V, how.dtype, how.V)  # [T, C]
-    g = _scale_rows(h, scale, expert_ids, x.shape[:-1], how.scale, out=None if keep_h else h)
+    h, times = through_V(x, V), forward_precision(x.dtype, V.dtype).scale
+    g = (scale_rows or _scale_rows)(h, scale, expert_ids, x.shape[:-1], times, out=None if keep_h else h)
     return g, h if keep_h else None
+
+
+def through_V(x: Tensor, V: Tensor) -> Tensor:
+    """h = x V [T, C], in the dtype and units of `forward_precision`."""
+    how = forward_precision(x.dtype, V.dtype)
+    return _floats(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), how.dtype, how.x) @ _floats(V, how.dtype, how.V)
+
+
+def through_U(dys: list[Tensor], Us: list[Tensor]) -> Tensor:
+    """p = dy U [T, C], in the dtype and units of `backward_precision`."""
+    how = backward_precision(dys[0].dtype, Us[0].dtype)
+    ps = [dy.reshape(-1, U.shape[0]) @ _floats(U, how.dtype, how.V) for dy, U in zip(dys, Us, strict=True)]
+    return ps[0] if len(ps) == 1 else torch.cat(ps, dim=1)
+
+
+def back_through_V(q: Tensor, V: Tensor, shape: torch.Size) -> Tensor:
+    """dx = q Vᵀ, from q = p * scale[expert_ids]."""
+    return (q @ _floats(V, q.dtype).t()).reshape(shape)
+
+
+def unit_of_dscale(x: torch.dtype, factors: torch.dtype) -> float:
+    """What sums of `through_V` times `through_U` must be multiplied by."""
+    there, back = forward_precision(x, factors), backward_precision(x, factors)
+    return 1 / (there.x * there.V * back.V)
 
 
 def expand(
@@ -108,20 +140,15 @@ def backward(
 
     h: x V as `forward` returned it, or None: computed again
     """
-    lead, how = x.shape[:-1], backward_precision(x.dtype, V.dtype)
-    ps = [dy.reshape(-1, U.shape[0]) @ _floats(U, how.dtype, how.V) for dy, U in zip(dys, Us, strict=True)]
-    p = ps[0] if len(ps) == 1 else torch.cat(ps, dim=1)  # [T, C]
+    lead, p = x.shape[:-1], through_U(dys, Us)
     dx, dscale = x.new_empty(0), scale.new_empty(0)
     if need_dx:
-        dx = (_scale_rows(p, scale, expert_ids, lead, how.scale) @ _floats(V, how.dtype).t()).reshape(x.shape)
+        dx = back_through_V(_scale_rows(p, scale, expert_ids, lead, backward_precision(x.dtype, V.dtype).scale), V, x.shape)
     if need_dscale:
-        there = forward_precision(x.dtype, V.dtype)
-        if h is None:
-            h = _floats(x.reshape(-1, x.shape[-1]), there.dtype, there.x) @ _floats(V, there.dtype, there.V)
-        product = h.to(scale.dtype) * p.to(scale.dtype)  # [T, C]
+        product = (through_V(x, V) if h is None else h).to(scale.dtype) * p.to(scale.dtype)  # [T, C]
         rows, repeat = expert_ids.numel(), tokens_per_id(expert_ids, lead)
         per_id = product if repeat == 1 else product.reshape(rows, repeat, product.shape[1]).sum(1)
-        dscale = torch.zeros_like(scale).index_add_(0, expert_ids.reshape(-1), per_id, alpha=1 / (there.x * there.V * how.V))
+        dscale = torch.zeros_like(scale).index_add_(0, expert_ids.reshape(-1), per_id, alpha=unit_of_dscale(x.dtype, V.dtype))
     return dx, dscale
 
 

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .precision import forward_precision
 from .tuning import Tiles, read_table
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-HEADROOM = 2.0**-5  # fp16 products of bf16 data: nothing overflows below 65504 * 32, about 2e6
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -46,9 +46,8 @@ def products(x_dtype: torch.dtype, w_dtype: torch.dtype) -> tuple[torch.dtype, f
         raise ValueError(f"the Triton kernels take x in float32, bfloat16 or float16; got {x_dtype}: use impl='torch'")
     if w_dtype not in (*_TL, torch.int8):
         raise ValueError(f"the Triton kernels take factors in float32, bfloat16, float16 or int8; got {w_dtype}")
-    if x_dtype == torch.bfloat16 and w_dtype == torch.float16:
-        return torch.float16, HEADROOM
-    return x_dtype, 1.0
+    how = forward_precision(x_dtype, w_dtype)
+    return how.dtype, how.x
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -89,6 +88,13 @@ def repeat_of(x: Tensor, expert_ids: Tensor) -> int:
 
 
 @triton.jit
+def int8_as_bf16(a):
+    """Bits of two bf16 with difference a: 128 + (a & 127), and 128 or, for negative a, 256, which is one bit away."""
+    a = a.to(tl.int16)
+    return (a & 0x7F) | 0x4300, (a & 0x80) | 0x4300
+
+
+@triton.jit
 def cast(a, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """a rounded to nearest in DTYPE. The interpreter keeps the rounded values in fp32: its own bf16 casts truncate, its bf16 products and
     its int8 to bf16 casts are wrong (numpy has no bf16)."""
@@ -101,8 +107,11 @@ def cast(a, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
             a = a.to(tl.float16).to(tl.float32)
         return a
     elif a.dtype == tl.int8 and DTYPE == tl.float16:
-        # 1024 + (a + 128) is fp16 with a + 128 in its last bits: two cheap instructions in place of a conversion of one weight a lane.
-        return (((a.to(tl.int16) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0).to(tl.float16)
+        # 1024 + (a + 128) is the fp16 whose last bits are a + 128. A conversion would be one weight a lane at a quarter of the rate.
+        return ((a.to(tl.int16) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+    elif a.dtype == tl.int8 and DTYPE == tl.bfloat16:
+        low, high = int8_as_bf16(a)
+        return low.to(tl.bfloat16, bitcast=True) - high.to(tl.bfloat16, bitcast=True)
     elif a.dtype == tl.bfloat16 and DTYPE == tl.float16:
         return a.to(tl.float32).to(tl.float16)  # packed conversion; the direct one is done one weight at a time
     else:

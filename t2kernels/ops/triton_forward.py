@@ -258,19 +258,24 @@ def swiglu_kernel(
 # --- launches ----------------------------------------------------------------------------------------------------------------------
 
 
-def _ahead(K: int, tile: Tiles, factors: int, w_dtype: torch.dtype, split: int = 1) -> int:
-    """How many steps are loaded by hand before the wait: two, or one where their operands would take over 48 registers a thread each."""
-    registers = tile.BK * (factors * tile.BR * w_dtype.itemsize + 2 * tile.BT) // (4 * 32 * tile.warps)
-    return min(2 if registers <= 48 else 1, cdiv(K, tile.BK * split))
+def _ahead(K: int, tile: Tiles, w_dtype: torch.dtype, split: int = 1, parts: int = 1) -> int:
+    """How many steps are loaded by hand before the wait: two, or one where the registers of two, with the sum and scale, would spill."""
+    a_bytes = 2 if parts == 1 else 4 * (parts + 1)  # partial sums and scale are fp32, and are all in flight together
+    step = tile.BK * (tile.BR * w_dtype.itemsize + tile.BT * a_bytes) // (4 * 32 * tile.warps)  # registers of a thread
+    both = tile.BT <= 32 and step <= 48
+    return min(2 if both else 1, cdiv(K, tile.BK * split))
 
 
 def shrink_launch(
-    x: Tensor, Vt: Tensor, scale: Tensor, ids: Tensor, repeat: int, out: Tensor, tile: Tiles, arch: tuple[int, int]
+    x: Tensor, Vt: Tensor, scale: Tensor, ids: Tensor, repeat: int, out: Tensor, tile: Tiles, arch: tuple[int, int], settled: bool = True
 ) -> Launch:
-    """x [T, N], Vt [C, N] -> out: g [T, C] for split 1, else partial sums [split, T, C] in fp32."""
+    """x [T, N], Vt [C, N] -> out: g [T, C] for split 1, else partial sums [split, T, C] in fp32.
+
+    settled: False where a factor was just written, and nothing of it may be read before the wait; here and below
+    """
     (T, N), C = x.shape, Vt.shape[0]
     dtype, headroom = products(x.dtype, Vt.dtype)
-    chosen = options(tile, arch, pdl=True)
+    chosen = options(tile, arch, pdl=settled)
     return Launch(
         shrink_kernel,
         (cdiv(T, tile.BT), cdiv(C, tile.BR), tile.split),
@@ -279,7 +284,7 @@ def shrink_launch(
             repeat=repeat,
         ),
         dict(
-            BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=tile.split, AHEAD=_ahead(N, tile, 1, Vt.dtype, tile.split), EVEN=N % (tile.BK * tile.split) == 0,
+            BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=tile.split, AHEAD=_ahead(N, tile, Vt.dtype, split=tile.split), EVEN=N % (tile.BK * tile.split) == 0,
             HEADROOM=headroom, DTYPE=triton_dtype(dtype), PDL="launch_pdl" in chosen, INTERPRETED=INTERPRETED,
         ),
         chosen,
@@ -288,13 +293,13 @@ def shrink_launch(
 
 def expand_launch(
     g: Tensor, Us: list[Tensor], bases: list[Tensor | None], biases: list[Tensor | None], ys: list[Tensor], tile: Tiles, arch: tuple[int, int],
-    scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1,
+    scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1, settled: bool = True,
 ) -> Launch:  # fmt: skip
-    """g as shrink left it ([T, C], or [split, T, C] with scale and ids) -> ys, each [T, M_i]."""
+    """g as shrink left it ([T, C] with any stride between rows, or [split, T, C] with scale and ids) -> ys, each [T, M_i]."""
     split = g.shape[0] if g.dim() == 3 else 1
-    T, C = g.shape[-2:]
+    T, C = g.shape[-2], g.stride(-2)
     dtype, headroom = products(ys[0].dtype, Us[0].dtype)
-    chosen = options(tile, arch, pdl=True)
+    chosen = options(tile, arch, pdl=settled)
     columns = [0, *accumulate(U.shape[1] for U in Us)]
 
     def four(name: str, values: list) -> dict[str, object]:
@@ -315,7 +320,7 @@ def expand_launch(
         ),
         dict(
             MEMBERS=len(Us), BASES=_bits(bases), BIASES=_bits(biases), BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=split,
-            AHEAD=min(_ahead(U.shape[1], tile, 1, U.dtype) for U in Us), EVEN=all(U.shape[1] % tile.BK == 0 for U in Us), HEADROOM=headroom,
+            AHEAD=min(_ahead(U.shape[1], tile, U.dtype, parts=split) for U in Us), EVEN=all(U.shape[1] % tile.BK == 0 for U in Us), HEADROOM=headroom,
             DTYPE=triton_dtype(dtype), PDL="launch_pdl" in chosen, INTERPRETED=INTERPRETED,
         ),
         chosen,
@@ -324,13 +329,13 @@ def expand_launch(
 
 def swiglu_launch(
     g: Tensor, Us: list[Tensor], bases: list[Tensor | None], biases: list[Tensor | None], y: Tensor, tile: Tiles, arch: tuple[int, int],
-    scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1,
+    scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1, settled: bool = True,
 ) -> Launch:  # fmt: skip
     """g of the two members gate and up -> y [T, M] = silu(gate) * up."""
     split = g.shape[0] if g.dim() == 3 else 1
     T, C = g.shape[-2:]
     dtype, headroom = products(y.dtype, Us[0].dtype)
-    chosen = options(tile, arch, pdl=True)
+    chosen = options(tile, arch, pdl=settled)
     K0, K1 = Us[0].shape[1], Us[1].shape[1]
     return Launch(
         swiglu_kernel,

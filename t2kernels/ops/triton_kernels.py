@@ -16,6 +16,8 @@ import os
 import torch
 from torch import Tensor
 
+from . import torch_kernels
+
 
 def why_not(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run for tensors on a device; None where they can."""
@@ -27,6 +29,8 @@ def why_not(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"the Triton kernels are written for NVIDIA GPUs, not for {device.type}"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU here"
     if torch.version.hip:
         return "the Triton kernels are written for NVIDIA GPUs, and this torch is built for AMD"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -66,6 +70,13 @@ def shrink(x, V, scale, expert_ids) -> Tensor:
     return shrink(x, V, scale, expert_ids)
 
 
+def shrink_mm(x, V, scale, expert_ids) -> Tensor:
+    """`shrink` for many tokens: torch.mm and one pass of `scale_rows`."""
+    from .triton_mm import row_scaling
+
+    return torch_kernels.shrink(x, V, scale, expert_ids, scale_rows=row_scaling)[0]
+
+
 def expand(g, Us, bases, biases, dtype=None) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i, each [T, M_i]: the second half. dtype: x's, where neither a base nor a bias tells it."""
     from .triton_pair import expand
@@ -79,9 +90,9 @@ def forward_mm(x, V, Us, scale, expert_ids, bases, biases, need_h=False) -> tupl
     Factors in int8 or in another float than x's are converted whole before the product, except fp16 factors with bf16 x, where x is.
     h: x V as `backward` takes it, or None where need_h is False.
     """
-    from .triton_mm import forward_mm
+    from .triton_mm import row_scaling
 
-    return forward_mm(x, V, Us, scale, expert_ids, bases, biases, need_h)
+    return torch_kernels.forward(x, V, Us, scale, expert_ids, bases, biases, need_h, row_scaling)
 
 
 def scale_rows(h, scale, expert_ids, repeat, out=None) -> Tensor:

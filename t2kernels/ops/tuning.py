@@ -7,6 +7,7 @@ registers and shared memory, and were checked by compiling for sm_80, sm_90 and 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import astuple, dataclass
 from itertools import product
 from math import log2
@@ -70,10 +71,11 @@ def _skinny(kernel, T, rows, K, x_dtype, w_dtype, capability, parts) -> Tiles:
     # BR rows of the factor against BT tokens: as many bytes of activations are read as of factors where BR = BT, so BR grows with BT.
     least = 32 if narrow else {16: 32, 32: 64}.get(BT, 64)
     largest = 32 if narrow else {16: 64, 32: 64}.get(BT, 64 if kernel == "swiglu" else 128)
-    if kernel == "shrink" and rows * cdiv(T, BT) < 16 * sms and BT == 16:
+    if kernel == "shrink" and rows * cdiv(T, BT) < 16 * sms and BT <= 32 and x_dtype != torch.float32:
         least = 16  # the delta form's few rows: more blocks before more parts of a sum
     BR = next((b for b in (128, 64, 32) if least <= b <= largest and cdiv(rows, b) * cdiv(T, BT) >= 0.9 * sms), least)
-    warps = 8 if BT == 128 else 4  # 32 numbers of the sum a thread, 64 at the most
+    # 32 numbers of the sum a thread, 64 at the most; two narrow int8 factors of 64 columns are 16 bytes a lane for four warps.
+    warps = 8 if BT == 128 and not (narrow and kernel == "swiglu") else 4
     if narrow and BT >= 64 and w_dtype == torch.int8:
         BK = 128  # 32 rows of 64 bytes would be 8 bytes a lane
     if BR == 16 and w_dtype.itemsize == 2:
@@ -139,7 +141,12 @@ def _sensible(t: Tiles, kernel, T, rows, K, x_dtype, w_dtype, capability) -> boo
 def _fits(t: Tiles, kernel, x_dtype, w_dtype, capability) -> bool:
     """Shared memory: the stages, and on sm_90 and later one step more, for what is loaded by hand."""
     step = (2 if kernel == "swiglu" else 1) * t.BK * (t.BR * w_dtype.itemsize + t.BT * max(2, x_dtype.itemsize))
-    return (t.stages + (capability[0] >= 9)) * step <= _SHARED_KB.get(tuple(capability), 99) * 1024
+    return (t.stages + (capability[0] >= 9)) * step <= shared_bytes(capability)
+
+
+def shared_bytes(capability: tuple[int, int]) -> int:
+    """The most shared memory that a block may have."""
+    return _SHARED_KB.get(tuple(capability), 99) * 1024
 
 
 def cdiv(a: int, b: int) -> int:
@@ -149,27 +156,44 @@ def cdiv(a: int, b: int) -> int:
 # --- tables made offline ---------------------------------------------------------------------------------------------------------------
 
 
+def user_folder() -> Path:
+    """Where `t2 tune` keeps what it finds: tuned/ in t2kernels' directory under XDG_CACHE_HOME, or under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2kernels" / "tuned"
+
+
 def table_path(device_name: str, triton_version: str, folder: Path = TABLES) -> Path:
     """Where the table of a GPU lies: its name, and Triton's major.minor, since another compiler is another machine."""
     name = "".join(c if c.isalnum() else "_" for c in device_name)
     return Path(folder) / f"{name}-triton{'.'.join(triton_version.split('.')[:2])}.json"
 
 
-def read_table(device_name: str, triton_version: str, folder: Path = TABLES) -> dict | None:
-    """The table of this GPU and this Triton, None where nobody has made one."""
-    path = table_path(device_name, triton_version, folder)
-    return json.loads(path.read_text()) if path.exists() else None
+def read_table(device_name: str, triton_version: str, folder: Path | None = None) -> dict | None:
+    """The table of this GPU and this Triton: the user's own, else the package's; None where nobody has made one.
+
+    Raises ValueError for a file that is not a table.
+    """
+    for path in (table_path(device_name, triton_version, f) for f in ([folder] if folder else [user_folder(), TABLES])):
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text())
+                if isinstance(found["tiles"], dict):
+                    return found
+            except (ValueError, KeyError, TypeError):
+                pass
+            raise ValueError(f"{path} is not a table of tiles: delete it, and run `t2 tune` again")
+    return None
 
 
-def write_table(device_name: str, triton_version: str, commit: str, best: dict[tuple, Tiles], folder: Path = TABLES) -> Path:
-    """best: (kernel, T, rows, K, x_dtype, w_dtype) -> the tiles that were fastest there."""
+def write_table(device_name: str, triton_version: str, best: dict[tuple, Tiles], folder: Path = TABLES, **facts) -> Path:
+    """best: (kernel, T, rows, K, x_dtype, w_dtype) -> the tiles that were fastest there. facts: what else stands in it, such as the checks."""
     found: dict[str, dict[str, tuple]] = {}
     for (kernel, T, rows, K, x_dtype, w_dtype), t in best.items():
         found.setdefault(_key(kernel, rows, K, x_dtype, w_dtype), {})[str(T)] = astuple(t)
     path = table_path(device_name, triton_version, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": device_name, "triton": triton_version, "commit": commit, "tiles": found}, indent=1) + "\n")
-    return path
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"device": device_name, "triton": triton_version, **facts, "tiles": found}, indent=1) + "\n")
+    return temporary.replace(path)
 
 
 def _key(kernel: str, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dtype) -> str:

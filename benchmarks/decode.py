@@ -1,0 +1,273 @@
+"""What does decoding with experts cost on a GPU, layer by layer, beside the dense layer and beside plain torch?
+
+    python benchmarks/decode.py              the groups of Llama-3-8B, T = 1, 8, 32, 128, every token its own expert: some four minutes
+    python benchmarks/decode.py --dry-run    tiny sizes, on the CPU too (TRITON_INTERPRET=1): the checks, and no time
+    python benchmarks/decode.py --small      one small call of every kernel, for compute-sanitizer
+
+A time is that of one call in a CUDA graph of many, whose weights are copies taken in turn, in all more than four times the L2 cache. What the
+graph wrote is compared with fp64 first: the error may be 1.1 times that of plain torch in the same dtypes. A wrong result gets no time.
+Rows are appended to benchmarks/results/decode.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from measure import RESULTS, append, machine
+from torch import Tensor
+
+from t2kernels.ops import torch_kernels, triton_kernels
+
+GROUPS = {"qkv": (4096, (4096, 1024, 1024)), "o": (4096, (4096,)), "gate+up": (4096, (14336, 14336)), "down": (14336, (4096,))}
+BF16, INT8 = torch.bfloat16, torch.int8
+E, DELTA = 128, 256
+ROOM = 1.1
+
+
+class Weights(NamedTuple):
+    """One copy of a group: W of every member, or None in factored form, and the factors."""
+
+    W: list[Tensor] | None
+    V: Tensor
+    U: list[Tensor]
+    scale: Tensor
+
+
+class Case(NamedTuple):
+    """form: "delta bf16", "factored bf16" or "factored int8"; run: variant -> what it computes from (x, ids, weights)."""
+
+    form: str
+    run: dict[str, Callable[[Tensor, Tensor, Weights], list[Tensor]]]
+
+
+def base(x: Tensor, w: Weights) -> list[Tensor | None]:
+    return [None] * len(w.U) if w.W is None else [F.linear(x, W) for W in w.W]
+
+
+def none(w: Weights) -> list[None]:
+    return [None] * len(w.U)
+
+
+def dense(x, ids, w):
+    return [F.linear(x, W) for W in w.W]
+
+
+def plain_torch(x, ids, w):
+    return torch_kernels.forward(x, w.V, w.U, w.scale, ids, base(x, w), none(w), keep_h=False)[0]
+
+
+def triton_pair(x, ids, w):
+    return triton_kernels.forward_pair(x, w.V, w.U, w.scale, ids, base(x, w), none(w))
+
+
+def triton_mm(x, ids, w):
+    return triton_kernels.forward_mm(x, w.V, w.U, w.scale, ids, base(x, w), none(w))[0]
+
+
+CASES = (
+    Case("delta bf16", {"dense F.linear": dense, "dense + torch": plain_torch, "dense + triton pair": triton_pair}),
+    Case("factored bf16", {"torch mm, scale, mm": plain_torch, "triton mm, scale, mm": triton_mm, "triton pair": triton_pair}),
+    Case("factored int8", {"triton pair": triton_pair}),
+)
+
+
+def weights(form: str, N: int, Ms: tuple[int, ...], device: torch.device, delta: int) -> Weights:
+    dtype = INT8 if form.endswith("int8") else BF16
+
+    def factor(rows: int, columns: int) -> Tensor:
+        w = torch.randn(rows, columns, device=device) / columns**0.5
+        return (w * (127 / w.abs().amax())).round().to(INT8) if dtype == INT8 else w.to(BF16)
+
+    extra = 32 if dtype == INT8 else 0  # 3 % residual columns, in whole tiles
+    ranks = [delta if form.startswith("delta") else min(M, N) + -(-min(M, N) // (32 * extra)) * extra if extra else min(M, N) for M in Ms]
+    V, U = factor(sum(ranks), N).t(), [factor(M, R) for M, R in zip(Ms, ranks, strict=True)]
+    scale = torch.rand(E, sum(ranks), device=device) + 0.5
+    if dtype == INT8:
+        scale /= V.float().norm(dim=0).mean() * U[0].float().norm(dim=0).mean()
+    W = [(torch.randn(M, N, device=device) / N**0.5).to(BF16) for M in Ms] if form.startswith("delta") else None
+    return Weights(W, V, U, scale)
+
+
+def exact(x: Tensor, ids: Tensor, w: Weights, with_experts: bool) -> list[Tensor]:
+    ys = [x.double() @ W.double().t() for W in w.W] if w.W is not None else [0.0] * len(w.U)
+    if with_experts:
+        g = (x.double() @ w.V.double()) * w.scale.double()[ids]
+        parts = g.split([U.shape[1] for U in w.U], 1)
+        ys = [y + g_i @ U.double().t() for y, g_i, U in zip(ys, parts, w.U, strict=True)]
+    return ys
+
+
+def eager(x: Tensor, ids: Tensor, w: Weights, with_experts: bool) -> list[Tensor]:
+    """Every step rounded to bf16, as plain torch code would."""
+    ys = base(x, w)
+    if with_experts:
+        g = ((x @ w.V.to(BF16)) * w.scale[ids]).to(BF16)
+        parts = g.split([U.shape[1] for U in w.U], 1)
+        found = [g_i @ U.to(BF16).t() for g_i, U in zip(parts, w.U, strict=True)]
+        ys = [f if y is None else y + f for y, f in zip(ys, found, strict=True)]
+    return ys
+
+
+def error(ys: list[Tensor], truth: list[Tensor]) -> float:
+    return max(((y.double() - t).norm() / t.norm()).item() for y, t in zip(ys, truth, strict=True))
+
+
+def replayed(run: Callable, x: Tensor, ids: Tensor, copies: list[Weights], calls: int) -> tuple[Callable[[], None], list[Tensor]]:
+    """(what replays `calls` calls, the outputs of the last of them): a CUDA graph on a GPU, a loop elsewhere."""
+    if x.device.type == "cpu":
+        found = run(x, ids, copies[(calls - 1) % len(copies)])
+        return lambda: None, found
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and lets libraries allocate
+        for w in copies[:2]:
+            run(x, ids, w)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            found = run(x, ids, copies[i % len(copies)])
+    for y in found:
+        y.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay, found
+
+
+def seconds_of(replay: Callable[[], None], repeats: int = 30) -> list[float]:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    found = []
+    for _ in range(3 + repeats):
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) / 1e3)
+    return found[3:]
+
+
+def measure(name: str, case: Case, Ts: list[int], device: torch.device, shrink: int, deadline: float) -> list[dict]:
+    N, Ms = GROUPS[name][0] // shrink, tuple(M // shrink for M in GROUPS[name][1])
+    first = weights(case.form, N, Ms, device, DELTA // min(shrink, 8))
+    size = sum(t.numel() * t.element_size() for t in (*(first.W or ()), first.V, *first.U))
+    L2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    copies = [first] + [
+        weights(case.form, N, Ms, device, first.scale.shape[1] // len(Ms)) for _ in range(max(3, 4 * L2 // size) if L2 else 1)
+    ]
+    calls, rows = len(copies) * -(-16 // len(copies)), []
+    for T in Ts:
+        if time.monotonic() > deadline:
+            print(f"out of time before {name}, {case.form}, T={T}")
+            break
+        x, ids = torch.randn(T, N, device=device).to(BF16), (torch.arange(T, device=device) % E).int()
+        for variant, run in case.run.items():
+            experts = run is not dense
+            replay, ys = replayed(run, x, ids, copies, calls)
+            last = copies[(calls - 1) % len(copies)]
+            truth = exact(x, ids, last, experts)
+            found, allowed = error(ys, truth), ROOM * error(eager(x, ids, last, experts), truth)
+            row = dict(group=name, form=case.form, T=T, variant=variant, experts=min(T, E) if experts else 0, error=found, allowed=allowed)
+            right = found <= allowed
+            if right and device.type == "cuda":
+                per_call = sorted(s / calls for s in seconds_of(replay))
+                low, _, high = statistics.quantiles(per_call, n=4)
+                row |= dict(
+                    us=statistics.median(per_call) * 1e6, low_us=low * 1e6, high_us=high * 1e6, copies=len(copies), weight_bytes=size
+                )
+            rows.append(row | dict(passed=right))
+            print(
+                f"{name:8} {case.form:14} T={T:<4} {variant:22} error {found:.2e} of {allowed:.2e}{'' if right else '   WRONG'}", flush=True
+            )
+    return rows
+
+
+def bandwidth(device: torch.device) -> dict[str, float]:
+    """GB/s of reading 4 GB, and of copying it, both ways counted: the ceilings of this machine."""
+    data, out = torch.randn(2**30, device=device), torch.empty(2**30, device=device)
+    read = statistics.median(seconds_of(lambda: data.sum(), 10))
+    copy = statistics.median(seconds_of(lambda: out.copy_(data), 10))
+    return {"read_GB_s": data.nbytes / read / 1e9, "copy_GB_s": 2 * data.nbytes / copy / 1e9}
+
+
+def small(device: torch.device) -> None:
+    """Every kernel once, on sizes that are no whole number of tiles."""
+    for dtype in (BF16, INT8):
+        form = "factored int8" if dtype == INT8 else "delta bf16"
+        w = weights(form, 200, (72, 72), device, 40)
+        for T in (5, 40):
+            x, ids = torch.randn(T, 200, device=device).to(BF16), (torch.arange(T, device=device) % 7).int()
+            for run in (triton_pair, triton_mm):
+                truth = exact(x, ids, w, True)
+                found, allowed = error(run(x, ids, w), truth), ROOM * error(eager(x, ids, w, True), truth)
+                assert found <= allowed, f"{run.__name__} {form} T={T}: error {found:.2e}, allowed {allowed:.2e}"
+            gate = triton_kernels.forward_swiglu(x, w.V, w.U, w.scale, ids, base(x, w), none(w))
+            assert gate.isfinite().all()
+            dys = [torch.randn(T, 72, device=device).to(BF16) for _ in w.U]
+            for deterministic in (True, False):
+                dx, dscale = triton_kernels.backward(dys, x, w.V, w.U, w.scale, ids, True, True, deterministic=deterministic)
+                assert dx.isfinite().all()
+                assert dscale.isfinite().all()
+    print("small: all right")
+
+
+def table(rows: list[dict]) -> None:
+    for form in dict.fromkeys(r["form"] for r in rows):
+        Ts = list(dict.fromkeys(r["T"] for r in rows))
+        print(f"\n{form}: us a call, and over dense F.linear in bf16".ljust(62) + "".join(f"{f'T={T}':>18}" for T in Ts))
+        for group, variant in dict.fromkeys((r["group"], r["variant"]) for r in rows if r["form"] == form):
+            cells = []
+            for T in Ts:
+                found = {(r["form"], r["variant"]): r for r in rows if (r["group"], r["T"]) == (group, T)}
+                row, peer = found.get((form, variant)), found.get(("delta bf16", "dense F.linear"))
+                if row is None:
+                    cells.append("not run")
+                elif not row["passed"]:
+                    cells.append("wrong")
+                elif "us" not in row:
+                    cells.append("right")
+                else:
+                    cells.append(f"{row['us']:.1f}" + (f"  {row['us'] / peer['us']:.2f}x" if peer and "us" in peer else ""))
+            print(f"  {group:10}{variant:50}" + "".join(f"{c:>18}" for c in cells))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--seconds", type=float, default=240.0, help="begin no case after this many")
+    parser.add_argument("--out", type=Path, default=RESULTS / "decode.jsonl")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if why := triton_kernels.why_not(device):
+        parser.error(why)
+    if device.type == "cpu" and not (arguments.dry_run or arguments.small):
+        parser.error("no CUDA GPU here; --dry-run goes through everything but the timing")
+    torch.manual_seed(0)
+    if arguments.small:
+        small(device)
+        return 0
+    deadline, rows = time.monotonic() + arguments.seconds, []
+    facts = machine(("torch", "triton"))
+    ceilings = bandwidth(device) if device.type == "cuda" and not arguments.dry_run else {}
+    print(facts, ceilings, flush=True)
+    Ts = arguments.tokens or ([1, 33] if arguments.dry_run else [1, 8, 32, 128])
+    for name in arguments.groups:
+        for case in CASES:
+            rows += measure(name, case, Ts, device, 32 if arguments.dry_run else 1, deadline)
+    if not arguments.dry_run:
+        append(arguments.out, *(row | ceilings | facts for row in rows))
+    table(rows)
+    return 0 if all(row["passed"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
