@@ -160,11 +160,8 @@ class Rounding:
         if not self.total:
             return 0.0
         together = (factor.dense() - self.W).square().sum(dtype=torch.float64)
-        a, b = self.second, self.first
-        # |(a + e)(b + f)ᵀ - a bᵀ|² = |e (b + f)ᵀ + a fᵀ|², component by component.
-        each = (
-            e.square().sum(0) * (b + f).square().sum(0) + f.square().sum(0) * a.square().sum(0) + 2 * (e * a).sum(0) * ((b + f) * f).sum(0)
-        )
+        # |(a + e)(b + f)ᵀ - a bᵀ|² = |e (b + f)ᵀ + a fᵀ|² of each component; the product of its two terms is of a higher order.
+        each = e.square().sum(0) * (self.first + f).square().sum(0) + f.square().sum(0)
         apart = (each.double() * self.sigma.double().square()).sum()
         return math.sqrt(((together + SPREAD**2 * apart) / self.total).item())
 
