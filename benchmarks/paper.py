@@ -26,7 +26,6 @@ from paper_speed import speed
 from paper_transfer import moved
 from rich.console import Console
 
-from t2kernels import tasks
 from t2kernels.cli import models
 
 PARTS = {
@@ -75,9 +74,9 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="'tiny', a checkpoint's directory, or a model's id on the hub")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument(
-        "--trained", nargs="+", help="tasks with an expert, by name or .jsonl file  [tiny: math code reason; else gsm8k mbpp arc-easy]"
+        "--trained", nargs="+", help="tasks with an expert, by name or .jsonl file  [tiny: math code reason; else gsm8k mbpp arc_easy]"
     )
-    parser.add_argument("--unseen", nargs="+", help="tasks without  [tiny: its eight; else math humaneval arc-challenge]")
+    parser.add_argument("--unseen", nargs="+", help="tasks without  [tiny: its eight; else hendrycks_math humaneval arc_challenge]")
     parser.add_argument("--related", nargs="+", help="for each unseen task the trained one whose LoRA adapter is tried on it")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--n", type=int, default=1000, help="test problems of a task, at most")
@@ -87,25 +86,29 @@ def main() -> None:
     parser.add_argument("--siblings", nargs="+", default=["web"], help="where experts of the tiny model are taken: 'web', or checkpoints")
     parser.add_argument("--jobs", type=int, default=2, help="processes; 1 on a GPU")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where trained adapters and experts are kept")
+    parser.add_argument("--chat", action="store_true", help="ask with messages, for the model's chat template")
     parser.add_argument("--dtype")
     parser.add_argument("--device")
     parser.add_argument("--again", action="store_true", help="run also what the results hold already")
     parser.add_argument("--out", type=Path, default=RESULTS / "paper.jsonl")
     given = parser.parse_args()
-    same = ("model", "n", "shots", "steps", "iterations", "cache", "dtype", "device")
+    same = ("model", "n", "shots", "steps", "iterations", "cache", "chat", "dtype", "device")
     chosen = {key: getattr(given, key) for key in same}
     if given.model != models.TINY:
         chosen |= {
-            "trained": ("gsm8k", "mbpp", "arc-easy"),
-            "unseen": ("math", "humaneval", "arc-challenge"),
-            "related": ("gsm8k", "mbpp", "arc-easy"),
+            "trained": ("gsm8k", "mbpp", "arc_easy"),
+            "unseen": ("hendrycks_math", "humaneval", "arc_challenge"),
+            "related": ("gsm8k", "mbpp", "arc_easy"),
         }
     chosen |= {key: tuple(getattr(given, key)) for key in ("trained", "unseen", "related") if getattr(given, key)}
     setup, console = Setup(**chosen), Console()
     if len(setup.related) != len(setup.unseen):
         parser.error(f"--related names {len(setup.related)} tasks for {len(setup.unseen)} unseen ones; one for each is wanted")
     for name in (*setup.trained, *setup.unseen):
-        tasks.load(name).split("test", 1)  # what is not there is said now, not after hours
+        try:
+            setup.task(name).split("test", 1)
+        except (ImportError, OSError, ValueError) as e:  # what is not there is said now, not after hours
+            parser.error(f"task {name}: {e}")
     there = set() if given.again else {key(row) for row in read(given.out) if row["settings"] == settings(setup)}
     facts = machine(("torch", "transformers", "peft")) | {"settings": settings(setup), "jobs": given.jobs}
     for stage in cells(setup, given.parts, given.seeds, given.siblings):

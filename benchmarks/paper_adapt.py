@@ -9,7 +9,6 @@ import torch
 from paper_setup import Bench, Setup, clock, mean
 from rl import lora, prepare
 
-from t2kernels import tasks
 from t2kernels.adapt import CEMConfig, Classifier, FewShot, Prompt, Router, ZeroShot, labelled, refine, shuffled
 from t2kernels.adapt.refine import supervise
 from t2kernels.cli import models
@@ -25,9 +24,9 @@ def train_expert(setup: Setup, task: str, seed: int) -> dict:
     path = setup.experts[task]
     bench = Bench(setup, experts=False, rows=4)
     data = (
-        tasks.load(task)
+        setup.task(task)
         if task != "classify"
-        else labelled(dict(zip(bench.question.labels, map(tasks.load, setup.trained), strict=False)), bench.question)
+        else labelled(dict(zip(bench.question.labels, map(setup.task, setup.trained), strict=False)), bench.question)
     )
     config = SVFConfig.paper(
         str(setup.cache / "checkpoints" / path.stem),
@@ -54,8 +53,8 @@ def train_lora(setup: Setup, task: str, seed: int) -> dict:
         return {"numbers": numbers, "steps": setup.steps, "cpu_seconds": round(time.process_time() - start, 1)}
     loaded = models.load(setup.model, setup.dtype, setup.device)
     model = lora(loaded.model, 16, seed)
-    data = tasks.load(task)
-    work = [(row["prompt"], row.get("solution") or row["answer"], 1.0) for row in data.split("train")]
+    data = setup.task(task)
+    work = [(row["prompt"], setup.gold(row), 1.0) for row in data.split("train")]
     parameters = [p for p in model.parameters() if p.requires_grad]
     supervise(model, Sampler(model, loaded.tokenizer, data.max_new_tokens), parameters, work, setup.steps, 2e-4, batch=16, seed=seed)
     model.save_pretrained(setup.adapter(task))
@@ -86,7 +85,7 @@ def routes(setup: Setup, task: str, seed: int) -> dict:
     out["router"] = mean(bench.right(task, problems, Router(judges["classifier"]).choose(prompts)))
     # The margin by validation data: of the trained tasks, which is what a user has; and by the few shots of this task.
     known = [(name, row) for name in setup.trained for row in bench.rows(name, "validation", 100)]
-    by_task = dict(zip(setup.trained, map(tasks.load, setup.trained), strict=True))
+    by_task = dict(zip(setup.trained, map(setup.task, setup.trained), strict=True))
 
     def reward(prompts, completions, task, **columns):
         rows = [{key: values[i] for key, values in columns.items()} for i in range(len(prompts))]
@@ -101,7 +100,7 @@ def routes(setup: Setup, task: str, seed: int) -> dict:
         out[f"{name}, margin"] = by(judge.choose(prompts))
         few = []
         for s in range(3):
-            judge.fit_margin(bench.rows(task, "train", setup.shots, 500 + s), tasks.load(task))
+            judge.fit_margin(bench.rows(task, "train", setup.shots, 500 + s), setup.task(task))
             few.append(by(judge.choose(prompts)))
         out[f"{name}, margin by shots"] = few
     related = dict(zip(setup.unseen, setup.related, strict=True))[task]
@@ -178,7 +177,7 @@ def mixed(setup: Setup, task: str, seed: int) -> dict:
         for rows in zip(*(bench.rows(t, n=each) for t in setup.trained), strict=True)
         for name, t, row in zip(bench.names, setup.trained, rows, strict=True)
     ]
-    prompts, longest = [row["prompt"] for _, _, row in pairs], max(tasks.load(t).max_new_tokens for t in setup.trained)
+    prompts, longest = [row["prompt"] for _, _, row in pairs], max(setup.task(t).max_new_tokens for t in setup.trained)
     experts = [None, *bench.names]
     flat = answers(
         bench.model, bench.tokenizer, [p for p in prompts for _ in experts], experts * len(prompts), longest, 512 if setup.is_tiny else 64
@@ -187,7 +186,7 @@ def mixed(setup: Setup, task: str, seed: int) -> dict:
     for k, name in enumerate(experts):
         given = flat[k :: len(experts)]
         right[name] = [
-            tasks.load(t).reward([row["prompt"]], [text], **{key: [v] for key, v in row.items() if key != "prompt"})[0] > 0
+            setup.task(t).reward([row["prompt"]], [text], **{key: [v] for key, v in row.items() if key != "prompt"})[0] > 0
             for (_, t, row), text in zip(pairs, given, strict=True)
         ]
     by = lambda chosen: mean([right[name][i] for i, name in enumerate(chosen)])  # noqa: E731

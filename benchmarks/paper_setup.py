@@ -31,12 +31,24 @@ class Setup:
     steps: int = 100
     iterations: int | None = None
     cache: Path = CACHE
+    chat: bool = False
     dtype: str | None = None
     device: str | None = None
 
     @property
     def is_tiny(self) -> bool:
         return self.model == models.TINY
+
+    def task(self, name: str) -> tasks.Task:
+        """A task; where its dataset has test rows only, some of them are kept for the shots and for validation."""
+        if name.partition(":")[0] not in tasks.hub_names():
+            return tasks.load(name, chat=self.chat)
+        only_test = name.partition(":")[0] in ("humaneval", "math500")
+        return tasks.load(name, chat=self.chat, holdout=max(64, 3 * self.shots) if only_test else 0)
+
+    def gold(self, row: dict) -> str:
+        """A right completion: the dataset's own solution where it has one."""
+        return row.get("chat_target" if self.chat else "target") or row["answer"]
 
     @property
     def cem(self) -> dict:
@@ -75,14 +87,14 @@ class Bench:
     def rows(self, task: str, split: str = "test", n: int | None = None, seed: int = 0) -> list[dict]:
         """At most n problems."""
         n = self.setup.n if n is None else n
-        loaded = tasks.load(task)
+        loaded = self.setup.task(task)
         try:
             return loaded.split(split, n, seed)
         except ValueError:
             return loaded.split(split, None, seed)[:n]
 
     def right(self, task: str, problems: list[dict], experts: list | None) -> list[bool]:
-        loaded = tasks.load(task)
+        loaded = self.setup.task(task)
         prompts = [row["prompt"] for row in problems]
         written = answers(self.model, self.tokenizer, prompts, experts, loaded.max_new_tokens, 512 if self.setup.is_tiny else 64)
         columns = {key: [row[key] for row in problems] for key in problems[0] if key != "prompt"}
@@ -93,9 +105,9 @@ class Bench:
 
     def examples(self, task: str, seed: int) -> Examples:
         """The few labelled prompts of a seed, from the training split. The gold answer of the built-in tasks is given at once."""
-        gold = (lambda row: "=" + row["answer"]) if self.setup.is_tiny else (lambda row: row.get("solution") or row["answer"])
+        gold = (lambda row: "=" + row["answer"]) if self.setup.is_tiny else self.setup.gold
         return Examples(
-            self.model, self.tokenizer, self.rows(task, "train", self.setup.shots, 500 + seed), tasks.load(task), gold, memory=2**33
+            self.model, self.tokenizer, self.rows(task, "train", self.setup.shots, 500 + seed), self.setup.task(task), gold, memory=2**33
         )
 
 

@@ -21,6 +21,7 @@ from .hf import dress, remove_hook, undress
 from .int8 import Int8Factor
 from .layer import DeltaLinear, FactoredLinear, SVFLinear, delta_hook
 from .matrices import Matrix, Targets, find_matrices, is_quantised
+from .ops.planner import cheaper_form
 from .origin import Origin
 from .routing import Routing
 from .swiglu import fuse, unfuse
@@ -59,8 +60,7 @@ def patch_model(
 
     Heads, embeddings, routers, vision and audio towers are left alone unless asked for by name. Memory: never more than one extra matrix.
     Raises ValueError: already patched; nothing selected; a matrix that cannot be patched (named); factors of other weights; a max_error that
-    cannot be had. A model that
-    could not be patched is left as it was (matrices that were already factored come back within rounding).
+    cannot be had. A model that could not be patched is left as it was (matrices that were already factored come back within rounding).
     """
     if hasattr(model, "t2_bank"):
         raise ValueError("the model is patched already: unpatch_model(model) first, or use the bank in model.t2_bank")
@@ -176,9 +176,6 @@ def choose_form(
     Bytes read for a token, over those of the dense layer's MN numbers: factored s (M + N) R / MN, delta 1 + s k (M + N) / MN, where a number
     of the factors takes s times the bytes of a dense one (int8 beside bf16: 0.5, residual columns left out).
     """
-    M, N = matrix.shape
-    size = factors.itemsize / dense.itemsize
-    factored, delta = size * (M + N) * matrix.rank / (M * N), 1 + size * support * (M + N) / (M * N)
     if matrix.index is not None:
         if form == "factored":
             raise ValueError(
@@ -189,7 +186,7 @@ def choose_form(
         return form, "asked for"
     if is_quantised(matrix.module):
         return "delta", "quantised layer"
-    return ("delta", "reads less than factored") if delta < factored else ("factored", "reads less than delta")
+    return cheaper_form(*matrix.shape, support, dense.itemsize, factors.itemsize)
 
 
 def _refuse(m: Matrix, form: str, factors: Mapping[str, Factor] | None) -> None:

@@ -7,28 +7,16 @@ import sys
 
 import pytest
 import torch
+from commandline import t2_, wide  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import t2kernels as t2
-from t2kernels.cli import app, console, models
+from t2kernels.cli import app, models
 from t2kernels.cli.answers import Score, answers, scores
 from t2kernels.cli.decompose import parse_rank
 
 VERBS = ("demo", "train", "eval", "generate", "decompose", "inspect", "tune", "env")
-
-
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch):
-    monkeypatch.setattr(console.out, "_width", 160)
-    monkeypatch.setattr(console.err, "_width", 160)
-
-
-def t2_(*args, code=0):
-    """Run `t2 args`; its output, stdout and stderr."""
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result.output
 
 
 @pytest.fixture(scope="module")

@@ -54,11 +54,10 @@ def test_quantise_states_its_error(shape, compensate):
     exact = torch.einsum("mr,r,nr->rmn", factor.U.double(), factor.sigma.double(), factor.V.double())
     size = exact.sum(0).norm()
     assert q.dense == pytest.approx(((dense_int8(W.double()) - W).norm() / size).item(), rel=1e-3)
-    # The error is a mean over z in closed form: over 400 draws of z it comes out as the average.
-    z = 1 + SPREAD * torch.randn(400, f.rank, dtype=torch.float64)
-    off = torch.einsum("zr,rmn->zmn", z, parts - exact).square().sum((1, 2)).mean()
-    whole = torch.einsum("zr,rmn->zmn", z, exact).square().sum((1, 2)).mean()
-    assert q.error == pytest.approx((off / whole).sqrt().item(), rel=0.1)
+    # E ||Σ_r z_r D_r||² = ||Σ_r D_r||² + SPREAD² Σ_r ||D_r||² for z_r around 1; the product of two residuals is left out of q.error.
+    off = parts - exact
+    mean = lambda D: D.sum(0).square().sum() + SPREAD**2 * D.square().sum()  # noqa: E731
+    assert q.error == pytest.approx((mean(off) / mean(exact)).sqrt().item(), rel=2e-2)
     assert q.record()["residual_columns"] == q.residual <= len(f.fold) - f.rank
 
 
@@ -177,7 +176,7 @@ def test_formats_on_disk(tmp_path):
         assert record["columns"] == len(direct[n].fold)
         assert record["fingerprint"] == fingerprint(direct[n]) != exact.fingerprints[n]
         off = (direct[n].dense() - exact[n].dense()).norm() / exact[n].dense().norm()
-        assert record["error"] == pytest.approx(off.item(), rel=1e-2)
+        assert record["error"] == pytest.approx(off.item(), rel=2e-2)
     cut = Factors.load(tmp_path / "a").cut(5)
     for n, f in cut.items():
         assert f.rank == 5
@@ -231,3 +230,55 @@ def test_an_expert_knows_nothing_of_formats(tmp_path):
     # Without sketches of the exact factors, those of the rounded ones are near enough.
     for f in exact.values():
         assert (sketch(quantise(*f, compensate=False).factor) - sketch(f)).abs().max() < 0.1
+
+
+# --- the bar: real weights, real hidden states, the op, beside dense int8 and dense bf16
+
+
+@torch.no_grad()
+def test_int8_is_no_worse_than_int8_of_the_weights_on_the_built_in_model():
+    from t2kernels import tasks, tiny
+    from t2kernels.matrices import find_matrices
+
+    model, tokenizer = tiny.load()
+    rows = [row for name in ("math", "code", "reason") for row in tasks.load(name).split("test", 20)]
+    batch = tokenizer([f"{row['prompt']}={row['answer']}" for row in rows], return_tensors="pt", padding=True)
+    mask = batch["attention_mask"].bool()
+    seen, want = {}, find_matrices(model)
+    hooks = [m.module.register_forward_pre_hook(lambda _, args, n=n: seen.__setitem__(n, args[0])) for n, m in want.items()]
+    logs = lambda m: m(**batch).logits.double().log_softmax(-1)[mask]  # noqa: E731
+    base = logs(model)
+    for hook in hooks:
+        hook.remove()
+    weights = {n: m.read().clone() for n, m in want.items()}
+
+    def far(other):
+        return (base.exp() * (base - logs(other))).sum(-1).mean().item()
+
+    rounded = copy.deepcopy(model)
+    for n, W in weights.items():
+        rounded.get_submodule(n).weight = torch.nn.Parameter(dense_int8(W))
+    patched = copy.deepcopy(model)
+    bank = t2.patch_model(patched, factors="int8", form="factored", rows=2)
+    ratios = []
+    for layer, (n,) in bank.layers:
+        x = seen[n][mask].double()
+        y = x @ weights[n].double().t()
+        mine = t2.svf_linear(x, layer.V, layer.U, layer.scale, torch.zeros((), dtype=torch.int32))
+        ratios.append(((mine - y).norm() / (x @ dense_int8(weights[n]).double().t() - y).norm()).item())
+    ratios = torch.tensor(ratios)
+    assert ratios.median() < 1.3
+    assert ratios.max() < 1.5
+    assert far(patched) < far(rounded)
+    # What it costs: columns beyond R, of which filling up to 16 is a half at R = 128.
+    assert sum(layer.scale.shape[1] - layer.rank for layer, _ in bank.layers) <= 0.125 * sum(layer.rank for layer, _ in bank.layers)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (96, 192)])
+def test_fp16_factors_are_nearer_than_a_bf16_weight(shape):
+    W = spiky(*shape)
+    x = torch.randn(64, shape[1], dtype=torch.float64)
+    y = x @ W.double().t()
+    f = svd(W).to(torch.float16)
+    mine = t2.svf_linear(x, f.V, f.U, f.sigma[None], torch.zeros((), dtype=torch.int32))
+    assert (mine - y).norm() < 0.4 * (x @ W.bfloat16().double().t() - y).norm()

@@ -18,6 +18,8 @@ def patched(family="llama", form="delta", rank=6, **changes):
     bank = t2.patch_model(model, form=form, rank=rank, rows=5)
     for name in "ab":
         bank.add(name, bank.expert({n: torch.rand(k) * 2 for n, k in bank.matrices.items()}))
+    for group in groups(bank):
+        group.hits = 0  # patching tried an MLP
     return model, bank
 
 

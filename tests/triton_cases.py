@@ -20,22 +20,31 @@ def draw_ids(mix, n):
     return torch.multinomial(torch.tensor(weights[mix], dtype=torch.float), max(n, 1), replacement=True)[:n].to(DEVICE, torch.int32)
 
 
+def among_nans(t, dtype):
+    """t on the device with NaN before and after it: what is read there by mistake shows, even where it is multiplied by zero."""
+    if dtype == torch.int8:
+        return t.to(dtype).to(DEVICE)
+    room = torch.full((t.numel() + 512,), torch.nan, dtype=dtype, device=DEVICE)
+    room[256:-256] = t.reshape(-1)
+    return room[256:-256].view(t.shape)
+
+
 def factor(rows, columns, dtype):
     w = torch.randn(rows, columns) / columns**0.5
     if dtype == torch.int8:
         w = (w * (127 / w.abs().max())).round()
-    return w.to(dtype).to(DEVICE)
+    return among_nans(w, dtype)
 
 
 def problem(T, N, Rs, Ms, x_dtype, w_dtype, base=True, bias=True):
     C = sum(Rs)
-    x = torch.randn(T, N).to(x_dtype).to(DEVICE)
+    x = among_nans(torch.randn(T, N), x_dtype)
     V, Us = factor(C, N, w_dtype).t(), [factor(M, R, w_dtype) for M, R in zip(Ms, Rs, strict=True)]
-    scale = torch.randn(E, C).to(DEVICE)
+    scale = among_nans(torch.randn(E, C), torch.float32)
     if w_dtype == torch.int8:
         scale /= V.float().abs().max() ** 2 * 4  # the column scales of int8 factors are part of scale
-    bases = [torch.randn(T, M).to(x_dtype).to(DEVICE) if base else None for M in Ms]
-    biases = [torch.randn(M).to(x_dtype).to(DEVICE) if bias else None for M in Ms]
+    bases = [among_nans(torch.randn(T, M), x_dtype) if base else None for M in Ms]
+    biases = [among_nans(torch.randn(M), x_dtype) if bias else None for M in Ms]
     return x, V, Us, scale, bases, biases
 
 

@@ -16,7 +16,7 @@ from t2kernels.cli.evaluate import show_accuracies
 
 
 def train(
-    task: str = typer.Option("math", "--task", "-t", help="A task by name, or a .jsonl file with the columns prompt and answer."),
+    task: str = typer.Option("math", "--task", "-t", help="A task by name, NAME:PATH, or a .jsonl file with prompt and answer."),
     classes: str = typer.Option(
         None,
         help="With --task classify: tasks by name or .jsonl file, comma-separated, whose prompts are to be told apart.",
@@ -63,6 +63,8 @@ def train(
     parts = {Path(name).stem: t2.tasks.load(name) for name in comma_list(classes or "")}
     chosen = None if parts else t2.tasks.load(task)
     held_out = None if parts else some(chosen, "test", n)
+    for part in parts.values() if parts else [chosen]:
+        part.split("train", 1)  # whether it is there is known before the model is
     loaded = models.load(model, dtype, device)
     asked = None
     if parts:

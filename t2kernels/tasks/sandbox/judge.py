@@ -1,0 +1,128 @@
+"""The process that runs a problem's tests. The answer lives in another one; here it is a name that sends its arguments there."""
+
+import builtins
+import os
+import signal
+
+import wire
+
+
+class Wrong(Exception):
+    """The answer raised, died or answered with nonsense."""
+
+
+class Line:
+    """Questions to the player, one at a time. Raises Wrong, or the built-in exception that the answer raised."""
+
+    def __init__(self, requests: int, replies: int):
+        self.requests, self.replies = requests, replies
+
+    def ask(self, what: str, *args):
+        try:
+            wire.send(self.requests, [what, *(wire.encode(a, _number) for a in args)])
+            reply = wire.receive(self.replies)
+            if isinstance(reply, dict) and "error" in reply:
+                name, text = map(str, reply["error"])
+            else:
+                return wire.decode(reply["ok"], lambda number: Remote(self, int(number)))
+        except wire.Broken as e:
+            raise Wrong(f"the answer's process ended ({e})") from None
+        except (ValueError, TypeError, KeyError, RecursionError, MemoryError, ArithmeticError) as e:
+            raise Wrong(f"{type(e).__name__}: {e}") from None
+        kind = getattr(builtins, name, None)
+        if isinstance(kind, type) and issubclass(kind, Exception) and kind is not AssertionError:
+            try:
+                raised = kind(text)
+            except Exception:
+                raised = Wrong(f"{name}: {text}")
+            raise raised
+        raise Wrong(f"{name}: {text}")
+
+
+class Remote:
+    """An object of the answer. It equals nothing but itself: whether a value is right is never asked of the answer."""
+
+    __slots__ = ("_line", "_number")
+
+    def __init__(self, line: Line, number: int):
+        object.__setattr__(self, "_line", line)
+        object.__setattr__(self, "_number", number)
+
+    def __call__(self, *args, **kwargs):
+        return self._line.ask("call", self, args, kwargs)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._line.ask("get", self, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        self._line.ask("set", self, name, value)
+
+    def __iter__(self):
+        return iter(self._of("list", list))
+
+    def __next__(self):
+        return self._line.ask("next", self)
+
+    def __getitem__(self, key):
+        return self._line.ask("item", self, key)
+
+    def __len__(self) -> int:
+        return self._of("len", int)
+
+    def __bool__(self) -> bool:
+        return self._of("bool", bool)
+
+    def __str__(self) -> str:
+        return self._of("str", str)
+
+    def __int__(self) -> int:
+        return self._of("int", int)
+
+    def __float__(self) -> float:
+        return self._of("float", float)
+
+    def _of(self, what: str, kind: type):
+        value = self._line.ask(what, self)
+        if type(value) is not kind:
+            raise Wrong(f"{what} of an object is a {type(value).__name__}")
+        return value
+
+
+def _number(value) -> int:
+    if isinstance(value, Remote):
+        return value._number
+    raise TypeError(f"a {type(value).__name__} cannot be handed to the answer")
+
+
+def judge(tests: dict, line: Line) -> dict:
+    """Run the tests: {"verdict": "passed", "wrong" or "error", "detail": why}. Passed is only what reaches the end of them.
+
+    tests: `names` of the answer that they use, `setup` and `tests`, both source
+    """
+    names: dict = {"__name__": "tests"}
+    try:
+        line.ask("load")
+        answer = {name: line.ask("name", name) for name in tests["names"]}
+        names |= answer  # the setup may use them, and may define stubs of the same names
+        exec(compile(tests["setup"], "setup.py", "exec"), names)
+        names |= answer
+        exec(compile(tests["tests"], "tests.py", "exec"), names)
+    except AssertionError as e:
+        return {"verdict": "wrong", "detail": f"a test failed {e}".strip()[:500]}
+    except BaseException as e:
+        text = str(e) if isinstance(e, Wrong) else f"{type(e).__name__}: {e}"
+        return {"verdict": "error", "detail": text[:500]}
+    return {"verdict": "passed", "detail": ""}
+
+
+def how_it_ended(pid: int) -> str:
+    """What became of the player, in words; nothing if it still runs."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if not done:
+        return ""
+    if os.WIFSIGNALED(status):
+        name = signal.Signals(os.WTERMSIG(status)).name
+        return {"SIGKILL": "killed: out of CPU time or memory", "SIGXCPU": "killed: out of CPU time"}.get(name, f"killed by {name}")
+    return f"exited with {os.WEXITSTATUS(status)}"
