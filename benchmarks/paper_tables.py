@@ -83,6 +83,8 @@ class Unseen:
         if name.startswith("cautious "):
             of = name.removeprefix("cautious ")
             return [r["accuracy"][of] if self._worth(r["facts"][of]) else fixed["base"] for r in few]
+        if name.startswith("seed 0 "):
+            return self.arm(task, name.removeprefix("seed 0 "))[:1]
         if name in fixed:
             return fixed[name] if isinstance(fixed[name], list) else [fixed[name]]
         if name in self.mixings.get(task, {}).get("accuracy", {}):
@@ -123,7 +125,7 @@ SHOTS = {
     "CEM, then 15 gradient steps on z": "cem + gradient",
 }
 MIXINGS = {
-    "deltas, an alpha an expert": "cem",
+    "deltas, an alpha an expert": "seed 0 cem",
     "deltas, an alpha an expert and layer": "per layer",
     "z": "z",
     "logits, the release's settings": "release",
