@@ -83,6 +83,8 @@ ARMS = {
     "svf R/8": Arm(SVFTrainer, 1 / 8, 0.03),
     "svf R/16": Arm(SVFTrainer, 1 / 16, 0.05),
     "svf sigmoid R": Arm(SVFTrainer, None, 0.05, {"form": "factored"}, {"parametrisation": "sigmoid"}),
+    "svf mlp": Arm(SVFTrainer, None, 0.02, {"targets": "mlp"}),
+    "svf attention": Arm(SVFTrainer, None, 0.02, {"targets": "attention"}),
     "lora r=16": Arm(LoraTrainer, 16, 2e-3),
     "svf R supervised": Arm(SupervisedSVF, None, 0.02, {}, {"kl_coef": 0.0}),
     "lora r=16 supervised": Arm(SupervisedLora, 16, 1e-3, {}, {"kl_coef": 0.0}),
@@ -97,11 +99,10 @@ class Advance(TrainerCallback):
         self.advance()
 
 
-def run(task_name: str, arm_name: str, seed: int, steps: int, count: int | None, advance: Callable[[], None]) -> dict:
-    """One cell: a fresh model, trained and judged. Returns what was measured."""
+def prepare(task_name: str, arm_name: str, seed: int, steps: int, test: list[dict] | None = None, advance: Callable = lambda: None):
+    """(trainer, how many numbers it trains) of one cell, on a fresh model. test: what it is judged on; None: the validation split."""
     arm, task = ARMS[arm_name], tasks.load(task_name)
     model, tokenizer = tiny.load()
-    test = task.split("test", count)
     args = SVFConfig(
         f"rl-{os.getpid()}",
         seed=seed,
@@ -114,17 +115,25 @@ def run(task_name: str, arm_name: str, seed: int, steps: int, count: int | None,
     shared = {"processing_class": tokenizer, "callbacks": [Advance(advance)]}
     if issubclass(arm.trainer, SVFTrainer):
         t2.patch_model(model, rank=arm.rank, **arm.patch)
-        trainer = arm.trainer(model, args, task, test, **shared)
-        before = trainer.evaluate()
-        numbers = sum(model.t2_bank.matrices.values())
-    else:
-        config = peft.LoraConfig(r=arm.rank, lora_alpha=2 * arm.rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
-        torch.manual_seed(seed)  # of its first factor
-        model = peft.get_peft_model(model, config)
-        data = problems({"lora": task}, "train", "train"), problems({"lora": test}, "test", "test")
-        trainer = arm.trainer(model, args, *data, {"lora": Scorer.of(task.reward)}, **shared)
-        before = trainer.evaluate()
-        numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return arm.trainer(model, args, task, test, **shared), sum(model.t2_bank.matrices.values())
+    model = lora(model, arm.rank, seed)
+    data = problems({"lora": task}, "train", "train"), problems({"lora": test or task.split("validation")}, "test", "test")
+    trainer = arm.trainer(model, args, *data, {"lora": Scorer.of(task.reward)}, **shared)
+    return trainer, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def lora(model, rank: int, seed: int):
+    """The model with a PEFT adapter on every linear layer of its blocks."""
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    torch.manual_seed(seed)  # of its first factor
+    return peft.get_peft_model(model, config)
+
+
+def run(task_name: str, arm_name: str, seed: int, steps: int, count: int | None, advance: Callable[[], None]) -> dict:
+    """One cell: a fresh model, trained and judged. Returns what was measured."""
+    test = tasks.load(task_name).split("test", count)
+    trainer, numbers = prepare(task_name, arm_name, seed, steps, test, advance)
+    before = trainer.evaluate()
     wall, cpu = time.perf_counter(), time.process_time()
     trainer.train()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -139,7 +148,7 @@ def run(task_name: str, arm_name: str, seed: int, steps: int, count: int | None,
         "accuracy": round(after["eval_accuracy"], 4),
         "standard_error": round(after["eval_accuracy_se"], 4),
         "numbers": numbers,
-        "learning_rate": arm.lr,
+        "learning_rate": ARMS[arm_name].lr,
         "seconds": round(wall, 1),
         "cpu_seconds": round(cpu, 1),
     }

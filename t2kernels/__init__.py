@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import tasks, tiny, train
+    from . import adapt, tasks, tiny, train
     from .bank import ExpertBank
     from .counting import ParameterCount, count_parameters
     from .decomposition import decompose
@@ -37,7 +37,7 @@ _HOME = {
     "svf_linear_ref": "ops",
     "unpatch_model": "patch",
 }
-_SUBPACKAGES = ("tasks", "tiny", "train")
+_SUBPACKAGES = ("adapt", "tasks", "tiny", "train")
 
 __all__ = [
     "Expert",
@@ -48,6 +48,7 @@ __all__ = [
     "Factor",
     "Factors",
     "ParameterCount",
+    "adapt",
     "count_parameters",
     "decompose",
     "explain",

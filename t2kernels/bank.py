@@ -26,6 +26,7 @@ from .layer import SVFLinear
 from .origin import Origin
 from .routing import Route, Routing
 from .rows import Rows
+from .scratch import Scratch
 
 Name = str | None | Mapping[str, float]
 
@@ -365,6 +366,13 @@ class ExpertBank:
         return self.expert({n: z[i].clone() for s, z in parts for i, n in enumerate(s.names)})
 
     # --- rows
+
+    def scratch(self, count: int) -> Scratch:
+        """Lend `count` rows to a search, in a `with` block: `rows.write(delta [P, C])` fills them with z - 1, `rows.ids` names them.
+
+        Raises RuntimeError if fewer rows are free of live ids.
+        """
+        return Scratch(self, count)
 
     def _load(self, key: object) -> int:
         if isinstance(key, tuple):

@@ -27,7 +27,8 @@ class PatchedModel(Mixin):
     def generate(self, *args, experts=None, expert_ids=None, **kwargs):
         """`generate` of transformers, with a row of the batch per expert.
 
-        experts: one name, mixture {name: weight} or None (base model) for all prompts, or a list with one for each
+        experts: one name, mixture {name: weight} or None (base model) for all prompts, a list with one for each, or a strategy of
+            `t2kernels.adapt`, which chooses one for each prompt first
         expert_ids: the same as a tensor, 0-dim or [B] (`bank.ids`)
         """
         bank = self.t2_bank
@@ -36,6 +37,8 @@ class PatchedModel(Mixin):
         if expert_ids is not None:
             ids = bank.check_ids(expert_ids)
         elif experts is not None:
+            if hasattr(experts, "choose_for"):
+                experts = experts.choose_for(self, _input_ids(args, kwargs), kwargs.get("attention_mask"))
             ids = bank.ids(experts)
         else:
             return super().generate(*args, **kwargs)
@@ -159,6 +162,14 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict):
 
 def _leave(module: nn.Module, args: tuple, output) -> None:
     module.t2_bank.routing.pop()
+
+
+def _input_ids(args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """The prompts that `generate` was given, under whichever of its names."""
+    for x in (kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None):
+        if isinstance(x, torch.Tensor):
+            return x
+    return None
 
 
 def _tokens(args: tuple, kwargs: dict) -> tuple[int, int] | None:

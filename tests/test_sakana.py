@@ -7,7 +7,7 @@ import transformers
 
 from t2kernels.decomposition import decompose
 from t2kernels.expert import Expert, ExpertError, ExpertMismatch
-from t2kernels.integrations.sakana import load_expert, load_factors
+from t2kernels.integrations.sakana import load_expert, load_factors, load_logits
 
 LAYERS = 12  # more than ten, so that sorting by number and by string differ
 
@@ -104,6 +104,16 @@ def test_policy(mlp, decomposed, factors, tmp_path):
     again = Expert.load(expert.save(tmp_path / "math"))
     assert again == expert
     again.check(factors)
+
+
+def test_logits_as_they_are(mlp, factors, tmp_path):
+    p = logits(mlp)
+    found = load_logits(policy_file(tmp_path / "p.pt", p))
+    assert found.keys() == {k.removesuffix(".weight") for k in p}
+    assert all(torch.equal(found[k.removesuffix(".weight")], v) for k, v in p.items())
+    combination_file(tmp_path / "few.pt", mlp, torch.ones(2, 1))
+    with pytest.raises(ExpertError, match="no logits of its own"):
+        load_logits(tmp_path / "few.pt")
 
 
 def test_order_of_keys_in_the_file_does_not_matter(mlp, decomposed, factors, tmp_path):

@@ -9,13 +9,19 @@ from typing import Any
 import typer
 
 from t2kernels.cli import models
+from t2kernels.cli.adapt import question
 from t2kernels.cli.answers import Score, scores
-from t2kernels.cli.console import bar, out
+from t2kernels.cli.console import bar, comma_list, out
 from t2kernels.cli.evaluate import show_accuracies
 
 
 def train(
     task: str = typer.Option("math", "--task", "-t", help="A task by name, NAME:PATH, or a .jsonl file with prompt and answer."),
+    classes: str = typer.Option(
+        None,
+        help="With --task classify: tasks by name or .jsonl file, comma-separated, whose prompts are to be told apart.",
+        show_default=False,
+    ),
     into: Path = typer.Option(None, "--out", "-o", help="Where to save the expert.  \\[default: experts/TASK]", show_default=False),
     model: str = models.ModelOption,
     init: str = typer.Option(None, help="Go on from this expert, instead of from the base model.", show_default=False),
@@ -46,15 +52,26 @@ def train(
 
     [dim]$[/] t2 train --task classify --steps 60 --rank 1/8
 
+    [dim]$[/] t2 train --task classify --classes gsm8k.jsonl,code.jsonl --model ./checkpoint
+
     [dim]$[/] t2 train --task problems.jsonl --model ./checkpoint --samples 8 --advantage group --batch 16
     """
     import t2kernels as t2
 
-    chosen = t2.tasks.load(task)
-    into = into or Path("experts") / chosen.name
-    held_out = some(chosen, "test", n)
-    chosen.split("train", 1)  # whether it is there is known before the model is
+    if classes and task != "classify":
+        raise ValueError(f"--classes goes with --task classify, not with --task {task}")
+    parts = {Path(name).stem: t2.tasks.load(name) for name in comma_list(classes or "")}
+    chosen = None if parts else t2.tasks.load(task)
+    held_out = None if parts else some(chosen, "test", n)
+    for one in parts.values() or [chosen]:
+        one.split("train", 1)  # whether it is there is known before the model is
     loaded = models.load(model, dtype, device)
+    asked = None
+    if parts:
+        asked = question(loaded, list(parts))
+        chosen = t2.adapt.labelled(dict(zip(asked.labels, parts.values(), strict=False)), asked)
+        held_out = some(chosen, "test", n)
+    into = into or Path("experts") / chosen.name
     bank = models.patch(loaded, targets, rank, form, factors)
     out.print(f"[dim]{bank.describe()}[/]")
     start = time.perf_counter()
@@ -78,6 +95,8 @@ def train(
     seconds = time.perf_counter() - start
     before, after = compare(loaded, chosen, held_out, into.stem)
     expert.manifest["test"] = {"problems": before.of, "accuracy_before": before.accuracy, "accuracy_after": after.accuracy}
+    if asked is not None:
+        expert.manifest["question"] = asked.record()  # what a Classifier asks it
     path = expert.save(into)
     out.print(f"{expert.numel:,} numbers trained in {seconds:.0f} s, saved as {path} ({path.stat().st_size / 1024:.0f} KiB)")
 

@@ -69,6 +69,18 @@ def load_expert(path: str | Path, factors: Mapping, base_model: str | None = Non
     return Expert.trained_on(factors, z, **manifest) if isinstance(factors, Factors) else Expert(z, manifest)
 
 
+def load_logits(path: str | Path) -> dict[str, Tensor]:
+    """{matrix: p [R]} of an expert's file, policy or legacy: what the release's few-shot search mixes (`adapt.CEMConfig.paper`).
+
+    An `Expert` holds z, from which p follows only up to one factor a matrix. Raises ExpertError for another file.
+    """
+    path = Path(path)
+    kind, logits = _masks(path, _unpickle(path), "identity")
+    if kind == "few-shot":
+        raise ExpertError(f"{path} is a combination that a search found, not an expert: it has no logits of its own")
+    return {name: p.float() for name, p in logits.items()}
+
+
 def load_factors(path: str | Path, base_model: str | None = None, mlp_only: bool = True) -> Factors:
     """The release's `*_decomposed_params.pt` as Factors, in memory: its own U, S, V, so that its experts give its weights.
 

@@ -98,10 +98,11 @@ class Sampler:
         return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
 
     @torch.no_grad()
-    def draw(self, model: nn.Module, ids: Tensor, mask: Tensor, temperature: float, samples: int = 1, **routing) -> Rollout:
+    def draw(self, model: nn.Module, ids: Tensor, mask: Tensor, temperature: float, samples: int = 1, cache=None, **routing) -> Rollout:
         """Completions by `model.generate`; temperature 0 is greedy. The model's own generation settings (top-k, penalties, ...) do not apply:
         what is drawn must be what `completion_logits` gives the probabilities of.
 
+        cache: keys and values of the first tokens of every row, if they are known; B * samples rows. It is changed.
         Drawn in stages over one cache: rows that have ended leave the batch after each, so that a few long ones do not hold up the rest.
         """
         ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
@@ -112,7 +113,7 @@ class Sampler:
         )
         prompt, stage = ids.shape[1], max(STAGE, self.max_new_tokens // 8)
         out = torch.cat([ids, ids.new_full((len(ids), self.max_new_tokens), self.pad)], 1)
-        rows, cache, width = torch.arange(len(ids), device=ids.device), None, prompt
+        rows, width = torch.arange(len(ids), device=ids.device), prompt
         training = model.training
         model.eval()
         try:
@@ -163,18 +164,24 @@ def _generation_config(model: nn.Module, config: GenerationConfig):
         model.generation_config = before
 
 
-def completion_logits(model: nn.Module, rollout: Rollout, **routing) -> Tensor:
-    """[B, C, vocabulary]: the logits that each completion token was, or would have been, drawn from."""
+def completion_logits(model: nn.Module, rollout: Rollout, cache=None, **routing) -> Tensor:
+    """[B, C, vocabulary]: the logits that each completion token was, or would have been, drawn from.
+
+    cache: keys and values of the first tokens of every row, if they are known. It is changed.
+    """
     ids, mask, length = rollout.ids[:, :-1], rollout.mask[:, :-1], rollout.completion.shape[1]  # nothing follows the last token
-    accepted = _forward_arguments(model)
+    known = 0 if cache is None else cache.get_seq_length()
+    accepted = forward_arguments(model)
     if "position_ids" in accepted:
-        routing["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        routing["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, known:]
     if "logits_to_keep" in accepted:  # the head is most of the work where the vocabulary is large
         routing["logits_to_keep"] = length
-    return model(input_ids=ids, attention_mask=mask, use_cache=False, **routing).logits[:, -length:]
+    if cache is None:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False, **routing).logits[:, -length:]
+    return model(input_ids=ids[:, known:], attention_mask=mask, use_cache=True, past_key_values=cache, **routing).logits[:, -length:]
 
 
-def _forward_arguments(model: nn.Module) -> set[str]:
+def forward_arguments(model: nn.Module) -> set[str]:
     while hasattr(model, "module"):  # DistributedDataParallel
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT

@@ -1,0 +1,79 @@
+"""A part of paper.py: what a generation of the search takes, in one batch and in the ways that are not."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict
+
+import torch
+from paper_setup import Bench, Setup, mean
+
+from t2kernels.adapt import Examples
+from t2kernels.adapt.mixing import Mixer
+from t2kernels.adapt.transfer import factors_of
+from t2kernels.cli import models
+from t2kernels.cli.answers import answers
+from t2kernels.cli.race import rebuild
+from t2kernels.train.rollout import Rollout, completion_logits
+
+
+def speed(setup: Setup, task: str, seed: int) -> dict:
+    """A CEM generation of 32 candidates over 10 examples: in one batch, a candidate at a time, and as the release does it, with dense weights
+    rebuilt for each. Then the same candidates made of five experts instead of three. CPU seconds where there is one thread, else wall.
+    """
+    bench = Bench(Setup(**{**asdict(setup), "shots": 10}))
+    torch.set_num_threads(seed or 1)
+    examples = bench.examples(task, 0)
+    alpha = 1 / 3 + 0.5 * torch.randn(32, len(bench.names), 1, generator=torch.Generator().manual_seed(0))
+    mixer = Mixer(bench.bank, bench.names)
+    # Two more experts, whose alphas are 0: answers, and so the decoding, stay the same.
+    five = Mixer(bench.bank, {f"{n}{i}": bench.bank[n] for i in range(2) for n in bench.names[: 3 if i == 0 else 2]})
+    wide = torch.cat([alpha, torch.zeros(32, five.shape[0] - len(bench.names), 1)], 1)
+    dense = models.load(setup.model, setup.dtype, setup.device).model
+    factors = factors_of(bench.bank)
+    now = time.process_time if torch.get_num_threads() == 1 and dense.device.type == "cpu" else time.perf_counter
+    modes = {"reward": {"likelihood": False}, "both": {}}
+    out: dict[str, dict] = {}
+    with bench.bank.scratch(32) as rows:
+        for mode, what in modes.items():
+            work = {
+                "batch": lambda what=what: examples.score(rows.write(mixer(alpha)), **what).answers,
+                "batch of five experts": lambda what=what: examples.score(rows.write(five(wide)), **what).answers,
+                "one at a time": lambda what=what: [examples.score(rows.write(mixer(a)), **what).answers[0] for a in alpha.split(1)],
+                "rebuilt": lambda mode=mode: [rebuilt(dense, factors, mixer.expert(a), examples, mode) for a in alpha],
+                "mixing": lambda: rows.write(five(wide)),
+            }
+            found = {name: do() for name, do in work.items()}
+            if not found["batch"] == found["one at a time"] == found["batch of five experts"]:
+                raise AssertionError("the same candidates answered differently in a batch and alone: their times cannot be compared")
+            times: dict[str, list[float]] = {name: [] for name in work}
+            for _ in range(7):  # interleaved: a busy moment falls on all of them
+                for name, do in work.items():
+                    start = now()
+                    do()
+                    times[name].append(now() - start)
+            seconds = {name: round(statistics.median(t), 4) for name, t in times.items()}
+            added = statistics.median(b / a for a, b in zip(times["batch"], times["batch of five experts"], strict=True))
+            out[mode] = {
+                "seconds": seconds,
+                "one_at_a_time_over_batch": round(seconds["one at a time"] / seconds["batch"], 2),
+                "rebuilt_over_batch": round(seconds["rebuilt"] / seconds["batch"], 2),
+                "five_over_three_experts": round(added, 4),
+                "rebuilt_answers_equal": mean(
+                    [a == b for x, y in zip(found["batch"], found["rebuilt"], strict=True) for a, b in zip(x, y, strict=True)]
+                ),
+            }
+    return {"population": 32, "examples": 10, "threads": torch.get_num_threads(), "modes": out}
+
+
+def rebuilt(dense, factors: dict, expert, examples: Examples, mode: str) -> list[str]:
+    """One candidate as the release scores it: W' = U diag(sigma z) Vᵀ in every dense weight, then the answers (and likelihoods)."""
+    rebuild(dense, factors, expert.z)
+    tokenizer = examples.sampler.tokenizer
+    written = answers(dense, tokenizer, examples.prompts, None, examples.sampler.max_new_tokens)
+    if mode == "both":
+        tokens, there = examples.gold
+        with torch.no_grad():
+            completion_logits(dense, Rollout(torch.cat([examples.ids, tokens], 1), torch.cat([examples.mask, there.long()], 1), there))
+    return written

@@ -1,0 +1,206 @@
+"""Few-shot adaptation: the mixture of experts that does best on a few labelled prompts, by the cross-entropy method.
+
+    z' = 1 + Σ_k alpha_k (z_k - 1)            alpha ~ N(mean, std²), refitted to the elite of each generation     (arXiv 2501.06252, section 3.2)
+
+A candidate is a row of the bank's table and a generation is one batch: P rows with K examples each. Nothing is rebuilt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..expert import Expert
+from .examples import Examples, Scores
+from .mixing import Mixer
+
+SCORES = ("reward", "likelihood", "both")
+
+
+@dataclass
+class CEMConfig:
+    """Settings of `search`.
+
+    population: candidates of a generation; elite: the share of it that the next distribution is fitted to
+    iterations: generations at most; patience: it ends after so many in a row that found nothing better, or when std is below `tolerance`
+    mean: of the first distribution; None: 1 / E for each expert. std: likewise. low, high: alphas are cut to this range
+    per: "expert", "layer" or "matrix": what an alpha holds for; mixing: "delta", "z" or "logits" (see `Mixer`)
+    score: "reward" of the answers, ties broken by the likelihood of the right ones where those are known; "likelihood" of the right answers,
+        one forward without decoding; "both": reward + likelihood_weight * likelihood
+    temperature, samples: of the answers that are rewarded; 0 is greedy
+    keep_best: the best candidate so far is a member of each generation; take: "mean", the centre of the last distribution, or "best"
+    """
+
+    population: int = 32
+    elite: float = 0.2
+    iterations: int = 8
+    patience: int = 3
+    tolerance: float = 0.02
+    mean: float | None = None
+    std: float = 0.5
+    low: float | None = None
+    high: float | None = None
+    per: str = "expert"
+    mixing: str = "delta"
+    score: str = "both"
+    likelihood_weight: float = 0.01
+    temperature: float = 0.0
+    samples: int = 1
+    keep_best: bool = True
+    take: str = "mean"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("population", "iterations", "patience", "samples"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(0 < self.elite <= 1, "elite", self.elite, "a share above 0, at most 1")
+        _require(self.std > 0, "std", self.std, "more than 0")
+        _require(self.score in SCORES, "score", self.score, ", ".join(map(repr, SCORES)))
+        _require(self.take in ("mean", "best"), "take", self.take, "'mean' or 'best'")
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        _require(self.samples == 1 or self.temperature > 0, "samples", self.samples, "1 where answers are greedy: they are all the same")
+        _require(self.low is None or self.high is None or self.low < self.high, "low", self.low, f"less than high={self.high!r}")
+
+    @classmethod
+    def paper(cls, **changes) -> CEMConfig:
+        """The settings of the authors' release: 32 candidates, elite 0.2, an alpha for each expert and matrix in [0, 1] from .5 ± .5, at most 50
+        generations, the best one so far in each and taken at the end, accuracy of greedy answers with ties broken by likelihood, mixing of logits.
+        """
+        settings = {
+            "iterations": 50,
+            "patience": 50,
+            "mean": 0.5,
+            "std": 0.5,
+            "low": 0.0,
+            "high": 1.0,
+            "per": "matrix",
+            "mixing": "logits",
+            "score": "reward",
+            "take": "best",
+        }
+        return cls(**{**settings, **changes})
+
+    @property
+    def elites(self) -> int:
+        return max(1, min(self.population, round(self.elite * self.population)))
+
+
+@dataclass
+class Found:
+    """What a search found.
+
+    alpha: [E, G]; expert: the mixture as an `Expert`, whose manifest says from what; scores: the best fitness of each generation, the first
+    one included; stopped: why it ended; candidates: how many were scored; seconds; answers: {example: right answers seen on the way}
+    """
+
+    alpha: Tensor
+    expert: Expert
+    scores: list[float]
+    stopped: str
+    candidates: int
+    seconds: float
+    answers: list[list[str]] = field(default_factory=list, repr=False)
+
+
+def search(
+    examples: Examples,
+    experts: Sequence[str] | Mapping[str, Expert],
+    name: str = "few-shot",
+    config: CEMConfig | None = None,
+    logits: Mapping[str, Mapping[str, Tensor]] | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> Found:
+    """The mixture of `experts` that does best on `examples`, by the cross-entropy method.
+
+    experts: names in the bank, or {name: Expert}. name: of the expert that is made; it is returned, not put into the bank
+    progress: called with the number of generations done and the best fitness
+
+    Raises ValueError before any forward: no experts, examples that lack what the score needs, a population that does not fit into the bank.
+    """
+    config = config or CEMConfig()
+    mixer = Mixer(examples.bank, experts, config.per, config.mixing, logits)
+    if config.score != "likelihood" and examples.scorer is None:
+        raise ValueError(f"score={config.score!r} needs a reward, which these examples lack; use score='likelihood', or give them one")
+    if config.score != "reward" and examples.gold is None:
+        raise ValueError(f"score={config.score!r} needs gold answers, which these examples lack; use score='reward', or give them some")
+    chunk = min(config.population, examples.chunk(config.samples))
+    if chunk > examples.bank.rows - 1:
+        raise ValueError(
+            f"{chunk} candidates at once need {chunk + 1} rows; the bank has {examples.bank.rows}: patch_model(..., rows={chunk + 1})"
+        )
+    start = time.perf_counter()
+    generator = torch.Generator().manual_seed(config.seed)
+    E, G = mixer.shape
+    mean = torch.full((E, G), 1 / E if config.mean is None else config.mean)
+    std = torch.full((E, G), float(config.std))
+    best, best_key, since, history, candidates, stopped = mean.clone(), None, 0, [], 0, f"{config.iterations} generations"
+    answers: list[dict[str, None]] = [{} for _ in range(len(examples))]
+    with examples.bank.scratch(chunk) as rows:
+        for step in range(config.iterations):
+            alpha = mean + std * torch.randn(config.population, E, G, generator=generator)
+            alpha = alpha.clamp(config.low, config.high) if config.low is not None or config.high is not None else alpha
+            alpha[0] = mean
+            if config.keep_best and step and config.population > 1:
+                alpha[1] = best
+            keys = _fitness(examples, mixer, rows, alpha, config, answers)
+            candidates += len(alpha)
+            order = sorted(range(len(alpha)), key=lambda i: keys[i], reverse=True)
+            top = order[0]
+            since = 0 if best_key is None or keys[top] > best_key else since + 1
+            if best_key is None or keys[top] >= best_key:
+                best, best_key = alpha[top].clone(), keys[top]
+            history.append(keys[top][0])
+            elite = alpha[order[: config.elites]]
+            mean, std = elite.mean(0), elite.std(0, unbiased=len(elite) > 1)
+            if progress:
+                progress(step + 1, history[-1])
+            if std.max() < config.tolerance:
+                stopped = f"converged: std below {config.tolerance}"
+                break
+            if since >= config.patience:
+                stopped = f"nothing better in {since} generations"
+                break
+        chosen = best if config.take == "best" else mean
+        final = _fitness(examples, mixer, rows, chosen[None], config, answers)[0]
+    facts = {
+        "search": dataclasses.asdict(config),
+        "examples": len(examples),
+        "score": final[0],
+        "stopped": stopped,
+        "candidates": candidates,
+    }
+    expert = mixer.expert(chosen, name=name, **facts)
+    return Found(chosen, expert, history, stopped, candidates, time.perf_counter() - start, [list(a) for a in answers])
+
+
+def _fitness(examples: Examples, mixer: Mixer, rows, alpha: Tensor, config: CEMConfig, answers: list[dict]) -> list[tuple[float, float]]:
+    """(fitness, what breaks ties) of each candidate."""
+    keys: list[tuple[float, float]] = []
+    for part in alpha.split(len(rows.ids)):
+        ids = rows.write(mixer(part))
+        scores = examples.score(ids, config.temperature, config.samples, reward=config.score != "likelihood")
+        keys += _keys(scores, config)
+        if scores.answers is not None:
+            for written, right in zip(scores.answers, (scores.rewards > 0).tolist(), strict=True):
+                for i, (text, good) in enumerate(zip(written, right, strict=True)):
+                    if good:
+                        answers[i // config.samples].setdefault(text if isinstance(text, str) else text[-1]["content"])
+    return keys
+
+
+def _keys(scores: Scores, config: CEMConfig) -> list[tuple[float, float]]:
+    zero = torch.zeros(len(scores.rewards if scores.rewards is not None else scores.likelihood))
+    reward = zero if scores.reward is None else scores.reward
+    likelihood = zero if scores.likelihood is None else scores.likelihood
+    first = {"reward": reward, "likelihood": likelihood, "both": reward + config.likelihood_weight * likelihood}[config.score]
+    return [(round(a, 6), b) for a, b in zip(first.tolist(), likelihood.tolist(), strict=True)]
+
+
+def _require(good: bool, name: str, value: object, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{name}={value!r}; wanted {wanted}")

@@ -1,0 +1,125 @@
+"""`Mixer`: many mixtures of a few experts as rows of the bank's table, by one small matrix product.
+
+z' - 1 = Σ_k alpha_k (z_k - 1)            "delta": the base model is the fixed point
+z'     = Σ_k alpha_k z_k                  "z": the paper's equation (arXiv 2501.06252, section 3.2); the same where Σ alpha = 1
+z'     = m Σ sigma / Σ(sigma m), m = Σ_k alpha_k p_k        "logits": what the authors' release computes, p the logits of each expert
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..bank import ExpertBank
+from ..expert import Expert
+from ..scratch import flatten, spans, unflatten
+
+GRANULARITIES = ("expert", "layer", "matrix")
+MIXINGS = ("delta", "z", "logits")
+RELEASE_START = 0.1  # the release's p before training, which its trace normalisation makes the base model
+EDGE = 1e-3  # z beyond what a sigmoid can be is cut to this far from its ends
+
+
+class Mixer:
+    """alpha [P, E, G] -> z' - 1 of P mixtures, [P, C].
+
+    experts: names in the bank, or {name: Expert}; E of them
+    per: "expert", one number for each (G = 1); "layer", one for each and block; "matrix", one for each and matrix
+    mixing: "delta", "z" or "logits", as above; the last two rescale every component and need them all in the support
+    logits: {name: {matrix: p [R]}} for "logits", as `integrations.sakana.load_logits` reads them; for an expert without, p is taken from z, which
+        fixes it up to the one factor per matrix that trace normalisation removes: p = logit(z sigmoid(.1)), the release's start being z = 1
+
+    Raises ValueError: no experts, an unknown word, a support that leaves components out; KeyError: an expert that is not in the bank.
+    """
+
+    def __init__(
+        self,
+        bank: ExpertBank,
+        experts: Sequence[str] | Mapping[str, Expert],
+        per: str = "expert",
+        mixing: str = "delta",
+        logits: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ):
+        for value, allowed, what in ((per, GRANULARITIES, "per"), (mixing, MIXINGS, "mixing")):
+            if value not in allowed:
+                raise ValueError(f"{what}={value!r}; wanted {', '.join(map(repr, allowed))}")
+        if isinstance(experts, str) or not len(experts):
+            raise ValueError(f"experts={experts!r}; wanted a list of names in the bank, or {{name: Expert}}, with at least one")
+        self.names = list(experts)
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"experts={self.names}: a name occurs twice")
+        self.bank, self.per, self.mixing = bank, per, mixing
+        found = experts if isinstance(experts, Mapping) else {name: bank[name] for name in self.names}
+        rows = [flatten(bank, e) for e in found.values()]
+        self.vectors = torch.stack(rows).to(bank.device)  # [E, C]
+        self._spans = spans(bank)
+        if mixing != "delta":
+            self._need_all_components()
+        if mixing == "logits":
+            self._sigma = torch.cat([bank.sigma(n) for n in self._spans]).to(bank.device)
+            self.vectors = torch.stack([self._logits(row, (logits or {}).get(n)) for n, row in zip(self.names, self.vectors, strict=True)])
+        self.groups = self._group()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(E, G)."""
+        return len(self.names), len(self.groups)
+
+    def __call__(self, alpha: Tensor) -> Tensor:
+        """z' - 1 [P, C] of alpha [P, E, G]. Raises ValueError for another shape."""
+        if alpha.dim() != 3 or tuple(alpha.shape[1:]) != self.shape:
+            raise ValueError(f"alpha is {list(alpha.shape)}; wanted [P, {self.shape[0]}, {self.shape[1]}]")
+        alpha = alpha.to(self.vectors)
+        out = self.vectors.new_zeros(len(alpha), self.vectors.shape[1])
+        for g, parts in enumerate(self.groups):
+            for part in parts:
+                torch.mm(alpha[:, :, g], self.vectors[:, part], out=out[:, part])
+        if self.mixing == "z":
+            for g, parts in enumerate(self.groups):
+                for part in parts:
+                    out[:, part] += alpha[:, :, g].sum(1, keepdim=True) - 1
+        elif self.mixing == "logits":
+            for span in self._spans.values():
+                m, sigma = out[:, span], self._sigma[span]
+                total = (sigma * m).sum(1, keepdim=True)
+                kept = total.abs() > EDGE * sigma.sum()  # all alphas 0: the release divides 0 by 0; here that is the base model
+                out[:, span] = torch.where(kept, m * (sigma.sum() / torch.where(kept, total, 1)) - 1, 0)
+        return out
+
+    def expert(self, alpha: Tensor, **manifest) -> Expert:
+        """The one expert of alpha [E, G], whose manifest says what it is made of."""
+        made_of = {name: [round(v, 6) for v in row] for name, row in zip(self.names, alpha.tolist(), strict=True)}
+        return unflatten(self.bank, self(alpha[None])[0], mixed=made_of, mixing=self.mixing, per=self.per, **manifest)
+
+    def _group(self) -> list[list[slice]]:
+        """The columns that each of the G alphas of an expert holds for, as few slices as can be."""
+        keys: dict[object, list[slice]] = {}
+        for name, span in self._spans.items():
+            key = {"expert": 0, "matrix": name, "layer": next((p for p in name.split(".") if p.isdigit()), "")}[self.per]
+            parts = keys.setdefault(key, [])
+            if parts and parts[-1].stop == span.start:
+                parts[-1] = slice(parts[-1].start, span.stop)
+            else:
+                parts.append(span)
+        return list(keys.values())
+
+    def _need_all_components(self) -> None:
+        partial = next((n for n in self._spans if self.bank.matrices[n] < self.bank.origin.ranks[n]), None)
+        if partial:
+            raise ValueError(
+                f"mixing={self.mixing!r} rescales every component, but {partial} has {self.bank.matrices[partial]} of "
+                f"{self.bank.origin.ranks[partial]} in its support: patch with rank=None, or use mixing='delta'"
+            )
+
+    def _logits(self, row: Tensor, known: Mapping[str, Tensor] | None) -> Tensor:
+        if known is None:
+            start = torch.sigmoid(torch.tensor(RELEASE_START))
+            return torch.logit(((1 + row) * start).clamp(EDGE, 1 - EDGE))
+        out = torch.full_like(row, RELEASE_START)
+        for name, p in known.items():
+            if name not in self._spans or self.bank.matrices[name] != p.numel():
+                raise ValueError(f"logits of {name} are {list(p.shape)}; wanted one for each component of a matrix of this model")
+            out[self._spans[name]] = p.to(out)
+        return out

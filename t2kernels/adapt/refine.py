@@ -1,0 +1,101 @@
+"""`refine`: a few gradient steps on z from where a search ended, on the same few examples. Not in the paper.
+
+maximise (1/K) Σ_i mean_y log p(y | x_i; z)        y: right completions of example i, given, or written by candidates of the search
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..expert import Expert
+from ..train.loss import log_probs
+from ..train.rollout import Rollout, Sampler, completion_logits
+from .examples import Examples, encode_completions
+
+
+def refine(
+    examples: Examples,
+    completions: Sequence[Sequence[str]],
+    start: Expert | None = None,
+    name: str = "refined",
+    steps: int = 15,
+    lr: float = 0.005,
+    batch: int = 32,
+    seed: int = 0,
+) -> Expert:
+    """An expert that makes right completions of the examples likelier; returned, not put into the bank.
+
+    completions: for each example, texts that are right; an example without any is left out. `Found.answers` of a search, or [[gold], ...]
+    start: where z starts; None: the base model. steps, lr, batch, seed: as in `supervise`
+
+    Raises ValueError before any step: a count that differs from the examples', no completion at all, a name that is in the bank.
+    """
+    if len(completions) != len(examples):
+        raise ValueError(f"{len(completions)} lists of completions for {len(examples)} examples; wanted one for each")
+    pairs = [(i, text) for i, texts in enumerate(completions) for text in texts]
+    if not pairs:
+        raise ValueError(
+            "no example has a right completion to learn from: give gold answers, or search with samples at a temperature above 0"
+        )
+    model, bank = examples.model, examples.bank
+    count = {i: len(texts) for i, texts in enumerate(completions)}
+    frozen = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    parameters = bank.start_training(name, init=start)
+    try:
+        row = bank.ids(name)
+        work = [(examples.prompts[i], text, 1 / count[i]) for i, text in pairs]
+        supervise(model, examples.sampler, parameters, work, steps, lr, batch, seed, expert_ids=row)
+        del row
+    except BaseException:
+        bank.stop_training(name)
+        bank.remove(name)
+        raise
+    finally:
+        for p, needed in frozen.items():
+            p.requires_grad_(needed)
+    made = bank.stop_training(name, name=name, refined={"steps": steps, "learning_rate": lr, "completions": len(pairs), "seed": seed})
+    bank.remove(name)
+    return Expert(made.z, {**(start.manifest if start is not None else {}), **made.manifest}, made.sketch)
+
+
+def supervise(
+    model: nn.Module,
+    sampler: Sampler,
+    parameters: Sequence[nn.Parameter],
+    work: Sequence[tuple],
+    steps: int,
+    lr: float,
+    batch: int = 32,
+    seed: int = 0,
+    **routing,
+) -> None:
+    """Raise Σ weight log p(completion | prompt) over `work`, triples (prompt, completion, weight), by moving `parameters`.
+
+    Adam, the learning rate in a straight line from lr to 5 % of it, gradient norm cut at 1; more than `batch` triples are drawn from anew at
+    each step. routing: of the forwards.
+    """
+    r, device = random.Random(seed), parameters[0].device
+    optimiser = torch.optim.Adam(parameters, lr=lr)
+    training = model.training
+    model.eval()  # no dropout: few examples, few steps
+    try:
+        for step in range(steps):
+            optimiser.param_groups[0]["lr"] = lr * max(0.05, 1 - step / steps)
+            picked = work if len(work) <= batch else r.sample(work, batch)
+            ids, mask = sampler.encode([prompt for prompt, _, _ in picked], device)
+            tokens, there = encode_completions(sampler.tokenizer, [text for _, text, _ in picked], device)
+            rollout = Rollout(torch.cat([ids, tokens], 1), torch.cat([mask, there.long()], 1), there)
+            found = log_probs(completion_logits(model, rollout, **routing)).gather(-1, tokens[..., None])[..., 0]
+            weights = torch.tensor([weight for _, _, weight in picked], device=device)
+            loss = -(weights * torch.where(there, found, 0).sum(1)).sum() / weights.sum()
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+    finally:
+        model.train(training)
