@@ -1,7 +1,6 @@
 """`ExpertBank`: names to rows. It owns the scale table of every layer of one patched model.
 
-All tables are views of one array [E, C] (C = the columns of all layers, side by side), so that loading, replacing or mixing an expert
-is one row copy, whatever the number of layers, and never a new allocation: captured graphs stay valid.
+Which names are in the bank, which of them have a row, and what is in training; `table.py` writes the rows.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,36 +21,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .expert import Expert
 from .groups import find_groups
 from .layer import SVFLinear
+from .names import Name, flat_names, key_of, shape_of
 from .origin import Origin
 from .routing import Route, Routing
 from .rows import Rows
 from .scratch import Scratch
-
-Name = str | None | Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where the numbers z of one layer lie among those of the bank: names of its matrices, where they start, and (X, R)."""
-
-    layer: SVFLinear
-    names: tuple[str, ...]
-    start: int
-    shape: tuple[int, int] = field(init=False)
-
-    def __post_init__(self):
-        object.__setattr__(self, "shape", (len(self.names), self.layer.rank))
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.shape[0] * self.shape[1]
-
-    def components(self) -> Tensor:
-        """For each column of the layer's table, which number z of the bank scales it; on the host."""
-        of = torch.arange(self.start, self.stop).reshape(self.shape)
-        if self.layer.source is None:
-            return of.flatten()
-        return of.gather(1, self.layer.source.cpu().reshape(self.shape[0], -1)).flatten()
+from .table import ScaleTable, Slot
 
 
 class ExpertBank:
@@ -67,11 +41,8 @@ class ExpertBank:
         if rows < 2:
             raise ValueError(f"rows={rows}: row 0 is the base model, so at least 2 are needed")
         self.rows, self.origin, self.routing, self.plan = rows, origin, routing, plan
-        self._slots, start = [], 0
-        for layer, names in layers:
-            self._slots.append(Slot(layer, names, start))
-            start = self._slots[-1].stop
-        self.width = start
+        self.table = ScaleTable(layers, rows)
+        self._slots, self.width = self.table.slots, self.table.width
         self.matrices = {n: s.layer.support for s in self._slots for n in s.names}
         self._places = {n: (s, i) for s in self._slots for i, n in enumerate(s.names)}
         self._experts: dict[str, tuple[Tensor, dict]] = {}  # name -> (z - 1 on the host [C], manifest)
@@ -81,7 +52,6 @@ class ExpertBank:
         self._one_row = WeakIdKeyDictionary()  # ids tensor -> the row that is all of it
         self._lock = threading.RLock()
         self.loads = 0
-        self._bind()
         for group in find_groups(layers):
             for layer in group.layers:
                 layer.group = group
@@ -168,7 +138,7 @@ class ExpertBank:
             self._forget_mixtures_of(name)
             row = self._rows.find(name)
             if row is not None and not self._rows.pinned(row):
-                self._write(row, delta)
+                self.table.write(row, delta)
             else:
                 self._rows.drop(name)
                 if self._rows.free() is not None:
@@ -204,7 +174,7 @@ class ExpertBank:
         its rows keep their experts. Raises KeyError (unknown name), RuntimeError (more experts at once than rows).
         """
         with self._lock:
-            flat: list[Name] = list(_flatten_names(names))
+            flat: list[Name] = list(flat_names(names))
             keys = [self._key(n) for n in flat]
             wanted = dict.fromkeys(k for k in keys if k is not None)
             taken: list[int] = []
@@ -217,7 +187,7 @@ class ExpertBank:
             except BaseException:
                 self._unpin(taken)
                 raise
-            out = torch.tensor([rows[k] for k in keys], dtype=torch.int32).reshape(_shape_of(names)).to(self.device)
+            out = torch.tensor([rows[k] for k in keys], dtype=torch.int32).reshape(shape_of(names)).to(self.device)
             weakref.finalize(out, self._unpin, taken)
             if len(set(keys)) == 1:
                 self._one_row[out] = rows[keys[0]]
@@ -382,7 +352,7 @@ class ExpertBank:
         else:
             delta = self._experts[key][0]
         row = self._rows.take(key)
-        self._write(row, delta)
+        self.table.write(row, delta)
         self.loads += 1
         return row
 
@@ -398,34 +368,6 @@ class ExpertBank:
             self._drop_dense(key)
         self._rows.drop_where(test)
 
-    def _write(self, row: int, delta: Tensor) -> None:
-        if not self._bound():
-            self._bind()
-        for device, (table, sigma, base, columns) in self._tables.items():
-            d = delta if columns is None else delta[columns]
-            d = d.to(device, non_blocking=True)
-            torch.addcmul(base, sigma, d, out=table[row])
-
-    def _bind(self) -> None:
-        """Make every layer's table a view of one array per device; again after the model was moved."""
-        self._tables = {}
-        for device in dict.fromkeys(s.layer.scale.device for s in self._slots):
-            slots = [s for s in self._slots if s.layer.scale.device == device]
-            table = torch.cat([s.layer.scale.reshape(self.rows, -1) for s in slots], 1)
-            sigma = torch.cat([s.layer.columns(s.layer.sigma).reshape(-1) for s in slots])
-            start = 0
-            for s in slots:
-                width = s.layer.scale[0].numel()
-                s.layer.scale = table[:, start : start + width].unflatten(1, s.layer.scale.shape[1:])
-                start += width
-            columns = torch.cat([s.components() for s in slots])
-            whole = torch.equal(columns, torch.arange(self.width))
-            self._tables[device] = (table, sigma, table[0].clone(), None if whole else columns)
-
-    def _bound(self) -> bool:
-        storages = {table.untyped_storage().data_ptr() for table, *_ in self._tables.values()}
-        return all(s.layer.scale.untyped_storage().data_ptr() in storages for s in self._slots)
-
     # --- names and numbers
 
     def _known(self, name: str) -> None:
@@ -433,24 +375,14 @@ class ExpertBank:
             raise KeyError(f"no expert named {name!r} in the bank; it has {', '.join(map(repr, self.names)) or 'none yet'}")
 
     def _key(self, name: Name) -> object:
-        """What a row is remembered by: None for the base, a name, or a mixture's sorted (name, weight) pairs."""
-        if name is None:
-            return None
-        if isinstance(name, str):
-            self._known(name)
-            return name
-        if not isinstance(name, Mapping):
-            raise TypeError(f"{name!r} is no expert: give a name, None for the base model, or a mixture {{name: weight}}")
-        pairs = []
-        for n, weight in name.items():
+        """`key_of` a name whose experts are in the bank, and fit for it."""
+        key = key_of(name)
+        parts = [n for n, _ in key] if isinstance(key, tuple) else []
+        for n in name if isinstance(name, Mapping) else [] if name is None else [name]:
             self._known(n)
-            if not math.isfinite(weight):
-                raise ValueError(f"the weight of {n!r} in a mixture is {weight}; wanted a finite number")
-            if weight:
-                pairs.append((n, float(weight)))
-        if any(n in self._training for n, _ in pairs):
+        if any(n in self._training for n in parts):
             raise ValueError("an expert in training cannot be part of a mixture: its row changes at every step")
-        return tuple(sorted(pairs)) or None
+        return key
 
     def _find(self, name: str) -> tuple[Slot, int]:
         if name not in self._places:
@@ -494,22 +426,3 @@ class ExpertBank:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=threading.RLock(), _one_row=WeakIdKeyDictionary())
-
-
-def _flatten_names(names):
-    if isinstance(names, (str, Mapping)) or names is None:
-        yield names
-    elif isinstance(names, Sequence):
-        for n in names:
-            yield from _flatten_names(n)
-    else:
-        raise TypeError(f"{names!r} names no experts: give a name, None, a mixture {{name: weight}}, or a list of these")
-
-
-def _shape_of(names) -> tuple[int, ...]:
-    if isinstance(names, (str, Mapping)) or names is None:
-        return ()
-    inner = {_shape_of(n) for n in names}
-    if len(inner) > 1:
-        raise ValueError("lists of expert names per token must all have the same length")
-    return (len(names), *(inner.pop() if inner else ()))

@@ -207,6 +207,9 @@ class FactoredLinear(SVFLinear):
         self.dense_rows = {row: fn(W) for row, W in self.dense_rows.items()}
         return super()._apply(fn, recurse)
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "dense_rows": {}}  # a copied bank pins no row, so what is in one may change
+
     def dense(self, row: int = 0) -> Tensor:
         """W [M, N] = U diag(scale[row]) Vᵀ, computed in fp32, in the dtype of the layer that it stands in for."""
         return ((self.U.float() * self.scale[row]) @ self.Vt.float()).to(self.dtype)

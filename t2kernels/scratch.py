@@ -48,12 +48,7 @@ class Scratch:
             raise ValueError(f"candidates are {list(delta.shape)}; wanted [at most {len(self.ids)}, {self._bank.width}]")
         if not torch.isfinite(delta).all():
             raise ValueError("a candidate is not finite: its alphas, or the experts it mixes, are NaN or infinite")
-        if not self._bank._bound():
-            self._bank._bind()
-        for device, (table, sigma, base, columns) in self._bank._tables.items():
-            d = (delta if columns is None else delta[:, columns]).to(device)
-            rows = self.ids[: len(delta)].to(device).long()
-            table.index_copy_(0, rows, torch.addcmul(base, sigma, d))
+        self._bank.table.write(self.ids[: len(delta)], delta)
         return self.ids[: len(delta)]
 
     def close(self) -> None:

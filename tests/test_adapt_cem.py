@@ -275,7 +275,7 @@ def test_search_finds_what_the_reward_wants(tiny, examples):
         def score(self, ids, *args, reward=True):
             from t2kernels.adapt.examples import Scores
 
-            table, sigma, base, _ = next(iter(bank._tables.values()))
+            table, sigma, base, _ = next(iter(bank.table._arrays.values()))
             alpha = ((table[ids.long()] - base) / sigma).double() @ basis
             return Scores(-(alpha - peak).square().sum(1, keepdim=True).float(), None, [[""]] * len(ids))
 

@@ -1,5 +1,6 @@
 """Rows: who is in which, who gives one up, and that what a row holds is what its name says."""
 
+import copy
 import pickle
 import random
 import threading
@@ -380,6 +381,23 @@ def test_kept_dense_weights_follow_their_expert(factored):
     assert bank.keeps_dense("a")  # its row is never given away
     bank.remove("a")
     assert kept_rows(bank) == {()}
+
+
+def test_a_copy_keeps_no_dense_weights(factored):
+    model, bank = factored
+    bank.keep_dense("a")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert kept_rows(other.t2_bank) == {()}
+        assert not other.t2_bank.keeps_dense("a")
+        for name in "cde":
+            other.t2_bank.add(name, draw(other.t2_bank))
+        ids = torch.randint(0, 60, (1, 5))
+        with torch.no_grad():
+            for name in "abcde":
+                other.t2_bank.ids(name)
+                alone = copy.deepcopy(other)
+                t2.unpatch_model(alone, name)
+                torch.testing.assert_close(other(ids, experts=name).logits, alone(ids).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_an_expert_in_training_has_no_dense_weights(factored):

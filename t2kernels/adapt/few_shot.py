@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from ..bank import Name
 from ..expert import Expert
+from ..names import Name
 from .cem import CEMConfig, Found, search
 from .examples import Examples
 from .strategy import Strategy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..train.rollout import forward_arguments
+from ..train.rollout import forward_arguments, kept_as
 
 WORTH = 16
 """Common tokens below which a cache of their own saves nothing: copying it costs about as much as so few tokens."""
@@ -56,11 +56,11 @@ def forward(model: nn.Module, ids: Tensor, mask: Tensor, cache=None, keep: int =
     if "logits_to_keep" in accepted:
         routing["logits_to_keep"] = keep
     if cache is not None:
-        routing["past_key_values"] = cache
+        routing[kept_as()] = cache
     training = model.training
     model.eval()
     try:
         out = model(input_ids=ids[:, known:], attention_mask=mask, use_cache=True, **routing)
     finally:
         model.train(training)
-    return out.logits, out.past_key_values
+    return out.logits, out[kept_as()]

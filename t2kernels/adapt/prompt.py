@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..bank import Name
+from ..names import Name
 from ..train.data import is_task
 from ..train.rewards import Scorer
 from ..train.rollout import Sampler

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..bank import Name
+from ..names import Name
 from ..train.rollout import Sampler
 
 

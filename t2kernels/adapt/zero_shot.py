@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..bank import Name
+from ..names import Name
 from ..train.loss import log_probs
 from ..train.rollout import Rollout, completion_logits
 from .prompt import Prompt

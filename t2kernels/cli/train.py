@@ -63,8 +63,8 @@ def train(
     parts = {Path(name).stem: t2.tasks.load(name) for name in comma_list(classes or "")}
     chosen = None if parts else t2.tasks.load(task)
     held_out = None if parts else some(chosen, "test", n)
-    for part in parts.values() if parts else [chosen]:
-        part.split("train", 1)  # whether it is there is known before the model is
+    for one in parts.values() or [chosen]:
+        one.split("train", 1)  # whether it is there is known before the model is
     loaded = models.load(model, dtype, device)
     asked = None
     if parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,10 +122,11 @@ class Sampler:
                 step = min(stage, out.shape[1] - width)
                 plain = GenerationConfig(max_new_tokens=step, eos_token_id=self.ends or None, pad_token_id=self.pad, **sampling)
                 with _generation_config(model, plain):
+                    known = {kept_as(): cache}
                     drawn = model.generate(
-                        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict_in_generate=True, **routing
+                        input_ids=ids, attention_mask=mask, use_cache=True, return_dict_in_generate=True, **known, **routing
                     )
-                ids, cache = drawn.sequences, drawn.past_key_values
+                ids, cache = drawn.sequences, drawn[kept_as()]
                 out[rows, width : ids.shape[1]] = ids[:, width:]
                 going = ~self._ends(ids[:, width:]).any(1)
                 width = ids.shape[1]
@@ -178,7 +180,16 @@ def completion_logits(model: nn.Module, rollout: Rollout, cache=None, **routing)
         routing["logits_to_keep"] = length
     if cache is None:
         return model(input_ids=ids, attention_mask=mask, use_cache=False, **routing).logits[:, -length:]
-    return model(input_ids=ids[:, known:], attention_mask=mask, use_cache=True, past_key_values=cache, **routing).logits[:, -length:]
+    routing[kept_as()] = cache
+    return model(input_ids=ids[:, known:], attention_mask=mask, use_cache=True, **routing).logits[:, -length:]
+
+
+@functools.cache
+def kept_as() -> str:
+    """What this transformers calls keys and values that are kept, as an argument and in outputs: "cache", or "past_key_values" before 5.24."""
+    from transformers import LlamaForCausalLM
+
+    return "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def forward_arguments(model: nn.Module) -> set[str]:
