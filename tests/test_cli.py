@@ -253,6 +253,20 @@ def test_eval(tmp_path):
     assert f"{found['math']['accuracy']:.1%}" in text
 
 
+def test_eval_of_ways_to_choose(tmp_path):
+    path = tmp_path / "scores.json"
+    said = t2_("eval", "--task", "math,reason", "-n", 12, "--adapt", "classify,confidence", "--json", path)
+    assert "chosen: adapt classify" in said
+    assert "first pass" in said
+    found = json.loads(path.read_text())
+    for task in ("math", "reason"):
+        assert set(found["accuracy"][task]) == {"base", "adapt classify", "adapt confidence"}
+        assert found["routes"][task]["adapt classify"]["chosen"] == {task: {task: 12}}
+        assert found["accuracy"][task]["adapt classify"]["right"] >= 11
+    assert "--adapt guess" in t2_("eval", "-n", 2, "--adapt", "guess", code=1)
+    assert "--examples" in t2_("eval", "-n", 2, "--adapt", "few-shot", code=1)
+
+
 def test_train_an_expert_on_a_file_and_use_it(checkpoint, tmp_path):
     file = tmp_path / "sums.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a in range(8) for b in range(8)))

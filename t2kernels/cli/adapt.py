@@ -40,10 +40,7 @@ def strategy(
     """
     from t2kernels import adapt, tasks
 
-    if kind not in KINDS:
-        raise ValueError(f"--adapt {kind}: wanted one of {', '.join(KINDS)}")
-    if kind == "few-shot" and examples is None:
-        raise ValueError("--adapt few-shot needs --examples FILE.jsonl, with a prompt and its answer a line")
+    check(kind, examples)
     if not experts and loaded.name != models.TINY:
         raise ValueError(f"--adapt {kind} needs experts to choose from: give each with --expert")
     model, tokenizer, bank = loaded.model, loaded.tokenizer, loaded.model.t2_bank
@@ -65,6 +62,16 @@ def strategy(
     known = bank[asked].manifest.get("question") is not None
     judge = adapt.Classifier(model, tokenizer, None if known else question(loaded, names), asked, margin=margin)
     return judge if kind == "classify" else adapt.Router(judge)
+
+
+def check(kind: str, examples: Path | None) -> None:
+    """What can be known before a model is loaded. Raises ValueError or FileNotFoundError."""
+    if kind not in KINDS:
+        raise ValueError(f"--adapt {kind}: wanted one of {', '.join(KINDS)}")
+    if kind == "few-shot" and examples is None:
+        raise ValueError("--adapt few-shot needs --examples FILE.jsonl, with a prompt and its answer a line")
+    if kind == "few-shot" and not examples.is_file():
+        raise FileNotFoundError(f"--examples {examples}: no such file")
 
 
 def question(loaded: models.Loaded, names: Sequence[str]) -> Question:

@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from t2kernels.cli import adapt as adaptation
 from t2kernels.cli import models
 from t2kernels.cli.answers import Meter, Score, verdicts
 from t2kernels.cli.console import bar, comma_list, out, show, table
@@ -32,6 +33,12 @@ def evaluate(
     by: str = typer.Option(
         None, "--by", help="A column that names each problem's expert: an arm that answers with it.", show_default=False
     ),
+    adapt: str = typer.Option(
+        "", "--adapt", help=f"Ways to choose an expert for each prompt, comma-separated: {', '.join(adaptation.KINDS)}.", show_default=False
+    ),
+    classifier: str = adaptation.ClassifierOption,
+    examples: Path = adaptation.ExamplesOption,
+    margin: float = adaptation.MarginOption,
     model: str = models.ModelOption,
     n: int = typer.Option(None, "-n", help="Problems of each task.  \\[default: the whole split]", show_default=False),
     split: str = typer.Option("test", help="train, validation or test."),
@@ -52,6 +59,8 @@ def evaluate(
 
     [dim]$[/] t2 eval --task math,code --experts math,code,reason
 
+    [dim]$[/] t2 eval --task math,code,reason --adapt classify,prompt
+
     [dim]$[/] t2 eval --task gsm8k,humaneval -n 200 --model ./checkpoint --experts experts/math,experts/code
 
     [dim]$[/] t2 eval --task problems.jsonl --model ./checkpoint --experts experts/mine --json scores.json
@@ -67,11 +76,15 @@ def evaluate(
         chosen = [replace(one, max_new_tokens=max_new_tokens) for one in chosen]
     for one in chosen:
         check_labels(one.name, one.split(split, n), by, [Path(name).stem for name in comma_list(experts)])
+    for kind in comma_list(adapt):
+        adaptation.check(kind, examples)
     loaded = models.load(model, dtype, device)
     chosen = [styled(one, chat, loaded.tokenizer) for one in chosen]
     problems = [one.split(split, n) for one in chosen]
     bank = models.patch(loaded, targets, rank, form, factors)
     arms: dict[str, Name | Choose] = {name or models.BASE: name for name in [None, *models.add_experts(bank, experts, model)]}
+    for kind in comma_list(adapt):
+        arms[f"adapt {kind}"] = adaptation.strategy(kind, loaded, comma_list(experts), classifier, examples, margin)
     found: dict[str, Measured] = {}
     with bar() as progress:
         count = progress.add_task("answering", total=sum(map(len, problems)) * (len(arms) + bool(by)))

@@ -46,6 +46,8 @@ def generate(
 
     [dim]$[/] t2 generate "47+38+59?" "rsx(gcaf)?" --adapt classify
     """
+    if adapt:
+        adaptation.check(adapt, examples)
     loaded = models.load(model, dtype, device)
     bank = models.patch(loaded, targets, rank, form, factors)
     if adapt and (mix or pair):
