@@ -324,11 +324,10 @@ def test_an_expert_that_gains_nothing_keeps_the_base_model(tiny, examples):
     bank.remove("none")
     # One example more of four is within two standard errors, four of four is not.
     for right, kept in ((1, None), (4, "math")):
-        answered = [row["answer"] for row in examples.rows]
+        counted = examples.prompts[:right]
 
-        def reward(prompts, completions, answer, right=right, answered=answered):
-            shown = ["," in c for c in completions]  # the math expert shows its working, the base model does not
-            return [float(s and a in answered[:right]) for s, a in zip(shown, answer, strict=True)]
+        def reward(prompts, completions, answer, counted=counted):  # the math expert shows its working, the base model does not
+            return [float("," in c and p in counted) for p, c in zip(prompts, completions, strict=True)]
 
         few = Examples(model, tokenizer, examples.rows, reward, max_new_tokens=6)
         one = FewShot(
