@@ -312,6 +312,32 @@ def test_few_shot_beats_the_base_on_a_task_without_an_expert(tiny, tmp_path):
     bank.remove("sub")
 
 
+def test_an_expert_that_gains_nothing_keeps_the_base_model(tiny, examples):
+    model, tokenizer, bank = tiny
+    nothing = {"same": bank.expert({n: torch.ones(k) for n, k in bank.matrices.items()})}
+    config = CEMConfig(population=2, iterations=1)
+    found = FewShot(model, tokenizer, examples, nothing, config, name="none")
+    assert (found.gain, found.name, found.choose(["1+1?"])) == (0.0, None, [None])
+    assert FewShot(model, tokenizer, examples, nothing, config, name="none", replace=True, caution=None).name == "none"
+    with pytest.raises(ValueError, match="replace=True"):
+        FewShot(model, tokenizer, examples, nothing, config, name="none")
+    bank.remove("none")
+    # One example more of four is within two standard errors, four of four is not.
+    for right, kept in ((1, None), (4, "math")):
+        counted = examples.prompts[:right]
+
+        def reward(prompts, completions, answer, counted=counted):  # the math expert shows its working, the base model does not
+            return [float("," in c and p in counted) for p, c in zip(prompts, completions, strict=True)]
+
+        few = Examples(model, tokenizer, examples.rows, reward, max_new_tokens=6)
+        one = FewShot(
+            model, tokenizer, few, {"m": bank["math"]}, CEMConfig(population=1, iterations=1, mean=1.0, score="reward"), name="one"
+        )
+        assert one.gain == right / 4
+        assert (one.name is None) == (kept is None)
+        bank.remove("one")
+
+
 def test_refine_makes_right_answers_likelier_and_moves_nothing_else(tiny, examples):
     model, _, bank = tiny
     weights = {n: p.clone() for n, p in model.named_parameters()}
