@@ -67,8 +67,18 @@ def machine(packages: Sequence[str] = ("torch", "transformers")) -> dict:
         "machine": f"{gpu}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}",
         "versions": {name: metadata.version(name) for name in packages},
         "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *_without_places(sys.argv)]),
     }
+
+
+def _without_places(arguments: Sequence[str]) -> list[str]:
+    """A command line without where its files lie, which changes no number."""
+    kept, skip = [], False
+    for a in arguments:
+        if not skip and a not in ("--out", "--cache"):
+            kept.append(a)
+        skip = a in ("--out", "--cache")
+    return kept
 
 
 def append(path: Path, *rows: dict) -> None:
