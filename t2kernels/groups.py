@@ -44,6 +44,7 @@ class Group:
             start += layer.Vt.shape[0]
         self.hits = self.wasted = 0
         self._tensors: tuple[Tensor, Tensor] | None = None
+        self._seen: list[Tensor] | None = None  # the buffers that were found side by side
         self._without_route: dict[Group, _Made] = {}  # where there is a route, it keeps what was made, and ends with its forward
 
     def expanded(self, layer, y: Tensor, x: Tensor, route: Route) -> Tensor | None:
@@ -107,7 +108,8 @@ class Group:
         if not self._ready():
             return None
         for member in self.layers:
-            member.table()  # rows of experts in training are brought up to date
+            if member._training_rows:
+                member.table()  # brings the rows of experts in training up to date
         made = kept[self] = _Made(make(x, route), x, [m for m in self.layers if m is not layer])
         return made.what
 
@@ -121,6 +123,8 @@ class Group:
 
     def _ready(self) -> bool:
         """Whether V's and tables lie side by side; they are laid so (again, after the model was moved) where that is possible."""
+        if self._seen is not None and all(a is b for a, b in zip(self._buffers(), self._seen, strict=True)):
+            return True  # moving a module gives it other tensors
         first = self.layers[0]
         Vt, step = first.Vt, first.scale.element_size()
         if not self._side_by_side():
@@ -136,7 +140,11 @@ class Group:
         if self._tensors is None or self._tensors[0].data_ptr() != Vt.data_ptr() or self._tensors[1].data_ptr() != first.scale.data_ptr():
             Vt = first.Vt.as_strided((C, first.Vt.shape[1]), first.Vt.stride())
             self._tensors = Vt, first.scale.as_strided((first.scale.shape[0], C), first.scale.stride())
+        self._seen = self._buffers()
         return True
+
+    def _buffers(self) -> list[Tensor]:
+        return [m._buffers[name] for m in self.layers for name in ("Vt", "scale")]
 
     def _side_by_side(self) -> bool:
         first = self.layers[0]
@@ -147,7 +155,7 @@ class Group:
         )
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tensors": None, "_without_route": {}}
+        return {**self.__dict__, "_tensors": None, "_seen": None, "_without_route": {}}
 
 
 def _follows(t: Tensor, first: Tensor, distance: int) -> bool:

@@ -157,7 +157,8 @@ class DeltaLinear(SVFLinear):
 
 def add_delta(y: Tensor, x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
     """y + ((x V) * scale[ids]) Uᵀ in y's dtype, in one op, so that a zero row leaves y's bits alone."""
-    return call(x.to(y), V, U, scale, ids.to(y.device), y)
+    x = x if x.dtype == y.dtype else x.to(y)
+    return call(x, V, U, scale, ids if ids.device == y.device else ids.to(y.device), y)
 
 
 def delta_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:

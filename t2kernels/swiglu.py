@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import DeltaLinear, FactoredLinear, delta_hook
+from .ops.svf_linear import skinny_kernels
 from .reclass import Mixin, put_before, take_off
 
 SILU = ("SiLU", "SiLUActivation")
@@ -71,6 +72,8 @@ def _computes_the_formula(m: nn.Module) -> bool:
 
 def _inner(m: nn.Module, x: Tensor) -> Tensor | None:
     """silu(gate(x)) * up(x) from the kernel, or None where it is not to be used."""
+    if not skinny_kernels(x.device):
+        return None
     gate, up = m.gate_proj, m.up_proj
     layers = _layer(gate), _layer(up)
     if None in layers or layers[0].group is None or torch.is_autocast_enabled(x.device.type):

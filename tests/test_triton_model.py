@@ -28,6 +28,7 @@ def model(request):
 
 def paths(monkeypatch):
     ran = []
+    seam._planned.cache_clear()  # what was asked before would not be asked again
     monkeypatch.setattr(seam, "machine_of", lambda device: CHECKED)
     real = seam.choose
     monkeypatch.setattr(seam, "choose", lambda *a: ran.append(real(*a)) or ran[-1])

@@ -33,6 +33,10 @@ class Machine(NamedTuple):
     unchecked: tuple[tuple[str, str], ...] = ()
     pair_tokens: int = PAIR_TOKENS
 
+    def trusts(self, impl: str) -> bool:
+        """Whether `auto` may take an implementation here."""
+        return all(name != impl for name, _ in (*self.missing, *self.unchecked))
+
 
 class Call(NamedTuple):
     """One call of the op. T tokens, N in_features, M and C (columns of V and U) by member, dtypes of x and of the factors.

@@ -5,12 +5,14 @@ The schemas are made with `Library.define` and `Library.impl`: the `custom_op` d
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import torch_kernels, triton_kernels
 from .machine import machine_of
-from .planner import IMPLS, Call, Choice, choose, could_be_dense, why_missing
+from .planner import IMPLS, Call, Choice, Machine, choose, could_be_dense, why_missing
 from .precision import FACTOR_DTYPES, X_DTYPES, forward_precision
 
 
@@ -111,6 +113,11 @@ def swiglu(x, V, Us, scale, expert_ids, bases, biases) -> Tensor:
     return triton_kernels.forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
 
 
+def skinny_kernels(device: torch.device) -> bool:
+    """Whether `auto` may pick the skinny kernels on a device at all: where not, nothing needs to be asked call by call."""
+    return machine_of(device).trusts("triton")
+
+
 def _plan_of_half(T: int, size: int, factor: Tensor, dtype: torch.dtype, device: torch.device) -> Choice:
     # Both halves must decide alike where it matters, on T; a base is what keeps W' from being considered.
     return choose(Call(T, size, (size,), (factor.shape[1],), dtype, factor.dtype, base=True), machine_of(device))
@@ -126,16 +133,28 @@ def _listed(t: Tensor | None) -> list[Tensor]:
 
 def plan(x: Tensor, V: Tensor, Us: list[Tensor], expert_ids: Tensor, base: bool = False, impl: str = "auto", grad: bool = False) -> Choice:
     """What a call with these tensors runs, and why. Looks at values of expert_ids on the CPU only, and only where they can matter."""
-    lead = x.shape[:-1]
-    T = lead.numel()
-    asked = Call(T, x.shape[-1], tuple(U.shape[0] for U in Us), tuple(U.shape[1] for U in Us), x.dtype, V.dtype, base=base, grad=grad)
-    if expert_ids.numel() == 1:
-        asked = asked._replace(one=True)
-    elif expert_ids.device.type == "cpu" and could_be_dense(asked):
-        rows, counts = expert_ids.unique(return_counts=True)
-        repeat = torch_kernels.tokens_per_id(expert_ids, lead)
-        asked = asked._replace(tokens=tuple((int(r), int(c) * repeat) for r, c in zip(rows, counts, strict=True)))
-    return choose(asked, machine_of(x.device), impl)
+    lead, one = x.shape[:-1], expert_ids.numel() == 1
+    M, C = (Us[0].shape[:1], Us[0].shape[1:]) if len(Us) == 1 else zip(*(U.shape for U in Us), strict=True)
+    asked = lead.numel(), x.shape[-1], M, C, x.dtype, V.dtype, one, base, grad
+    choice, ask = _planned(asked, machine_of(x.device), impl)
+    if not ask or expert_ids.device.type != "cpu":
+        return choice
+    rows, counts = expert_ids.unique(return_counts=True)
+    repeat = torch_kernels.tokens_per_id(expert_ids, lead)
+    tokens = tuple((int(r), int(c) * repeat) for r, c in zip(rows, counts, strict=True))
+    return choose(_call(asked)._replace(tokens=tokens), machine_of(x.device), impl)
+
+
+@functools.lru_cache(4096)  # decoding asks the same again for every token: 2 us instead of 8
+def _planned(asked: tuple, machine: Machine, impl: str) -> tuple[Choice, bool]:
+    """What sizes alone decide, and whether it matters which expert has how many of the tokens."""
+    call = _call(asked)
+    return choose(call, machine, impl), not call.one and could_be_dense(call)
+
+
+def _call(asked: tuple) -> Call:
+    T, N, M, C, x, factors, one, base, grad = asked
+    return Call(T, N, tuple(M), tuple(C), x, factors, one, base=base, grad=grad)
 
 
 def _check_impl(impl: str, x: Tensor) -> None:

@@ -185,7 +185,9 @@ def _product(g: Tensor, U: Tensor, times: float, base: Tensor | None, bias: Tens
 
 
 def _floats(t: Tensor, dtype: torch.dtype, times: float = 1.0) -> Tensor:
-    return t.to(dtype) if times == 1 else t * times if t.dtype == dtype else (t.float() * times).to(dtype)
+    if t.dtype == dtype:
+        return t if times == 1 else t * times
+    return t.to(dtype) if times == 1 else (t.float() * times).to(dtype)
 
 
 def _columns(Us: list[Tensor]) -> Iterator[slice]:
