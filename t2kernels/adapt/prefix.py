@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..train.rollout import forward_arguments, kept_as
+from ..train.rollout import forward_inputs, kept_as
 
 WORTH = 16
 """Common tokens below which a cache of their own saves nothing: copying it costs about as much as so few tokens."""
@@ -49,18 +49,11 @@ def forward(model: nn.Module, ids: Tensor, mask: Tensor, cache=None, keep: int =
 
     ids, mask: [B, S], the tokens that the cache holds included
     """
-    known = 0 if cache is None else cache.get_seq_length()
-    accepted = forward_arguments(model)
-    if "position_ids" in accepted:
-        routing["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, known:]
-    if "logits_to_keep" in accepted:
-        routing["logits_to_keep"] = keep
-    if cache is not None:
-        routing[kept_as()] = cache
+    inputs = forward_inputs(model, ids, mask, keep, cache)
     training = model.training
     model.eval()
     try:
-        out = model(input_ids=ids[:, known:], attention_mask=mask, use_cache=True, **routing)
+        out = model(**inputs, use_cache=True, **routing)
     finally:
         model.train(training)
     return out.logits, out[kept_as()]

@@ -16,8 +16,8 @@ from t2kernels.cli import adapt as adaptation
 from t2kernels.cli import models
 from t2kernels.cli.answers import Meter, Score, verdicts
 from t2kernels.cli.console import bar, comma_list, out, show, table
+from t2kernels.names import Name
 
-Name = str | Mapping[str, float] | None
 Choose = Callable[[Sequence], Sequence[Name]]
 """Prompts, text or chats, to the expert that each is to be answered with: the first of two passes."""
 

@@ -96,9 +96,9 @@ def shrink(x, V, scale, expert_ids) -> Tensor:
     choice = _plan_of_half(x.shape[:-1].numel(), x.shape[-1], V, x.dtype, x.device)
     if choice.path == "pair":
         return triton_kernels.shrink(x, V, scale, expert_ids)
-    half = triton_kernels.shrink_mm if choice.impl == "triton" else torch_kernels.shrink
-    made = half(x, V, scale, expert_ids)
-    return made if choice.impl == "triton" else made[0]
+    if choice.impl == "triton":
+        return triton_kernels.shrink_mm(x, V, scale, expert_ids)
+    return torch_kernels.shrink(x, V, scale, expert_ids)[0]
 
 
 def expand(g, Us, bases, biases, dtype, lead) -> list[Tensor]:

@@ -197,9 +197,7 @@ def expand_kernel(
     if HEADROOM != 1.0:
         acc *= 1.0 / HEADROOM
     if BASES:
-        acc = tl.where(acc == 0.0, -0.0, acc) + base.to(
-            tl.float32
-        )  # -0.0 + base is base bit for bit, +0.0 + base is not where base is -0.0
+        acc = _plus_base(acc, base)
     if BIASES:
         acc += bias.to(tl.float32)[:, None]
     put(y_ptr + at, acc, inside, INTERPRETED)

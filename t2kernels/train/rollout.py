@@ -172,16 +172,22 @@ def completion_logits(model: nn.Module, rollout: Rollout, cache=None, **routing)
     cache: keys and values of the first tokens of every row, if they are known. It is changed.
     """
     ids, mask, length = rollout.ids[:, :-1], rollout.mask[:, :-1], rollout.completion.shape[1]  # nothing follows the last token
+    inputs = forward_inputs(model, ids, mask, length, cache)
+    return model(**inputs, use_cache=cache is not None, **routing).logits[:, -length:]
+
+
+def forward_inputs(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, cache=None) -> dict:
+    """What a forward is given for left-padded tokens [B, S] of which `cache` may hold the first; logits of the last `keep` tokens, 0: of all."""
     known = 0 if cache is None else cache.get_seq_length()
-    accepted = forward_arguments(model)
+    accepted = _forward_arguments(model)
+    inputs = {"input_ids": ids[:, known:], "attention_mask": mask}
     if "position_ids" in accepted:
-        routing["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, known:]
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, known:]
     if "logits_to_keep" in accepted:  # the head is most of the work where the vocabulary is large
-        routing["logits_to_keep"] = length
-    if cache is None:
-        return model(input_ids=ids, attention_mask=mask, use_cache=False, **routing).logits[:, -length:]
-    routing[kept_as()] = cache
-    return model(input_ids=ids[:, known:], attention_mask=mask, use_cache=True, **routing).logits[:, -length:]
+        inputs["logits_to_keep"] = keep
+    if cache is not None:
+        inputs[kept_as()] = cache
+    return inputs
 
 
 @functools.cache
@@ -192,7 +198,7 @@ def kept_as() -> str:
     return "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
-def forward_arguments(model: nn.Module) -> set[str]:
+def _forward_arguments(model: nn.Module) -> set[str]:
     while hasattr(model, "module"):  # DistributedDataParallel
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT
