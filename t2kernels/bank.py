@@ -175,23 +175,35 @@ class ExpertBank:
         """
         with self._lock:
             flat: list[Name] = list(flat_names(names))
-            keys = [self._key(n) for n in flat]
-            wanted = dict.fromkeys(k for k in keys if k is not None)
-            taken: list[int] = []
-            try:
-                rows = {None: 0}
-                for key in wanted:
-                    row = rows[key] = self._rows.find(key) or self._load(key)
-                    self._rows.pin(row)
-                    taken.append(row)
-            except BaseException:
-                self._unpin(taken)
-                raise
-            out = torch.tensor([rows[k] for k in keys], dtype=torch.int32).reshape(shape_of(names)).to(self.device)
-            weakref.finalize(out, self._unpin, taken)
-            if len(set(keys)) == 1:
-                self._one_row[out] = rows[keys[0]]
+            rows = self.pin(flat)
+            out = torch.tensor(rows, dtype=torch.int32).reshape(shape_of(names)).to(self.device)
+            weakref.finalize(out, self.unpin, rows)
+            if len(set(rows)) == 1:
+                self._one_row[out] = rows[0]
             return out
+
+    def pin(self, names: Sequence[Name]) -> list[int]:
+        """The row of each name, kept from other experts until `unpin` is given this list: `ids` for those that keep the rows on the host.
+
+        Raises KeyError (unknown name), RuntimeError (more experts at once than rows).
+        """
+        with self._lock:
+            rows: dict[object, int] = {None: 0}
+            keys = [self._key(n) for n in names]
+            try:
+                for key in dict.fromkeys(k for k in keys if k is not None):
+                    row = self._rows.find(key) or self._load(key)
+                    self._rows.pin(row)
+                    rows[key] = row
+            except BaseException:
+                self.unpin(list(rows.values()))
+                raise
+            return [rows[k] for k in keys]
+
+    def unpin(self, rows: Sequence[int]) -> None:
+        """Let go of what one call of `pin` returned."""
+        with self._lock:
+            self._rows.unpin(set(rows) - {0})
 
     def row_of(self, ids: Tensor) -> int | None:
         """The one row that a tensor made by `ids` holds; None if there are several, or if it is not known without asking the device."""
@@ -355,10 +367,6 @@ class ExpertBank:
         self.table.write(row, delta)
         self.loads += 1
         return row
-
-    def _unpin(self, rows: list[int]) -> None:
-        with self._lock:
-            self._rows.unpin(rows)
 
     def _forget_mixtures_of(self, name: str) -> None:
         def test(key: object) -> bool:

@@ -44,18 +44,18 @@ class Checkpoint:
     def __init__(self, path: str | Path, targets: Targets = "all"):
         self.directory = _local(path)
         self.name, self.revision = name_of(self.directory)
-        self._files = _tensor_files(self.directory)
+        self.files = _tensor_files(self.directory)
         model = _meta_model(self.directory)
         self._prefix = getattr(model, "base_model_prefix", "")
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         self.matrices = find_matrices(model, targets)
         for m in self.matrices.values():
-            self._key(m)
+            self.key(m)
 
     def read(self, m: Matrix) -> Tensor:
         """W [M, N] as it is stored. Raises ValueError where it is not plain floating point, has another shape, or cannot be read."""
-        key = self._key(m)
-        path = self.directory / self._files[key]
+        key = self.key(m)
+        path = self.directory / self.files[key]
         try:
             with safe_open(path, framework="pt") as f:
                 part = f.get_slice(key)
@@ -73,11 +73,12 @@ class Checkpoint:
         w = stored if m.index is None else stored.reshape(wanted[1:])
         return w.t() if m.transposed else w
 
-    def _key(self, m: Matrix) -> str:
+    def key(self, m: Matrix) -> str:
+        """What the tensor of a matrix is called in the files. Raises ValueError where they do not hold it."""
         # Base models are stored without the prefix that a head puts before them, and the other way round (GPT-2's first checkpoints).
         bare = m.tensor.removeprefix(f"{self._prefix}.")
         for key in (m.tensor, bare, f"{self._prefix}.{m.tensor}"):
-            if key in self._files:
+            if key in self.files:
                 return key
         raise ValueError(
             f"{self.directory} holds no tensor {m.tensor!r} (for {m.name}); transformers renames or merges what it loads from it. "

@@ -84,7 +84,7 @@ class Expert:
         Raises ExpertError: no such file, a pickle (never loaded), truncated, another kind of file, a newer format, a tensor that is
         not a finite fp32 vector.
         """
-        path = _find(Path(path))
+        path = find_file(path)
         try:
             with safe_open(path, framework="pt") as f:
                 header = (f.metadata() or {}).get("t2kernels")
@@ -328,7 +328,9 @@ def _pad(v: Tensor, n: int) -> Tensor:
     return torch.cat([v, v.new_ones(max(0, n - v.numel()))])
 
 
-def _find(path: Path) -> Path:
+def find_file(path: str | Path) -> Path:
+    """The file of an expert, with or without its ending. Raises ExpertError where there is none."""
+    path = Path(path)
     for p in (path, path.with_name(path.name + ".safetensors")):
         if p.is_file():
             return p

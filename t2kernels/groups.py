@@ -116,6 +116,10 @@ class Group:
     def _may(self, x: Tensor) -> bool:
         return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference())
 
+    def tensors(self) -> tuple[Tensor, Tensor] | None:
+        """V [N, C] and scale [E, C] of all members, laid side by side; None where their dtypes or devices forbid that."""
+        return self._frozen() if self._ready() else None
+
     def _frozen(self) -> tuple[Tensor, Tensor]:
         """V [N, C] and scale [E, C] of all members."""
         Vt, scale = self._tensors

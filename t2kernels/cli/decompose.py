@@ -18,7 +18,9 @@ def decompose(
     dtype: str = typer.Option(
         None, help="Of U and V as they are kept: float32, bfloat16 or float16.  \\[default: float32]", show_default=False
     ),
-    format: str = typer.Option(None, help="The same by name: fp32, bf16, fp16, or int8.", show_default=False),
+    format: str = typer.Option(
+        None, help="The same by name: fp32, bf16, fp16, or int8. vllm: a whole checkpoint in factored form, for vLLM.", show_default=False
+    ),
     max_error: float = typer.Option(
         None,
         help="Of a matrix, relative; int8 spends columns until it holds.  \\[default: about that of an int8 weight]",
@@ -32,24 +34,33 @@ def decompose(
     [dim]$[/] t2 decompose meta-llama/Llama-3.1-8B --out factors/llama --rank 256 --dtype bfloat16
 
     [dim]$[/] t2 decompose ./checkpoint --out factors/mine --targets mlp --format int8 --max-error 0.01
+
+    [dim]$[/] t2 decompose ./checkpoint --out factored/mine --format vllm --dtype bfloat16
     """
     import t2kernels as t2
 
     if is_missing(model):
         raise FileNotFoundError(f"no checkpoint at {model}")
-    start = time.perf_counter()
+    start, make = time.perf_counter(), t2.decompose
     wanted = {"rank": parse_rank(rank), "targets": targets, "device": device, "workers": workers}
     wanted |= {"dtype": None if dtype is None else parse_dtype(dtype), "format": format, "max_error": max_error}
+    if format == "vllm":
+        from t2kernels.integrations.vllm.checkpoint import write_checkpoint
+
+        make = write_checkpoint
+        if wanted.pop("rank") is not None:
+            raise ValueError(f"--rank {rank}: the factored form needs every component; leave it out")
+        del wanted["format"]
     with bar("[dim]{task.fields[name]}[/]") as progress:
         task = progress.add_task("decomposing", total=None, name="reading the checkpoint")
-        factors = t2.decompose(
+        factors = make(
             model,
             into,
             **wanted,
             progress=lambda name, done, total: progress.update(task, completed=done, total=total, name=name),
         )
         progress.update(task, name="")
-    size = sum(f.stat().st_size for f in into.iterdir()) / 2**20
+    size = sum(f.stat().st_size for f in into.rglob("*") if f.is_file()) / 2**20
     worst = max(factors.manifest["matrices"].items(), key=lambda item: item[1]["error"])
     out.print(
         f"{len(factors)} matrices, {sum(factors.ranks.values()):,} components, {size:,.1f} MiB in {into}, {time.perf_counter() - start:.1f} s; "
