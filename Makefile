@@ -1,15 +1,16 @@
 # Two commands on a fresh machine with Python 3.11+ and make:
 #   make demo    a virtual environment in .venv, the package, and three minutes of what it does
 #   make test    every test that needs no GPU, and the linter
-# Also: make test-gpu, make bench-gpu, make clean. Everything is installed into .venv and nothing outside it.
+# Also: make test-vllm, make test-gpu, make bench-gpu, make clean. Everything is installed into .venv and nothing outside it.
 
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 PYTHON ?= python3
 # What counts as a change that must be installed again; the package itself is installed in place.
 SOURCES := pyproject.toml setup.py
 
-.PHONY: help demo test lint test-gpu bench-gpu clean
+.PHONY: help demo test lint test-vllm test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +26,15 @@ test: $(VENV)/.installed-test lint
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# vLLM has an environment of its own, .venv-vllm: it fixes versions of torch and transformers. Engines one after the other: each takes all cores.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -m vllm tests/vllm
+
+$(VLLM)/.installed: $(SOURCES) scripts/install-vllm
+	@./scripts/make-venv $(PYTHON) $(VLLM)
+	@./scripts/install-vllm $(VLLM)/bin/python
+	@touch $@
 
 # The kernels' small tests run natively where there is a GPU. Most of the time is a compiler's: several processes.
 test-gpu: $(VENV)/.installed-test
@@ -48,5 +58,5 @@ $(VENV)/.created:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,8 +10,8 @@ from torch import nn
 
 from t2kernels.expert import make_scale
 from t2kernels.factors import svd
+from t2kernels.integrations.vllm.factored import share
 from t2kernels.integrations.vllm.layers import ExpertPath, FactoredMember, ShardedPath, adapt, check_weights, delta_member, members_of
-from t2kernels.integrations.vllm.quant import _share
 from t2kernels.layer import DeltaLinear
 from t2kernels.routing import Routing
 from t2kernels.table import ScaleTable
@@ -231,7 +231,7 @@ def test_factored_over_ranks(distributed, case, ranks, shard, biased):
     whole = [torch.randn(W.shape[0]) for W in Ws]
     for r, (layer, members) in enumerate(ranked):
         local = [m.cut(f) for f, m in zip(factors, members, strict=True)]
-        local = [_share(f, r, ranks, row_parallel) for f in local] if shard else local
+        local = [share(f, r, ranks, row_parallel) for f in local] if shard else local
         made = [FactoredMember(f, f.rank, E, torch.float32, Routing()) for f in local]
         tables(made, zs)
         arguments = members, made, layer.output_partition_sizes, token_rows

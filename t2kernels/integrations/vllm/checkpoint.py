@@ -20,8 +20,8 @@ from ...decomposition import decompose
 from ...factors import Factors
 from ...storage import read_json, write_json, write_tensors
 from .check import FACTS
+from .factored import FORMAT
 from .hooks import QUANTIZATION
-from .quant import FORMAT
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
@@ -34,6 +34,8 @@ def write_checkpoint(model: str | Path, out: str | Path, targets: Any = "all", *
     Raises ValueError: mixture-of-experts stacks among the targets, a quantised checkpoint; what `decompose` raises; OSError.
     """
     out = Path(out)
+    if is_factored(model):
+        raise ValueError(f"{model} is factored already; decompose the original checkpoint")
     source = Checkpoint(model, targets)
     stacks = [m.name for m in source.matrices.values() if m.index is not None]
     if stacks:
@@ -66,3 +68,9 @@ def write_checkpoint(model: str | Path, out: str | Path, targets: Any = "all", *
     config["quantization_config"] = {"quant_method": QUANTIZATION, "format": FORMAT, "matrices": list(factors)}
     write_json(out / "config.json", json.loads(json.dumps(config)))
     return factors
+
+
+def is_factored(model: str | Path) -> bool:
+    """Whether a model is the directory of a checkpoint in factored form."""
+    path = Path(model).expanduser() / "config.json"
+    return path.is_file() and read_json(path, "a model's config").get("quantization_config", {}).get("quant_method") == QUANTIZATION

@@ -11,7 +11,7 @@ from ...expert import Expert, ExpertError
 from ...factors import Factors
 from . import build
 from .hooks import QUANTIZATION, check_hooks, refuse
-from .manager import ExpertManager
+from .manager import ExpertManager, most_tokens
 from .settings import Settings
 
 
@@ -28,13 +28,11 @@ class EngineManager(ExpertManager):
         """Give the loaded model its tables. Returns it."""
         lora, config = self.config.lora_config, self.config
         rows, dtype = lora.max_loras + 1, config.model_config.dtype
-        # Every token of a step, and what a graph pads it to.
-        size = max(config.scheduler_config.max_num_batched_tokens, config.compilation_config.max_cudagraph_capture_size or 0)
-        token_rows = torch.zeros(size, dtype=torch.int32, device=self.device)
+        token_rows = torch.zeros(most_tokens(config), dtype=torch.int32, device=self.device)
         if config.model_config.quantization == QUANTIZATION:
-            from .quant import build_factored
+            from .factored import build_factored
 
-            bank = build_factored(model, self.settings, rows, token_rows, dtype)
+            bank = build_factored(model, rows, token_rows)
         else:
             if self.settings.factors is None:
                 raise ValueError("no factors were named, and the checkpoint holds none: engine_args(factors=...)")

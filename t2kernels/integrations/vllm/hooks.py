@@ -50,9 +50,9 @@ def register() -> None:
     except (ImportError, AttributeError) as e:
         logger.error("t2kernels could not hook this vLLM (%s): SVF experts will not work", e)
         return
-    from . import quant
+    from . import quantization
 
-    quant.register()
+    quantization.register()
 
 
 def check_version() -> None:

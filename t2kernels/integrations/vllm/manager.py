@@ -160,3 +160,8 @@ class ExpertManager:
     @contextlib.contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
         yield
+
+
+def most_tokens(config: Any) -> int:
+    """Of a step of an engine with this `VllmConfig`, and of the graph that pads it."""
+    return max(config.scheduler_config.max_num_batched_tokens, config.compilation_config.max_cudagraph_capture_size or 0)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,10 +60,14 @@ def address(source: str | os.PathLike | Mapping[str | os.PathLike, float]) -> st
         for path, weight in source.items():
             if not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise ExpertError(f"the weight of {path} in a mixture is {weight!r}; wanted a finite number")
-        parts = sorted((address(path), float(weight)) for path, weight in source.items())
-        return MIX + json.dumps([[weight, part] for part, weight in parts])
+        return mixture([(address(path), float(weight)) for path, weight in source.items()])
     path = find_file(Path(source).expanduser()).resolve()
     return f"{path}#{digest(path)}"
+
+
+def mixture(parts: Sequence[tuple[str, float]]) -> str:
+    """The address of Σ weight (z_k - 1) of (address, weight); parts that are mixtures themselves are not known."""
+    return MIX + json.dumps([[weight, part] for part, weight in sorted(parts)])
 
 
 def digest(path: Path) -> str:

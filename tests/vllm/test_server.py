@@ -1,0 +1,266 @@
+"""`serve` with the `openai` client: the built-in model and its experts, files that come and go, mixtures, and routing by the prompt."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+import torch
+from worlds import NEW, answers_of, materialise
+
+import t2kernels as t2
+from t2kernels import tiny
+from t2kernels.adapt import Classifier, Question
+
+PROMPTS = ["47+38+59?", "rsx(gcaf)?", "12+7?", "a"]
+NAMES = ("math", "code", "reason")
+KEY = "secret"
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Server:
+    def __init__(self, factors, folder, log):
+        self.port, self.folder = free_port(), folder
+        experts = {n: str(folder / f"{n}.safetensors") for n in (*NAMES, "classify")}
+        options = "--dtype float32 --enforce-eager --max-model-len 128 --max-num-seqs 8 --max-num-batched-tokens 64 --block-size 32".split()
+        code = (
+            "import json, sys; from t2kernels.integrations.vllm import serve\nif __name__ == '__main__': serve(**json.loads(sys.argv[1]))"
+        )
+        script = folder / "run.py"
+        script.write_text(code)
+        settings = dict(model=str(tiny.path()), experts=experts, port=self.port, api_key=KEY, rows=4, factors=str(factors), options=options)
+        self.process = subprocess.Popen([sys.executable, script, json.dumps(settings)], stdout=log, stderr=subprocess.STDOUT)
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def wait(self):
+        for _ in range(300):
+            assert self.process.poll() is None, "the server has ended"
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=2)
+                return
+            except OSError:
+                time.sleep(0.5)
+        raise TimeoutError
+
+    def post(self, path, **body):
+        request = urllib.request.Request(
+            f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as r:
+                return r.status, json.load(r), dict(r.headers)
+        except urllib.error.HTTPError as e:
+            return e.code, e.read().decode(), {}
+
+    def ask(self, model, prompt):
+        """(status, text, the expert that answered where that was chosen)"""
+        status, body, headers = self.post("/v1/completions", model=model, prompt=prompt, max_tokens=NEW, temperature=0, ignore_eos=True)
+        text = body["choices"][0]["text"] if status == 200 else body
+        return status, text, {k.lower(): v for k, v in headers.items()}.get("x-expert")
+
+
+@pytest.fixture(scope="module")
+def server(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    for name, path in tiny.experts().items():
+        (folder / f"{name}.safetensors").write_bytes(path.read_bytes())
+    with open(folder / "log", "w") as log:
+        running = Server(world.factors, folder, log)
+        try:
+            running.wait()
+            yield running
+        finally:
+            running.process.send_signal(signal.SIGTERM)
+            running.process.wait(60)
+            sys.stdout.write((folder / "log").read_text()[-3000:])
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def texts(world):
+    """{(expert, prompt): text} of materialised models; ("math+code", prompt) a mixture."""
+    factors, found = t2.Factors.load(world.factors), {}
+    experts = {n: t2.Expert.load(p) for n, p in tiny.experts().items()}
+    experts["math+code"] = t2.Expert.mix([(experts["math"], 0.5), (experts["code"], 0.5)])
+    experts |= {f"e{e}": t2.Expert.load(p) for e, p in world.experts.items()}
+    for name, expert in {"base": None, **experts}.items():
+        model, tokenizer = tiny.load()
+        if expert is not None:
+            materialise(model, factors, expert)
+        for prompt, answer in zip(PROMPTS, answers_of(model, tokenizer, PROMPTS), strict=True):
+            found[name, prompt] = tokenizer.decode(answer, skip_special_tokens=True)
+    return found
+
+
+def complete(client, model, prompt, **more):
+    out = client.completions.create(model=model, prompt=prompt, max_tokens=NEW, temperature=0, extra_body={"ignore_eos": True}, **more)
+    return out.choices[0].text
+
+
+def test_the_models_are_the_experts(client):
+    assert {"base", "model", *NAMES, "classify"} == {m.id for m in client.models.list().data}
+
+
+def test_every_expert_answers_as_its_materialised_model(client, texts):
+    for name in ("base", *NAMES):
+        for prompt in PROMPTS:
+            assert complete(client, name, prompt) == texts[name, prompt], (name, prompt)
+
+
+def test_streams_of_mixed_experts_at_once(server, texts):
+    async def one(client, model, prompt):
+        stream = await client.completions.create(
+            model=model, prompt=prompt, max_tokens=NEW, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def many():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+            return await asyncio.gather(*[one(client, m, p) for m, p in asked])
+
+    asked = [(m, p) for m in ("base", *NAMES) for p in PROMPTS] * 2
+    random.Random(0).shuffle(asked)
+    for (model, prompt), text in zip(asked, asyncio.run(many()), strict=True):
+        assert text == texts[model, prompt], (model, prompt)
+
+
+def test_errors_of_clients(client, server):
+    with pytest.raises(openai.NotFoundError):
+        complete(client, "nobody", PROMPTS[0])
+    with pytest.raises(openai.AuthenticationError):
+        complete(openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0), "auto", PROMPTS[0])
+    with pytest.raises(openai.NotFoundError, match="no expert 'nobody'"):
+        complete(client, "mix:math=0.5,nobody=0.5", PROMPTS[0])
+    with pytest.raises(openai.BadRequestError, match="wanted mix:NAME=WEIGHT"):
+        complete(client, "mix:math", PROMPTS[0])
+    with pytest.raises(openai.BadRequestError, match="not finite"):
+        complete(client, "mix:math=nan", PROMPTS[0])
+    with pytest.raises(openai.BadRequestError, match="one prompt in text"):
+        client.completions.create(model="auto", prompt=[[1, 5, 9]], max_tokens=2)
+
+
+def test_experts_come_and_go(server, world, texts):
+    def load(name, path, **more):
+        return server.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(path), **more)[:2]
+
+    new = server.folder / "new.safetensors"
+    assert server.ask("new", PROMPTS[0])[0] == 404
+    assert load("new", new)[0] == 404
+    for e in (1, 2):  # the file is replaced, and so is the expert
+        new.write_bytes(world.experts[e].read_bytes())
+        status, said = load("new", new, load_inplace=e == 2)
+        assert status == 200, said
+        assert [server.ask("new", p)[1] for p in PROMPTS] == [texts[f"e{e}", p] for p in PROMPTS]
+    assert load("new", new)[0] == 400
+    new.write_bytes(world.experts[3].read_bytes()[:3000])
+    status, said = load("new", new, load_inplace=True)
+    assert status == 400, said
+    assert server.ask("new", PROMPTS[0])[:2] == (200, texts["e2", PROMPTS[0]])  # a bad file changes nothing
+    other = t2.Expert({"model.layers.7.mlp.up_proj": torch.ones(4)}).save(server.folder / "other")
+    assert load("other", other)[0] == 400
+    assert load("outside", world.experts[1])[0] == 403
+    assert load("outside", f"{server.folder}/../{world.experts[1].parent.name}/e1")[0] in (403, 404)
+    link = server.folder / "link.safetensors"
+    link.symlink_to(world.experts[1])
+    assert load("outside", link)[0] == 403
+    assert load("auto", new)[0] == load("base", new)[0] == 400
+    assert server.post("/v1/load_lora_adapter", lora_name="x")[0] == 400
+    assert server.post("/v1/unload_lora_adapter", lora_name="new")[0] == 200
+    assert server.ask("new", PROMPTS[0])[0] == 404
+    assert server.post("/v1/unload_lora_adapter", lora_name="new")[0] == 404
+    assert server.ask("math", PROMPTS[0])[:2] == (200, texts["math", PROMPTS[0]])
+
+
+def test_a_mixture_is_made_when_it_is_asked_for(server, texts):
+    for model in ("mix:math=0.5,code=0.5", "mix:code=.5, math=.5"):
+        for prompt in PROMPTS[:2]:
+            assert server.ask(model, prompt) == (200, texts["math+code", prompt], "mix:code=0.5,math=0.5")
+
+
+def test_auto_chooses_as_the_library_does(server, texts):
+    model, tokenizer = tiny.load()
+    bank = t2.patch_model(model, form="delta")
+    for name, path in tiny.experts().items():
+        bank.add(name, path)
+    wanted = Classifier(model, tokenizer, Question.tiny(NAMES)).choose(PROMPTS)
+    assert len(set(wanted)) > 1
+    for prompt, name in zip(PROMPTS, wanted, strict=True):
+        assert server.ask("auto", prompt) == (200, texts[name, prompt], name)
+
+
+def test_two_hundred_streams_while_experts_change(server, world, texts):
+    """Twenty experts in three slots, two hundred requests, and files that are loaded, replaced and removed meanwhile."""
+    for i in range(20):
+        (server.folder / f"x{i}.safetensors").write_bytes(world.experts[1 + i % 5].read_bytes())
+        assert server.post("/v1/load_lora_adapter", lora_name=f"x{i}", lora_path=str(server.folder / f"x{i}"))[0] == 200
+
+    async def one(client, i, prompt):
+        stream = await client.completions.create(
+            model=f"x{i}", prompt=prompt, max_tokens=NEW, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def change(done):
+        turn = 0
+        while not done.is_set():
+            path = server.folder / "changing.safetensors"
+            path.write_bytes(world.experts[1 + turn % 5].read_bytes())
+            loaded = await asyncio.to_thread(
+                server.post, "/v1/load_lora_adapter", lora_name="changing", lora_path=str(path), load_inplace=True
+            )
+            assert loaded[0] == 200, loaded
+            got = await asyncio.to_thread(server.ask, "changing", PROMPTS[0])
+            assert got[:2] == (200, texts[f"e{1 + turn % 5}", PROMPTS[0]])
+            if turn % 2:
+                assert (await asyncio.to_thread(server.post, "/v1/unload_lora_adapter", lora_name="changing"))[0] == 200
+            turn += 1
+        return turn
+
+    async def many():
+        done = asyncio.Event()
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=300) as client:
+            changing = asyncio.create_task(change(done))
+            answers = await asyncio.gather(*[one(client, i, p) for i, p in asked])
+            done.set()
+            return answers, await changing
+
+    asked = [(i % 20, PROMPTS[i % 3]) for i in range(200)]
+    random.Random(1).shuffle(asked)
+    answers, turns = asyncio.run(many())
+    wrong = [(i, p) for (i, p), text in zip(asked, answers, strict=True) if text != texts[f"e{1 + i % 5}", p]]
+    assert not wrong
+    assert turns >= 2
+
+
+def test_it_ends_when_it_is_told_to_and_finishes_what_is_running(server, texts):
+    """The last test of this file: it ends the server."""
+
+    async def last():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+            stream = await client.completions.create(
+                model="math", prompt=PROMPTS[0], max_tokens=NEW, temperature=0, stream=True, extra_body={"ignore_eos": True}
+            )
+            parts = [(await anext(stream)).choices[0].text]
+            os.kill(server.process.pid, signal.SIGTERM)
+            return "".join([*parts, *[chunk.choices[0].text async for chunk in stream]])
+
+    assert asyncio.run(last()) == texts["math", PROMPTS[0]]
+    assert server.process.wait(60) == 0
