@@ -1,7 +1,8 @@
 # Two commands on a fresh machine with Python 3.11+ and make:
 #   make demo    a virtual environment in .venv, the package, and three minutes of what it does
 #   make test    every test that needs no GPU, and the linter
-# Also: make test-vllm, make test-gpu, make bench-gpu, make clean. Everything is installed into .venv and nothing outside it.
+# Also: make test-vllm, make test-gpu, make bench-gpu, make clean. Everything is installed into .venv (vLLM into
+# .venv-vllm) and nothing outside it.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ SOURCES := pyproject.toml setup.py
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed
 	@$(BIN)/t2 demo

@@ -14,12 +14,15 @@ import torch
 import t2kernels as t2
 from t2kernels import tiny
 from t2kernels.expert import ExpertError
+from t2kernels.factors import svd
 from t2kernels.integrations.vllm import engine_args, hooks, requests
+from t2kernels.integrations.vllm.build import origin_of
 from t2kernels.integrations.vllm.checkpoint import is_factored, write_checkpoint
 from t2kernels.integrations.vllm.hooks import UnsupportedVllm
 from t2kernels.integrations.vllm.serve import check_experts, command
 from t2kernels.integrations.vllm.served import Refused, parse_mixture
 from t2kernels.integrations.vllm.settings import KEY, Settings
+from t2kernels.integrations.vllm.spool import Spool
 
 
 @dataclass
@@ -111,6 +114,16 @@ def test_files_that_are_none(expert, tmp_path):
         requests.load(str(tmp_path / "adapter"))
     with pytest.raises(ValueError, match="non-empty string"):
         expert("", tmp_path / "nothing")
+    moe = t2.Expert({"a": torch.ones(2), "layers.0.mlp.experts.down_proj.3": torch.ones(2)}).save(tmp_path / "moe")
+    with pytest.raises(ExpertError, match=r"mixture-of-experts layers \(layers.0.mlp.experts.down_proj.3\)"):
+        expert("x", moe)
+
+
+def test_mixture_of_experts_stacks_are_not_served():
+    """An origin that knew them would let an expert's part for them be dropped silently."""
+    names = ("layers.0.q_proj", "layers.0.mlp.experts.down_proj.0")
+    factors = t2.Factors({n: svd(torch.randn(6, 4)) for n in names})
+    assert origin_of(factors).sigmas.keys() == origin_of(factors).ranks.keys() == {names[0]}
 
 
 @pytest.mark.parametrize(
@@ -124,6 +137,26 @@ def test_mixtures_as_clients_write_them(text, wanted):
 def test_mixtures_that_are_none(text):
     with pytest.raises(Refused, match="wanted mix:NAME=WEIGHT"):
         parse_mixture(text)
+
+
+def test_a_spool_keeps_what_files_were(files, monkeypatch):
+    spool = Spool()
+    first = spool.take(files[0], ())
+    files[0].write_bytes(files[1].read_bytes())
+    assert requests.load(first) == t2.Expert({"a": torch.full((3,), 2.0)})
+    second = spool.take(files[0], ())
+    assert spool.take(files[1], ()) == second != first  # by content
+    monkeypatch.setattr("t2kernels.integrations.vllm.spool.KEPT", 1)
+    spool.take(files[2], {second})
+    assert requests.load(second) == t2.Expert.load(files[1])
+    with pytest.raises(ExpertError, match="does not exist"):
+        requests.load(first)
+    with pytest.raises(OSError, match="nothing"):
+        spool.take(files[0].parent / "nothing", ())
+    assert len(list(spool.path.iterdir())) == 2
+    folder = spool.path
+    del spool
+    assert not folder.exists()
 
 
 # --- settings and versions
@@ -276,10 +309,9 @@ def test_the_command_of_a_server(installed, tmp_path):
     math = t2.Expert.trained_on(factors, z).save(tmp_path / "math")
     model, place = str(tiny.path()), tmp_path / "factors"
     assert check_experts(model, {"math": math}, place) == [tmp_path]
-    made = command(model, {"math": math}, "0.0.0.0", 81, "key", 4, place, ["--seed", "1"])
+    made = command(model, "0.0.0.0", 81, "key", 4, place, ["--seed", "1"])
     after = dict(pairwise(made))
     assert (after["--max-loras"], after["--port"], after["--api-key"], made[-2:]) == ("3", "81", "key", ["--seed", "1"])
-    assert json.loads(after["--lora-modules"]) == {"name": "math", "path": requests.address(math)}
     assert json.loads(after["--additional-config"])[KEY]["factors"] == str(place)
     for name in ("auto", "base", "mix:a", "a=b", ""):
         with pytest.raises(ValueError, match="cannot be called"):

@@ -10,12 +10,4 @@ from .hooks import register
 from .requests import expert
 from .settings import engine_args
 
-__all__ = ["engine_args", "expert", "register", "serve"]
-
-
-def __getattr__(name: str):
-    if name == "serve":
-        from .serve import serve
-
-        return serve
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["engine_args", "expert", "register"]

@@ -14,24 +14,17 @@ from ...layer import SVFLinear
 from ...origin import Origin
 from ...routing import Routing
 from .layers import ExpertPath, Member, adapt, check_weights, delta_member, members_of
+from .requests import STACK
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
-STACK = ".experts."  # in names of matrices that are slices of a mixture-of-experts stack
-
 
 def origin_of(factors: Factors) -> Origin:
-    """What experts are checked against, from spectra and manifest alone."""
-    facts = factors.manifest
-    return Origin(
-        facts.get("base_model"),
-        facts.get("revision"),
-        dict(factors.sigmas),
-        dict(factors.sketches),
-        dict(factors.fingerprints),
-        {n: min(factors.shape(n)) for n in factors},
-    )
+    """What experts are checked against, from spectra and manifest alone: the matrices that are served, all but mixture-of-experts stacks."""
+    names, facts = [n for n in factors if STACK not in n], factors.manifest
+    kept = ({n: of[n] for n in names} for of in (factors.sigmas, factors.sketches, factors.fingerprints))
+    return Origin(facts.get("base_model"), facts.get("revision"), *kept, {n: min(factors.shape(n)) for n in names})
 
 
 def build_delta(model: nn.Module, factors: Factors, settings: Settings, rows: int, token_rows: Tensor, dtype: torch.dtype) -> ExpertBank:

@@ -72,6 +72,11 @@ class FrontEnd:
         modules = [Path(m.path).parent for m in args.lora_modules or []]
         built_in = Path(config.model_config.model).resolve() == tiny.path().resolve()
         state.t2_experts = ServedExperts(engine_client, state.openai_serving_models, config, modules if given is None else given, built_in)
+        for name, path in getattr(args, "t2kernels_experts", {}).items():
+            try:
+                await state.t2_experts.load(name, path)
+            except Refused as e:
+                raise ValueError(f"expert {name!r}: {e}") from None
 
 
 class Models:

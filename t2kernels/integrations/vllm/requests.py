@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 MIX = "mix:"
+STACK = ".experts."  # in names of matrices that are slices of a mixture-of-experts stack
 DIGEST = re.compile(r"#([0-9a-f]{16})$")
 FIRST_ID = 1 << 20  # below are those that vLLM's server and its warm-up give out, from 1 on
 IDS = 2**31 - FIRST_ID  # vLLM keeps ids in 32 bits
@@ -95,6 +96,11 @@ def load(where: str) -> Expert:
         found = Expert.load(path)
         if wanted and (now := digest(find_file(path))) != wanted[1]:
             raise ExpertError(f"{path} was replaced since it was asked for (sha256 {now}, then {wanted[1]}); ask for it again")
+        if stacks := [n for n in found.z if STACK in n]:
+            raise ExpertError(
+                f"{path} changes weights of mixture-of-experts layers ({stacks[0]}{', ...' if len(stacks) > 1 else ''}), which vLLM's fused kernels "
+                "do not leave room for: serve it with patch_model, or train an expert without them"
+            )
         loaded.append((found, weight))
     return Expert.mix(loaded) if where.startswith(MIX) else loaded[0][0]
 

@@ -15,7 +15,7 @@ from .build import origin_of
 from .check import FACTS
 from .checkpoint import is_factored
 from .hooks import GROUP, check_version
-from .requests import MIX, address
+from .requests import MIX
 from .served import AUTO
 from .settings import engine_args
 
@@ -45,7 +45,7 @@ def serve(
     """
     check_version()
     roots = check_experts(model, experts, factors)
-    arguments = command(model, experts, host, port, api_key, rows, factors, options)
+    arguments = command(model, host, port, api_key, rows, factors, options)
     allow_plugins()
 
     import uvloop
@@ -55,7 +55,7 @@ def serve(
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     validate_parsed_serve_args(args)
-    args.t2kernels_roots = roots
+    args.t2kernels_roots, args.t2kernels_experts = roots, {n: str(p) for n, p in experts.items()}
     uvloop.run(run_server(args))
 
 
@@ -75,7 +75,6 @@ def check_experts(model: str, experts: Mapping[str, Path], factors: str | Path |
 
 def command(
     model: str,
-    experts: Mapping[str, Path],
     host: str,
     port: int,
     api_key: str | None,
@@ -91,8 +90,6 @@ def command(
     out += ["--shutdown-timeout", "30"]  # seconds that running requests have to end
     if api_key:
         out += ["--api-key", api_key]
-    if experts:
-        out += ["--lora-modules", *(json.dumps({"name": n, "path": address(p)}) for n, p in experts.items())]
     return [*out, *options]
 
 

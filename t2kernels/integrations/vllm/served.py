@@ -18,6 +18,7 @@ from ...adapt.question import Question
 from ...expert import Expert, ExpertError, find_file
 from . import requests
 from .check import check_request
+from .spool import Spool
 
 AUTO = "auto"
 CLASSIFIER = "classify"
@@ -52,6 +53,7 @@ class ServedExperts:
     def __init__(self, engine: Any, models: Any, config: Any, roots: Sequence[Path], tiny: bool = False):
         self.engine, self.models, self.config, self.tiny = engine, models, config, tiny
         self.roots = [Path(r).expanduser().resolve() for r in roots]
+        self.spool = Spool()
         self._mixtures: OrderedDict[str, str] = OrderedDict()  # name -> address it was made from, least recently used first
         self._lock = asyncio.Lock()
 
@@ -64,7 +66,7 @@ class ServedExperts:
         async with self._lock:
             if name in self.models.lora_requests and not replace:
                 raise Refused(HTTPStatus.BAD_REQUEST, f"expert {name!r} is being served already; pass load_inplace to replace it")
-            await self._serve(name, self._address(path))
+            await self._serve(name, await asyncio.to_thread(self._address, path))
 
     async def unload(self, name: str) -> None:
         """Stop serving an expert; requests that are running end with it. Raises Refused."""
@@ -78,9 +80,11 @@ class ServedExperts:
             file = find_file(Path(path).expanduser()).resolve()
             if not any(file.is_relative_to(root) for root in self.roots):
                 raise Refused(HTTPStatus.FORBIDDEN, f"{path} is not under a directory that experts are served from")
-            return requests.address(file)
+            return self.spool.take(file, {r.lora_path for r in self.models.lora_requests.values()})
         except ExpertError as e:
             raise Refused(HTTPStatus.NOT_FOUND, str(e)) from None
+        except OSError as e:
+            raise Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"{path} could not be copied: {e}") from None
 
     async def _serve(self, name: str, where: str) -> None:
         from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
@@ -151,10 +155,7 @@ class ServedExperts:
 
     def _manifest(self, name: str) -> dict:
         (file,) = requests.files(self.models.lora_requests[name].lora_path)
-        try:
-            return Expert.load(file).manifest
-        except ExpertError:  # gone or replaced since: its numbers are in the engine, its question is not
-            return {}
+        return Expert.load(file).manifest
 
     async def log_likelihoods(self, asked: Any, labels: Sequence[str], judge: str | None) -> list[float]:
         """log p(label | asked) of each label by requests to the engine; 0 and -inf where one token decides, and only the best is needed."""
