@@ -257,14 +257,25 @@ def test_factors_of_other_weights_are_found_out(distributed, case, ranks):
         local = [torch.cat([W[s] for s in m.out])[:, m.take] for W, m in zip(Ws, members, strict=True)]
         layer.quant_method = SimpleNamespace(apply=lambda layer, x, bias=None, W=torch.cat(local): x @ W.t())
 
-    def check(rank, of):
-        layer, members = ranked[rank]
-        for m, factor in zip(members, of, strict=True):
-            check_weights(layer, m, factor, torch.float32, torch.device("cpu"), quantised=False)
+    def check(of, quantised):
+        def one(rank):
+            layer, members = ranked[rank]
+            for m, factor in zip(members, of, strict=True):
+                check_weights(layer, m, factor, torch.float32, torch.device("cpu"), quantised)
 
-    group.run(lambda r: check(r, factors))
-    with pytest.raises(ValueError, match="other weights"):
-        group.run(lambda r: check(r, [svd(torch.randn_like(W)) for W in Ws]))
+        group.run(one)
+
+    rounded = [svd(W + 0.1 * torch.randn_like(W)) for W in Ws]
+    check(factors, False)
+    check(rounded, True)
+    for of, quantised in (
+        (rounded, False),
+        ([svd(torch.randn_like(W)) for W in Ws], False),
+        ([svd(torch.randn_like(W)) for W in Ws], True),
+    ):
+        group = distributed(ranks)  # the threads of the last one stopped in the middle
+        with pytest.raises(ValueError, match="other weights"):
+            check(of, quantised)
 
 
 def test_layers_that_are_not_known():

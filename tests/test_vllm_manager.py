@@ -153,6 +153,27 @@ def test_replacing_an_expert_of_the_running_step(manager, files):
     right(manager, {1: files[5], 2: files[2]}, (1, 2), (2, 1))
 
 
+def test_a_file_that_changed_is_read_again_when_that_is_asked_for(manager, files, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    for e in (1, 2):
+        path.write_bytes(files[e].read_bytes())
+        manager.add_adapter(request(1, path, inplace=True))
+        manager.set_active_adapters([request(1, path)], step((1, 2)))
+        right(manager, {1: files[e]}, (1, 2))
+
+
+def test_what_the_step_has_is_not_forgotten_for_what_it_loads(patched, files, tmp_path):
+    manager, gone = ExpertManager(patched[1], torch.zeros(64, dtype=torch.int32), host=2), tmp_path / "gone.safetensors"
+    gone.write_bytes(files[2].read_bytes())
+    manager.add_adapter(request(2, gone))
+    manager.add_adapter(request(1, files[1]))
+    gone.unlink()
+    manager.set_active_adapters([request(3, files[3]), request(2, gone)], step((3, 1), (2, 1)))  # 2 is the oldest
+    right(manager, files, (3, 1), (2, 1))
+    manager.remove_all_adapters()
+    manager.set_active_adapters([], step())
+
+
 def test_two_requests_that_vllm_takes_for_one(manager, files):
     manager.add_adapter(request(1, files[1], "same"))
     manager.add_adapter(request(2, files[2], "same"))
@@ -178,6 +199,8 @@ def test_warm_up_runs_the_base_model(manager, files):
     assert z_in(manager.bank, int(manager.token_rows[0])).eq(1).all()
     run(manager, files, (1, 2))  # an id of the warm-up is free for an expert
     right(manager, files, (1, 2))
+    with pytest.raises(ValueError, match="belongs to one expert"):  # once
+        manager.add_adapter(request(1, files[2]))
 
 
 def test_a_step_beyond_the_buffer(manager, files):
