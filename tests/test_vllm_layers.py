@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+import t2kernels as t2
 from t2kernels.expert import make_scale
 from t2kernels.factors import svd
-from t2kernels.integrations.vllm.factored import share
+from t2kernels.integrations.vllm.factored import Factored, share
 from t2kernels.integrations.vllm.layers import ExpertPath, FactoredMember, ShardedPath, adapt, check_weights, delta_member, members_of
+from t2kernels.integrations.vllm.settings import Settings
 from t2kernels.layer import DeltaLinear
 from t2kernels.routing import Routing
 from t2kernels.table import ScaleTable
@@ -295,3 +297,48 @@ def test_a_layer_that_sees_other_tokens_than_the_step():
     for count in (3, 9):
         with pytest.raises(RuntimeError, match="other tokens than the step's"):
             path.add(torch.zeros(count, 72), torch.randn(count, N))
+
+
+def factored(case, ranks, layout="auto", dtype=torch.float32, rank=0, names=None, cut=None, format=None):
+    """What a factored layer reads and lays out."""
+    kind, sizes, _ = CASES[case]
+    path, packed = names_of(case)
+    layer = layer_of(kind, rank, ranks, sizes=sizes)
+    members = members_of(path, layer, packed)
+    factors = t2.Factors({m.name: svd(torch.randn(m.shape), cut) for m in members if names is None or m.name.endswith(names)})
+    factors = factors if format is None else factors.to_format(format)
+    quantization = SimpleNamespace(names={n: n for n in factors}, packed_modules_mapping=packed)
+    method = SimpleNamespace(quantization=quantization, prefix=path, factors=factors, settings=Settings(layout=layout), dtype=dtype)
+    return Factored(method, layer, 3, torch.device("cpu"))
+
+
+def test_layouts_are_chosen_by_size(monkeypatch):
+    assert not factored("qkv_proj", 2).shard
+    assert factored("qkv_proj", 2, "shard").shard
+    assert not factored("qkv_proj", 1, "shard").shard
+    copied = N * (N + 2 * 4 * HEAD) * 4  # V of q [48, 48] and of k and v [48, 32], in fp32
+    monkeypatch.setattr("t2kernels.integrations.vllm.factored.SHARD_BYTES", copied)
+    assert factored("qkv_proj", 2).shard
+    assert not factored("qkv_proj", 2, "replicate").shard
+    assert not factored("qkv_proj", 2, dtype=torch.bfloat16).shard  # half of it
+    assert not factored("fused", 2).shard  # one matrix in two places
+    monkeypatch.setattr("t2kernels.integrations.vllm.factored.SHARD_BYTES", 0)
+    assert factored("o_proj", 4).shard
+    assert not factored("o_proj", 4, format="int8").shard
+    for bad in (dict(case="fused", ranks=2), dict(case="o_proj", ranks=2, format="int8"), dict(case="o_proj", ranks=3)):
+        with pytest.raises(ValueError, match="layout='shard' needs"):
+            factored(layout="shard", **bad)
+
+
+def test_factored_layers_that_cannot_be():
+    with pytest.raises(ValueError, match=r"k_proj is not among the factored matrices.*merges it"):
+        factored("qkv_proj", 1, names=("q_proj", "v_proj"))
+    with pytest.raises(ValueError, match="5 of 40 components"):
+        factored("o_proj", 1, cut=5)
+
+
+def test_factors_keep_the_dtype_of_the_model():
+    made = factored("qkv_proj", 2, "shard", torch.bfloat16)
+    assert {m.Vt.dtype for m, _ in made.pairs} | {m.U.dtype for m, _ in made.pairs} == {torch.bfloat16}
+    assert {m.scale.dtype for m, _ in made.pairs} == {torch.float32}
+    assert {m.U.dtype for m, _ in factored("o_proj", 2, format="int8").pairs} == {torch.int8}
