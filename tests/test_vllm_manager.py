@@ -26,8 +26,7 @@ def manager(patched):
     _, bank = patched
     manager = ExpertManager(bank, torch.full((64,), 0, dtype=torch.int32), host=4)
     yield manager
-    manager.remove_all_adapters()
-    manager.set_active_adapters([], step())
+    empty(manager)
     assert len(bank) == 0
     assert bank._rows._pins.total() == 0  # nothing is held beyond the last step
 
@@ -53,6 +52,12 @@ def step(*runs):
 
 def run(manager, files, *runs):
     manager.set_active_adapters([request(i, files[i]) for i in {i for i, _ in runs} - {0}], step(*runs))
+
+
+def empty(manager):
+    for number in manager.list_adapters():
+        manager.remove_adapter(number)
+    manager.set_active_adapters([], step())
 
 
 def z_in(bank, row):
@@ -170,8 +175,7 @@ def test_what_the_step_has_is_not_forgotten_for_what_it_loads(patched, files, tm
     gone.unlink()
     manager.set_active_adapters([request(3, files[3]), request(2, gone)], step((3, 1), (2, 1)))  # 2 is the oldest
     right(manager, files, (3, 1), (2, 1))
-    manager.remove_all_adapters()
-    manager.set_active_adapters([], step())
+    empty(manager)
 
 
 def test_two_requests_that_vllm_takes_for_one(manager, files):
@@ -203,6 +207,18 @@ def test_warm_up_runs_the_base_model(manager, files):
         manager.add_adapter(request(1, files[2]))
 
 
+def test_a_warm_up_in_the_middle_leaves_experts_alone(manager, files):
+    run(manager, files, (1, 2), (4, 1))
+    dummies = [request(i, "/not/a/real/path") for i in (1, 2)]
+    assert [manager.add_dummy_lora(r) for r in dummies] == [False, True]
+    manager.set_active_adapters(dummies, step((1, 3), (2, 3)))
+    manager.remove_all_adapters()
+    assert manager.list_adapters() == {1, 4}
+    run(manager, files, (1, 2), (4, 1))
+    right(manager, files, (1, 2), (4, 1))
+    assert manager.bank.names == ["1", "4"]
+
+
 def test_a_step_beyond_the_buffer(manager, files):
     with pytest.raises(RuntimeError, match="max_num_batched_tokens"):
         run(manager, files, (1, 65))
@@ -227,6 +243,5 @@ def test_host_work_of_a_step(patched, files, tokens, limit):
         start = time.perf_counter()
         manager.set_active_adapters(wanted, steps[i % 2])
         took.append(time.perf_counter() - start)
-    manager.remove_all_adapters()
-    manager.set_active_adapters([], step())
+    empty(manager)
     assert min(took) < 3 * limit, f"{min(took) * 1e3:.3f} ms at best, {np.median(took) * 1e3:.3f} ms in the median"

@@ -38,7 +38,8 @@ class ExpertManager:
         self._rows: dict[int, int] = {0: 0}  # of the experts of the last step
         self._held: list[int] = []
         self._stale = False  # whether an expert of the last step was replaced or removed since
-        self._dummies: set[int] = set()
+        self._dummies: set[int] = set()  # ids of the warm-up that are no expert's
+        self._warm_up: set[str] = set()  # paths that its requests have
         self.tokens = 0  # of the last step
 
     # --- what a step runs
@@ -100,6 +101,9 @@ class ExpertManager:
 
     def _add(self, request: Any, active: Iterable[int]) -> bool:
         number, where = request.lora_int_id, request.lora_path
+        if where in self._warm_up:
+            self.add_dummy_lora(request)
+            return True
         have = self._known.get(number)
         if have is not None and have != where and number not in self._dummies and not request.load_inplace:
             raise ValueError(f"id {number} is the expert at {have}, and was asked for as {where}: an id belongs to one expert")
@@ -126,12 +130,14 @@ class ExpertManager:
         """Forget an expert. A step that is running keeps its row; a request that still has it has it read again."""
         if self._known.pop(number, None) is None:
             return False
+        self._dummies.discard(number)
         self.bank.remove(str(number))
         self._stale |= number in self._rows
         return True
 
     def remove_all_adapters(self) -> None:
-        for number in list(self._known):
+        """Called after every warm-up, also one in the middle of serving (an idle rank of several): only the warm-up's experts go."""
+        for number in list(self._dummies):
             self.remove_adapter(number)
 
     def list_adapters(self) -> set[int]:
@@ -146,8 +152,9 @@ class ExpertManager:
     # --- vLLM's warm-up, with experts that change nothing
 
     def add_dummy_lora(self, request: Any, rank: int = 0) -> bool:
+        self._warm_up.add(request.lora_path)
         number = request.lora_int_id
-        if number in self._known:
+        if number in self._known:  # vLLM takes ids from 1 on, which an expert may have: the warm-up then runs with that
             return False
         self.bank.add(str(number), Expert({}))
         self._known[number] = request.lora_path
