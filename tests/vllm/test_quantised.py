@@ -1,9 +1,9 @@
-"""Delta form on a quantised base: int8 weights a channel, int8 activations a token (compressed-tensors W8A8), the format that vLLM's CPU kernels
-run with fp32 around them. The experts' path sees the activations as they are."""
+"""Delta form on quantised bases that vLLM's CPU kernels run (compressed-tensors): int8 weights a channel with int8 activations a token, in fp32,
+and int4 weights in groups, for which they want bf16. The experts' path sees the activations as they are."""
 
+import copy
 import shutil
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -73,23 +73,21 @@ def is_a_tie(model, ids, token) -> bool:
     return (exact.max() - exact[token]).item() <= 2 * moved
 
 
-@pytest.fixture(scope="module")
-def checkpoint(world, tmp_path_factory):
-    out = tmp_path_factory.mktemp("w8a8")
+def checkpoint_of(world, out, tensors_of, config):
+    """The checkpoint with its linear layers' tensors replaced. tensors_of: {ending: tensor} of a weight"""
     for f in world.model.iterdir():
         shutil.copy(f, out)
     tensors = {}
     for name, t in load_file(out / "model.safetensors").items():
-        if name.endswith("_proj.weight"):
-            tensors[name], tensors[f"{name}_scale"] = rounded(t.float())
-        else:
-            tensors[name] = t
+        whole = not name.endswith("_proj.weight")
+        tensors |= {name: t} if whole else {name.removesuffix("weight") + ending: new for ending, new in tensors_of(t.float()).items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    checkpoint_with(out, quantization_config=CONFIG)
+    checkpoint_with(out, quantization_config=config)
     return out
 
 
-def test_every_prompt_with_every_expert_on_int8_weights(world, checkpoint):
+def test_every_prompt_with_every_expert_on_int8_weights(world, tmp_path):
+    checkpoint = checkpoint_of(world, tmp_path, lambda W: dict(zip(("weight", "weight_scale"), rounded(W), strict=True)), CONFIG)
     factors, models, wanted = t2.Factors.load(world.factors), {}, {}
     for e in (0, 1, 2, 3):
         model, tokenizer = tiny.load()
@@ -112,3 +110,68 @@ def test_every_prompt_with_every_expert_on_int8_weights(world, checkpoint):
         # An activation on the edge between two of 255 steps may fall to either side; from there on the answers are of two models.
         assert at is None or is_a_tie(models[e], tokenizer(prompt)["input_ids"] + got[:at], got[at]), (prompt, e, at)
     assert same >= len(wanted) * 3 // 4
+
+
+GROUP = 32
+INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**SCHEME, "num_bits": 4, "strategy": "group", "group_size": GROUP, "dynamic": False},
+        }
+    },
+}
+
+
+def int4(W):
+    """Whole numbers from -8 to 7 [M, N], and steps [M, N/32] in bf16."""
+    groups = W.unflatten(1, (-1, GROUP))
+    step = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
+    return (groups / step).round().clamp(-8, 7).flatten(1), step[..., 0].bfloat16()
+
+
+def packed(W):
+    """As compressed-tensors keeps them: eight numbers in an int32."""
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    whole, step = int4(W)
+    return {"weight_packed": pack_to_int32(whole.to(torch.int8), 4), "weight_scale": step, "weight_shape": torch.tensor(W.shape)}
+
+
+def test_every_prompt_with_every_expert_on_int4_weights(world, tmp_path):
+    """Answers in bf16: where one differs from the fp32 reference's, the two tokens must lie closer than bf16 moves the reference's logits."""
+    checkpoint = checkpoint_of(world, tmp_path, packed, INT4)
+    factors, models = t2.Factors.load(world.factors), {}
+    for e in (0, 1, 2, 3):
+        models[e], tokenizer = tiny.load()
+        z = t2.Expert.load(world.experts[e]).z if e else {}
+        with torch.no_grad():
+            for name in factors:
+                weight = models[e].get_submodule(name).weight
+                whole, step = int4(weight)
+                weight.copy_(whole * step.float().repeat_interleave(GROUP, 1))
+                if e:
+                    weight += (factors[name].U * make_scale(z[name], factors[name].sigma, "delta")) @ factors[name].V.t()
+    wanted = {(p, e): answer for e in models for p, answer in zip(PROMPTS, answers_of(models[e], tokenizer), strict=True)}
+    unrounded = [pair for pair, answer in wanted.items() if answer == world.answers[pair[1], pair[0]]]
+    assert len(unrounded) < len(wanted) // 2, "rounding changes little here: that would not show which base was served"
+    arguments = engine_args(factors=world.factors, rows=3, dtype="bfloat16")
+    with engine(checkpoint, **arguments) as llm:
+        outputs = ask(llm, world, list(wanted))
+    coarse = {e: copy.deepcopy(model).bfloat16() for e, model in models.items()}
+    same = 0
+    for ((prompt, e), answer), out in zip(wanted.items(), outputs, strict=True):
+        got = list(out.outputs[0].token_ids)
+        at = next((i for i, (a, b) in enumerate(zip(got, answer, strict=True)) if a != b), None)
+        same += at is None
+        if at is None:
+            continue
+        ids = torch.tensor([tokenizer(prompt)["input_ids"] + got[:at]])
+        with torch.no_grad():
+            exact, rough = (m(ids).logits[0, -1].float() for m in (models[e], coarse[e]))
+        assert exact.max() - exact[got[at]] <= 2 * (exact - rough).abs().max(), (prompt, e, at)
+    assert same >= len(wanted) // 2
