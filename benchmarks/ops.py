@@ -31,20 +31,25 @@ from t2kernels.ops.planner import IMPLS, bytes_moved, operations, why_missing
 
 ROOM = 1.1  # over the error of plain torch
 PEER_ROOM = 4.0  # peers round at other places: W' itself, once more
+KEPT_BYTES = 2 * 10**9
 
 
 def arms(
-    form: str, ids: torch.Tensor, impls: list[str], compiled: bool, adapters: int, report: Callable[[str], None]
+    form: str, ids: torch.Tensor, impls: list[str], compiled: bool, adapters: int, kept: int, report: Callable
 ) -> dict[str, tuple[Arm, Arm]]:
-    """{name: (what it computes, the truth)}"""
+    """{name: (what it computes, the truth)}. kept: bytes of a dense copy for each expert."""
     rows = cases.rows_of(ids)
     found: dict[str, tuple[Arm, Arm]] = {"dense, no expert": (cases.dense, cases.exact_dense)}
     found |= {f"t2 {impl}": (cases.ours(impl), cases.exact) for impl in impls}
     found["two matmuls, eager"] = cases.two_matmuls, cases.exact
     if compiled:
+        torch._dynamo.reset()  # else it gives up compiling after eight shapes, and says nothing
         found["two matmuls, compiled"] = torch.compile(cases.two_matmuls, dynamic=False), cases.exact
     found["W' rebuilt an expert"] = cases.rebuilt(rows), cases.exact
-    found["W' kept an expert"] = cases.copies(rows), cases.exact
+    if kept <= KEPT_BYTES:
+        found["W' kept an expert"] = cases.copies(rows), cases.exact
+    else:
+        report(f"W' of {len(rows)} experts kept: not run, {kept / 1e9:.0f} GB for this group alone")
     if adapters and form == "delta":
         names = cases.lora_names(ids, adapters)
         found["PEFT LoRA r=16"] = cases.peft_lora(names), cases.exact_lora(names)
@@ -76,7 +81,7 @@ def adapters_of(w: Weights) -> int:
 
 
 def one_case(
-    model: str, group: str, T: int, mix: str, form: str, k: int | None, format, dtype, impls, peers, device, seconds, report
+    model: str, group: str, T: int, mix: str, form: str, k: int | None, format, dtype, impls, peers, compiled, device, seconds, report
 ) -> Iterator[dict]:
     """All arms on the same work, in turn."""
     N, Ms = cases.shapes(model, group)
@@ -87,7 +92,8 @@ def one_case(
     size = sum(t.nbytes for t in ((*copies[0].W, copies[0].V, *copies[0].U) if form == "delta" else (copies[0].V, *copies[0].U)))
     copies += [make() for _ in range(min(15, 4 * last_level_cache(device) // size))]
     x = torch.randn(T, N, device=device).to(dtype)
-    every = arms(form, ids, impls, peers and device.type == "cuda", adapters, report)
+    kept = ids.unique().numel() * sum(W.nbytes for W in copies[0].W) * len(copies)
+    every = arms(form, ids, impls, peers and T in compiled, adapters, kept, report)
     if not peers:
         every = {n: a for n, a in every.items() if n.startswith(("dense", "t2", "two matmuls, eager"))}
     elif format != torch.int8 and device.type == "cuda":
@@ -275,7 +281,9 @@ def run(device: torch.device, a: argparse.Namespace, report: Callable[[str], Non
                         for mix in a.mixes if first else a.mixes[:1]:
                             peers = format == formats[0] and (form == "factored" or k == a.ranks[0])
                             todo += [
-                                partial(one_case, model, g, T, mix, form, k, format, dtype, impls, peers, device, a.each, report)
+                                partial(
+                                    one_case, model, g, T, mix, form, k, format, dtype, impls, peers, a.compiled, device, a.each, report
+                                )
                                 for g in a.groups
                             ]
                         todo.append(partial(layer_case, model, T, a.mixes[0], form, k, format, dtype, impls, device, a.each, report))
@@ -323,6 +331,7 @@ def parser() -> argparse.ArgumentParser:
         help="of U and V; the first is x's by default",
     )
     p.add_argument("--backward", type=int, metavar="T", default=4096 if gpu else 128, help="tokens of a training step; 0: none")
+    p.add_argument("--compiled", nargs="*", type=int, metavar="T", default=[8] if gpu else [], help="for which T torch.compile is a peer")
     p.add_argument("--seconds", type=float, default=480.0, help="begin no case after this many")
     p.add_argument("--each", type=float, default=1.0, help="seconds an arm of a case may take, about")
     p.add_argument("--out", type=Path, default=RESULTS / "ops.jsonl")

@@ -38,10 +38,10 @@ class Part(NamedTuple):
 
 def quick_ops(device: torch.device, seconds: float) -> Iterator[dict]:
     if device.type == "cuda":
-        given = "--tokens 1 8 32 512 4096 --each 0.4".split()
+        given = "--tokens 1 8 32 512 4096 --ranks 256 --each 0.15 --mixes all_distinct one".split()
     else:  # the matrices of a layer of 1024, and the square ones of Llama-3-8B
         given = "--models small --tokens 1 8 64 --ranks 64 --each 0.3 --groups qkv gate+up --backward 128".split()
-    a = ops.arguments([*given, "--seconds", str(seconds)])
+    a = ops.arguments([*(word.replace("_", " ") for word in given), "--seconds", str(seconds)])
     yield from ops.run(device, a)
     if device.type == "cpu":
         big = "--models llama-3-8b --groups o --tokens 1 8 --ranks 256 --each 0.5 --backward 0 --formats float32".split()
