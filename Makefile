@@ -32,8 +32,7 @@ lint: $(VENV)/.installed-test
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest -m vllm tests/vllm
 
-$(VLLM)/.installed: $(SOURCES) scripts/install-vllm
-	@./scripts/make-venv $(PYTHON) $(VLLM)
+$(VLLM)/.installed: $(SOURCES) scripts/install-vllm $(VLLM)/.created
 	@./scripts/install-vllm $(VLLM)/bin/python
 	@touch $@
 
@@ -58,8 +57,8 @@ $(VENV)/.installed-test: $(SOURCES) $(VENV)/.created
 	@./scripts/install $(BIN)/python test
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.created:
-	@./scripts/make-venv $(PYTHON) $(VENV)
+$(VENV)/.created $(VLLM)/.created: %/.created:
+	@./scripts/make-venv $(PYTHON) $*
 	@touch $@
 
 clean:

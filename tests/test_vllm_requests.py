@@ -1,6 +1,7 @@
 """Addresses, requests and settings of the vLLM plugin, without vLLM."""
 
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -76,6 +77,20 @@ def test_other_content_under_the_same_name_is_another_name_and_id(expert, files)
     with pytest.raises(ExpertError, match="was replaced since"):
         requests.load(first.lora_path)
     assert requests.load(second.lora_path) == t2.Expert.load(files[1])
+
+
+def test_many_requests_read_a_file_once(expert, files, monkeypatch):
+    old = files[0].stat().st_mtime_ns - 5 * requests.SETTLED
+    os.utime(files[0], ns=(old, old))
+    loads = []
+    monkeypatch.setattr(requests, "load", lambda where, load=requests.load: loads.append(load(where)))
+    hits = requests._digest.cache_info().hits
+    assert len({expert("math", files[0]).lora_int_id for _ in range(10)}) == len(loads) == 1
+    assert requests._digest.cache_info().hits == hits + 9 + 1  # once more when it was read
+    new = files[0].stat().st_mtime_ns
+    files[0].write_bytes(files[1].read_bytes())  # of the same length
+    os.utime(files[0], ns=(new + 1, new + 1))
+    assert requests.digest(files[0]) == requests.digest(files[1])
 
 
 def test_ids_that_fall_together(expert, files, monkeypatch):

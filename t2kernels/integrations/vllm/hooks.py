@@ -113,7 +113,7 @@ def asks_for_experts(config: Any) -> bool:
     return Settings.of(config) is not None or config.model_config.quantization == QUANTIZATION
 
 
-def refuse(config: Any, model: Any = None) -> None:
+def refuse(config: Any) -> None:
     """Raises UnsupportedVllm that names what an engine is configured to do that experts would silently go wrong with."""
     parallel, cache, passes = config.parallel_config, config.cache_config, config.compilation_config.pass_config
     hf = config.model_config

@@ -6,11 +6,13 @@ file's content, so that a file which was replaced is another expert, and its old
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +25,12 @@ if TYPE_CHECKING:
 MIX = "mix:"
 STACK = ".experts."  # in names of matrices that are slices of a mixture-of-experts stack
 DIGEST = re.compile(r"#([0-9a-f]{16})$")
+SETTLED = 10**9  # ns
 FIRST_ID = 1 << 20  # below are those that vLLM's server and its warm-up give out, from 1 on
 IDS = 2**31 - FIRST_ID  # vLLM keeps ids in 32 bits
 
 _taken: dict[int, tuple[str, str]] = {}  # id -> (name, address), of this process
+_read: set[str] = set()  # addresses that hold experts
 _addresses: dict[str, str] = {}  # name -> the first address that it was used for
 
 
@@ -43,7 +47,9 @@ def expert(name: str, source: str | os.PathLike | Mapping[str | os.PathLike, flo
     if not isinstance(name, str) or not name:
         raise ValueError(f"an expert's name is a non-empty string, not {name!r}")
     where = address(source)
-    load(where)
+    if where not in _read:
+        load(where)
+        _read.add(where)
     # vLLM compares requests by name: two contents under one name in one step would be taken for one.
     if _addresses.setdefault(name, where) != where:
         name = f"{name}@{hashlib.sha256(where.encode()).hexdigest()[:8]}"
@@ -74,10 +80,18 @@ def mixture(parts: Sequence[tuple[str, float]]) -> str:
 def digest(path: Path) -> str:
     """16 hexadecimal digits of the sha256 of a file. Raises ExpertError where it cannot be read."""
     try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+        s = os.stat(path)
+        # A file system's clock may tick every few milliseconds: what was written just now may change without its time showing it.
+        known = _digest if time.time_ns() - s.st_mtime_ns > SETTLED else _digest.__wrapped__
+        return known(path, s.st_ino, s.st_size, s.st_mtime_ns)
     except OSError as e:
         raise ExpertError(f"{path} cannot be read: {e}") from e
+
+
+@functools.lru_cache(4096)  # a request for each of many prompts does not read the file as often: 3 MB take 5 ms
+def _digest(path: Path, *state: int) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 def files(where: str) -> list[str]:
