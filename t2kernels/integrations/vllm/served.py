@@ -47,6 +47,16 @@ def parse_mixture(name: str) -> dict[str, float]:
     return weights
 
 
+def last_text(chat: Any) -> str:
+    """What the last message of a chat says. Raises Refused for what is no chat, or has no text there."""
+    content = chat[-1].get("content") if isinstance(chat, list) and chat and isinstance(chat[-1], Mapping) else None
+    if isinstance(content, list):
+        content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    if not isinstance(content, str) or not content:
+        raise Refused(HTTPStatus.BAD_REQUEST, 'model "auto" chooses by one prompt in text, or by a chat that ends in text')
+    return content
+
+
 class ServedExperts:
     """engine: vLLM's engine client; models: its `OpenAIServingModels`; roots: directories that expert files may lie in; tiny: the built-in model"""
 
@@ -130,8 +140,8 @@ class ServedExperts:
 
         prompt: text, or a chat. An expert whose file holds a question answers it; else one that is called "classify"; else the base model
         """
-        if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and isinstance(prompt[-1], Mapping)):
-            raise Refused(HTTPStatus.BAD_REQUEST, 'model "auto" chooses by one prompt in text, or by a chat')
+        if not isinstance(prompt, str):
+            prompt = [{"role": "user", "content": last_text(prompt)}]
         base = self.models.base_model_paths[0].name
         judge, question = self.question()
         labels = list(question.labels)
@@ -160,6 +170,8 @@ class ServedExperts:
     async def log_likelihoods(self, asked: Any, labels: Sequence[str], judge: str | None) -> list[float]:
         """log p(label | asked) of each label by requests to the engine; 0 and -inf where one token decides, and only the best is needed."""
         tokenizer = self.engine.get_tokenizer()
+        if not isinstance(asked, str) and not getattr(tokenizer, "chat_template", None):
+            asked = asked[-1]["content"]  # the server was given a template of its own, or has none: asked as text
         if isinstance(asked, str):
             prompt = tokenizer(asked)["input_ids"]
         else:
