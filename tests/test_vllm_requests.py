@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from commandline import t2_
 
 import t2kernels as t2
 from t2kernels import tiny
@@ -315,6 +316,14 @@ def test_a_factored_checkpoint(tmp_path):
     (out / "config.json").unlink()
     write_checkpoint(source, out, targets="attention")  # goes on where it was cut short
     assert is_factored(str(out))
+
+
+def test_decompose_on_the_command_line(tmp_path):
+    said = t2_("decompose", tiny.path(), "--out", tmp_path / "out", "--format", "vllm", "--targets", r"0\.self_attn")
+    assert said.count("4 matrices") == 1
+    assert is_factored(str(tmp_path / "out"))
+    assert "needs every component" in t2_("decompose", tiny.path(), "--out", tmp_path / "no", "--format", "vllm", "--rank", "4", code=1)
+    assert not (tmp_path / "no").exists()
 
 
 def test_the_command_of_a_server(installed, tmp_path):
