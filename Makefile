@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 # What counts as a change that must be installed again; the package itself is installed in place.
-SOURCES := pyproject.toml setup.py
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 
 .PHONY: help demo test lint test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
@@ -48,5 +48,5 @@ $(VENV)/.created:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info t2kernels/_C.*.so .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
