@@ -164,7 +164,7 @@ def rules(out: Path, temp: Path, cuda: Cuda | None) -> str:
         "rule link",
         "  command = $cxx -shared -pthread -Wl,--exclude-libs,ALL -Wl,--gc-sections -Wl,-s $in $libs -o $out",
     ]
-    sources = {CSRC / "bindings.cpp": "", **{p: "" for p in sorted(CSRC.glob("cpu/*.cpp"))}}
+    sources = {CSRC / "bindings.cpp": "", **dict.fromkeys(sorted(CSRC.glob("cpu/*.cpp")), "")}
     for source in sources:
         sources[source] = next((more for end, more in SIMD.items() if x86 and source.stem.endswith(end)), "")
     libs = ""

@@ -23,7 +23,25 @@ def call(T, M=HIDDEN, N=HIDDEN, C=None, **more):
         (call(1), CPU, "torch", "mm"),
         (call(1), UNCHECKED, "torch", "mm"),
         (call(1), CHECKED, "triton", "pair"),
-        (call(1), CUDA, "cuda", "mm"),
+        (call(1), CUDA, "cuda", "decode"),
+        (call(16), CUDA, "cuda", "decode"),
+        (call(17), CUDA, "triton", "pair"),
+        (call(8, factors=torch.int8), CUDA, "cuda", "decode"),
+        (call(9, factors=torch.int8), CUDA, "triton", "pair"),
+        (call(32), CUDA._replace(decode_tokens=(32, 8)), "cuda", "decode"),
+        (call(4000), CUDA, "triton", "mm"),
+        (call(0), CUDA, "triton", "pair"),
+        (call(1, grad=True), CUDA, "triton", "mm"),
+        (call(1, unfit="U lies badly"), CUDA, "triton", "pair"),
+        (call(1, x=torch.float32, factors=torch.float32), CUDA, "triton", "pair"),
+        (call(1, x=torch.float16), CUDA, "triton", "pair"),  # bf16 factors of an fp16 model
+        (call(1, C=252), CUDA, "triton", "pair"),
+        (call(1, C=264), CUDA, "cuda", "decode"),
+        (call(1, C=264, factors=torch.int8), CUDA, "triton", "pair"),
+        (call(1, N=HIDDEN + 4), CUDA, "triton", "pair"),
+        (Call(8, HIDDEN, (8,) * 9, (8,) * 9), CUDA, "triton", "mm"),
+        (call(1, C=256, base=True), CUDA, "cuda", "decode"),
+        (call(6000, one=True), CUDA, "triton", "dense"),
         (call(64), CHECKED, "triton", "pair"),
         (call(4000), CHECKED, "triton", "mm"),
         (call(1, C=256, base=True), CHECKED, "triton", "pair"),
@@ -118,3 +136,25 @@ def test_activations_count_too():
 )
 def test_the_cheaper_form(M, N, k, weight, factors, form):
     assert cheaper_form(M, N, k, weight, factors)[0] == form
+
+
+@pytest.mark.parametrize(
+    "asked, why",
+    [
+        (call(33), "33 tokens"),
+        (call(6000, one=True), "6000 tokens"),
+        (call(0), "0 tokens"),
+        (call(1, grad=True), "no backward"),
+        (call(1, C=100), "number of columns is 100"),
+        (call(1, N=100), "N is 100"),
+        (call(1, x=torch.float32), "x in float32"),
+        (call(1, M=0, C=8), "no rows"),
+        (call(1, unfit="U lies badly"), "U lies badly"),
+        (Call(8, HIDDEN, (8,) * 9, (8,) * 9), "9 matrices"),
+    ],
+)
+def test_the_decode_kernel_asked_for_by_name_runs_or_says_why_not(asked, why):
+    assert choose(call(32), CUDA, "cuda").path == "decode"
+    refused = choose(asked, CUDA, "cuda")
+    assert (refused.impl, refused.path) == ("cuda", "refused")
+    assert why in refused.why_path

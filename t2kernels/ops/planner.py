@@ -21,6 +21,19 @@ MATERIALISE_MARGIN = 1.1
 PAIR_TOKENS = 160
 # Matrices that one launch of the skinny expand can hold: q, k, v and one more.
 PAIR_MEMBERS = 4
+# Tokens up to which `auto` prefers the decode kernel, for factors of 16 and of 8 bits. Each 16 rows of a factor read all of x once more, from L2:
+# above that this traffic passes the factor's own (computed, not measured; `t2 tune` measures it). The kernel itself takes 32.
+DECODE_TOKENS = (16, 8)
+DECODE_LIMIT = 32
+DECODE_MEMBERS = 8
+# (x, factors): the dtypes that the decode kernel multiplies.
+DECODE_DTYPES = (
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.int8),
+    (torch.bfloat16, torch.float16),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.int8),
+)
 NO_FP64 = "float64 is for checks, on impl='torch'"
 
 
@@ -32,6 +45,7 @@ class Machine(NamedTuple):
     missing: tuple[tuple[str, str], ...] = ()
     unchecked: tuple[tuple[str, str], ...] = ()
     pair_tokens: int = PAIR_TOKENS
+    decode_tokens: tuple[int, int] = DECODE_TOKENS
 
     def trusts(self, impl: str) -> bool:
         """Whether `auto` may take an implementation here."""
@@ -43,6 +57,7 @@ class Call(NamedTuple):
 
     tokens: tokens of each expert that has any, {row: count} as pairs, or None where only the device knows; one: all tokens have one expert
     base: whether a base is added (delta form); grad: whether a backward will follow; kept: whether W' of the one expert is kept by the layer
+    unfit: why these tensors do not lie as the decode kernel reads them, or None
     """
 
     T: int
@@ -56,11 +71,13 @@ class Call(NamedTuple):
     base: bool = False
     grad: bool = False
     kept: bool = False
+    unfit: str | None = None
 
 
 class Choice(NamedTuple):
     """impl: "torch", "triton" or "cuda", and why_impl; path: "mm" (x V, row scaling, g Uᵀ), "pair" (two skinny kernels), "dense" (W' made for
-    `experts`, or for the one there is), "kept" (the layer has W'), "decode" (the CUDA kernel), and why_path."""
+    `experts`, or for the one there is), "kept" (the layer has W'), "decode" (the CUDA kernel), "refused" (asked for by name, and cannot run), and
+    why_path."""
 
     impl: str
     why_impl: str
@@ -100,6 +117,9 @@ def choose(call: Call, machine: Machine, impl: str = "auto") -> Choice:
     impl, why = _implementation(call, machine) if impl == "auto" else (impl, "asked for")
     if call.kept:
         return Choice("torch", "a library matmul", "kept", "W' of this expert is kept")
+    if impl == "cuda":
+        unfit = why_no_decode(call)
+        return Choice(impl, why, *(("refused", unfit) if unfit else ("decode", f"{_tokens(call.T)}: each factor streamed once")))
     dense = _worth_a_dense_weight(call)
     if dense is not None:
         return Choice(impl, why, "dense", _say_dense(call, dense), dense or None)
@@ -134,10 +154,38 @@ def why_missing(machine: Machine, impl: str, x: torch.dtype = torch.float32) -> 
     return NO_FP64 if why is None and impl != "torch" and x == torch.float64 else why
 
 
+def why_no_decode(call: Call, limit: int = DECODE_LIMIT) -> str | None:
+    """Why the decode kernel does not take a call, for `limit` tokens at the most; None where it does."""
+    if call.grad:
+        return "the decode kernel has no backward"
+    if not 1 <= call.T <= limit:
+        return f"{_tokens(call.T)}, the decode kernel takes 1 to {limit}"
+    if (call.x, call.factors) not in DECODE_DTYPES:
+        return f"the decode kernel does not multiply x in {_dtype(call.x)} by factors in {_dtype(call.factors)}"
+    if not 1 <= len(call.M) <= DECODE_MEMBERS:
+        return f"{len(call.M)} matrices, the decode kernel takes {DECODE_MEMBERS}"
+    step = 16 // call.factors.itemsize
+    for name, size in (("N", call.N), *(("the number of columns", c) for c in call.C)):
+        if size < 1 or size % step:
+            return f"{name} is {size}, the decode kernel wants a multiple of {step} in {_dtype(call.factors)}"
+    return "a member has no rows" if min(call.M) < 1 else call.unfit
+
+
+def _tokens(T: int) -> str:
+    return f"{T} token{'' if T == 1 else 's'}"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _implementation(call: Call, machine: Machine) -> tuple[str, str]:
     kept_off = dict((*machine.unchecked, *machine.missing))
     if call.x == torch.float64:
         kept_off = dict.fromkeys(("triton", "cuda"), NO_FP64)
+    if "cuda" not in kept_off:
+        limit = machine.decode_tokens[call.factors.itemsize == 1]
+        kept_off |= {"cuda": why} if (why := why_no_decode(call, limit)) else {}
     for impl in ("cuda", "triton"):
         if impl not in kept_off:
             return impl, f"checked on {machine.name}"

@@ -10,10 +10,12 @@ import functools
 import torch
 from torch import Tensor
 
-from . import torch_kernels, triton_kernels
+from . import cuda_kernels, torch_kernels, triton_kernels
 from .machine import machine_of
 from .planner import IMPLS, Call, Choice, Machine, choose, could_be_dense, why_missing
 from .precision import FACTOR_DTYPES, X_DTYPES, forward_precision
+
+SKINNY = ("pair", "decode")  # paths of `plan` that stream each factor once and can take the activation of an MLP in
 
 
 class ImplUnavailableError(RuntimeError):
@@ -93,7 +95,9 @@ def call_group(x, V, U, scale, expert_ids, base, bias, impl="auto") -> list[Tens
 
 def shrink(x, V, scale, expert_ids) -> Tensor:
     """g = (x V) * scale[expert_ids] [T, C]: the first half of the op alone, without gradients, for `expand`, which gives it its meaning."""
-    choice = _plan_of_half(x.shape[:-1].numel(), x.shape[-1], V, x.dtype, x.device)
+    choice = _plan_of_half(x, V.shape[1:], V.shape[1:], x.dtype, V, [])
+    if choice.path == "decode":
+        return cuda_kernels.shrink(x, V, scale, expert_ids)
     if choice.path == "pair":
         return triton_kernels.shrink(x, V, scale, expert_ids)
     if choice.impl == "triton":
@@ -103,24 +107,32 @@ def shrink(x, V, scale, expert_ids) -> Tensor:
 
 def expand(g, Us, bases, biases, dtype, lead) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i [*lead, M_i]: the second half. dtype, lead: those of the x that g was made from."""
-    if _plan_of_half(g.shape[0], sum(U.shape[0] for U in Us), Us[0], dtype, g.device).path == "pair":
-        return [y.reshape(*lead, y.shape[-1]) for y in triton_kernels.expand(g, Us, bases, biases, dtype)]
+    path = _plan_of_half(g, *zip(*(U.shape for U in Us), strict=True), dtype, None, Us).path
+    if path in SKINNY:
+        kernels = cuda_kernels if path == "decode" else triton_kernels
+        return [y.reshape(*lead, y.shape[-1]) for y in kernels.expand(g, Us, bases, biases, dtype)]
     return torch_kernels.expand(g, Us, bases, biases, dtype, lead)
 
 
 def swiglu(x, V, Us, scale, expert_ids, bases, biases) -> Tensor:
-    """silu(y_0) * y_1 for two members y_i, in one launch; for calls whose `plan` is the skinny pair, without gradients."""
-    return triton_kernels.forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
+    """silu(y_0) * y_1 for two members y_i, in one launch; for calls whose `plan` is one of `SKINNY`, without gradients."""
+    path = plan(x, V, Us, expert_ids, bases[0] is not None).path
+    kernels = cuda_kernels if path == "decode" else triton_kernels
+    return kernels.forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
 
 
 def skinny_kernels(device: torch.device) -> bool:
     """Whether `auto` may pick the skinny kernels on a device at all: where not, nothing needs to be asked call by call."""
-    return machine_of(device).trusts("triton")
+    machine = machine_of(device)
+    return machine.trusts("triton") or machine.trusts("cuda")
 
 
-def _plan_of_half(T: int, size: int, factor: Tensor, dtype: torch.dtype, device: torch.device) -> Choice:
-    # Both halves must decide alike where it matters, on T; a base is what keeps W' from being considered.
-    return choose(Call(T, size, (size,), (factor.shape[1],), dtype, factor.dtype, base=True), machine_of(device))
+def _plan_of_half(a: Tensor, M: tuple[int, ...], C: tuple[int, ...], dtype: torch.dtype, V: Tensor | None, Us: list[Tensor]) -> Choice:
+    # Whatever makes g leaves it in the same dtype and units, so the halves may decide apart. A base is what keeps W' from being considered.
+    machine = machine_of(a.device)
+    unfit = cuda_kernels.misfit(a, V, Us) if machine.trusts("cuda") else None
+    factors = (Us[0] if V is None else V).dtype
+    return choose(Call(a.shape[:-1].numel(), a.shape[-1], tuple(M), tuple(C), dtype, factors, base=True, unfit=unfit), machine)
 
 
 def _differentiated(x: Tensor, scale: Tensor) -> bool:
@@ -135,14 +147,16 @@ def plan(x: Tensor, V: Tensor, Us: list[Tensor], expert_ids: Tensor, base: bool 
     """What a call with these tensors runs, and why. Looks at values of expert_ids on the CPU only, and only where they can matter."""
     lead, one = x.shape[:-1], expert_ids.numel() == 1
     M, C = (Us[0].shape[:1], Us[0].shape[1:]) if len(Us) == 1 else zip(*(U.shape for U in Us), strict=True)
-    asked = lead.numel(), x.shape[-1], M, C, x.dtype, V.dtype, one, base, grad
-    choice, ask = _planned(asked, machine_of(x.device), impl)
+    machine = machine_of(x.device)
+    unfit = cuda_kernels.misfit(x, V, Us) if impl == "cuda" or (impl == "auto" and machine.trusts("cuda")) else None
+    asked = lead.numel(), x.shape[-1], M, C, x.dtype, V.dtype, one, base, grad, unfit
+    choice, ask = _planned(asked, machine, impl)
     if not ask or expert_ids.device.type != "cpu":
         return choice
     rows, counts = expert_ids.unique(return_counts=True)
     repeat = torch_kernels.tokens_per_id(expert_ids, lead)
     tokens = tuple((int(r), int(c) * repeat) for r, c in zip(rows, counts, strict=True))
-    return choose(_call(asked)._replace(tokens=tokens), machine_of(x.device), impl)
+    return choose(_call(asked)._replace(tokens=tokens), machine, impl)
 
 
 @functools.lru_cache(4096)  # decoding asks the same again for every token: 2 us instead of 8
@@ -153,8 +167,8 @@ def _planned(asked: tuple, machine: Machine, impl: str) -> tuple[Choice, bool]:
 
 
 def _call(asked: tuple) -> Call:
-    T, N, M, C, x, factors, one, base, grad = asked
-    return Call(T, N, tuple(M), tuple(C), x, factors, one, base=base, grad=grad)
+    T, N, M, C, x, factors, one, base, grad, unfit = asked
+    return Call(T, N, tuple(M), tuple(C), x, factors, one, base=base, grad=grad, unfit=unfit)
 
 
 def _check_impl(impl: str, x: Tensor) -> None:
@@ -242,6 +256,10 @@ def _run(x, V, U, scale, expert_ids, base, bias, impl, saving=False) -> list[Ten
     base, bias = (list(t) or [None] * len(U) for t in (base, bias))
     choice = plan(x, V, U, expert_ids, base[0] is not None, impl, saving)
     arguments = (x, V, U, scale, expert_ids, base, bias)
+    if choice.path == "refused":
+        raise ImplUnavailableError(f"impl={impl!r} cannot run this call: {choice.why_path}; use impl='auto' to have another one chosen")
+    if choice.path == "decode":
+        return cuda_kernels.forward(*arguments)
     if choice.path == "dense":
         return torch_kernels.materialised(*arguments, choice.experts)
     if choice.path == "pair":
