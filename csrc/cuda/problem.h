@@ -41,7 +41,8 @@ struct Args {
   int T;
   const void* ids;  // [ceil(T / repeat)], int64 or int32; or null, where there is no scale
   bool ids_are_64;
-  int repeat;  // tokens an id covers
+  int repeat;   // tokens an id covers
+  int inverse;  // t / repeat = t * inverse >> 16: a division would convert to floating point and back
   int E;
   unsigned* barrier;  // two zeros {arrived, generation}: for the grid barrier
 };
@@ -80,7 +81,8 @@ inline const char* unpack(const int64_t* words, size_t count, Launch& l) {
   l.dependent = h[H_DEPENDENT], l.fused = h[H_FUSED], l.cluster = int(h[H_CLUSTER]), l.blocks = int(h[H_BLOCKS]), l.depth = int(h[H_DEPTH]);
   l.sms = int(h[H_SMS]), l.stream = reinterpret_cast<void*>(h[H_STREAM]);
   if (a.T < 1 || a.T > TOKENS) return "T is not in 1..32";
-  if (a.repeat < 1) return "repeat is less than 1";
+  if (a.repeat < 1 || a.repeat > TOKENS) return "repeat is not in 1..32";
+  a.inverse = (65536 + a.repeat - 1) / a.repeat;
   if (l.sms < 1) return "the number of multiprocessors is missing";
   if (l.cluster < 1 || l.cluster > 8 || (l.cluster & (l.cluster - 1))) return "a cluster is 1, 2, 4 or 8 blocks";
   if (a.first < 1 || a.first > a.problems || (a.first < a.problems) != l.fused) return "only a fused launch has a second phase, and it must have one";

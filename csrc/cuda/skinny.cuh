@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_
   for (int i = 0; i < OUTPUTS; ++i) {
     const int t = (threadIdx.x + i * THREADS) / ROWS;
     expert[i] = 0;
-    if (a.ids && t < a.T) expert[i] = load_id(a.ids, t / a.repeat, a.ids_are_64);
+    if (a.ids && t < a.T) expert[i] = load_id(a.ids, t * a.inverse >> 16, a.ids_are_64);
   }
 
   Place here{};
