@@ -25,10 +25,10 @@ struct Avx2 {
   }
   static void store(float* p, Float f) { _mm256_storeu_ps(p, f); }
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
-  static float sum(Float f) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(f), _mm256_extractf128_ps(f, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  // Always four at a time, so that a sum is added up in the same order wherever it stands.
+  static void sums(Float a, Float b, Float c, Float d, float* out) {
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
   }
   template <class X>
   static float one(X v) {

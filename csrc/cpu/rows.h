@@ -8,40 +8,38 @@
 namespace t2cpu {
 namespace {
 
+#define T2_UNROLL _Pragma("GCC unroll 32")  // sums live in registers only where every loop over them is gone
+
 template <class S, class W, int R, int T>
-inline void tile(const W* w, int64_t stride, int64_t K, const float* x, int64_t stride_x, float* out) {
-  typename S::Float sum[R][T];
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) sum[r][t] = S::zero();
-  int64_t k = 0;
-  for (; k + S::lanes <= K; k += S::lanes) {
+[[gnu::always_inline]] inline void tile(const W* w, int64_t stride, int64_t K, const float* x, int64_t stride_x, float* out) {
+  typename S::Float sum[(R * T + 3) / 4 * 4];
+  T2_UNROLL for (auto& s : sum) s = S::zero();
+  const auto step = [&](const W* wk, int64_t stride, const float* xk) __attribute__((always_inline)) {
     typename S::Float v[R];
-    for (int r = 0; r < R; ++r) v[r] = S::load(w + r * stride + k);
-    for (int t = 0; t < T; ++t) {
-      const auto xv = S::load(x + t * stride_x + k);
-      for (int r = 0; r < R; ++r) sum[r][t] = S::fma(v[r], xv, sum[r][t]);
+    T2_UNROLL for (int r = 0; r < R; ++r) v[r] = S::load(wk + r * stride);
+    T2_UNROLL for (int t = 0; t < T; ++t) {
+      const auto xv = S::load(xk + t * stride_x);
+      T2_UNROLL for (int r = 0; r < R; ++r) sum[r * T + t] = S::fma(v[r], xv, sum[r * T + t]);
     }
-  }
+  };
+  int64_t k = 0;
+  for (; k + S::lanes <= K; k += S::lanes) step(w + k, stride, x + k);
   if (k < K) {  // zeros behind the end of a row, whatever lies there in memory
-    for (int r = 0; r < R; ++r) {
-      W rest[S::lanes] = {};
-      std::memcpy(rest, w + r * stride + k, (K - k) * sizeof(W));
-      const auto v = S::load(rest);
-      for (int t = 0; t < T; ++t) sum[r][t] = S::fma(v, S::load(x + t * stride_x + k), sum[r][t]);
-    }
+    W rest[R][S::lanes] = {};
+    for (int r = 0; r < R; ++r) std::memcpy(rest[r], w + r * stride + k, (K - k) * sizeof(W));
+    step(rest[0], S::lanes, x + k);
   }
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) out[r * TILE + t] = S::sum(sum[r][t]);
+  T2_UNROLL for (int i = 0; i < R * T; i += 4) S::sums(sum[i], sum[i + 1], sum[i + 2], sum[i + 3], out + i);
 }
 
 template <class S, class W, int T>
 void rows_by(const W* w, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, float* out) {
   constexpr int R = S::rows[T - 1];
-  static_assert(BLOCK % R == 0);
+  static_assert(BLOCK % R == 0);  // then only the last block of a matrix has rows left over
   int r = 0;
-  for (; r + R <= rows; r += R) tile<S, W, R, T>(w + r * stride, stride, K, x, stride_x, out + r * TILE);
+  for (; r + R <= rows; r += R) tile<S, W, R, T>(w + r * stride, stride, K, x, stride_x, out + r * T);
   if constexpr (R > 1)
-    for (; r < rows; ++r) tile<S, W, 1, T>(w + r * stride, stride, K, x, stride_x, out + r * TILE);
+    for (; r < rows; ++r) tile<S, W, 1, T>(w + r * stride, stride, K, x, stride_x, out + r * T);
 }
 
 template <class S, class W>
@@ -77,9 +75,9 @@ void widen(int dtype, const void* in, int64_t n, float* out) {
 }
 
 template <class S, class X>
-void narrow_as(const float* sum, int n, const X* base, const X* bias, X* y) {
+void narrow_as(const float* sum, int stride, int n, const X* base, const X* bias, X* y) {
   for (int i = 0; i < n; ++i) {
-    float v = sum[i * TILE];
+    float v = sum[i * stride];
     if (bias) v += S::one(bias[i]);
     if (base) v = v == 0 ? S::one(base[i]) : v + S::one(base[i]);  // nothing added: base's bits, -0 too
     y[i] = S::template as<X>(v);
@@ -87,10 +85,10 @@ void narrow_as(const float* sum, int n, const X* base, const X* bias, X* y) {
 }
 
 template <class S>
-void narrow(int dtype, const float* sum, int n, const void* base, const void* bias, void* y) {
-  if (dtype == F32) narrow_as<S>(sum, n, static_cast<const float*>(base), static_cast<const float*>(bias), static_cast<float*>(y));
-  else if (dtype == BF16) narrow_as<S>(sum, n, static_cast<const Bf16*>(base), static_cast<const Bf16*>(bias), static_cast<Bf16*>(y));
-  else narrow_as<S>(sum, n, static_cast<const Half*>(base), static_cast<const Half*>(bias), static_cast<Half*>(y));
+void narrow(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y) {
+  if (dtype == F32) narrow_as<S>(sum, stride, n, static_cast<const float*>(base), static_cast<const float*>(bias), static_cast<float*>(y));
+  else if (dtype == BF16) narrow_as<S>(sum, stride, n, static_cast<const Bf16*>(base), static_cast<const Bf16*>(bias), static_cast<Bf16*>(y));
+  else narrow_as<S>(sum, stride, n, static_cast<const Half*>(base), static_cast<const Half*>(bias), static_cast<Half*>(y));
 }
 
 template <class S>

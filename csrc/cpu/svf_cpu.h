@@ -15,6 +15,7 @@ constexpr int64_t size_of(int dtype) { return dtype == F32 ? 4 : dtype == I8 ? 1
 
 constexpr int TILE = 8;    // tokens that a weight in a register is used for
 constexpr int BLOCK = 24;  // rows that are finished together: a multiple of the rows that any kernel takes at once
+constexpr int SUMS = BLOCK * TILE + 4;
 constexpr int TOKENS = 64; // tokens between two readings of the factors, which bounds the scratch: at 8 and more, arithmetic costs more than reading
 constexpr int MEMBERS = 8;  // matrices that share x in one call
 constexpr int LANE = 16;   // fp32 numbers of the widest vector; x and g are padded with zeros to a multiple of it
@@ -50,10 +51,11 @@ struct Kernels {
   const char* name;
   // out[n] = in[n] as fp32
   void (*widen)(int dtype, const void* in, int64_t n, float* out);
-  // out[r * TILE + t] = sum_k W[r, k] x[t, k] for r < rows <= BLOCK, t < T <= TILE; x padded with zeros to a multiple of LANE
+  // out[r * T + t] = sum_k W[r, k] x[t, k] for r < rows <= BLOCK, t < T <= TILE; x padded with zeros to a multiple of LANE.
+  // out: SUMS numbers; those behind the last sum hold anything afterwards
   void (*dot)(int dtype, const void* W, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, int T, float* out);
-  // y[n] = base[n] + sum[n * TILE] + bias[n], rounded once to dtype
-  void (*narrow)(int dtype, const float* sum, int n, const void* base, const void* bias, void* y);
+  // y[n] = base[n] + sum[n * stride] + bias[n], rounded once to dtype
+  void (*narrow)(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y);
 };
 
 const Kernels* portable();

@@ -88,14 +88,14 @@ void shrink_rows(const Round& r, const Team& team) {
   my_blocks(team, r.members, [&](int i) { return columns(r, i); }, [&](int i, int64_t row, int rows) {
     const int64_t c = r.out[i].column + row;
     by_tiles(r.T, [&](int64_t t0, int T) {
-      float sums[BLOCK * TILE];
+      float sums[SUMS];
       r.k.dot(s.dtype, at(s.Vt.data, c * s.Vt.stride, s.dtype), s.Vt.stride, rows, s.Vt.K, r.x.data + t0 * r.x.stride, r.x.stride, T, sums);
       for (int t = 0; t < T; ++t) {
         const int64_t id = (r.first + t0 + t) / s.repeat;
         const int64_t e = s.ids64 ? static_cast<const int64_t*>(s.ids)[id] : static_cast<const int32_t*>(s.ids)[id];
         const float* scale = s.scale + e * s.stride_scale + c;
         float* g = r.g[i].data + (t0 + t) * r.g[i].stride + row;
-        for (int j = 0; j < rows; ++j) g[j] = sums[j * TILE + t] * scale[j];
+        for (int j = 0; j < rows; ++j) g[j] = sums[j * T + t] * scale[j];
       }
     });
   });
@@ -105,14 +105,14 @@ void expand_rows(const Round& r, const Team& team) {
   my_blocks(team, r.members, [&](int i) { return r.out[i].U.rows; }, [&](int i, int64_t m, int rows) {
     const Expand& e = r.out[i];
     by_tiles(r.T, [&](int64_t t0, int T) {
-      float sums[BLOCK * TILE];
+      float sums[SUMS];
       const Rows& g = r.g[i];
       r.k.dot(r.dtype, at(e.U.data, m * e.U.stride, r.dtype), e.U.stride, rows, e.U.K, g.data + t0 * g.stride, g.stride, T, sums);
       for (int t = 0; t < T; ++t) {
         const int64_t row = r.first + t0 + t;
         const void* base = e.base ? at(e.base, row * e.stride_base + m, r.x_dtype) : nullptr;
         const void* bias = e.bias ? at(e.bias, m, r.x_dtype) : nullptr;
-        r.k.narrow(r.x_dtype, sums + t, rows, base, bias, const_cast<char*>(at(e.y, row * e.stride_y + m, r.x_dtype)));
+        r.k.narrow(r.x_dtype, sums + t, T, rows, base, bias, const_cast<char*>(at(e.y, row * e.stride_y + m, r.x_dtype)));
       }
     });
   });
