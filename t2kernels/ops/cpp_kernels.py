@@ -9,6 +9,7 @@ There is no backward.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 
 import torch
@@ -23,10 +24,11 @@ ISAS = ("portable", "avx2", "avx512")
 def _extension():
     """t2kernels._C with torch's threads, or why it cannot be had."""
     try:
-        from t2kernels import _C
+        _C = importlib.import_module("t2kernels._C")
+    except ModuleNotFoundError:
+        return "t2kernels._C is not built: install t2kernels again where there is a C++ compiler (docs/building.md)"
     except ImportError as e:
-        missing = isinstance(e, ModuleNotFoundError) or "_C" in str(e) and "cannot import name" in str(e)
-        return "t2kernels._C is not built: install t2kernels again with a C++ compiler (docs/building.md)" if missing else f"t2kernels._C: {e}"
+        return f"t2kernels._C cannot be loaded: {e}"
     _C.cpu_find_threads(torch._C.__file__)
     return _C
 
@@ -45,69 +47,72 @@ def isa() -> str:
     return _extension().cpu_isa(os.environ.get("T2KERNELS_CPU_ISA") or None)
 
 
-def why_not_these(x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, bases: list[Tensor | None] | None) -> str | None:
-    """Why a call cannot be run as its tensors lie; None where it can. Sizes, dtypes and devices are right already."""
+def why_not_these(V: Tensor, Us: list[Tensor]) -> str | None:
+    """Why factors cannot be read as they lie in memory; None where they can. Layers keep them so that they can."""
     if len(Us) > MEMBERS:
         return f"{len(Us)} members, at most {MEMBERS} are taken"
+    if V.dtype not in DTYPES:
+        return f"V's dtype is {V.dtype}"
     if V.stride(0) != 1 and V.shape[0] > 1:
-        return f"V has strides {tuple(V.stride())}, wanted the view of a contiguous Vᵀ"
-    for name, t in (("U", Us), ("scale", [scale])):
-        for part in t:
-            if part.stride(1) != 1 and part.shape[1] > 1:
-                return f"{name} has strides {tuple(part.stride())}, wanted rows that are contiguous"
-    for name, t in (("x", x), *(("base", b) for b in bases or () if b is not None)):
-        if not _flat(t):
-            return f"{name} has sizes {tuple(t.shape)} and strides {tuple(t.stride())}, wanted rows that are contiguous and evenly apart"
+        return f"V has strides {tuple(V.stride())}, wanted the transpose of a Vᵀ whose rows are contiguous"
+    for i, U in enumerate(Us):
+        if U.stride(1) != 1 and U.shape[1] > 1:
+            return f"U[{i}] has strides {tuple(U.stride())}, wanted contiguous rows"
     return None
 
 
 def forward(x, V, Us, scale, expert_ids, bases, biases) -> list[Tensor]:
-    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], for tensors that `why_not_these` has nothing against."""
-    lead, T = x.shape[:-1], x.shape[:-1].numel()
-    ys = [torch.empty((*lead, U.shape[0]), dtype=x.dtype) for U in Us]
-    _extension().cpu_svf_linear(
-        *_shrunk(x, T, V, scale, expert_ids), _expanded(Us, bases, biases, ys), torch.get_num_threads(), isa()
-    )
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]. Raises ValueError on what `why_not_these` says."""
+    lead = x.shape[:-1]
+    _held, arguments = _shrink_arguments(x, V, Us, scale, expert_ids)
+    ys = [x.new_empty((*lead, U.shape[0])) for U in Us]
+    bases = [None if base is None else _rows(base) for base in bases]
+    _extension().cpu_svf_linear(*arguments, _members(Us, bases, biases, ys), torch.get_num_threads(), isa())
     return ys
 
 
 def shrink(x, V, scale, expert_ids) -> Tensor:
     """g = (x V) * scale[expert_ids], [T, C] fp32: the first half of `forward`."""
-    T = x.shape[:-1].numel()
-    g = torch.empty((T, V.shape[1]))
-    _extension().cpu_shrink(*_shrunk(x, T, V, scale, expert_ids), (g.data_ptr(), V.shape[1]), torch.get_num_threads(), isa())
+    g = torch.empty((x.shape[:-1].numel(), V.shape[1]))
+    _held, arguments = _shrink_arguments(x, V, [], scale, expert_ids)
+    _extension().cpu_shrink(*arguments, (g.data_ptr(), V.shape[1]), torch.get_num_threads(), isa())
     return g
 
 
 def expand(g, Us, bases, biases, dtype, lead) -> list[Tensor]:
-    """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, from the g [T, C] fp32 of `shrink`: the second half."""
+    """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, from the g [T, C] of `shrink`: the second half."""
     ys = [torch.empty((*lead, U.shape[0]), dtype=dtype) for U in Us]
-    _extension().cpu_expand(
-        (g.data_ptr(), *g.shape, g.stride(0)), _expanded(Us, bases, biases, ys), DTYPES[Us[0].dtype], DTYPES[dtype], torch.get_num_threads(), isa()
-    )
+    bases = [None if base is None else _rows(base) for base in bases]
+    where = g.data_ptr(), *g.shape, g.stride(0)
+    members = _members(Us, bases, biases, ys)
+    _extension().cpu_expand(where, members, DTYPES[Us[0].dtype], DTYPES[dtype], torch.get_num_threads(), isa())
     return ys
 
 
-def _shrunk(x, T, V, scale, expert_ids) -> tuple:
-    N, C = V.shape
-    ids = expert_ids if expert_ids.is_contiguous() else expert_ids.contiguous()
-    count = ids.numel()
-    return (
-        (x.data_ptr(), T, x.stride(-2) if x.dim() > 1 else N, DTYPES[x.dtype]),
+def _shrink_arguments(x, V, Us, scale, ids) -> tuple[tuple, tuple]:
+    """Tensors that must live as long as their addresses are used, and what the extension is told of the first half."""
+    if why := why_not_these(V, Us):
+        raise ValueError(f"the C++ kernels cannot read these factors: {why}")
+    x, (N, C) = _rows(x), V.shape
+    T, count = x.shape[0], ids.numel()
+    if scale.stride(1) != 1 or not ids.is_contiguous():  # as no table of a bank is: the rows in question, in the order of the tokens
+        scale, ids = scale.index_select(0, ids.reshape(-1)), torch.arange(count)
+    return (x, scale, ids), (
+        (x.data_ptr(), T, x.stride(0), DTYPES[x.dtype]),
         (V.data_ptr(), C, N, V.stride(1), DTYPES[V.dtype]),
         (scale.data_ptr(), scale.shape[0], scale.stride(0)),
         (ids.data_ptr(), count, T // count if count else 1, ids.dtype == torch.int64),
     )
 
 
-def _expanded(Us, bases, biases, ys) -> tuple:
+def _members(Us, bases, biases, ys) -> tuple:
     return tuple(
         (
             U.data_ptr(),
             *U.shape,
             U.stride(0),
             0 if base is None else base.data_ptr(),
-            0 if base is None or base.dim() == 1 else base.stride(-2),
+            0 if base is None else base.stride(0),
             0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
             U.shape[0],
@@ -116,11 +121,7 @@ def _expanded(Us, bases, biases, ys) -> tuple:
     )
 
 
-def _flat(t: Tensor) -> bool:
-    """Whether t [..., n] is rows of n numbers that lie evenly apart in memory."""
-    if t.is_contiguous():
-        return True
-    sizes, strides = t.shape, t.stride()
-    if sizes[-1] > 1 and strides[-1] != 1:
-        return False
-    return all(sizes[i] == 1 or strides[i] == strides[i + 1] * sizes[i + 1] for i in range(t.dim() - 2))
+def _rows(t: Tensor) -> Tensor:
+    """t [..., n] as [T, n] with contiguous rows; copied only where it does not lie so."""
+    t = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()

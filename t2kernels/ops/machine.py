@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from . import triton_kernels
+from . import cpp_kernels, triton_kernels
 from .planner import PAIR_TOKENS, Machine
 from .tuning import read_table
 
@@ -21,11 +21,17 @@ def machine_of(device: torch.device) -> Machine:
 def _machine(kind: str, index: int | None) -> Machine:
     device = torch.device(kind, index)
     missing = {"cuda": "this version of t2kernels has no CUDA kernel"}
+    if cpp := cpp_kernels.why_not(device):
+        missing["cpp"] = cpp
     if why := triton_kernels.why_not(device):
         missing["triton"] = why
     name, unchecked, pair_tokens = kind, {}, PAIR_TOKENS
     if kind == "cpu":
         unchecked["triton"] = "its interpreter is for checks"
+        if not cpp:
+            name = f"cpu with {cpp_kernels.isa()}"
+            if cpp_kernels.isa() == "portable":
+                unchecked["cpp"] = "without AVX2 it is slower than torch"
     elif kind == "cuda":
         name = torch.cuda.get_device_name(device)
         table = None if why else read_table(name, metadata.version("triton"))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-IMPLS = ("torch", "triton", "cuda")
+IMPLS = ("torch", "cpp", "triton", "cuda")
 
 # An expert's W' is worth making when x W'ᵀ and its making need clearly fewer operations than x V and g Uᵀ: the exact break-even is max(M, N)
 # tokens, and the copy of W' costs memory traffic that the count of operations leaves out.
@@ -21,6 +21,15 @@ MATERIALISE_MARGIN = 1.1
 PAIR_TOKENS = 160
 # Matrices that one launch of the skinny expand can hold: q, k, v and one more.
 PAIR_MEMBERS = 4
+# Up to so many tokens the C++ kernels are faster than torch on a CPU, by x's dtype and the factors' (others: never).
+CPP_TOKENS = {
+    (torch.float32, torch.float32): 8,
+    (torch.float32, torch.bfloat16): 8,
+    (torch.float32, torch.float16): 8,
+    (torch.float32, torch.int8): 8,
+    (torch.bfloat16, torch.bfloat16): 4,
+    (torch.bfloat16, torch.int8): 8,
+}
 NO_FP64 = "float64 is for checks, on impl='torch'"
 
 
@@ -43,6 +52,7 @@ class Call(NamedTuple):
 
     tokens: tokens of each expert that has any, {row: count} as pairs, or None where only the device knows; one: all tokens have one expert
     base: whether a base is added (delta form); grad: whether a backward will follow; kept: whether W' of the one expert is kept by the layer
+    rows: whether Vᵀ and U lie row by row in memory, as layers keep them
     """
 
     T: int
@@ -56,11 +66,12 @@ class Call(NamedTuple):
     base: bool = False
     grad: bool = False
     kept: bool = False
+    rows: bool = True
 
 
 class Choice(NamedTuple):
-    """impl: "torch", "triton" or "cuda", and why_impl; path: "mm" (x V, row scaling, g Uᵀ), "pair" (two skinny kernels), "dense" (W' made for
-    `experts`, or for the one there is), "kept" (the layer has W'), "decode" (the CUDA kernel), and why_path."""
+    """impl: one of IMPLS, and why_impl; path: "mm" (x V, row scaling, g Uᵀ), "pair" (two skinny kernels), "dense" (W' made for `experts`, or for
+    the one there is), "kept" (the layer has W'), "stream" (the C++ kernel), "decode" (the CUDA kernel), and why_path."""
 
     impl: str
     why_impl: str
@@ -100,6 +111,8 @@ def choose(call: Call, machine: Machine, impl: str = "auto") -> Choice:
     impl, why = _implementation(call, machine) if impl == "auto" else (impl, "asked for")
     if call.kept:
         return Choice("torch", "a library matmul", "kept", "W' of this expert is kept")
+    if impl == "cpp":
+        return Choice(impl, why, "stream", "factors read once, widened in registers")
     dense = _worth_a_dense_weight(call)
     if dense is not None:
         return Choice(impl, why, "dense", _say_dense(call, dense), dense or None)
@@ -134,14 +147,31 @@ def why_missing(machine: Machine, impl: str, x: torch.dtype = torch.float32) -> 
     return NO_FP64 if why is None and impl != "torch" and x == torch.float64 else why
 
 
+def why_not_cpp(call: Call) -> str | None:
+    """Why a call is not for the C++ kernels where they can run, or None: what they cannot do, and where torch is faster."""
+    if call.grad:
+        return "it has no backward"
+    if not call.rows:
+        return "V or U does not lie in memory as it reads them"
+    most = CPP_TOKENS.get((call.x, call.factors), 0)
+    if not 0 < call.T <= most:
+        x, factors = (str(d).removeprefix("torch.") for d in (call.x, call.factors))
+        return f"measured faster up to {most} tokens ({x} with {factors} factors)" if most else f"not faster for {x} with {factors} factors"
+    return None
+
+
 def _implementation(call: Call, machine: Machine) -> tuple[str, str]:
     kept_off = dict((*machine.unchecked, *machine.missing))
     if call.x == torch.float64:
-        kept_off = dict.fromkeys(("triton", "cuda"), NO_FP64)
-    for impl in ("cuda", "triton"):
+        kept_off = dict.fromkeys(IMPLS, NO_FP64)
+    if machine.kind != "cpu":
+        kept_off["cpp"] = "for CPUs"
+    elif "cpp" not in kept_off and (why := why_not_cpp(call)):
+        kept_off["cpp"] = why
+    for impl in ("cuda", "triton", "cpp"):
         if impl not in kept_off:
-            return impl, f"checked on {machine.name}"
-    reasons = "; ".join(f"no {impl}: {kept_off[impl]}" for impl in ("triton", "cuda"))
+            return impl, f"measured faster than torch on {machine.name}" if impl == "cpp" else f"checked on {machine.name}"
+    reasons = "; ".join(f"no {impl}: {kept_off[impl]}" for impl in ("cpp", "triton", "cuda")[machine.kind != "cpu" :])
     return "torch", f"{machine.name}; {reasons}"
 
 

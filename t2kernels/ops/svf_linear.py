@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import torch_kernels, triton_kernels
+from . import cpp_kernels, torch_kernels, triton_kernels
 from .machine import machine_of
 from .planner import IMPLS, Call, Choice, Machine, choose, could_be_dense, why_missing
 from .precision import FACTOR_DTYPES, X_DTYPES, forward_precision
@@ -42,13 +42,13 @@ def svf_linear(
     expert_ids: int32 or int64, the row of each token; its shape is a leading part of x.shape[:-1]: () for one row for all, [B], [B, S]
     base: [..., M] x's dtype, added
     bias: [M] x's dtype, added
-    impl: "auto" chooses (`plan` tells what and why); "torch", "triton" or "cuda" mean that one or an error
+    impl: "auto" chooses (`plan` tells what and why); "torch", "cpp" (CPU, no gradients), "triton" or "cuda" mean that one or an error
 
     Returns [..., M] in x's dtype; sums in fp32. Gradients for x, scale, base and bias; U and V are frozen and get none.
     Raises ValueError on shapes and dtypes that do not fit, IndexError on rows that are not there (CPU), ImplUnavailableError.
     """
     _check(x, V, [U], scale, expert_ids, [base], [bias])
-    _check_impl(impl, x)
+    _check_impl(impl, x, V, [U], scale)
     return call(x, V, U, scale, expert_ids, base, bias, impl)
 
 
@@ -72,7 +72,7 @@ def svf_linear_group(
         if given and len(given) != len(U):
             raise ValueError(f"svf_linear_group: {name} has {len(given)} members, U has {len(U)}; give one a member or None")
     _check(x, V, list(U), scale, expert_ids, bases or [None] * len(U), biases or [None] * len(U))
-    _check_impl(impl, x)
+    _check_impl(impl, x, V, U, scale)
     return call_group(x, V, list(U), scale, expert_ids, bases, biases, impl)
 
 
@@ -96,6 +96,8 @@ def shrink(x, V, scale, expert_ids) -> Tensor:
     choice = _plan_of_half(x.shape[:-1].numel(), x.shape[-1], V, x.dtype, x.device)
     if choice.path == "pair":
         return triton_kernels.shrink(x, V, scale, expert_ids)
+    if choice.impl == "cpp":
+        return cpp_kernels.shrink(x, V, scale, expert_ids)
     if choice.impl == "triton":
         return triton_kernels.shrink_mm(x, V, scale, expert_ids)
     return torch_kernels.shrink(x, V, scale, expert_ids)[0]
@@ -103,8 +105,11 @@ def shrink(x, V, scale, expert_ids) -> Tensor:
 
 def expand(g, Us, bases, biases, dtype, lead) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i [*lead, M_i]: the second half. dtype, lead: those of the x that g was made from."""
-    if _plan_of_half(g.shape[0], sum(U.shape[0] for U in Us), Us[0], dtype, g.device).path == "pair":
+    choice = _plan_of_half(g.shape[0], sum(U.shape[0] for U in Us), Us[0], dtype, g.device)
+    if choice.path == "pair":
         return [y.reshape(*lead, y.shape[-1]) for y in triton_kernels.expand(g, Us, bases, biases, dtype)]
+    if choice.impl == "cpp":
+        return cpp_kernels.expand(g, Us, bases, biases, dtype, lead)
     return torch_kernels.expand(g, Us, bases, biases, dtype, lead)
 
 
@@ -135,7 +140,8 @@ def plan(x: Tensor, V: Tensor, Us: list[Tensor], expert_ids: Tensor, base: bool 
     """What a call with these tensors runs, and why. Looks at values of expert_ids on the CPU only, and only where they can matter."""
     lead, one = x.shape[:-1], expert_ids.numel() == 1
     M, C = (Us[0].shape[:1], Us[0].shape[1:]) if len(Us) == 1 else zip(*(U.shape for U in Us), strict=True)
-    asked = lead.numel(), x.shape[-1], M, C, x.dtype, V.dtype, one, base, grad
+    rows = x.is_cuda or cpp_kernels.why_not_these(V, Us) is None
+    asked = lead.numel(), x.shape[-1], M, C, x.dtype, V.dtype, one, base, grad, rows
     choice, ask = _planned(asked, machine_of(x.device), impl)
     if not ask or expert_ids.device.type != "cpu":
         return choice
@@ -153,14 +159,19 @@ def _planned(asked: tuple, machine: Machine, impl: str) -> tuple[Choice, bool]:
 
 
 def _call(asked: tuple) -> Call:
-    T, N, M, C, x, factors, one, base, grad = asked
-    return Call(T, N, tuple(M), tuple(C), x, factors, one, base=base, grad=grad)
+    T, N, M, C, x, factors, one, base, grad, rows = asked
+    return Call(T, N, tuple(M), tuple(C), x, factors, one, base=base, grad=grad, rows=rows)
 
 
-def _check_impl(impl: str, x: Tensor) -> None:
+def _check_impl(impl: str, x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor) -> None:
     if impl not in ("auto", *IMPLS):
         raise ValueError(f"impl={impl!r} is unknown; wanted 'auto' or one of {', '.join(map(repr, IMPLS))}")
-    if impl != "auto" and (why := why_missing(machine_of(x.device), impl, x.dtype)):
+    if impl == "auto":
+        return
+    why = why_missing(machine_of(x.device), impl, x.dtype)
+    if why is None and impl == "cpp":
+        why = "it has no backward: call it under torch.no_grad()" if _differentiated(x, scale) else cpp_kernels.why_not_these(V, Us)
+    if why:
         raise ImplUnavailableError(f"impl={impl!r} cannot run here: {why}; use impl='torch', or 'auto' to have one chosen")
 
 
@@ -246,6 +257,10 @@ def _run(x, V, U, scale, expert_ids, base, bias, impl, saving=False) -> list[Ten
         return torch_kernels.materialised(*arguments, choice.experts)
     if choice.path == "pair":
         return triton_kernels.forward_pair(*arguments)
+    if choice.impl == "cpp":
+        if saving:
+            raise ImplUnavailableError("impl='cpp' has no backward: call it under torch.no_grad()")
+        return cpp_kernels.forward(*arguments)
     forward = triton_kernels.forward_mm if choice.impl == "triton" else torch_kernels.forward
     ys, h = forward(*arguments, saving)
     return [*ys, h] if saving else ys
