@@ -12,30 +12,43 @@ using namespace t2cpu;
 
 namespace {
 
-const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
-
 int dtype_of(int dtype, bool factor) {
   if (dtype < F32 || dtype > (factor ? I8 : F16)) throw std::invalid_argument("dtype " + std::to_string(dtype) + " is unknown");
   return dtype;
 }
 
-// (x, T, stride, dtype), (Vt, C, N, stride, dtype), (scale, E, stride), (ids, count, repeat, 64 bits)
-Shrink shrink_of(const py::tuple& x, const py::tuple& Vt, const py::tuple& scale, const py::tuple& ids) {
+// Takes the numbers of a tuple one after the other.
+struct Reader {
+  const py::tuple& from;
+  size_t i = 0;
+  template <class T>
+  T next() {
+    if (i >= from.size()) throw std::invalid_argument("too few numbers");
+    return py::cast<T>(py::handle(PyTuple_GET_ITEM(from.ptr(), Py_ssize_t(i++))));
+  }
+  template <class T = void>
+  T* address() {
+    return reinterpret_cast<T*>(next<uintptr_t>());
+  }
+};
+
+// x, T, stride, dtype; Vt, C, N, stride, dtype; scale, E, stride; ids, count, whether they have 64 bits
+Shrink shrink_of(const py::tuple& numbers) {
+  Reader r{numbers};
   Shrink s{};
-  s.x = pointer(x[0].cast<uintptr_t>());
-  s.T = x[1].cast<int64_t>();
-  s.stride_x = x[2].cast<int64_t>();
-  s.x_dtype = dtype_of(x[3].cast<int>(), false);
-  s.Vt = {pointer(Vt[0].cast<uintptr_t>()), Vt[1].cast<int64_t>(), Vt[2].cast<int64_t>(), Vt[3].cast<int64_t>()};
-  s.dtype = dtype_of(Vt[4].cast<int>(), true);
-  s.scale = static_cast<const float*>(pointer(scale[0].cast<uintptr_t>()));
-  s.E = scale[1].cast<int64_t>();
-  s.stride_scale = scale[2].cast<int64_t>();
-  s.ids = pointer(ids[0].cast<uintptr_t>());
-  const int64_t count = ids[1].cast<int64_t>();
-  s.repeat = ids[2].cast<int64_t>();
-  s.ids64 = ids[3].cast<bool>();
-  if (s.T < 0 || s.repeat < 1 || count * s.repeat < s.T) throw std::invalid_argument("fewer ids than tokens");
+  s.x = r.address();
+  s.T = r.next<int64_t>(), s.stride_x = r.next<int64_t>();
+  s.x_dtype = dtype_of(r.next<int>(), false);
+  s.Vt.data = r.address();
+  s.Vt.rows = r.next<int64_t>(), s.Vt.K = r.next<int64_t>(), s.Vt.stride = r.next<int64_t>();
+  s.dtype = dtype_of(r.next<int>(), true);
+  s.scale = r.address<const float>();
+  s.E = r.next<int64_t>(), s.stride_scale = r.next<int64_t>();
+  s.ids = r.address();
+  const int64_t count = r.next<int64_t>();
+  s.ids64 = r.next<bool>();
+  if (count == 0 ? s.T != 0 : s.T % count != 0) throw std::invalid_argument(std::to_string(count) + " ids for " + std::to_string(s.T) + " tokens");
+  s.repeat = count ? s.T / count : 1;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t e = s.ids64 ? static_cast<const int64_t*>(s.ids)[i] : static_cast<const int32_t*>(s.ids)[i];
     if (e < 0 || e >= s.E)
@@ -44,21 +57,22 @@ Shrink shrink_of(const py::tuple& x, const py::tuple& Vt, const py::tuple& scale
   return s;
 }
 
-// A member: (U, M, C, stride, base, stride, bias, y, stride)
+// A member: U, M, C, stride; base, stride; bias; y
 int expand_of(const py::tuple& members, int64_t C, Expand* out) {
   const int count = int(members.size());
   if (count < 1 || count > MEMBERS) throw std::invalid_argument("1 to " + std::to_string(MEMBERS) + " members");
   int64_t column = 0;
   for (int i = 0; i < count; ++i) {
-    const py::tuple m = members[i];
+    const py::tuple numbers = members[i];
+    Reader r{numbers};
     Expand& e = out[i];
-    e.U = {pointer(m[0].cast<uintptr_t>()), m[1].cast<int64_t>(), m[2].cast<int64_t>(), m[3].cast<int64_t>()};
+    e.U.data = r.address();
+    e.U.rows = r.next<int64_t>(), e.U.K = r.next<int64_t>(), e.U.stride = r.next<int64_t>();
+    e.base = r.address();
+    e.stride_base = r.next<int64_t>();
+    e.bias = r.address();
+    e.y = r.address();
     e.column = column;
-    e.base = pointer(m[4].cast<uintptr_t>());
-    e.stride_base = m[5].cast<int64_t>();
-    e.bias = pointer(m[6].cast<uintptr_t>());
-    e.y = const_cast<void*>(pointer(m[7].cast<uintptr_t>()));
-    e.stride_y = m[8].cast<int64_t>();
     column += e.U.K;
   }
   if (column != C) throw std::invalid_argument("the members have " + std::to_string(column) + " columns, V has " + std::to_string(C));
@@ -77,34 +91,31 @@ void bind_cpu(py::module_& m) {
   // isa: None for the widest that this CPU has, or "portable", "avx2", "avx512"
   m.def("cpu_isa", [](const char* isa) { return named(isa).name; }, py::arg("isa") = py::none());
   m.def("cpu_find_threads", &find_threads);
-  m.def("cpu_svf_linear", [](const py::tuple& x, const py::tuple& Vt, const py::tuple& scale, const py::tuple& ids, const py::tuple& members,
-                             int threads, const char* isa) {
+  m.def("cpu_svf_linear", [](const py::tuple& first, const py::tuple& members, int threads, const char* isa) {
     const Kernels& k = named(isa);
-    const Shrink s = shrink_of(x, Vt, scale, ids);
+    const Shrink s = shrink_of(first);
     Expand e[MEMBERS];
     const int count = expand_of(members, s.Vt.rows, e);
     py::gil_scoped_release free;
     svf_linear(k, s, e, count, threads);
   });
-  // g: (address, stride) of [T, C] fp32
-  m.def("cpu_shrink", [](const py::tuple& x, const py::tuple& Vt, const py::tuple& scale, const py::tuple& ids, const py::tuple& g, int threads,
-                         const char* isa) {
+  // g: the address of [T, C] fp32
+  m.def("cpu_shrink", [](const py::tuple& first, uintptr_t g, int threads, const char* isa) {
     const Kernels& k = named(isa);
-    const Shrink s = shrink_of(x, Vt, scale, ids);
-    float* out = static_cast<float*>(const_cast<void*>(pointer(g[0].cast<uintptr_t>())));
-    const int64_t stride = g[1].cast<int64_t>();
+    const Shrink s = shrink_of(first);
     py::gil_scoped_release free;
-    shrink(k, s, out, stride, threads);
+    shrink(k, s, reinterpret_cast<float*>(g), threads);
   });
-  // g: (address, T, C, stride)
-  m.def("cpu_expand", [](const py::tuple& g, const py::tuple& members, int dtype, int x_dtype, int threads, const char* isa) {
+  // g, T, C, stride; dtype of U; dtype of base, bias and y
+  m.def("cpu_expand", [](const py::tuple& numbers, const py::tuple& members, int threads, const char* isa) {
     const Kernels& k = named(isa);
+    Reader r{numbers};
+    const float* g = r.address<const float>();
+    const int64_t T = r.next<int64_t>(), C = r.next<int64_t>(), stride = r.next<int64_t>();
+    const int dtype = dtype_of(r.next<int>(), true), x_dtype = dtype_of(r.next<int>(), false);
     Expand e[MEMBERS];
-    const int count = expand_of(members, g[2].cast<int64_t>(), e);
-    const float* in = static_cast<const float*>(pointer(g[0].cast<uintptr_t>()));
-    const int64_t T = g[1].cast<int64_t>(), stride = g[3].cast<int64_t>();
-    dtype_of(dtype, true), dtype_of(x_dtype, false);
+    const int count = expand_of(members, C, e);
     py::gil_scoped_release free;
-    expand(k, in, stride, T, e, count, dtype, x_dtype, threads);
+    expand(k, g, stride, T, e, count, dtype, x_dtype, threads);
   });
 }

@@ -43,8 +43,7 @@ struct Expand {
   const void* base;  // may be null, as bias may
   int64_t stride_base;
   const void* bias;
-  void* y;
-  int64_t stride_y;
+  void* y;           // [T, rows], contiguous
 };
 
 struct Kernels {
@@ -68,8 +67,8 @@ const Kernels* kernels(const char* name);
 // Threads are those of torch's OpenMP runtime, found in the library at `path` or what it depends on. False: there is none; calls use one thread.
 bool find_threads(const char* path);
 
-// g [T, C] fp32, row by row. threads: at most so many.
-void shrink(const Kernels&, const Shrink&, float* g, int64_t stride_g, int threads);
+// g [T, C] fp32, contiguous. threads: at most so many.
+void shrink(const Kernels&, const Shrink&, float* g, int threads);
 // g: as `shrink` made it. dtype: of U; x_dtype: of base, bias and y.
 void expand(const Kernels&, const float* g, int64_t stride_g, int64_t T, const Expand*, int members, int dtype, int x_dtype, int threads);
 void svf_linear(const Kernels&, const Shrink&, const Expand*, int members, int threads);

@@ -112,7 +112,7 @@ void expand_rows(const Round& r, const Team& team) {
         const int64_t row = r.first + t0 + t;
         const void* base = e.base ? at(e.base, row * e.stride_base + m, r.x_dtype) : nullptr;
         const void* bias = e.bias ? at(e.bias, m, r.x_dtype) : nullptr;
-        r.k.narrow(r.x_dtype, sums + t, T, rows, base, bias, const_cast<char*>(at(e.y, row * e.stride_y + m, r.x_dtype)));
+        r.k.narrow(r.x_dtype, sums + t, T, rows, base, bias, const_cast<char*>(at(e.y, row * e.U.rows + m, r.x_dtype)));
       }
     });
   });
@@ -152,13 +152,13 @@ void svf_linear(const Kernels& k, const Shrink& in, const Expand* out, int membe
   }
 }
 
-void shrink(const Kernels& k, const Shrink& in, float* g, int64_t stride_g, int threads) {
+void shrink(const Kernels& k, const Shrink& in, float* g, int threads) {
   if (bytes(&in, nullptr, 0, in.dtype) * std::min<int64_t>(in.T, TILE) < ALONE) threads = 1;
-  const Expand all{{nullptr, 0, in.Vt.rows, 0}, 0, nullptr, 0, nullptr, nullptr, 0};
+  const Expand all{{nullptr, 0, in.Vt.rows, 0}, 0, nullptr, 0, nullptr, nullptr};
   float* room = scratch(std::min<int64_t>(in.T, TOKENS) * padded(in.Vt.K));
   for (int64_t first = 0; first < in.T; first += TOKENS) {
     const int64_t T = std::min<int64_t>(TOKENS, in.T - first);
-    Round r{k, &in, &all, 1, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {{g + first * stride_g, stride_g}}};
+    Round r{k, &in, &all, 1, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {{g + first * in.Vt.rows, in.Vt.rows}}};
     widen_rows(k, at(in.x, first * in.stride_x, in.x_dtype), in.stride_x, in.x_dtype, T, in.Vt.K, r.x);
     parallel(threads, [](const Team& team, void* r) { shrink_rows(*static_cast<Round*>(r), team); }, &r);
   }

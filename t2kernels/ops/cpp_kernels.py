@@ -53,7 +53,7 @@ def why_not_these(V: Tensor, Us: list[Tensor]) -> str | None:
         return f"{len(Us)} members, at most {MEMBERS} are taken"
     if V.dtype not in DTYPES:
         return f"V's dtype is {V.dtype}"
-    if V.stride(0) != 1 and V.shape[0] > 1:
+    if V.stride(0) != 1 and V.shape[0] > 1:  # a size of 1 may have any stride
         return f"V has strides {tuple(V.stride())}, wanted the transpose of a Vᵀ whose rows are contiguous"
     for i, U in enumerate(Us):
         if U.stride(1) != 1 and U.shape[1] > 1:
@@ -62,60 +62,57 @@ def why_not_these(V: Tensor, Us: list[Tensor]) -> str | None:
 
 
 def forward(x, V, Us, scale, expert_ids, bases, biases) -> list[Tensor]:
-    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]. Raises ValueError on what `why_not_these` says."""
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], for factors that `why_not_these` has nothing against."""
+    held, first = _first_half(x, V, scale, expert_ids)
     lead = x.shape[:-1]
-    _held, arguments = _shrink_arguments(x, V, Us, scale, expert_ids)
     ys = [x.new_empty((*lead, U.shape[0])) for U in Us]
-    bases = [None if base is None else _rows(base) for base in bases]
-    _extension().cpu_svf_linear(*arguments, _members(Us, bases, biases, ys), torch.get_num_threads(), isa())
+    held_too, second = _second_half(Us, bases, biases, ys)
+    _extension().cpu_svf_linear(first, second, torch.get_num_threads(), isa())
+    del held, held_too  # until here their memory was read
     return ys
 
 
 def shrink(x, V, scale, expert_ids) -> Tensor:
     """g = (x V) * scale[expert_ids], [T, C] fp32: the first half of `forward`."""
     g = torch.empty((x.shape[:-1].numel(), V.shape[1]))
-    _held, arguments = _shrink_arguments(x, V, [], scale, expert_ids)
-    _extension().cpu_shrink(*arguments, (g.data_ptr(), V.shape[1]), torch.get_num_threads(), isa())
+    held, first = _first_half(x, V, scale, expert_ids)
+    _extension().cpu_shrink(first, g.data_ptr(), torch.get_num_threads(), isa())
+    del held
     return g
 
 
 def expand(g, Us, bases, biases, dtype, lead) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, from the g [T, C] of `shrink`: the second half."""
     ys = [torch.empty((*lead, U.shape[0]), dtype=dtype) for U in Us]
-    bases = [None if base is None else _rows(base) for base in bases]
-    where = g.data_ptr(), *g.shape, g.stride(0)
-    members = _members(Us, bases, biases, ys)
-    _extension().cpu_expand(where, members, DTYPES[Us[0].dtype], DTYPES[dtype], torch.get_num_threads(), isa())
+    held, second = _second_half(Us, bases, biases, ys)
+    where = g.data_ptr(), *g.shape, g.stride(0), DTYPES[Us[0].dtype], DTYPES[dtype]
+    _extension().cpu_expand(where, second, torch.get_num_threads(), isa())
+    del held
     return ys
 
 
-def _shrink_arguments(x, V, Us, scale, ids) -> tuple[tuple, tuple]:
-    """Tensors that must live as long as their addresses are used, and what the extension is told of the first half."""
-    if why := why_not_these(V, Us):
-        raise ValueError(f"the C++ kernels cannot read these factors: {why}")
+def _first_half(x, V, scale, ids) -> tuple[tuple, tuple]:
+    """Tensors that must live as long as their addresses are used, and what the extension is told of x, Vᵀ, scale and expert_ids."""
     x, (N, C) = _rows(x), V.shape
-    T, count = x.shape[0], ids.numel()
     if scale.stride(1) != 1 or not ids.is_contiguous():  # as no table of a bank is: the rows in question, in the order of the tokens
-        scale, ids = scale.index_select(0, ids.reshape(-1)), torch.arange(count)
+        scale, ids = scale.index_select(0, ids.reshape(-1)), torch.arange(ids.numel())
     return (x, scale, ids), (
-        (x.data_ptr(), T, x.stride(0), DTYPES[x.dtype]),
-        (V.data_ptr(), C, N, V.stride(1), DTYPES[V.dtype]),
-        (scale.data_ptr(), scale.shape[0], scale.stride(0)),
-        (ids.data_ptr(), count, T // count if count else 1, ids.dtype == torch.int64),
+        *(x.data_ptr(), x.shape[0], x.stride(0), DTYPES[x.dtype]),
+        *(V.data_ptr(), C, N, V.stride(1), DTYPES[V.dtype]),
+        *(scale.data_ptr(), scale.shape[0], scale.stride(0)),
+        *(ids.data_ptr(), ids.numel(), ids.dtype == torch.int64),
     )
 
 
-def _members(Us, bases, biases, ys) -> tuple:
-    return tuple(
+def _second_half(Us, bases, biases, ys) -> tuple[list, tuple]:
+    """The same of U, base, bias and y of each member."""
+    bases = [None if base is None else _rows(base) for base in bases]
+    return bases, tuple(
         (
-            U.data_ptr(),
-            *U.shape,
-            U.stride(0),
-            0 if base is None else base.data_ptr(),
-            0 if base is None else base.stride(0),
+            *(U.data_ptr(), *U.shape, U.stride(0)),
+            *((0, 0) if base is None else (base.data_ptr(), base.stride(0))),
             0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
-            U.shape[0],
         )
         for U, base, bias, y in zip(Us, bases, biases, ys, strict=True)
     )

@@ -100,8 +100,8 @@ def bytes_moved(call: Call, path: str = "mm") -> int:
     C, M = sum(call.C), sum(call.M)
     factors = w * (C * call.N + sum(m * c for m, c in zip(call.M, call.C, strict=True)))
     around = a * call.T * (call.N + M * (2 if call.base else 1))
-    # h is written by one matmul, read and written by the scaling and read by the other; the pair writes and reads g once.
-    between = {"mm": 4 * a * call.T * C, "dense": 2 * a * M * call.N}.get(path, 2 * a * call.T * C)
+    # h is written by one matmul, read and written by the scaling and read by the other; the pair writes and reads g once, the stream in fp32.
+    between = {"mm": 4 * a * call.T * C, "dense": 2 * a * M * call.N, "stream": 8 * call.T * C}.get(path, 2 * a * call.T * C)
     return factors + around + between
 
 

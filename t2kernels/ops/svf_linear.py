@@ -81,6 +81,8 @@ def call(x, V, U, scale, expert_ids, base=None, bias=None, impl="auto") -> Tenso
     if _differentiated(x, scale):
         # What the backward needs of the forward is an output of this op: it is dropped with the rest of a checkpointed block.
         return torch.ops.t2kernels.svf_linear_saving(x, V, [U], scale, expert_ids, _listed(base), _listed(bias), impl)[0]
+    if _plainly(x, V, U, scale, expert_ids):
+        return _run(x, V, [U], scale, expert_ids, _listed(base), _listed(bias), impl)[0]
     return torch.ops.t2kernels.svf_linear(x, V, U, scale, expert_ids, base, bias, impl)
 
 
@@ -88,6 +90,8 @@ def call_group(x, V, U, scale, expert_ids, base, bias, impl="auto") -> list[Tens
     """`svf_linear_group` without its checks."""
     if _differentiated(x, scale):
         return torch.ops.t2kernels.svf_linear_saving(x, V, U, scale, expert_ids, base, bias, impl)[:-1]
+    if _plainly(x, V, U[0], scale, expert_ids):
+        return _run(x, V, U, scale, expert_ids, base, bias, impl)
     return torch.ops.t2kernels.svf_linear_group(x, V, U, scale, expert_ids, base, bias, impl)
 
 
@@ -118,6 +122,7 @@ def swiglu(x, V, Us, scale, expert_ids, bases, biases) -> Tensor:
     return triton_kernels.forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
 
 
+@torch.compiler.assume_constant_result  # a compiler need not look at how a machine is found out
 def skinny_kernels(device: torch.device) -> bool:
     """Whether `auto` may pick the skinny kernels on a device at all: where not, nothing needs to be asked call by call."""
     return machine_of(device).trusts("triton")
@@ -126,6 +131,21 @@ def skinny_kernels(device: torch.device) -> bool:
 def _plan_of_half(T: int, size: int, factor: Tensor, dtype: torch.dtype, device: torch.device) -> Choice:
     # Both halves must decide alike where it matters, on T; a base is what keeps W' from being considered.
     return choose(Call(T, size, (size,), (factor.shape[1],), dtype, factor.dtype, base=True), machine_of(device))
+
+
+def _plainly(x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> bool:
+    """Whether nobody looks at the op itself, neither gradients nor a compiler, tracer, transform, mode, profiler or kind of tensor: then the
+    dispatcher, which costs 6 us on a CPU, twice the product of a 128 x 128 matrix, has nothing to do."""
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is type(V) is type(U) is type(scale) is type(ids) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+    )
 
 
 def _differentiated(x: Tensor, scale: Tensor) -> bool:
@@ -140,7 +160,7 @@ def plan(x: Tensor, V: Tensor, Us: list[Tensor], expert_ids: Tensor, base: bool 
     """What a call with these tensors runs, and why. Looks at values of expert_ids on the CPU only, and only where they can matter."""
     lead, one = x.shape[:-1], expert_ids.numel() == 1
     M, C = (Us[0].shape[:1], Us[0].shape[1:]) if len(Us) == 1 else zip(*(U.shape for U in Us), strict=True)
-    rows = x.is_cuda or cpp_kernels.why_not_these(V, Us) is None
+    rows = x.device.type != "cpu" or cpp_kernels.why_not_these(V, Us) is None
     asked = lead.numel(), x.shape[-1], M, C, x.dtype, V.dtype, one, base, grad, rows
     choice, ask = _planned(asked, machine_of(x.device), impl)
     if not ask or expert_ids.device.type != "cpu":
@@ -258,8 +278,9 @@ def _run(x, V, U, scale, expert_ids, base, bias, impl, saving=False) -> list[Ten
     if choice.path == "pair":
         return triton_kernels.forward_pair(*arguments)
     if choice.impl == "cpp":
-        if saving:
-            raise ImplUnavailableError("impl='cpp' has no backward: call it under torch.no_grad()")
+        why = "it has no backward" if saving else cpp_kernels.why_not_these(V, U) if impl == "cpp" else None
+        if why:
+            raise ImplUnavailableError(f"impl='cpp' cannot run here: {why}")
         return cpp_kernels.forward(*arguments)
     forward = triton_kernels.forward_mm if choice.impl == "triton" else torch_kernels.forward
     ys, h = forward(*arguments, saving)
