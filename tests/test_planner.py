@@ -6,7 +6,8 @@ import torch
 from t2kernels.ops.planner import IMPLS, Call, Machine, bytes_moved, cheaper_form, choose, could_be_dense, operations, why_missing
 
 NO_CUDA = ("cuda", "not built")
-CPU = Machine("cpu", "CPU", (("triton", "needs a GPU"), NO_CUDA))
+CPU = Machine("cpu", "CPU", (("cpp", "not built"), ("triton", "needs a GPU"), NO_CUDA))
+CPP = Machine("cpu", "a CPU with AVX2", (("triton", "needs a GPU"), NO_CUDA))
 CHECKED = Machine("cuda", "a checked GPU", (NO_CUDA,))
 UNCHECKED = Machine("cuda", "another GPU", (NO_CUDA,), (("triton", "not checked on this GPU"),))
 CUDA = Machine("cuda", "a GPU with everything")
@@ -60,6 +61,17 @@ def call(T, M=HIDDEN, N=HIDDEN, C=None, **more):
         (call(0), CHECKED, "triton", "pair"),
         (Call(8, HIDDEN, (8,) * 5, (8,) * 5), CHECKED, "triton", "mm"),
         (call(8, x=torch.float64), CUDA, "torch", "mm"),
+        # the C++ kernels, where they were measured to be faster
+        (call(1), CPP, "cpp", "stream"),
+        (call(4, C=256, base=True), CPP, "cpp", "stream"),
+        (call(8, factors=torch.int8), CPP, "cpp", "stream"),
+        (call(8, x=torch.float32, factors=torch.int8), CPP, "cpp", "stream"),
+        (call(1, grad=True), CPP, "torch", "mm"),
+        (call(1, rows=False), CPP, "torch", "mm"),
+        (call(64), CPP, "torch", "mm"),
+        (call(0), CPP, "torch", "mm"),
+        (call(1, x=torch.float64), CPP, "torch", "mm"),
+        (call(1, x=torch.float32, factors=torch.float64), CPP, "torch", "mm"),
     ],
 )
 def test_cases(asked, machine, impl, path):
@@ -84,7 +96,7 @@ def test_the_break_even_is_max_M_N_tokens():
 
 
 def test_asked_by_name_means_that_one():
-    for machine in (CPU, CHECKED, UNCHECKED, CUDA):
+    for machine in (CPU, CPP, CHECKED, UNCHECKED, CUDA):
         for impl in IMPLS:
             choice = choose(call(8), machine, impl)
             assert choice.impl == impl

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from . import cuda_kernels, triton_kernels
+from . import cpp_kernels, cuda_kernels, triton_kernels
 from .planner import DECODE_TOKENS, PAIR_TOKENS, Machine
 from .tuning import read_cuda_table, read_table
 
@@ -23,11 +23,17 @@ def _machine(kind: str, index: int | None) -> Machine:
     missing = {}
     if no_cuda := cuda_kernels.why_not(device):
         missing["cuda"] = no_cuda
+    if cpp := cpp_kernels.why_not(device):
+        missing["cpp"] = cpp
     if why := triton_kernels.why_not(device):
         missing["triton"] = why
     name, unchecked, pair_tokens, decode_tokens = kind, {}, PAIR_TOKENS, DECODE_TOKENS
     if kind == "cpu":
         unchecked["triton"] = "its interpreter is for checks"
+        if not cpp:
+            name = f"cpu with {cpp_kernels.isa()}"
+            if cpp_kernels.isa() == "portable":
+                unchecked["cpp"] = "without AVX2 it is slower than torch"
     elif kind == "cuda":
         name = torch.cuda.get_device_name(device)
         table = None if why else read_table(name, metadata.version("triton"))

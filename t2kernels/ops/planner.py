@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-IMPLS = ("torch", "triton", "cuda")
+IMPLS = ("torch", "cpp", "triton", "cuda")
 
 # An expert's W' is worth making when x W'ᵀ and its making need clearly fewer operations than x V and g Uᵀ: the exact break-even is max(M, N)
 # tokens, and the copy of W' costs memory traffic that the count of operations leaves out.
@@ -34,6 +34,15 @@ DECODE_DTYPES = (
     (torch.float16, torch.float16),
     (torch.float16, torch.int8),
 )
+# Up to so many tokens the C++ kernels are faster than torch on a CPU, by x's dtype and the factors' (others: never).
+CPP_TOKENS = {
+    (torch.float32, torch.float32): 8,
+    (torch.float32, torch.bfloat16): 8,
+    (torch.float32, torch.float16): 8,
+    (torch.float32, torch.int8): 8,
+    (torch.bfloat16, torch.bfloat16): 4,
+    (torch.bfloat16, torch.int8): 8,
+}
 NO_FP64 = "float64 is for checks, on impl='torch'"
 
 
@@ -57,6 +66,7 @@ class Call(NamedTuple):
 
     tokens: tokens of each expert that has any, {row: count} as pairs, or None where only the device knows; one: all tokens have one expert
     base: whether a base is added (delta form); grad: whether a backward will follow; kept: whether W' of the one expert is kept by the layer
+    rows: whether Vᵀ and U lie row by row in memory, as layers keep them
     unfit: why these tensors do not lie as the decode kernel reads them, or None
     """
 
@@ -71,13 +81,14 @@ class Call(NamedTuple):
     base: bool = False
     grad: bool = False
     kept: bool = False
+    rows: bool = True
     unfit: str | None = None
 
 
 class Choice(NamedTuple):
-    """impl: "torch", "triton" or "cuda", and why_impl; path: "mm" (x V, row scaling, g Uᵀ), "pair" (two skinny kernels), "dense" (W' made for
-    `experts`, or for the one there is), "kept" (the layer has W'), "decode" (the CUDA kernel), "refused" (asked for by name, and cannot run), and
-    why_path."""
+    """impl: one of IMPLS, and why_impl; path: "mm" (x V, row scaling, g Uᵀ), "pair" (two skinny kernels), "dense" (W' made for `experts`, or for
+    the one there is), "kept" (the layer has W'), "stream" (the C++ kernel), "decode" (the CUDA kernel), "refused" (asked for by name, and cannot
+    run), and why_path."""
 
     impl: str
     why_impl: str
@@ -106,8 +117,8 @@ def bytes_moved(call: Call, path: str = "mm") -> int:
     C, M = sum(call.C), sum(call.M)
     factors = w * (C * call.N + sum(m * c for m, c in zip(call.M, call.C, strict=True)))
     around = a * call.T * (call.N + M * (2 if call.base else 1))
-    # h is written by one matmul, read and written by the scaling and read by the other; the pair writes and reads g once.
-    between = {"mm": 4 * a * call.T * C, "dense": 2 * a * M * call.N}.get(path, 2 * a * call.T * C)
+    # h is written by one matmul, read and written by the scaling and read by the other; the pair writes and reads g once, the stream in fp32.
+    between = {"mm": 4 * a * call.T * C, "dense": 2 * a * M * call.N, "stream": 8 * call.T * C}.get(path, 2 * a * call.T * C)
     return factors + around + between
 
 
@@ -120,6 +131,8 @@ def choose(call: Call, machine: Machine, impl: str = "auto") -> Choice:
     if impl == "cuda":
         unfit = why_no_decode(call)
         return Choice(impl, why, *(("refused", unfit) if unfit else ("decode", f"{_tokens(call.T)}: each factor streamed once")))
+    if impl == "cpp":
+        return Choice(impl, why, "stream", "factors read once, widened in registers")
     dense = _worth_a_dense_weight(call)
     if dense is not None:
         return Choice(impl, why, "dense", _say_dense(call, dense), dense or None)
@@ -171,6 +184,19 @@ def why_no_decode(call: Call, limit: int = DECODE_LIMIT) -> str | None:
     return "a member has no rows" if min(call.M) < 1 else call.unfit
 
 
+def why_not_cpp(call: Call) -> str | None:
+    """Why a call is not for the C++ kernels where they can run, or None: what they cannot do, and where torch is faster."""
+    if call.grad:
+        return "it has no backward"
+    if not call.rows:
+        return "V or U does not lie in memory as it reads them"
+    most = CPP_TOKENS.get((call.x, call.factors), 0)
+    if not 0 < call.T <= most:
+        x, factors = _dtype(call.x), _dtype(call.factors)
+        return f"measured faster up to {most} tokens ({x} with {factors} factors)" if most else f"not faster for {x} with {factors} factors"
+    return None
+
+
 def _tokens(T: int) -> str:
     return f"{T} token{'' if T == 1 else 's'}"
 
@@ -182,14 +208,17 @@ def _dtype(dtype: torch.dtype) -> str:
 def _implementation(call: Call, machine: Machine) -> tuple[str, str]:
     kept_off = dict((*machine.unchecked, *machine.missing))
     if call.x == torch.float64:
-        kept_off = dict.fromkeys(("triton", "cuda"), NO_FP64)
-    if "cuda" not in kept_off:
-        limit = machine.decode_tokens[call.factors.itemsize == 1]
-        kept_off |= {"cuda": why} if (why := why_no_decode(call, limit)) else {}
-    for impl in ("cuda", "triton"):
+        kept_off = dict.fromkeys(IMPLS, NO_FP64)
+    if "cuda" not in kept_off and (why := why_no_decode(call, machine.decode_tokens[call.factors.itemsize == 1])):
+        kept_off["cuda"] = why
+    if machine.kind != "cpu":
+        kept_off["cpp"] = "for CPUs"
+    elif "cpp" not in kept_off and (why := why_not_cpp(call)):
+        kept_off["cpp"] = why
+    for impl in ("cuda", "triton", "cpp"):
         if impl not in kept_off:
-            return impl, f"checked on {machine.name}"
-    reasons = "; ".join(f"no {impl}: {kept_off[impl]}" for impl in ("triton", "cuda"))
+            return impl, f"measured faster than torch on {machine.name}" if impl == "cpp" else f"checked on {machine.name}"
+    reasons = "; ".join(f"no {impl}: {kept_off[impl]}" for impl in ("cpp", "triton", "cuda")[machine.kind != "cpu" :])
     return "torch", f"{machine.name}; {reasons}"
 
 

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import cuda_kernels, torch_kernels, triton_kernels
+from . import cpp_kernels, cuda_kernels, torch_kernels, triton_kernels
 from .machine import machine_of
 from .planner import IMPLS, Call, Choice, Machine, choose, could_be_dense, why_missing
 from .precision import FACTOR_DTYPES, X_DTYPES, forward_precision
@@ -44,13 +44,13 @@ def svf_linear(
     expert_ids: int32 or int64, the row of each token; its shape is a leading part of x.shape[:-1]: () for one row for all, [B], [B, S]
     base: [..., M] x's dtype, added
     bias: [M] x's dtype, added
-    impl: "auto" chooses (`plan` tells what and why); "torch", "triton" or "cuda" mean that one or an error
+    impl: "auto" chooses (`plan` tells what and why); "torch", "cpp" (CPU, no gradients), "triton" or "cuda" mean that one or an error
 
     Returns [..., M] in x's dtype; sums in fp32. Gradients for x, scale, base and bias; U and V are frozen and get none.
     Raises ValueError on shapes and dtypes that do not fit, IndexError on rows that are not there (CPU), ImplUnavailableError.
     """
     _check(x, V, [U], scale, expert_ids, [base], [bias])
-    _check_impl(impl, x)
+    _check_impl(impl, x, V, [U], scale)
     return call(x, V, U, scale, expert_ids, base, bias, impl)
 
 
@@ -74,7 +74,7 @@ def svf_linear_group(
         if given and len(given) != len(U):
             raise ValueError(f"svf_linear_group: {name} has {len(given)} members, U has {len(U)}; give one a member or None")
     _check(x, V, list(U), scale, expert_ids, bases or [None] * len(U), biases or [None] * len(U))
-    _check_impl(impl, x)
+    _check_impl(impl, x, V, U, scale)
     return call_group(x, V, list(U), scale, expert_ids, bases, biases, impl)
 
 
@@ -83,6 +83,8 @@ def call(x, V, U, scale, expert_ids, base=None, bias=None, impl="auto") -> Tenso
     if _differentiated(x, scale):
         # What the backward needs of the forward is an output of this op: it is dropped with the rest of a checkpointed block.
         return torch.ops.t2kernels.svf_linear_saving(x, V, [U], scale, expert_ids, _listed(base), _listed(bias), impl)[0]
+    if _plainly(x, V, U, scale, expert_ids):
+        return _run(x, V, [U], scale, expert_ids, _listed(base), _listed(bias), impl)[0]
     return torch.ops.t2kernels.svf_linear(x, V, U, scale, expert_ids, base, bias, impl)
 
 
@@ -90,6 +92,8 @@ def call_group(x, V, U, scale, expert_ids, base, bias, impl="auto") -> list[Tens
     """`svf_linear_group` without its checks."""
     if _differentiated(x, scale):
         return torch.ops.t2kernels.svf_linear_saving(x, V, U, scale, expert_ids, base, bias, impl)[:-1]
+    if _plainly(x, V, U[0], scale, expert_ids):
+        return _run(x, V, U, scale, expert_ids, base, bias, impl)
     return torch.ops.t2kernels.svf_linear_group(x, V, U, scale, expert_ids, base, bias, impl)
 
 
@@ -100,6 +104,8 @@ def shrink(x, V, scale, expert_ids) -> Tensor:
         return cuda_kernels.shrink(x, V, scale, expert_ids)
     if choice.path == "pair":
         return triton_kernels.shrink(x, V, scale, expert_ids)
+    if choice.impl == "cpp":
+        return cpp_kernels.shrink(x, V, scale, expert_ids)
     if choice.impl == "triton":
         return triton_kernels.shrink_mm(x, V, scale, expert_ids)
     return torch_kernels.shrink(x, V, scale, expert_ids)[0]
@@ -107,10 +113,12 @@ def shrink(x, V, scale, expert_ids) -> Tensor:
 
 def expand(g, Us, bases, biases, dtype, lead) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i [*lead, M_i]: the second half. dtype, lead: those of the x that g was made from."""
-    path = _plan_of_half(g, *zip(*(U.shape for U in Us), strict=True), dtype, None, Us).path
-    if path in SKINNY:
-        kernels = cuda_kernels if path == "decode" else triton_kernels
+    choice = _plan_of_half(g, *zip(*(U.shape for U in Us), strict=True), dtype, None, Us)
+    if choice.path in SKINNY:
+        kernels = cuda_kernels if choice.path == "decode" else triton_kernels
         return [y.reshape(*lead, y.shape[-1]) for y in kernels.expand(g, Us, bases, biases, dtype)]
+    if choice.impl == "cpp":
+        return cpp_kernels.expand(g, Us, bases, biases, dtype, lead)
     return torch_kernels.expand(g, Us, bases, biases, dtype, lead)
 
 
@@ -121,6 +129,7 @@ def swiglu(x, V, Us, scale, expert_ids, bases, biases) -> Tensor:
     return kernels.forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
 
 
+@torch.compiler.assume_constant_result  # a compiler need not look at how a machine is found out
 def skinny_kernels(device: torch.device) -> bool:
     """Whether `auto` may pick the skinny kernels on a device at all: where not, nothing needs to be asked call by call."""
     machine = machine_of(device)
@@ -128,11 +137,27 @@ def skinny_kernels(device: torch.device) -> bool:
 
 
 def _plan_of_half(a: Tensor, M: tuple[int, ...], C: tuple[int, ...], dtype: torch.dtype, V: Tensor | None, Us: list[Tensor]) -> Choice:
-    # Whatever makes g leaves it in the same dtype and units, so the halves may decide apart. A base is what keeps W' from being considered.
+    # The kernels of a GPU all leave g in one dtype and units, so there the halves may decide apart; elsewhere they decide alike, by T. A base
+    # is what keeps W' from being considered.
     machine = machine_of(a.device)
     unfit = cuda_kernels.misfit(a, V, Us) if machine.trusts("cuda") else None
     factors = (Us[0] if V is None else V).dtype
     return choose(Call(a.shape[:-1].numel(), a.shape[-1], tuple(M), tuple(C), dtype, factors, base=True, unfit=unfit), machine)
+
+
+def _plainly(x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> bool:
+    """Whether nobody looks at the op itself, neither gradients nor a compiler, tracer, transform, mode, profiler or kind of tensor: then the
+    dispatcher, which costs 6 us on a CPU, twice the product of a 128 x 128 matrix, has nothing to do."""
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is type(V) is type(U) is type(scale) is type(ids) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+    )
 
 
 def _differentiated(x: Tensor, scale: Tensor) -> bool:
@@ -148,8 +173,9 @@ def plan(x: Tensor, V: Tensor, Us: list[Tensor], expert_ids: Tensor, base: bool 
     lead, one = x.shape[:-1], expert_ids.numel() == 1
     M, C = (Us[0].shape[:1], Us[0].shape[1:]) if len(Us) == 1 else zip(*(U.shape for U in Us), strict=True)
     machine = machine_of(x.device)
+    rows = x.device.type != "cpu" or cpp_kernels.why_not_these(V, Us) is None
     unfit = cuda_kernels.misfit(x, V, Us) if impl == "cuda" or (impl == "auto" and machine.trusts("cuda")) else None
-    asked = lead.numel(), x.shape[-1], M, C, x.dtype, V.dtype, one, base, grad, unfit
+    asked = lead.numel(), x.shape[-1], M, C, x.dtype, V.dtype, one, base, grad, rows, unfit
     choice, ask = _planned(asked, machine, impl)
     if not ask or expert_ids.device.type != "cpu":
         return choice
@@ -167,14 +193,19 @@ def _planned(asked: tuple, machine: Machine, impl: str) -> tuple[Choice, bool]:
 
 
 def _call(asked: tuple) -> Call:
-    T, N, M, C, x, factors, one, base, grad, unfit = asked
-    return Call(T, N, tuple(M), tuple(C), x, factors, one, base=base, grad=grad, unfit=unfit)
+    T, N, M, C, x, factors, one, base, grad, rows, unfit = asked
+    return Call(T, N, tuple(M), tuple(C), x, factors, one, base=base, grad=grad, rows=rows, unfit=unfit)
 
 
-def _check_impl(impl: str, x: Tensor) -> None:
+def _check_impl(impl: str, x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor) -> None:
     if impl not in ("auto", *IMPLS):
         raise ValueError(f"impl={impl!r} is unknown; wanted 'auto' or one of {', '.join(map(repr, IMPLS))}")
-    if impl != "auto" and (why := why_missing(machine_of(x.device), impl, x.dtype)):
+    if impl == "auto":
+        return
+    why = why_missing(machine_of(x.device), impl, x.dtype)
+    if why is None and impl == "cpp":
+        why = "it has no backward: call it under torch.no_grad()" if _differentiated(x, scale) else cpp_kernels.why_not_these(V, Us)
+    if why:
         raise ImplUnavailableError(f"impl={impl!r} cannot run here: {why}; use impl='torch', or 'auto' to have one chosen")
 
 
@@ -264,6 +295,11 @@ def _run(x, V, U, scale, expert_ids, base, bias, impl, saving=False) -> list[Ten
         return torch_kernels.materialised(*arguments, choice.experts)
     if choice.path == "pair":
         return triton_kernels.forward_pair(*arguments)
+    if choice.impl == "cpp":
+        why = "it has no backward" if saving else cpp_kernels.why_not_these(V, U) if impl == "cpp" else None
+        if why:
+            raise ImplUnavailableError(f"impl='cpp' cannot run here: {why}")
+        return cpp_kernels.forward(*arguments)
     forward = triton_kernels.forward_mm if choice.impl == "triton" else torch_kernels.forward
     ys, h = forward(*arguments, saving)
     return [*ys, h] if saving else ys

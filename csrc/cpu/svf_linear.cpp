@@ -1,0 +1,199 @@
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "svf_cpu.h"
+#include "threads.h"
+
+namespace t2cpu {
+namespace {
+
+// Below so many bytes of factors one thread does it alone: waking another takes longer than reading them. Measured: docs/building.md.
+constexpr int64_t ALONE = 192 << 10;
+constexpr int64_t PAGE_OFFSET = LANE;  // rows of x one line apart from a power of two, where they would share the sets of a cache
+
+int64_t padded(int64_t K) { return (K + LANE - 1) / LANE * LANE + PAGE_OFFSET; }
+
+const char* at(const void* p, int64_t offset, int dtype) { return static_cast<const char*>(p) + offset * size_of(dtype); }
+
+// Scratch of the calling thread, kept for its next call.
+float* scratch(int64_t count) {
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<float, Free> buffer;
+  thread_local int64_t size = 0;
+  if (count > size) {
+    buffer.reset();
+    size = 0;
+    buffer.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
+    size = count;
+  }
+  return buffer.get();
+}
+
+struct Rows {  // [stride] fp32 a token
+  float* data;
+  int64_t stride;
+};
+
+void clear_ends(Rows rows, int64_t T, int64_t K) {
+  for (int64_t t = 0; t < T; ++t) std::memset(rows.data + t * rows.stride + K, 0, (padded(K) - PAGE_OFFSET - K) * sizeof(float));
+}
+
+void widen_rows(const Kernels& k, const void* x, int64_t stride_x, int dtype, int64_t T, int64_t N, Rows out) {
+  for (int64_t t = 0; t < T; ++t) {
+    float* row = out.data + t * out.stride;
+    k.widen(dtype, at(x, t * stride_x, dtype), N, row);
+  }
+  clear_ends(out, T, N);
+}
+
+template <class F>
+void by_tiles(int64_t T, F f) {  // of equal size: 9 tokens are 5 and 4
+  const int64_t tiles = (T + TILE - 1) / TILE;
+  for (int64_t i = 0; i < tiles; ++i) f(T * i / tiles, int(T * (i + 1) / tiles - T * i / tiles));
+}
+
+// A round of at most TOKENS tokens: x, and for each member its g, as padded rows of fp32. in or out may be null: a half alone.
+struct Round {
+  const Kernels& k;
+  const Shrink* in;
+  const Expand* out;
+  int members, dtype, x_dtype;
+  int64_t first, T;
+  Rows x, g[MEMBERS];
+};
+
+int64_t columns(const Round& r, int i) { return r.out[i].U.K; }
+
+// f(member, first row, rows) for the blocks of this thread: neighbours, and the same in every call, so that small factors stay in its caches.
+template <class Count, class F>
+void my_blocks(const Team& team, int members, Count rows_of, F f) {
+  const auto blocks = [&](int i) { return (rows_of(i) + BLOCK - 1) / BLOCK; };
+  int64_t all = 0, before = 0;
+  for (int i = 0; i < members; ++i) all += blocks(i);
+  const int64_t from = all * team.rank / team.size, to = all * (team.rank + 1) / team.size;
+  for (int i = 0; i < members; before += blocks(i++)) {
+    for (int64_t b = std::max(from, before); b < std::min(to, before + blocks(i)); ++b) {
+      const int64_t row = (b - before) * BLOCK;
+      f(i, row, int(std::min<int64_t>(BLOCK, rows_of(i) - row)));
+    }
+  }
+}
+
+void shrink_rows(const Round& r, const Team& team) {
+  const Shrink& s = *r.in;
+  my_blocks(team, r.members, [&](int i) { return columns(r, i); }, [&](int i, int64_t row, int rows) {
+    const int64_t c = r.out[i].column + row;
+    by_tiles(r.T, [&](int64_t t0, int T) {
+      float sums[SUMS];
+      r.k.dot(s.dtype, at(s.Vt.data, c * s.Vt.stride, s.dtype), s.Vt.stride, rows, s.Vt.K, r.x.data + t0 * r.x.stride, r.x.stride, T, sums);
+      for (int t = 0; t < T; ++t) {
+        const int64_t id = (r.first + t0 + t) / s.repeat;
+        const int64_t e = s.ids64 ? static_cast<const int64_t*>(s.ids)[id] : static_cast<const int32_t*>(s.ids)[id];
+        const float* scale = s.scale + e * s.stride_scale + c;
+        float* g = r.g[i].data + (t0 + t) * r.g[i].stride + row;
+        for (int j = 0; j < rows; ++j) g[j] = sums[j * T + t] * scale[j];
+      }
+    });
+  });
+}
+
+void expand_rows(const Round& r, const Team& team) {
+  my_blocks(team, r.members, [&](int i) { return r.out[i].U.rows; }, [&](int i, int64_t m, int rows) {
+    const Expand& e = r.out[i];
+    by_tiles(r.T, [&](int64_t t0, int T) {
+      float sums[SUMS];
+      const Rows& g = r.g[i];
+      r.k.dot(r.dtype, at(e.U.data, m * e.U.stride, r.dtype), e.U.stride, rows, e.U.K, g.data + t0 * g.stride, g.stride, T, sums);
+      for (int t = 0; t < T; ++t) {
+        const int64_t row = r.first + t0 + t;
+        const void* base = e.base ? at(e.base, row * e.stride_base + m, r.x_dtype) : nullptr;
+        const void* bias = e.bias ? at(e.bias, m, r.x_dtype) : nullptr;
+        r.k.narrow(r.x_dtype, sums + t, T, rows, base, bias, const_cast<char*>(at(e.y, row * e.U.rows + m, r.x_dtype)));
+      }
+    });
+  });
+}
+
+void both(const Team& team, void* data) {
+  const Round& r = *static_cast<Round*>(data);
+  shrink_rows(r, team);
+  team.barrier();
+  expand_rows(r, team);
+}
+
+int64_t bytes(const Shrink* in, const Expand* out, int members, int dtype) {
+  int64_t numbers = in ? in->Vt.rows * in->Vt.K : 0;
+  for (int i = 0; i < members; ++i) numbers += out[i].U.rows * out[i].U.K;
+  return numbers * size_of(dtype);
+}
+
+}  // namespace
+
+void svf_linear(const Kernels& k, const Shrink& in, const Expand* out, int members, int threads) {
+  if (bytes(&in, out, members, in.dtype) * std::min<int64_t>(in.T, TILE) < ALONE) threads = 1;
+  int64_t width = padded(in.Vt.K);
+  for (int i = 0; i < members; ++i) width += padded(out[i].U.K);
+  float* room = scratch(std::min<int64_t>(in.T, TOKENS) * width);
+  for (int64_t first = 0; first < in.T; first += TOKENS) {
+    const int64_t T = std::min<int64_t>(TOKENS, in.T - first);
+    Round r{k, &in, out, members, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {}};
+    widen_rows(k, at(in.x, first * in.stride_x, in.x_dtype), in.stride_x, in.x_dtype, T, in.Vt.K, r.x);
+    float* g = room + T * r.x.stride;
+    for (int i = 0; i < members; ++i) {
+      r.g[i] = {g, padded(columns(r, i))};
+      clear_ends(r.g[i], T, columns(r, i));
+      g += T * r.g[i].stride;
+    }
+    parallel(threads, both, &r);
+  }
+}
+
+void shrink(const Kernels& k, const Shrink& in, float* g, int threads) {
+  if (bytes(&in, nullptr, 0, in.dtype) * std::min<int64_t>(in.T, TILE) < ALONE) threads = 1;
+  const Expand all{{nullptr, 0, in.Vt.rows, 0}, 0, nullptr, 0, nullptr, nullptr};
+  float* room = scratch(std::min<int64_t>(in.T, TOKENS) * padded(in.Vt.K));
+  for (int64_t first = 0; first < in.T; first += TOKENS) {
+    const int64_t T = std::min<int64_t>(TOKENS, in.T - first);
+    Round r{k, &in, &all, 1, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {{g + first * in.Vt.rows, in.Vt.rows}}};
+    widen_rows(k, at(in.x, first * in.stride_x, in.x_dtype), in.stride_x, in.x_dtype, T, in.Vt.K, r.x);
+    parallel(threads, [](const Team& team, void* r) { shrink_rows(*static_cast<Round*>(r), team); }, &r);
+  }
+}
+
+void expand(const Kernels& k, const float* g, int64_t stride_g, int64_t T_all, const Expand* out, int members, int dtype, int x_dtype, int threads) {
+  if (bytes(nullptr, out, members, dtype) * std::min<int64_t>(T_all, TILE) < ALONE) threads = 1;
+  int64_t width = 0;
+  for (int i = 0; i < members; ++i) width += padded(out[i].U.K);
+  float* room = scratch(std::min<int64_t>(T_all, TOKENS) * width);
+  for (int64_t first = 0; first < T_all; first += TOKENS) {
+    const int64_t T = std::min<int64_t>(TOKENS, T_all - first);
+    Round r{k, nullptr, out, members, dtype, x_dtype, first, T, {}, {}};
+    float* at_g = room;
+    for (int i = 0; i < members; ++i) {
+      r.g[i] = {at_g, padded(columns(r, i))};
+      widen_rows(k, g + first * stride_g + out[i].column, stride_g, F32, T, columns(r, i), r.g[i]);
+      at_g += T * r.g[i].stride;
+    }
+    parallel(threads, [](const Team& team, void* r) { expand_rows(*static_cast<Round*>(r), team); }, &r);
+  }
+}
+
+const Kernels* kernels(const char* name) {
+#if defined(__x86_64__)
+  static const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                              __builtin_cpu_supports("avx512vl");
+  static const bool has_2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  constexpr bool has_512 = false, has_2 = false;
+#endif
+  const Kernels* all[] = {has_512 && has_2 ? avx512() : nullptr, has_2 ? avx2() : nullptr, portable()};
+  for (const Kernels* k : all)
+    if (k && (name == nullptr || std::strcmp(name, k->name) == 0)) return k;
+  return nullptr;
+}
+
+}  // namespace t2cpu
