@@ -14,6 +14,7 @@ from triton_cases import MIXES, check, draw_ids, eager, exact, problem
 from t2kernels.ops import ImplUnavailableError, cuda_kernels, machine, plan, svf_linear, svf_linear_group
 from t2kernels.ops.cuda_kernels import Variant
 from t2kernels.ops.planner import DECODE_DTYPES
+from t2kernels.ops.selfcheck import selfcheck
 from t2kernels.ops.svf_linear import expand, shrink, skinny_kernels, swiglu
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.skipif(emulator.WHY_NOT is not None, reason=str(emulator.WHY_NOT))]
@@ -298,6 +299,16 @@ def test_words_that_memory_safety_forbids_do_not_reach_the_kernel(cuda):
     g.fill_(torch.nan)
     cuda.send(words.numpy().tobytes())
     assert g.isfinite().all()
+
+
+def test_its_own_check_passes_and_finds_a_wrong_kernel(cuda, monkeypatch):
+    small = ((64, (16, 32), (40, 24)), (48, (16,), (56,)), (33, (16,), (8,)))  # the last is nothing that it takes
+    cases = selfcheck("cpu", "cuda", (1, 9), small)
+    assert len(cases) == 5 * 2 * 2 * 2
+    assert all(c.right for c in cases), [c for c in cases if not c.right]
+    real = cuda_kernels.forward
+    monkeypatch.setattr(cuda_kernels, "forward", lambda *a: [y * 1.02 for y in real(*a)])
+    assert not all(c.right for c in selfcheck("cpu", "cuda", (5,), small[:1]))
 
 
 # --- the emulator itself -----------------------------------------------------------------------------------------------------------

@@ -71,9 +71,11 @@ def why_not_built() -> str | None:
     """Why the extension holds no CUDA kernel, or None."""
     try:
         from t2kernels import _C
+    except ModuleNotFoundError:
+        return "t2kernels._C is not built: install t2kernels again where there are a C++ compiler and nvcc (docs/building.md)"
     except ImportError as e:
-        return f"t2kernels has no compiled extension here ({e}); with nvcc, g++ and pybind11: pip install . again"
-    return None if _C.has_cuda else "t2kernels was built without nvcc; with nvcc on PATH: pip install . again"
+        return f"t2kernels._C cannot be loaded: {e}"
+    return None if _C.has_cuda else "t2kernels._C was built without CUDA: install t2kernels again where there is nvcc (docs/building.md)"
 
 
 def misfit(x: Tensor, V: Tensor | None, Us: list[Tensor]) -> str | None:
