@@ -128,6 +128,13 @@ def forward_over(x, Ws, V, Us, scale, expert_ids, biases, row_scales=None, swigl
     return ys
 
 
+def dense(x, Ws, row_scales=None, variant=Variant()) -> list[Tensor]:
+    """y_i = x W_iᵀ, the base layers of `forward_over` without experts: what the kernel itself costs beside a library's, for measuring."""
+    ys = [x.new_empty(*x.shape[:-1], W.shape[0]) for W in Ws]
+    _launch([Problem(W, x, y, r) for W, y, r in zip(Ws, ys, row_scales or [None] * len(Ws), strict=True)], None, x, variant)
+    return ys
+
+
 def shrink(x, V, scale, expert_ids, variant=Variant()) -> Tensor:
     """g = (x V) * scale[expert_ids], [T, C], in the dtype and units of `forward_precision`: for a base product that another library makes."""
     g = x.new_empty(x.shape[:-1].numel(), V.shape[1], dtype=forward_precision(x.dtype, V.dtype).dtype)
