@@ -320,7 +320,7 @@ FAULTS = {
     "W: an address outside": ("min(u.at.row + (lane >> 2) + 8, p.R - 1)", "u.at.row + (lane >> 2) + 8"),
     "x: an address outside": ("n * 8 < tokens", "n * 8 < tokens + 8"),
     "W: an address is not aligned": ("load_weights(u.row + i0)", "load_weights(u.row + i0 + 2)"),
-    "y: an address outside": ("if (t >= a.T || r >= p.R) continue;", ""),
+    "y: an address outside": ("if (!outputs.exists(a, p, here.row, i)) continue;", ""),
     "scale: an address outside": ("const bool there = expert[i] >= 0 && expert[i] < a.E", "const bool there = true"),
 }
 

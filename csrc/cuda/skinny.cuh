@@ -39,13 +39,15 @@ __device__ __forceinline__ uint32_t bf16_to_fp16(uint32_t v) {
   return pack_fp16(float_of_bits(v << 16) * 0.03125f, float_of_bits(v & 0xffff0000u) * 0.03125f);
 }
 
-// A block's way through the tiles: every gridDim-th unit, a unit being 16 rows of a problem, or of gate and then of up.
+// A block's, or a cluster's, way through the tiles: every n-th unit, a unit being 16 rows of a problem for each block of a cluster, or 16 of gate
+// and then of up.
 struct Place {
   int unit, second;  // second: 1 at `up`
   int problem;       // -1 behind the end
-  int row;           // the first of the tile
+  int row;           // the first of the unit
 };
 
+template <int CLUSTER>
 __device__ __forceinline__ void find(Place& at, const Args& a) {
   at.problem = -1;
   if (at.unit >= a.unit_end[a.problems - 1]) return;
@@ -53,17 +55,18 @@ __device__ __forceinline__ void find(Place& at, const Args& a) {
 #pragma unroll 1
   while (at.unit >= a.unit_end[p]) begin = a.unit_end[p++];
   at.problem = p + at.second;
-  at.row = (at.unit - begin) * ROWS;
+  at.row = (at.unit - begin) * (ROWS * CLUSTER);
 }
 
+template <int CLUSTER>
 __device__ __forceinline__ void step(Place& at, const Args& a) {
   if (at.problem == a.pair && at.second == 0) {
     at.second = 1;
     ++at.problem;
   } else {
     at.second = 0;
-    at.unit += gridDim.x;
-    find(at, a);
+    at.unit += gridDim.x / CLUSTER;
+    find<CLUSTER>(at, a);
   }
 }
 
@@ -95,7 +98,7 @@ struct Chunk {
 
 __device__ __forceinline__ void load(Cursor& u, const Args& a, int warp, int lane, Chunk& chunk) {
   while (u.at.problem >= 0 && u.from >= u.end) {
-    step(u.at, a);
+    step<1>(u.at, a);
     enter(u, a, warp, lane);
   }
   if (u.at.problem < 0) return;
@@ -172,60 +175,110 @@ __device__ __forceinline__ void grid_barrier(unsigned* words) {
   block_barrier();
 }
 
+// The numbers of y that a thread finishes in a tile, and what they need beside the sums.
+template <int TILES>
+struct Outputs {
+  static constexpr int COUNT = (TILES * 8 * ROWS + THREADS - 1) / THREADS;
+  long long expert[COUNT];  // row of scale
+  float scale[COUNT], bias[COUNT], base[COUNT], gate[COUNT] = {};
+
+  __device__ __forceinline__ static int token(int i) { return (threadIdx.x + i * THREADS) / ROWS; }
+  __device__ __forceinline__ static int row() { return threadIdx.x % ROWS; }
+
+  __device__ __forceinline__ void find_experts(const Args& a) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      expert[i] = 0;
+      if (a.ids && token(i) < a.T) expert[i] = load_id(a.ids, token(i) * a.inverse >> 16, a.ids_are_64);
+    }
+  }
+
+  // Asked for before the products, which hide the latency. A row of scale that is not there gives NaN instead of somebody's memory.
+  __device__ __forceinline__ void ask(const Args& a, const Problem& p, int first_row) {
+    const int r = first_row + row();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int t = token(i);
+      scale[i] = 1, bias[i] = 0, base[i] = 0;
+      if (t >= a.T || r >= p.R) continue;
+      if (p.scale) {
+        const bool there = expert[i] >= 0 && expert[i] < a.E;
+        scale[i] = not_a_number();
+        if (there) scale[i] = load_float(p.scale + expert[i] * p.scale_row + r);
+      }
+      if (p.bias) bias[i] = widen(load_bias(static_cast<const uint16_t*>(p.bias) + r), p.y_is_fp16);
+      if (p.base) base[i] = widen(load_base(static_cast<const uint16_t*>(p.base) + static_cast<long long>(t) * p.base_row + r), p.y_is_fp16);
+    }
+  }
+
+  __device__ __forceinline__ bool exists(const Args& a, const Problem& p, int first_row, int i) const {
+    return token(i) < a.T && first_row + row() < p.R;
+  }
+
+  __device__ __forceinline__ void finish(const Args& a, int problem, int first_row, int i, float sum) {
+    const Problem& p = a.problem[problem];
+    float y = sum * scale[i] * p.times;
+    // -0.0 + base is base bit for bit, +0.0 + base is not where base is -0.0: a row of zeros returns the base model exactly.
+    if (p.base) y = (y == 0.f ? -0.f : y) + base[i];
+    if (p.bias) y += bias[i];
+    uint16_t out = round_to(y, p.y_is_fp16);
+    if (a.pair >= 0 && problem >= a.pair) {
+      y = widen(out, p.y_is_fp16);  // gate, silu(gate) and up are rounded as separate ops would
+      if (problem == a.pair) {
+        gate[i] = y;
+        return;
+      }
+      const float silu = widen(round_to(divide(gate[i], 1.f + exponential(-gate[i])), p.y_is_fp16), p.y_is_fp16);
+      out = round_to(silu * y, p.y_is_fp16);
+    }
+    store_16(static_cast<uint16_t*>(p.y) + static_cast<long long>(token(i)) * p.y_row + first_row + row(), out);
+  }
+};
+
+// A warp's sums of a tile into shared memory, [token][row]: it holds rows g, g + 8 and tokens 2 quarter, 2 quarter + 1.
+template <int TILES>
+__device__ __forceinline__ void put_sums(float* partial, const float (&sums)[TILES][4], int lane) {
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+    float* at = partial + (n * 8 + 2 * (lane & 3)) * PITCH + (lane >> 2);
+    store_shared(at, sums[n][0]);
+    store_shared(at + PITCH, sums[n][1]);
+    store_shared(at + 8, sums[n][2]);
+    store_shared(at + PITCH + 8, sums[n][3]);
+  }
+}
+
 template <Product P, Weights W, int TILES, bool FUSED, int DEPTH, int RESIDENT>
 __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_constant__ Args a) {
   T2_SHARED(float, partial, [2][WARPS][TILES * 8 * PITCH]);
-  constexpr int OUTPUTS = (TILES * 8 * ROWS + THREADS - 1) / THREADS;  // that a thread finishes for a tile
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
 
   Chunk ring[DEPTH];
   Cursor ahead{};
   ahead.at.unit = blockIdx.x;
-  find(ahead.at, a);
+  find<1>(ahead.at, a);
   enter(ahead, a, warp, lane);
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d) load(ahead, a, warp, lane, ring[d]);
   if constexpr (!FUSED) launch_dependents();
   wait_for_kernel_before();  // only W was touched so far
 
-  // Row of scale of each output's token; a row that is not there gives NaN instead of somebody's memory.
-  long long expert[OUTPUTS];
-#pragma unroll
-  for (int i = 0; i < OUTPUTS; ++i) {
-    const int t = (threadIdx.x + i * THREADS) / ROWS;
-    expert[i] = 0;
-    if (a.ids && t < a.T) expert[i] = load_id(a.ids, t * a.inverse >> 16, a.ids_are_64);
-  }
+  Outputs<TILES> outputs;
+  outputs.find_experts(a);
 
   Place here{};
   here.unit = blockIdx.x;
-  find(here, a);
+  find<1>(here, a);
   bool crossed = false;
   int first = 0, slot = 0, side = 0;  // slot: of the ring, whose chunk comes next; side: of `partial`, which two tiles use in turn
-  float gate[OUTPUTS] = {};
-  for (; here.problem >= 0; step(here, a), side ^= 1) {
+  for (; here.problem >= 0; step<1>(here, a), side ^= 1) {
     if (FUSED && !crossed && here.problem >= a.first) {
       crossed = true;
       grid_barrier(a.barrier);
     }
     const Problem& p = a.problem[here.problem];
 
-    // What the outputs need beside the sums is asked for now; the products hide its latency.
-    float scale[OUTPUTS], bias[OUTPUTS], base[OUTPUTS];
-#pragma unroll
-    for (int i = 0; i < OUTPUTS; ++i) {
-      const int o = threadIdx.x + i * THREADS, r = here.row + o % ROWS, t = o / ROWS;
-      scale[i] = 1, bias[i] = 0, base[i] = 0;
-      if (t < a.T && r < p.R) {
-        if (p.scale) {
-          const bool there = expert[i] >= 0 && expert[i] < a.E;
-          scale[i] = not_a_number();
-          if (there) scale[i] = load_float(p.scale + expert[i] * p.scale_row + r);
-        }
-        if (p.bias) bias[i] = widen(load_bias(static_cast<const uint16_t*>(p.bias) + r), p.y_is_fp16);
-        if (p.base) base[i] = widen(load_base(static_cast<const uint16_t*>(p.base) + static_cast<long long>(t) * p.base_row + r), p.y_is_fp16);
-      }
-    }
+    outputs.ask(a, p, here.row);
 
     float sums[TILES][4] = {};
     const int end = p.int8 ? p.K : 2 * p.K, rank = (warp - first) & (WARPS - 1);
@@ -253,38 +306,15 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_
       }
     }
 
-    float* mine = partial[side][rank];
-#pragma unroll
-    for (int n = 0; n < TILES; ++n) {  // rows g, g + 8 and tokens 2 quarter, 2 quarter + 1
-      float* at = mine + (n * 8 + 2 * quarter) * PITCH + g;
-      store_shared(at, sums[n][0]);
-      store_shared(at + PITCH, sums[n][1]);
-      store_shared(at + 8, sums[n][2]);
-      store_shared(at + PITCH + 8, sums[n][3]);
-    }
+    put_sums<TILES>(partial[side][rank], sums, lane);
     block_barrier();  // one a tile: the other side of `partial` is free when all have come here again
 #pragma unroll
-    for (int i = 0; i < OUTPUTS; ++i) {
-      const int o = threadIdx.x + i * THREADS, r = here.row + o % ROWS, t = o / ROWS;
-      if (t >= a.T || r >= p.R) continue;
+    for (int i = 0; i < Outputs<TILES>::COUNT; ++i) {
+      if (!outputs.exists(a, p, here.row, i)) continue;
       float sum = 0;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) sum += load_shared(partial[side][w] + t * PITCH + o % ROWS);
-      float y = sum * scale[i] * p.times;
-      // -0.0 + base is base bit for bit, +0.0 + base is not where base is -0.0: a row of zeros returns the base model exactly.
-      if (p.base) y = (y == 0.f ? -0.f : y) + base[i];
-      if (p.bias) y += bias[i];
-      uint16_t out = round_to(y, p.y_is_fp16);
-      if (a.pair >= 0 && here.problem >= a.pair) {
-        y = widen(out, p.y_is_fp16);  // gate, silu(gate) and up are rounded as separate ops would
-        if (here.problem == a.pair) {
-          gate[i] = y;
-          continue;
-        }
-        const float silu = widen(round_to(divide(gate[i], 1.f + exponential(-gate[i])), p.y_is_fp16), p.y_is_fp16);
-        out = round_to(silu * y, p.y_is_fp16);
-      }
-      store_16(static_cast<uint16_t*>(p.y) + static_cast<long long>(t) * p.y_row + r, out);
+      for (int w = 0; w < WARPS; ++w) sum += load_shared(partial[side][w] + outputs.token(i) * PITCH + outputs.row());
+      outputs.finish(a, here.problem, here.row, i, sum);
     }
   }
   if constexpr (FUSED)
