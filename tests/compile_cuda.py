@@ -24,7 +24,7 @@ REGISTERS, THREADS = 65536, 256
 
 
 class Instance(NamedTuple):
-    """Template arguments of a `skinny_kernel`."""
+    """Template arguments of a `skinny_kernel`, or of a `cluster_kernel`, which is never fused, 4 chunks deep and alone on its multiprocessor."""
 
     product: int
     weights: int
@@ -32,6 +32,7 @@ class Instance(NamedTuple):
     fused: int
     depth: int
     resident: int
+    cluster: int = 1
 
 
 def tools() -> tuple[str | None, str | None]:
@@ -63,12 +64,13 @@ def kernels(text: str) -> dict[Instance, tuple[list[tuple[int, str]], dict[str, 
     found: dict[Instance, tuple[list, dict]] = {}
 
     def of(name: str):
-        numbers = [int(n) for n in re.findall(r"(?:E|L[ib])(\d+)E", name[name.index("skinny_kernelI") :])][:6]
-        return found.setdefault(Instance(*numbers), ([], {}))
+        numbers = [int(n) for n in re.findall(r"(?:E|L[ib])(\d+)E", name[name.index("_kernelI") :])]
+        clustered = "cluster_kernel" in name
+        return found.setdefault(Instance(*numbers[:3], 0, 4, 1, numbers[3]) if clustered else Instance(*numbers[:6]), ([], {}))
 
     current = None
     for line in text.splitlines():
-        if at := re.search(r"Function :? ?(\S*skinny_kernel\w+):?", line):
+        if at := re.search(r"Function :? ?(\S*(?:skinny|cluster)_kernel\w+):?", line):
             current = of(at[1])
         elif current and (usage := re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)):
             current[1].update({k: int(v) for k, v in usage})
@@ -115,6 +117,8 @@ def faults(kernel: Instance, code: list[tuple[int, str]], usage: dict[str, int],
         found += _waits(code, loads, products)
     if arch >= 90:
         found += _dependent_launch(kernel, ops, loads)
+    if kernel.cluster > 1 and arch >= 90 and not {"UCGABAR_ARV", "UCGABAR_WAIT"} <= set(ops):
+        found.append("no barrier of the cluster")
     if kernel.fused and not (
         any(op.startswith("ATOM") and "STRONG.GPU" in op for op in ops) and any(op.startswith("LD") and "STRONG.GPU" in op for op in ops)
     ):

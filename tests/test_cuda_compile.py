@@ -15,15 +15,17 @@ def test_machine_code_is_what_the_source_promises(tmp_path):
     rows = compile_cuda.report("90a", [CSRC / "cuda" / name for name in SOURCES], tmp_path)
     for product in (0, 1):
         mine = [k for k in rows if k.product == product]
-        assert {(k.weights, k.tiles, k.fused) for k in mine} == {(w, t, f) for w in range(3) for t, f in ((1, 0), (2, 0), (4, 0), (1, 1))}
+        alone, together = ([k for k in mine if (k.cluster > 1) == c] for c in (False, True))
+        assert {(k.weights, k.tiles, k.fused) for k in alone} == {(w, t, f) for w in range(3) for t, f in ((1, 0), (2, 0), (4, 0), (1, 1))}
+        assert {(k.weights, k.tiles) for k in together} == {(w, t) for w in range(2) for t in (2, 4)}
     bad = [f"{kernel}: {row['faults']}" for kernel, row in rows.items() if row["faults"]]
     assert not bad, "\n".join(bad)
 
 
 SPOILED = {
     "waited for in its own turn": (
-        "multiply_wide<P>(sums, ring[d], x, eight_rows, a.T - g, i, end, p.x_is_bf16);",
-        "{ const Chunk used = ring[d]; load(ahead, a, warp, lane, ring[d]); multiply_wide<P>(sums, used, x, eight_rows, a.T - g, i, end, false); }",
+        "        const int i = from + quarter * 16;\n        uint4 X",
+        "        const Chunk used = ring[d];\n        load(ahead, a, warp, lane, ring[d]);\n        const int i = from + quarter * 16;\n        uint4 X",
     ),
     "not read 16 bytes a lane": ("ld.global.nc.L1::no_allocate.L2::256B.v4.u32", "ld.global.nc.v4.u32"),
     "before the wait stand 0 loads": ("  Chunk ring[DEPTH];", "  wait_for_kernel_before();\n  Chunk ring[DEPTH];"),
@@ -35,12 +37,13 @@ SPOILED = {
 def test_the_checks_can_fail(fault, tmp_path):
     old, new = SPOILED[fault]
     hits = 0
-    for name in ("problem.h", "device.cuh", "skinny.cuh"):
+    for name in ("problem.h", "device.cuh", "parts.cuh", "skinny.cuh"):
         text = (CSRC / "cuda" / name).read_text()
         hits += text.count(old)
         text = text.replace(old, new)
         if fault == "waited for in its own turn":  # the load stands in `new` already
             text = text.replace("        load(ahead, a, warp, lane, ring[d]);\n        from", "        from")
+            text = text.replace("multiply_wide<P>(sums, ring[d]", "multiply_wide<P>(sums, used")
         if fault == "before the wait stand 0 loads":
             text = text.replace("  wait_for_kernel_before();  // only", "  // only")
         (tmp_path / name).write_text(text)

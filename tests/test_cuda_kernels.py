@@ -196,6 +196,43 @@ def test_the_bits_do_not_depend_on_the_order_of_threads_or_the_number_of_blocks(
             assert same(first, cuda_kernels.forward(*args, Variant(fused=True, blocks=blocks)))
 
 
+@pytest.mark.parametrize("x_dtype, w_dtype", DECODE_DTYPES)
+@pytest.mark.parametrize("T", [9, 16, 17, 32])
+def test_clusters_share_their_sums(cuda, x_dtype, w_dtype, T):
+    for (N, Rs, Ms), mix in zip([*SHAPES[:3], (80, [2080], [70])], MIXES, strict=False):
+        args = case(T, N, Rs, Ms, x_dtype, w_dtype, mix=mix)
+        got = cuda_kernels.forward(*args, Variant(cluster=4))
+        check(got, eager(*args), exact(*args), x_dtype)
+        for cuda.order in (1, 2):
+            assert same(got, cuda_kernels.forward(*args, Variant(cluster=4)))
+        cuda.order = 0
+        for y in (cuda_kernels.forward(*args, Variant(cluster=4, blocks=4)), cuda_kernels.forward(*args, Variant(cluster=1))):
+            check(y, eager(*args), exact(*args), x_dtype)
+
+
+@pytest.mark.parametrize("x_dtype, w_dtype", [(BF16, BF16), (FP16, INT8)])
+def test_swiglu_in_clusters(cuda, x_dtype, w_dtype):
+    args = case(13, 96, [1056, 48], [90, 90], x_dtype, w_dtype)
+    (gate, up), (plain_gate, plain_up) = exact(*args), eager(*args)
+    got = cuda_kernels.forward_swiglu(*args, Variant(cluster=4))
+    check([got], [torch.nn.functional.silu(plain_gate) * plain_up], [gate / (1 + (-gate).exp()) * up], x_dtype)
+
+
+def test_long_rows_and_many_tokens_get_clusters(cuda, monkeypatch):
+    def clusters(T, N, w_dtype=BF16, variant=Variant()):
+        before = len(cuda.launches)
+        cuda_kernels.forward(*case(T, N, [16], [24], BF16, w_dtype), variant)
+        return [torch.frombuffer(bytearray(words), dtype=torch.int64)[11].item() for words in cuda.launches[before:]]
+
+    assert clusters(9, 1024) == [4, 1]
+    assert clusters(8, 1024) == clusters(9, 1016) == clusters(9, 1024, INT8) == clusters(9, 1024, variant=Variant(cluster=1)) == [1, 1]
+    assert clusters(9, 2048, INT8) == [4, 1]
+    with pytest.raises(emulator.EmulatorError, match="no such kernel"):
+        clusters(8, 1024, variant=Variant(cluster=4))
+    monkeypatch.setattr(cuda_kernels, "_architecture", lambda device: 80)
+    assert clusters(9, 1024) == [1, 1]
+
+
 @pytest.mark.parametrize("depth", [2, 3, 4])
 @pytest.mark.parametrize("w_dtype", [BF16, INT8])
 def test_the_depth_of_the_ring_changes_no_bit(cuda, depth, w_dtype):
@@ -321,6 +358,10 @@ FAULTS = {
     "x: an address outside": ("n * 8 < tokens", "n * 8 < tokens + 8"),
     "W: an address is not aligned": ("load_weights(u.row + i0)", "load_weights(u.row + i0 + 2)"),
     "y: an address outside": ("if (!outputs.exists(a, p, here.row, i)) continue;", ""),
+    "another block wrote since": ("    cluster_barrier();\n#pragma", "    if (block) cluster_barrier();\n#pragma"),
+    "nobody wrote": ("    cluster_barrier();\n#pragma", "    block_barrier();\n#pragma"),
+    "another block has read since": ("block_sums + side * CLUSTER * SUMS", "block_sums + 0 * side"),
+    "that has ended": ("  cluster_barrier();  // nobody ends", "  // nobody ends"),
     "scale: an address outside": ("const bool there = expert[i] >= 0 && expert[i] < a.E", "const bool there = true"),
 }
 
@@ -329,7 +370,12 @@ FAULTS = {
 def test_the_emulator_finds(monkeypatch, what):
     spoiled = emulator.Emulator((FAULTS[what],), one_kernel=True)
     monkeypatch.setattr(cuda_kernels, "_send", spoiled.send)
-    args = case(5, 208, [48], [84], BF16, BF16)
-    ids = torch.tensor([0, 1, 9, 2, 3])
+
+    def run():
+        for spoiled.order, (T, cluster) in itertools.product((0, 1), ((5, 1), (10, 4))):
+            args = case(T, 208, [48], [84], BF16, BF16)
+            ids = torch.arange(T) * 3  # some are not there
+            cuda_kernels.forward(*args[:4], ids, *args[5:], Variant(cluster=cluster))
+
     with pytest.raises(emulator.EmulatorError, match=what):
-        cuda_kernels.forward(*args[:4], ids, *args[5:])
+        run()

@@ -51,10 +51,15 @@ void cuda_launch(const pybind11::bytes& packed) {
   std::memcpy(words, view.data(), view.size());
   t2::Launch l;
   if (const char* why = t2::unpack(words, view.size() / sizeof(int64_t), l)) throw std::invalid_argument(std::string("CUDA kernel: ") + why);
-  l.dependent = architecture() >= 90 && l.dependent;
+  const bool modern = architecture() >= 90;
+  if (l.cluster > 1 && !modern) throw std::invalid_argument("CUDA kernel: clusters of thread blocks want sm_90 or later");
+  l.dependent = l.dependent && modern;
   check(l.product == t2::BF16 ? t2::launch_bf16(l) : t2::launch_fp16(l));
 }
 
 }  // namespace
 
-void bind_cuda(pybind11::module_& m) { m.def("cuda_launch", &cuda_launch); }
+void bind_cuda(pybind11::module_& m) {
+  m.def("cuda_launch", &cuda_launch);
+  m.def("cuda_architecture", &architecture);
+}

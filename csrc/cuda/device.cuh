@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #define T2_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+#define T2_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 
 namespace t2 {
 
@@ -126,6 +127,30 @@ __device__ __forceinline__ void store_shared(float* p, float v) { *p = v; }
 __device__ __forceinline__ float load_shared(const float* p) { return *p; }
 
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
+
+// Clusters of blocks, sm_90 and later: never launched elsewhere.
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned v = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(v));
+#endif
+  return v;
+}
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// What stands at the same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ float load_shared_of(const float* p, unsigned block) {
+  float v = 0;
+#if __CUDA_ARCH__ >= 900
+  uint32_t at;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(block));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
+#endif
+  return v;
+}
 
 // Dependent launch, sm_90 and later; elsewhere, and where the launch did not ask for it, these do nothing.
 __device__ __forceinline__ void launch_dependents() {

@@ -1,27 +1,35 @@
 // From a `Launch` to a kernel on a stream; included once for each product, so that the two compile side by side.
 #pragma once
-#include "skinny.cuh"
+#include "choose.cuh"
 
 namespace t2 {
 
 template <Product P>
 cudaError_t launch_product(const Launch& l) {
   cudaError_t error = cudaSuccess;
-  const bool found = with_kernel<P>(l, [&](auto kernel, int blocks) {
-    cudaLaunchAttribute attributes[1] = {};
+  const bool found = with_kernel<P>(l, [&](auto kernel, int blocks, int shared) {
+    cudaLaunchAttribute attributes[2] = {};
+    int count = 0;
     if (l.fused) {
-      attributes[0].id = cudaLaunchAttributeCooperative;
-      attributes[0].val.cooperative = 1;
-    } else {
-      attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[0].val.programmaticStreamSerializationAllowed = 1;
+      attributes[count].id = cudaLaunchAttributeCooperative;
+      attributes[count++].val.cooperative = 1;
+    } else if (l.dependent) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (l.cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count].val.clusterDim.x = l.cluster;
+      attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+      ++count;
     }
     cudaLaunchConfig_t how = {};
+    how.dynamicSmemBytes = shared;
     how.gridDim = dim3(blocks);
     how.blockDim = dim3(THREADS);
     how.stream = static_cast<cudaStream_t>(l.stream);
     how.attrs = attributes;
-    how.numAttrs = l.fused || l.dependent;
+    how.numAttrs = count;
     error = cudaLaunchKernelEx(&how, kernel, l.args);
   });
   return found ? error : cudaErrorInvalidValue;
@@ -35,18 +43,22 @@ cudaError_t load_product(int& architecture) {
   l.sms = 1;
   l.args.problems = l.args.first = 1;
   l.args.unit_end[0] = 1;
-  for (const bool fused : {false, true})
+  cudaError_t error = cudaSuccess;
+  const auto load = [&](auto kernel, int, int shared) {
+    cudaFuncAttributes attributes;
+    error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error == cudaSuccess) architecture = min(architecture, attributes.ptxVersion);
+    if (error == cudaSuccess && shared > 48 * 1024 && attributes.ptxVersion >= 90)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  };
+  for (const Weights weights : {WIDE, INT8, BOTH})
     for (const int T : {8, 16, 32})
-      for (const Weights weights : {WIDE, INT8, BOTH}) {
-        l.fused = fused, l.args.T = T, l.weights = weights;
-        cudaError_t error = cudaSuccess;
-        with_kernel<P>(l, [&](auto kernel, int) {
-          cudaFuncAttributes attributes;
-          error = cudaFuncGetAttributes(&attributes, kernel);
-          if (error == cudaSuccess) architecture = min(architecture, attributes.ptxVersion);
-        });
-        if (error != cudaSuccess) return error;
-      }
+      for (const int cluster : {1, CLUSTER})
+        for (const bool fused : {false, true}) {
+          l.weights = weights, l.args.T = T, l.cluster = cluster, l.fused = fused;
+          with_kernel<P>(l, load);
+          if (error != cudaSuccess) return error;
+        }
   return cudaSuccess;
 }
 

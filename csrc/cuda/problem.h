@@ -34,7 +34,7 @@ struct Problem {
 
 struct Args {
   Problem problem[PROBLEMS];
-  int unit_end[PROBLEMS];  // units of work up to and with this problem: tiles of ROWS rows, or pairs of them
+  int unit_end[PROBLEMS];  // units of work up to and with this problem: tiles of ROWS rows (one for each block of a cluster), or pairs of them
   int problems;
   int first;   // problems of the first phase; the rest begins when all of them are done (only with the grid barrier)
   int pair;    // index of `gate`, which makes one problem with the next, `up`: y = silu(y_gate) * y_up. Else -1
@@ -110,7 +110,7 @@ inline const char* unpack(const int64_t* words, size_t count, Launch& l) {
     if (a.ids && (h[H_IDS] % (a.ids_are_64 ? 8 : 4) || a.E < 1)) return "ids are not on a whole number, or there is no row of scale";
     if (p.x_is_bf16 && (l.product != FP16 || p.int8)) return "x is converted only for fp16 factors";
     int8 += p.int8;
-    if (i != a.pair + 1 || a.pair < 0) units += (p.R + ROWS - 1) / ROWS;
+    if (i != a.pair + 1 || a.pair < 0) units += (p.R + l.cluster * ROWS - 1) / (l.cluster * ROWS);
     a.unit_end[i] = units;
   }
   if (a.pair >= 0 && a.problem[a.pair].R != a.problem[a.pair + 1].R) return "gate and up have different sizes";

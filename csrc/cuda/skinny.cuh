@@ -8,67 +8,9 @@
 //
 // Compiled by nvcc, and as C++ with csrc/emulator/device.h in place of device.cuh.
 #pragma once
-#include "problem.h"
-#ifdef T2_EMULATED
-#include "../emulator/device.h"
-#else
-#include "device.cuh"
-#endif
+#include "parts.cuh"
 
 namespace t2 {
-
-constexpr int PITCH = 20;  // floats of a token's 16 sums in shared memory: 4 lanes that write 2 tokens apart meet no bank twice
-
-// Four int8 to two pairs of P, exactly.
-template <Product P>
-__device__ __forceinline__ void widen_int8(uint32_t q, uint32_t& low, uint32_t& high) {
-  if constexpr (P == FP16) {  // 1024 + (q + 128) is the fp16 whose last bits are q + 128
-    q ^= 0x80808080u;
-    low = subtract_2<P>(permute_bytes(q, 0x64646464u, 0x4140), 0x64806480u);
-    high = subtract_2<P>(permute_bytes(q, 0x64646464u, 0x4342), 0x64806480u);
-  } else {  // bf16 has 7 bits behind the point: 128 + the low 7 bits, minus 128 or, for negative q, 256
-    const uint32_t bits = in_register(0x43004300u);
-    const uint32_t a = permute_bytes(q, 0, 0x4140), b = permute_bytes(q, 0, 0x4342);
-    low = subtract_2<P>(and_or(a, 0x007f007fu, bits), and_or(a, 0x00800080u, bits));
-    high = subtract_2<P>(and_or(b, 0x007f007fu, bits), and_or(b, 0x00800080u, bits));
-  }
-}
-
-// Two bf16 to two fp16 of a 32nd: x may then reach 2e6.
-__device__ __forceinline__ uint32_t bf16_to_fp16(uint32_t v) {
-  return pack_fp16(float_of_bits(v << 16) * 0.03125f, float_of_bits(v & 0xffff0000u) * 0.03125f);
-}
-
-// A block's, or a cluster's, way through the tiles: every n-th unit, a unit being 16 rows of a problem for each block of a cluster, or 16 of gate
-// and then of up.
-struct Place {
-  int unit, second;  // second: 1 at `up`
-  int problem;       // -1 behind the end
-  int row;           // the first of the unit
-};
-
-template <int CLUSTER>
-__device__ __forceinline__ void find(Place& at, const Args& a) {
-  at.problem = -1;
-  if (at.unit >= a.unit_end[a.problems - 1]) return;
-  int p = 0, begin = 0;
-#pragma unroll 1
-  while (at.unit >= a.unit_end[p]) begin = a.unit_end[p++];
-  at.problem = p + at.second;
-  at.row = (at.unit - begin) * (ROWS * CLUSTER);
-}
-
-template <int CLUSTER>
-__device__ __forceinline__ void step(Place& at, const Args& a) {
-  if (at.problem == a.pair && at.second == 0) {
-    at.second = 1;
-    ++at.problem;
-  } else {
-    at.second = 0;
-    at.unit += gridDim.x / CLUSTER;
-    find<CLUSTER>(at, a);
-  }
-}
 
 // Where a warp loads next.
 struct Cursor {
@@ -91,11 +33,6 @@ __device__ __forceinline__ void enter(Cursor& u, const Args& a, int warp, int la
   u.first = (u.first + (u.end + CHUNK - 1) / CHUNK) & (WARPS - 1);
 }
 
-// One chunk, ready to be multiplied: row g and row g + 8, 2 x 16 bytes each.
-struct Chunk {
-  uint4 a[2], b[2];
-};
-
 __device__ __forceinline__ void load(Cursor& u, const Args& a, int warp, int lane, Chunk& chunk) {
   while (u.at.problem >= 0 && u.from >= u.end) {
     step<1>(u.at, a);
@@ -109,53 +46,6 @@ __device__ __forceinline__ void load(Cursor& u, const Args& a, int warp, int lan
   chunk.b[0] = load_weights(u.row + u.second + i0);
   chunk.b[1] = load_weights(u.row + u.second + i1);
   u.from += WARPS * CHUNK;
-}
-
-// 16 bytes of x for each of TILES groups of 8 tokens; zero for tokens behind T and behind the end of a row.
-template <Product P, bool CONVERT, int TILES>
-__device__ __forceinline__ void load_x(uint4 (&X)[TILES], const char* x, long long eight_rows, int tokens, bool inside, bool convert) {
-#pragma unroll
-  for (int n = 0; n < TILES; ++n) {
-    X[n] = make_uint4(0, 0, 0, 0);
-    if (inside && n * 8 < tokens) X[n] = load_activations(x + n * eight_rows);
-    if (CONVERT && convert) X[n] = make_uint4(bf16_to_fp16(X[n].x), bf16_to_fp16(X[n].y), bf16_to_fp16(X[n].z), bf16_to_fp16(X[n].w));
-  }
-}
-
-// sums += chunk of W times x. x: this lane's token at the row's beginning; tokens: how many there are from this lane's on.
-template <Product P, int TILES>
-__device__ __forceinline__ void multiply_wide(float (&sums)[TILES][4], const Chunk& w, const char* x, long long eight_rows, int tokens, int i, int end, bool convert) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    uint4 X[TILES];
-    load_x<P, P == FP16>(X, x + i + h * 64, eight_rows, tokens, i + h * 64 < end, convert);
-#pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-      mma<P>(sums[n], w.a[h].x, w.b[h].x, w.a[h].y, w.b[h].y, X[n].x, X[n].y);
-      mma<P>(sums[n], w.a[h].z, w.b[h].z, w.a[h].w, w.b[h].w, X[n].z, X[n].w);
-    }
-  }
-}
-
-template <Product P, int TILES>
-__device__ __forceinline__ void multiply_int8(float (&sums)[TILES][4], const Chunk& w, const char* x, long long eight_rows, int tokens, int i, int end) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const uint32_t a[4] = {w.a[h].x, w.a[h].y, w.a[h].z, w.a[h].w}, b[4] = {w.b[h].x, w.b[h].y, w.b[h].z, w.b[h].w};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {  // 8 numbers of x at a time
-      uint4 X[TILES];
-      load_x<P, false>(X, x + 2 * (i + h * 64) + half * 16, eight_rows, tokens, i + h * 64 < end, false);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        uint32_t a0, a1, a2, a3;
-        widen_int8<P>(a[2 * half + j], a0, a2);
-        widen_int8<P>(b[2 * half + j], a1, a3);
-#pragma unroll
-        for (int n = 0; n < TILES; ++n) mma<P>(sums[n], a0, a1, a2, a3, j ? X[n].z : X[n].x, j ? X[n].w : X[n].y);
-      }
-    }
-  }
 }
 
 // All blocks of the grid have come here. Two words, {arrived, generation}; the last to arrive sets the first back, so that a launch leaves the
@@ -173,79 +63,6 @@ __device__ __forceinline__ void grid_barrier(unsigned* words) {
     }
   }
   block_barrier();
-}
-
-// The numbers of y that a thread finishes in a tile, and what they need beside the sums.
-template <int TILES>
-struct Outputs {
-  static constexpr int COUNT = (TILES * 8 * ROWS + THREADS - 1) / THREADS;
-  long long expert[COUNT];  // row of scale
-  float scale[COUNT], bias[COUNT], base[COUNT], gate[COUNT] = {};
-
-  __device__ __forceinline__ static int token(int i) { return (threadIdx.x + i * THREADS) / ROWS; }
-  __device__ __forceinline__ static int row() { return threadIdx.x % ROWS; }
-
-  __device__ __forceinline__ void find_experts(const Args& a) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      expert[i] = 0;
-      if (a.ids && token(i) < a.T) expert[i] = load_id(a.ids, token(i) * a.inverse >> 16, a.ids_are_64);
-    }
-  }
-
-  // Asked for before the products, which hide the latency. A row of scale that is not there gives NaN instead of somebody's memory.
-  __device__ __forceinline__ void ask(const Args& a, const Problem& p, int first_row) {
-    const int r = first_row + row();
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      const int t = token(i);
-      scale[i] = 1, bias[i] = 0, base[i] = 0;
-      if (t >= a.T || r >= p.R) continue;
-      if (p.scale) {
-        const bool there = expert[i] >= 0 && expert[i] < a.E;
-        scale[i] = not_a_number();
-        if (there) scale[i] = load_float(p.scale + expert[i] * p.scale_row + r);
-      }
-      if (p.bias) bias[i] = widen(load_bias(static_cast<const uint16_t*>(p.bias) + r), p.y_is_fp16);
-      if (p.base) base[i] = widen(load_base(static_cast<const uint16_t*>(p.base) + static_cast<long long>(t) * p.base_row + r), p.y_is_fp16);
-    }
-  }
-
-  __device__ __forceinline__ bool exists(const Args& a, const Problem& p, int first_row, int i) const {
-    return token(i) < a.T && first_row + row() < p.R;
-  }
-
-  __device__ __forceinline__ void finish(const Args& a, int problem, int first_row, int i, float sum) {
-    const Problem& p = a.problem[problem];
-    float y = sum * scale[i] * p.times;
-    // -0.0 + base is base bit for bit, +0.0 + base is not where base is -0.0: a row of zeros returns the base model exactly.
-    if (p.base) y = (y == 0.f ? -0.f : y) + base[i];
-    if (p.bias) y += bias[i];
-    uint16_t out = round_to(y, p.y_is_fp16);
-    if (a.pair >= 0 && problem >= a.pair) {
-      y = widen(out, p.y_is_fp16);  // gate, silu(gate) and up are rounded as separate ops would
-      if (problem == a.pair) {
-        gate[i] = y;
-        return;
-      }
-      const float silu = widen(round_to(divide(gate[i], 1.f + exponential(-gate[i])), p.y_is_fp16), p.y_is_fp16);
-      out = round_to(silu * y, p.y_is_fp16);
-    }
-    store_16(static_cast<uint16_t*>(p.y) + static_cast<long long>(token(i)) * p.y_row + first_row + row(), out);
-  }
-};
-
-// A warp's sums of a tile into shared memory, [token][row]: it holds rows g, g + 8 and tokens 2 quarter, 2 quarter + 1.
-template <int TILES>
-__device__ __forceinline__ void put_sums(float* partial, const float (&sums)[TILES][4], int lane) {
-#pragma unroll
-  for (int n = 0; n < TILES; ++n) {
-    float* at = partial + (n * 8 + 2 * (lane & 3)) * PITCH + (lane >> 2);
-    store_shared(at, sums[n][0]);
-    store_shared(at + PITCH, sums[n][1]);
-    store_shared(at + 8, sums[n][2]);
-    store_shared(at + PITCH + 8, sums[n][3]);
-  }
 }
 
 template <Product P, Weights W, int TILES, bool FUSED, int DEPTH, int RESIDENT>
@@ -295,10 +112,21 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_
           break;
         }
         const int i = from + quarter * 16;
-        if (W == INT8 || (W == BOTH && p.int8))
-          multiply_int8<P>(sums, ring[d], x, eight_rows, a.T - g, i, end);
-        else
-          multiply_wide<P>(sums, ring[d], x, eight_rows, a.T - g, i, end, p.x_is_bf16);
+        uint4 X[TILES];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const bool inside = i + h * 64 < end;
+          if (W == INT8 || (W == BOTH && p.int8)) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              load_x<P, false>(X, x + 2 * (i + h * 64) + half * 16, eight_rows, a.T - g, inside, false);
+              multiply_int8<P>(sums, ring[d], h, half, X);
+            }
+          } else {
+            load_x<P, P == FP16>(X, x + i + h * 64, eight_rows, a.T - g, inside, p.x_is_bf16);
+            multiply_wide<P>(sums, ring[d], h, X);
+          }
+        }
         // Refilled in place, after its use: a copy first would wait for the load it has just sent.
         load(ahead, a, warp, lane, ring[d]);
         from += WARPS * CHUNK;
@@ -319,50 +147,6 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_
   }
   if constexpr (FUSED)
     if (!crossed) grid_barrier(a.barrier);  // no tile of the second phase, but waited for
-}
-
-// Calls run(kernel, blocks) with the instance that a launch wants; false where there is none.
-template <Product P, class Run>
-bool with_kernel(const Launch& l, Run run) {
-  const Args& a = l.args;
-  const auto grid = [&](int resident) {
-    const int first = a.unit_end[a.first - 1], rest = a.unit_end[a.problems - 1] - first, units = first > rest ? first : rest;
-    int blocks = l.sms * resident;
-    if (l.blocks && l.blocks < blocks) blocks = l.blocks;
-    return units < blocks ? units : blocks;
-  };
-#define T2_RUN(W, TILES, FUSED, DEPTH, RESIDENT) return run(skinny_kernel<P, W, TILES, FUSED, DEPTH, RESIDENT>, grid(RESIDENT)), true
-  // DEPTH: 64 to 128 KB in flight a multiprocessor (2 blocks of 256 threads, 64 bytes a chunk), and no register more than there are.
-  if (l.depth) {  // how deep is deep enough: for measuring
-    if constexpr (P == BF16)
-      if (a.T <= 8 && !l.fused) {
-        if (l.weights == WIDE && l.depth == 2) T2_RUN(WIDE, 1, false, 2, 2);
-        if (l.weights == WIDE && l.depth == 3) T2_RUN(WIDE, 1, false, 3, 2);
-        if (l.weights == INT8 && l.depth == 2) T2_RUN(INT8, 1, false, 2, 2);
-        if (l.weights == INT8 && l.depth == 4) T2_RUN(INT8, 1, false, 4, 2);
-      }
-    return false;
-  }
-  if (l.fused) {
-    if (a.T > 8) return false;
-    if (l.weights == WIDE) T2_RUN(WIDE, 1, true, 4, 2);
-    if (l.weights == INT8) T2_RUN(INT8, 1, true, 3, 2);
-    T2_RUN(BOTH, 1, true, 3, 2);
-  }
-  if (a.T <= 8) {
-    if (l.weights == WIDE) T2_RUN(WIDE, 1, false, 4, 2);
-    if (l.weights == INT8) T2_RUN(INT8, 1, false, 3, 2);
-    T2_RUN(BOTH, 1, false, 3, 2);
-  }
-  if (a.T <= 16) {
-    if (l.weights == WIDE) T2_RUN(WIDE, 2, false, 3, 2);
-    if (l.weights == INT8) T2_RUN(INT8, 2, false, 2, 2);
-    T2_RUN(BOTH, 2, false, 2, 2);
-  }
-  if (l.weights == WIDE) T2_RUN(WIDE, 4, false, 4, 1);
-  if (l.weights == INT8) T2_RUN(INT8, 4, false, 4, 1);
-  T2_RUN(BOTH, 4, false, 4, 1);
-#undef T2_RUN
 }
 
 }  // namespace t2

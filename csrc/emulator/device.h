@@ -14,6 +14,7 @@
   typedef type name##_type __VA_ARGS__; \
   static_assert(sizeof(name##_type) <= t2::emulator::SHARED_WORDS * 4); \
   name##_type& name = *reinterpret_cast<name##_type*>(t2::emulator::machine.current->block->shared.data())
+#define T2_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(t2::emulator::machine.current->block->shared.data())
 #define threadIdx (t2::emulator::Index{t2::emulator::machine.current->thread})
 #define blockIdx (t2::emulator::Index{t2::emulator::machine.current->block->index})
 #define gridDim (t2::emulator::Index{unsigned(t2::emulator::machine.blocks.size())})
@@ -127,22 +128,46 @@ inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 }
 
 inline void store_shared(float* p, float v) {
-  emulator::Shadow& s = emulator::shadow_of(p);
+  emulator::Block& block = *emulator::machine.current->block;
+  emulator::Shadow& s = emulator::shadow_of(p, block);
   const int me = int(emulator::machine.current->thread);
-  const unsigned now = emulator::machine.current->block->generation;
+  const unsigned now = block.generation;
   if ((s.writer >= 0 && s.writer != me && s.written == now) || (s.reader >= 0 && s.reader != me && s.read == now))
     emulator::fail("a race in shared memory: a word is written that another thread uses before the next barrier");
-  s.writer = me, s.written = now;
+  if (s.cluster_read == block.cluster->generation) emulator::fail("a race in shared memory: a word is written that another block has read since the last barrier");
+  s.writer = me, s.written = now, s.cluster_written = block.cluster->generation;
   *p = v;
 }
 inline float load_shared(const float* p) {
-  emulator::Shadow& s = emulator::shadow_of(p);
+  emulator::Block& block = *emulator::machine.current->block;
+  emulator::Shadow& s = emulator::shadow_of(p, block);
   const int me = int(emulator::machine.current->thread);
-  const unsigned now = emulator::machine.current->block->generation;
+  const unsigned now = block.generation;
   if (s.writer < 0) emulator::fail("a word of shared memory is read that nobody wrote");
   if (s.writer != me && s.written == now) emulator::fail("a race in shared memory: a word is read that another thread wrote since the last barrier");
   s.reader = me, s.read = now;
   return *p;
+}
+// The word at the same place in another block of the cluster.
+inline float load_shared_of(const float* p, unsigned rank) {
+  emulator::Block& mine = *emulator::machine.current->block;
+  emulator::Block& other = emulator::machine.blocks[mine.index - mine.rank + rank];
+  const auto* there = reinterpret_cast<const float*>(other.shared.data()) + (p - reinterpret_cast<const float*>(mine.shared.data()));
+  emulator::Shadow& s = emulator::shadow_of(there, other);
+  if (other.ended) emulator::fail("shared memory is read of a block that has ended");
+  if (s.writer < 0) emulator::fail("a word of shared memory is read that nobody wrote");
+  if (s.cluster_written == mine.cluster->generation) emulator::fail("a race in shared memory: a word is read that another block wrote since the last barrier");
+  s.cluster_read = mine.cluster->generation;
+  return *there;
+}
+inline unsigned cluster_rank() { return emulator::machine.current->block->rank; }
+inline void cluster_barrier() {
+  emulator::Cluster& c = *emulator::machine.current->block->cluster;
+  const unsigned generation = c.generation;
+  if (++c.arrived < c.threads) return emulator::sleep_while(c.generation, generation);
+  c.arrived = 0, ++c.generation, ++emulator::machine.progress;
+  for (emulator::Block& b : emulator::machine.blocks)
+    if (b.cluster == &c) ++b.generation;  // it is a barrier of each block, too
 }
 
 inline void block_barrier() {

@@ -1,6 +1,6 @@
 // The door of the emulator: the words of a launch in, an error or nothing out.
 #define T2_EMULATED
-#include "../cuda/skinny.cuh"
+#include "../cuda/choose.cuh"
 
 namespace {
 
@@ -34,11 +34,15 @@ extern "C" __attribute__((visibility("default"))) int t2_emulate(const int64_t* 
     t2::Launch l;
     if (const char* why = t2::unpack(words, count, l)) throw std::invalid_argument(why);
     allow_all(l.args);
-    const auto run = [&](auto kernel, int blocks) {
-      t2::emulator::run(unsigned(blocks), t2::THREADS, order, [&] { kernel(l.args); });
+    const auto run = [&](auto kernel, int blocks, int shared) {
+      if (shared > int(t2::emulator::SHARED_WORDS) * 4) throw std::invalid_argument("more shared memory than the emulator has");
+      t2::emulator::run(unsigned(blocks), t2::THREADS, unsigned(l.cluster), order, [&] { kernel(l.args); });
     };
 #ifdef T2_ONE_KERNEL
-    run(t2::skinny_kernel<t2::BF16, t2::WIDE, 1, false, 4, 2>, l.sms);
+    if (l.cluster == 1)
+      run(t2::skinny_kernel<t2::BF16, t2::WIDE, 1, false, 4, 2>, l.sms, 0);
+    else
+      run(t2::cluster_kernel<t2::BF16, t2::WIDE, 2, t2::CLUSTER>, l.cluster, 0);
 #else
     if (!(l.product == t2::BF16 ? t2::with_kernel<t2::BF16>(l, run) : t2::with_kernel<t2::FP16>(l, run))) throw std::invalid_argument("there is no such kernel");
 #endif

@@ -31,16 +31,23 @@ struct Warp {
   float* d[32];
 };
 
-// Who last wrote and read a word of shared memory, and between which two barriers.
+// Who last wrote and read a word of shared memory, and between which two barriers: of the block, and of its cluster.
 struct Shadow {
   int writer = -1, reader = -1;
   unsigned written = 0, read = 0;
+  unsigned cluster_written = 0, cluster_read = 0;  // cluster_read: by another block, after how many barriers; 0: never
+};
+
+struct Cluster {
+  int threads = 0, arrived = 0;
+  unsigned generation = 1;
 };
 
 struct Block {
-  unsigned index = 0;
-  int threads = 0, arrived = 0;
+  unsigned index = 0, rank = 0;  // rank: in its cluster
+  int threads = 0, arrived = 0, ended = 0;
   unsigned generation = 0;
+  Cluster* cluster = nullptr;
   std::vector<Warp> warps;
   std::vector<uint32_t> shared;
   std::vector<Shadow> shadow;
@@ -66,9 +73,10 @@ struct Fiber {
 #endif
 };
 
-constexpr size_t STACK = 1 << 17, SHARED_WORDS = 1 << 14;
+constexpr size_t STACK = 1 << 17, SHARED_WORDS = 1 << 15;
 
 struct Machine {
+  std::vector<Cluster> clusters;
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
   std::vector<Range> ranges;
@@ -139,6 +147,7 @@ inline void enter_fiber() {
     if (machine.error.empty()) machine.error = e.what();
   }
   machine.current->done = true;
+  ++machine.current->block->ended;
   ++machine.progress;
   yield();
 }
@@ -160,16 +169,19 @@ inline void prepare(Fiber& f, char* stack) {
 }
 
 // Runs `body` in every thread of every block, all blocks together. order: 0 forwards, 1 backwards, else another shuffle each.
-inline void run(unsigned blocks, unsigned threads, unsigned order, std::function<void()> body) {
+inline void run(unsigned blocks, unsigned threads, unsigned cluster, unsigned order, std::function<void()> body) {
   Machine& m = machine;
   const size_t count = size_t(blocks) * threads;
   m.body = std::move(body), m.error.clear(), m.progress = 0;
   m.blocks.assign(blocks, Block());
+  m.clusters.assign((blocks + cluster - 1) / cluster, Cluster());
   m.fibers.assign(count, Fiber());
   if (m.stacks_size < count * STACK) m.stacks.reset(new char[m.stacks_size = count * STACK]);
   for (unsigned i = 0; i < blocks; ++i) {
     Block& b = m.blocks[i];
-    b.index = i, b.threads = int(threads);
+    b.index = i, b.rank = i % cluster, b.threads = int(threads);
+    b.cluster = &m.clusters[i / cluster];
+    b.cluster->threads += int(threads);
     b.warps.resize(threads / 32);
     b.shared.assign(SHARED_WORDS, 0xffffffffu);  // NaN
     b.shadow.assign(SHARED_WORDS, Shadow());
@@ -217,8 +229,7 @@ inline void check(const void* p, size_t bytes, Kind kind) {
   fail(std::string(NAMES[kind]) + ": an address outside of it");
 }
 
-inline Shadow& shadow_of(const float* p) {
-  Block& b = *machine.current->block;
+inline Shadow& shadow_of(const float* p, Block& b) {
   const auto* word = reinterpret_cast<const uint32_t*>(p);
   if (word < b.shared.data() || word >= b.shared.data() + b.shared.size()) fail("an address outside of shared memory");
   return b.shadow[size_t(word - b.shared.data())];

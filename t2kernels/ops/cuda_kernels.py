@@ -20,8 +20,10 @@ from torch import Tensor
 
 from .precision import forward_precision
 
-TOKENS, PROBLEMS = 32, 8  # as in csrc/cuda/problem.h
 FP16, BF16, INT8 = torch.float16, torch.bfloat16, torch.int8
+# Above 8 tokens, blocks in clusters of 4 share the sums of 4 tiles, so that x is read a fourth as often (csrc/cuda/cluster.cuh), where a row is
+# long enough to give 16 of their 32 warps a chunk of 128 bytes. Computed from bytes, not measured.
+CLUSTER, CLUSTER_TOKENS, CLUSTER_BYTES = 4, 9, 2048
 
 
 class Variant(NamedTuple):
@@ -29,12 +31,14 @@ class Variant(NamedTuple):
 
     dependent: each kernel may start under the one before; fused: both halves in one cooperative launch with a grid barrier, T <= 8
     blocks: at most so many thread blocks, 0 for as many as are resident; depth: chunks in flight a warp, 0 for the usual
+    cluster: thread blocks that share the sums of a tile, 1 or 4 (T > 8, sm_90 and later); 0 for what suits the sizes
     """
 
     dependent: bool = True
     fused: bool = False
     blocks: int = 0
     depth: int = 0
+    cluster: int = 0
 
 
 class Problem(NamedTuple):
@@ -198,7 +202,7 @@ def _launch(
         0 if barrier is None else barrier.data_ptr(),
         variant.dependent,
         variant.fused,
-        1,
+        variant.cluster or _cluster(problems, T, variant, device),
         variant.blocks,
         variant.depth,
         _multiprocessors(device),
@@ -229,6 +233,14 @@ def _words(p: Problem, T: int, product: torch.dtype, kept: list[Tensor]) -> list
     ]  # fmt: skip
 
 
+def _cluster(problems: list[Problem], T: int, variant: Variant, device: torch.device) -> int:
+    """How many blocks should share their sums."""
+    if T < CLUSTER_TOKENS or variant.fused or variant.depth or len({p.W.dtype for p in problems}) > 1:
+        return 1
+    short = min(p.W.shape[1] * p.W.element_size() for p in problems) < CLUSTER_BYTES
+    return 1 if short or _architecture(device) < 90 else CLUSTER
+
+
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -241,6 +253,17 @@ def _keep(kept: list[Tensor], t: Tensor) -> Tensor:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    """For which architecture the code that runs on a device was compiled: 80, 90, 100. The emulator's has everything."""
+    if device.type != "cuda":
+        return 90
+    from t2kernels import _C
+
+    with torch.cuda.device(device):
+        return _C.cuda_architecture()
 
 
 @functools.cache
