@@ -6,7 +6,9 @@
     python benchmarks/decode.py --between    an elementwise kernel of torch after every call, as in a model: no call starts under the one before
 
 The CUDA kernel takes part where the extension holds it, in the variants that are to be chosen from: launches that depend (PDL) or wait, one
-cooperative launch (fused), the depth of the ring, blocks a multiprocessor, and the base weight read in the same launch. A time is that of one call in a CUDA graph of many, whose weights are copies taken in turn, in all more than four times the L2 cache. What the
+cooperative launch (fused), the depth of the ring, blocks a multiprocessor, clusters of blocks, and the base weight read in the same launch.
+
+A time is that of one call in a CUDA graph of many, whose weights are copies taken in turn, in all more than four times the L2 cache. What the
 graph wrote is compared with fp64 first: the error may be 1.1 times that of plain torch in the same dtypes. A wrong result gets no time.
 Rows are appended to benchmarks/results/decode.jsonl.
 """
@@ -45,11 +47,12 @@ class Weights(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One variant: f of (x, ids, weights), up to how many tokens, and whether experts are in it."""
+    """One variant: f of (x, ids, weights), from and up to how many tokens, and whether experts are in it."""
 
     f: Callable[[Tensor, Tensor, Weights], list[Tensor]]
     tokens: int = 1 << 30
     experts: bool = True
+    least: int = 1
 
 
 class Case(NamedTuple):
@@ -123,6 +126,8 @@ def cases(device: torch.device) -> tuple[Case, ...]:
     ring = {f"cuda, ring of {depth}": cuda_pair(Variant(depth=depth)) for depth in (2, 4)}
     found[2].run.update({"cuda, PDL": cuda_pair(pdl), "cuda, no PDL": cuda_pair(Variant(False)), "cuda, fused": cuda_pair(fused), **ring})
     found[2].run["cuda, one block a SM"] = cuda_pair(one_a_sm)
+    for case in found[1:3]:
+        case.run["cuda, no cluster"] = cuda_pair(Variant(cluster=1))._replace(least=9)
     for case in found[3:]:
         case.run.update({"cuda dense": alone, **over})
     return found
@@ -231,7 +236,7 @@ def measure(name: str, case: Case, Ts: list[int], device: torch.device, shrink: 
             break
         x, ids = torch.randn(T, N, device=device).to(BF16), (torch.arange(T, device=device) % E).int()
         for variant, run in case.run.items():
-            if T > run.tokens:
+            if not run.least <= T <= run.tokens:
                 continue
             experts = run.experts
             replay, ys = replayed(run.f, x, ids, copies, calls, between)
@@ -278,10 +283,13 @@ def check_small(name: str, run: Callable, form: str, x: Tensor, ids: Tensor, w: 
 
 def small_cuda(device: torch.device) -> None:
     """Every variant of the CUDA kernel once, on sizes that are no whole number of tiles."""
-    for case in cases(device):
+    for case in cases(device) if cuda_kernels.why_not(device) is None else ():
         w = weights(case.form, 208, (80, 80), device, 48)
-        for (variant, run), T in ((v, T) for v in case.run.items() for T in (5, 13, 32)):
-            if variant.startswith("cuda") and run.experts and T <= run.tokens:
+        runs = dict(case.run)
+        if not case.form.endswith("int8 base"):
+            runs["cuda, clusters"] = cuda_pair(Variant(cluster=4))._replace(least=9)  # which rows as short as these would not get
+        for (variant, run), T in ((v, T) for v in runs.items() for T in (5, 13, 32)):
+            if variant.startswith("cuda") and run.experts and run.least <= T <= run.tokens:
                 x, ids = torch.randn(T, 208, device=device).to(BF16), (torch.arange(T, device=device) % 7).int()
                 check_small(variant, run.f, case.form, x, ids, w)
                 if len(w.U) == 2:

@@ -43,9 +43,14 @@ def test_forward(name, x_dtype, w_dtype):
         got = cuda_kernels.forward(*args)
         check(got, eager(*args), exact(*args), x_dtype)
         assert same(got, cuda_kernels.forward(*args, ALONE))
-        assert same(got, cuda_kernels.forward(*args, Variant(blocks=7)))
         if T <= 8:
             assert same(got, cuda_kernels.forward(*args, FUSED))
+            assert same(got, cuda_kernels.forward(*args, Variant(blocks=7)))
+        else:  # without clusters, and with few of them
+            alone = cuda_kernels.forward(*args, Variant(cluster=1))
+            check(alone, eager(*args), exact(*args), x_dtype)
+            assert same(alone, cuda_kernels.forward(*args, Variant(cluster=1, blocks=7)))
+            check(cuda_kernels.forward(*args, Variant(blocks=8)), eager(*args), exact(*args), x_dtype)
 
 
 @pytest.mark.usefixtures("poison")
@@ -121,11 +126,11 @@ def test_a_graph_follows_experts_that_are_swapped_between_replays(variant):
         check(captured[:3], eager(*args), exact(*args), BF16)
 
 
-@pytest.mark.parametrize("variant", [Variant(), FUSED, Variant(blocks=64)])
-def test_a_thousand_runs_give_the_same_bits(variant):
-    """A race in shared memory, in the dependent launch or in the grid barrier would show as a bit that moves."""
+@pytest.mark.parametrize("T, variant", [(8, Variant()), (8, FUSED), (8, Variant(blocks=64)), (32, Variant()), (16, Variant(cluster=1))])
+def test_a_thousand_runs_give_the_same_bits(T, variant):
+    """A race in shared memory, in the dependent launch, in a cluster or in the grid barrier would show as a bit that moves."""
     for name, w_dtype in (("qkv delta", BF16), ("down", INT8)):
-        args = arguments(8, name, BF16, w_dtype)
+        args = arguments(T, name, BF16, w_dtype)
         first, moved = cuda_kernels.forward(*args, variant), torch.zeros((), dtype=torch.int64, device="cuda")
         for _ in range(1000):
             for a, b in zip(cuda_kernels.forward(*args, variant), first, strict=True):
@@ -133,12 +138,12 @@ def test_a_thousand_runs_give_the_same_bits(variant):
         assert moved.item() == 0
 
 
-@pytest.mark.parametrize("variant", [Variant(), FUSED])
-def test_a_chain_of_dependent_launches_is_what_waiting_gives(variant):
+@pytest.mark.parametrize("T, variant", [(4, Variant()), (4, FUSED), (12, Variant())])
+def test_a_chain_of_dependent_launches_is_what_waiting_gives(T, variant):
     """x of each call is y of the one before, and memory is reused at once: nothing may start too early."""
-    p = problem(4, (2048, [256], [2048]), BF16, BF16, base=False)
+    p = problem(T, (2048, [256], [2048]), BF16, BF16, base=False)
     x, V, Us, scale = p[:4]
-    scale, ids = scale / 50, draw_ids("distinct", 4)  # 200 calls do not overflow
+    scale, ids = scale / 50, draw_ids("distinct", T)  # 200 calls do not overflow
 
     def chain(wait, torch_between):
         y = x
