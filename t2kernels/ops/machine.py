@@ -12,6 +12,7 @@ from .planner import PAIR_TOKENS, Machine
 from .tuning import read_table
 
 
+@torch.compiler.assume_constant_result  # a compiler need not look at how it is found out
 def machine_of(device: torch.device) -> Machine:
     """The `Machine` of a device."""
     return _machine(device.type, device.index)
