@@ -41,7 +41,10 @@ FORMATS = {
     "fp32, fp16": (torch.float32, torch.float16),
     "fp32, int8": (torch.float32, torch.int8),
     "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16, fp16": (torch.bfloat16, torch.float16),
     "bf16, int8": (torch.bfloat16, torch.int8),
+    "fp16": (torch.float16, torch.float16),
+    "fp16, int8": (torch.float16, torch.int8),
 }
 EXPERTS = 8
 
@@ -191,7 +194,7 @@ def main() -> None:
         shown = Table("threads", "shape", "formats", *(f"T={T}" for T in arguments.tokens), title="time of the C++ kernels over torch's")
         for key in dict.fromkeys((r["threads"], r["shape"], r["formats"]) for r in rows):
             mine = [r for r in rows if (r["threads"], r["shape"], r["formats"]) == key]
-            shown.add_row(*map(str, key), *(f"{r['ratio']:.2f} ({r['cpp_us']:.0f} us)" for r in mine))
+            shown.add_row(*map(str, key), *(f"{r['ratio']:.2f} {r['cpp_us']:.0f}us" for r in mine))
         Console().print(shown)
 
 

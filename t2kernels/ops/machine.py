@@ -26,12 +26,13 @@ def _machine(kind: str, index: int | None) -> Machine:
         missing["cpp"] = cpp
     if why := triton_kernels.why_not(device):
         missing["triton"] = why
-    name, unchecked, pair_tokens = kind, {}, PAIR_TOKENS
+    name, unchecked, pair_tokens, isa = kind, {}, PAIR_TOKENS, ""
     if kind == "cpu":
         unchecked["triton"] = "its interpreter is for checks"
         if not cpp:
-            name = f"cpu with {cpp_kernels.isa()}"
-            if cpp_kernels.isa() == "portable":
+            isa = cpp_kernels.isa()
+            name = f"{kind} ({isa})"
+            if isa == "portable":
                 unchecked["cpp"] = "without AVX2 it is slower than torch"
     elif kind == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -40,4 +41,4 @@ def _machine(kind: str, index: int | None) -> Machine:
             unchecked["triton"] = "its kernels have not been checked on this kind of GPU; `t2 tune` does that"
         else:
             pair_tokens = table.get("pair_tokens", pair_tokens)
-    return Machine(kind, name, tuple(missing.items()), tuple(unchecked.items()), pair_tokens)
+    return Machine(kind, name, tuple(missing.items()), tuple(unchecked.items()), pair_tokens, isa)
