@@ -7,7 +7,7 @@ from t2kernels.ops.planner import IMPLS, Call, Machine, bytes_moved, cheaper_for
 
 NO_CUDA = ("cuda", "not built")
 CPU = Machine("cpu", "CPU", (("cpp", "not built"), ("triton", "needs a GPU"), NO_CUDA))
-CPP = Machine("cpu", "a CPU with AVX2", (("triton", "needs a GPU"), NO_CUDA))
+CPP = Machine("cpu", "a CPU with AVX-512", (("triton", "needs a GPU"), NO_CUDA), isa="avx512")
 CHECKED = Machine("cuda", "a checked GPU", (NO_CUDA,))
 UNCHECKED = Machine("cuda", "another GPU", (NO_CUDA,), (("triton", "not checked on this GPU"),))
 CUDA = Machine("cuda", "a GPU with everything")
@@ -68,7 +68,11 @@ def call(T, M=HIDDEN, N=HIDDEN, C=None, **more):
         (call(8, x=torch.float32, factors=torch.int8), CPP, "cpp", "stream"),
         (call(1, grad=True), CPP, "torch", "mm"),
         (call(1, rows=False), CPP, "torch", "mm"),
-        (call(64), CPP, "torch", "mm"),
+        (call(5), CPP, "torch", "mm"),  # bf16 factors
+        (call(8, x=torch.float32, factors=torch.float32), CPP, "cpp", "stream"),
+        (call(9, x=torch.float32, factors=torch.float32), CPP, "torch", "mm"),
+        (call(16), CPP._replace(isa="avx2"), "cpp", "stream"),
+        (call(1), CPP._replace(unchecked=(("cpp", "slow"),)), "torch", "mm"),
         (call(0), CPP, "torch", "mm"),
         (call(1, x=torch.float64), CPP, "torch", "mm"),
         (call(1, x=torch.float32, factors=torch.float64), CPP, "torch", "mm"),

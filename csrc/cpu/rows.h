@@ -11,23 +11,23 @@ namespace {
 #define T2_UNROLL _Pragma("GCC unroll 32")  // sums live in registers only where every loop over them is gone
 
 template <class S, class W, int R, int T>
-[[gnu::always_inline]] inline void tile(const W* w, int64_t stride, int64_t K, const float* x, int64_t stride_x, float* out) {
+[[gnu::always_inline]] inline void tile(const W* const (&w)[R], int64_t K, const float* x, int64_t stride_x, float* out) {
   typename S::Float sum[(R * T + 3) / 4 * 4];
   T2_UNROLL for (auto& s : sum) s = S::zero();
-  const auto step = [&](const W* wk, int64_t stride, const float* xk) __attribute__((always_inline)) {
+  const auto step = [&](const auto& row, const float* xk) __attribute__((always_inline)) {
     typename S::Float v[R];
-    T2_UNROLL for (int r = 0; r < R; ++r) v[r] = S::load(wk + r * stride);
+    T2_UNROLL for (int r = 0; r < R; ++r) v[r] = S::load(row(r));
     T2_UNROLL for (int t = 0; t < T; ++t) {
       const auto xv = S::load(xk + t * stride_x);
       T2_UNROLL for (int r = 0; r < R; ++r) sum[r * T + t] = S::fma(v[r], xv, sum[r * T + t]);
     }
   };
   int64_t k = 0;
-  for (; k + S::lanes <= K; k += S::lanes) step(w + k, stride, x + k);
+  for (; k + S::lanes <= K; k += S::lanes) step([&](int r) { return w[r] + k; }, x + k);
   if (k < K) {  // zeros behind the end of a row, whatever lies there in memory
     W rest[R][S::lanes] = {};
-    for (int r = 0; r < R; ++r) std::memcpy(rest[r], w + r * stride + k, (K - k) * sizeof(W));
-    step(rest[0], S::lanes, x + k);
+    for (int r = 0; r < R; ++r) std::memcpy(rest[r], w[r] + k, (K - k) * sizeof(W));
+    step([&](int r) { return rest[r]; }, x + k);
   }
   T2_UNROLL for (int i = 0; i < R * T; i += 4) S::sums(sum[i], sum[i + 1], sum[i + 2], sum[i + 3], out + i);
 }
@@ -35,11 +35,12 @@ template <class S, class W, int R, int T>
 template <class S, class W, int T>
 void rows_by(const W* w, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, float* out) {
   constexpr int R = S::rows[T - 1];
-  static_assert(BLOCK % R == 0);  // then only the last block of a matrix has rows left over
-  int r = 0;
-  for (; r + R <= rows; r += R) tile<S, W, R, T>(w + r * stride, stride, K, x, stride_x, out + r * T);
-  if constexpr (R > 1)
-    for (; r < rows; ++r) tile<S, W, 1, T>(w + r * stride, stride, K, x, stride_x, out + r * T);
+  static_assert(BLOCK % R == 0);
+  for (int r = 0; r < rows; r += R) {
+    const W* row[R];
+    for (int i = 0; i < R; ++i) row[i] = w + (r + i < rows ? r + i : rows - 1) * stride;  // behind the last row the last one again
+    tile<S, W, R, T>(row, K, x, stride_x, out + r * T);
+  }
 }
 
 template <class S, class W>

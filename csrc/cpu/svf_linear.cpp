@@ -9,8 +9,10 @@
 namespace t2cpu {
 namespace {
 
-// Below so many bytes of factors one thread does it alone: waking another takes longer than reading them. Measured: docs/building.md.
-constexpr int64_t ALONE = 192 << 10;
+// Below so many microseconds one thread does it alone. Two save half of it at best; where something else keeps the other core busy, which happens to
+// everybody, waiting for its share took 4 to 16 ms (two cores of an AMD EPYC, load 4).
+constexpr int64_t ALONE = 200;
+
 constexpr int64_t PAGE_OFFSET = LANE;  // rows of x one line apart from a power of two, where they would share the sets of a cache
 
 int64_t padded(int64_t K) { return (K + LANE - 1) / LANE * LANE + PAGE_OFFSET; }
@@ -125,16 +127,18 @@ void both(const Team& team, void* data) {
   expand_rows(r, team);
 }
 
-int64_t bytes(const Shrink* in, const Expand* out, int members, int dtype) {
+// 1 where the work is small. Reading goes at some 60 bytes a nanosecond (32 to 84 measured, memory to L3), arithmetic at 80 products.
+int worth(int threads, const Shrink* in, const Expand* out, int members, int dtype, int64_t T) {
   int64_t numbers = in ? in->Vt.rows * in->Vt.K : 0;
   for (int i = 0; i < members; ++i) numbers += out[i].U.rows * out[i].U.K;
-  return numbers * size_of(dtype);
+  const int64_t nanoseconds = numbers * size_of(dtype) / 60 + numbers * T / 80;
+  return nanoseconds < 1000 * ALONE ? 1 : threads;
 }
 
 }  // namespace
 
 void svf_linear(const Kernels& k, const Shrink& in, const Expand* out, int members, int threads) {
-  if (bytes(&in, out, members, in.dtype) * std::min<int64_t>(in.T, TILE) < ALONE) threads = 1;
+  threads = worth(threads, &in, out, members, in.dtype, in.T);
   int64_t width = padded(in.Vt.K);
   for (int i = 0; i < members; ++i) width += padded(out[i].U.K);
   float* room = scratch(std::min<int64_t>(in.T, TOKENS) * width);
@@ -153,7 +157,7 @@ void svf_linear(const Kernels& k, const Shrink& in, const Expand* out, int membe
 }
 
 void shrink(const Kernels& k, const Shrink& in, float* g, int threads) {
-  if (bytes(&in, nullptr, 0, in.dtype) * std::min<int64_t>(in.T, TILE) < ALONE) threads = 1;
+  threads = worth(threads, &in, nullptr, 0, in.dtype, in.T);
   const Expand all{{nullptr, 0, in.Vt.rows, 0}, 0, nullptr, 0, nullptr, nullptr};
   float* room = scratch(std::min<int64_t>(in.T, TOKENS) * padded(in.Vt.K));
   for (int64_t first = 0; first < in.T; first += TOKENS) {
@@ -165,7 +169,7 @@ void shrink(const Kernels& k, const Shrink& in, float* g, int threads) {
 }
 
 void expand(const Kernels& k, const float* g, int64_t stride_g, int64_t T_all, const Expand* out, int members, int dtype, int x_dtype, int threads) {
-  if (bytes(nullptr, out, members, dtype) * std::min<int64_t>(T_all, TILE) < ALONE) threads = 1;
+  threads = worth(threads, nullptr, out, members, dtype, T_all);
   int64_t width = 0;
   for (int i = 0; i < members; ++i) width += padded(out[i].U.K);
   float* room = scratch(std::min<int64_t>(T_all, TOKENS) * width);

@@ -12,6 +12,7 @@ from .planner import DECODE_TOKENS, PAIR_TOKENS, Machine
 from .tuning import read_cuda_table, read_table
 
 
+@torch.compiler.assume_constant_result  # a compiler need not look at how it is found out
 def machine_of(device: torch.device) -> Machine:
     """The `Machine` of a device."""
     return _machine(device.type, device.index)
@@ -27,12 +28,13 @@ def _machine(kind: str, index: int | None) -> Machine:
         missing["cpp"] = cpp
     if why := triton_kernels.why_not(device):
         missing["triton"] = why
-    name, unchecked, pair_tokens, decode_tokens = kind, {}, PAIR_TOKENS, DECODE_TOKENS
+    name, unchecked, pair_tokens, decode_tokens, isa = kind, {}, PAIR_TOKENS, DECODE_TOKENS, ""
     if kind == "cpu":
         unchecked["triton"] = "its interpreter is for checks"
         if not cpp:
-            name = f"cpu with {cpp_kernels.isa()}"
-            if cpp_kernels.isa() == "portable":
+            isa = cpp_kernels.isa()
+            name = f"{kind} ({isa})"
+            if isa == "portable":
                 unchecked["cpp"] = "without AVX2 it is slower than torch"
     elif kind == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -46,4 +48,4 @@ def _machine(kind: str, index: int | None) -> Machine:
             unchecked["cuda"] = "its kernel has not been checked on this kind of GPU; `t2 tune` does that"
         else:
             decode_tokens = tuple(table.get("decode_tokens", decode_tokens))
-    return Machine(kind, name, tuple(missing.items()), tuple(unchecked.items()), pair_tokens, decode_tokens)
+    return Machine(kind, name, tuple(missing.items()), tuple(unchecked.items()), pair_tokens, decode_tokens, isa)

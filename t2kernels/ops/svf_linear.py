@@ -129,7 +129,6 @@ def swiglu(x, V, Us, scale, expert_ids, bases, biases) -> Tensor:
     return kernels.forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
 
 
-@torch.compiler.assume_constant_result  # a compiler need not look at how a machine is found out
 def skinny_kernels(device: torch.device) -> bool:
     """Whether `auto` may pick the skinny kernels on a device at all: where not, nothing needs to be asked call by call."""
     machine = machine_of(device)
