@@ -44,7 +44,8 @@ def svf_linear(
     expert_ids: int32 or int64, the row of each token; its shape is a leading part of x.shape[:-1]: () for one row for all, [B], [B, S]
     base: [..., M] x's dtype, added
     bias: [M] x's dtype, added
-    impl: "auto" chooses (`plan` tells what and why); "torch", "cpp" (CPU, no gradients), "triton" or "cuda" mean that one or an error
+    impl: "auto" chooses (`plan` tells what and why); "torch", "cpp" (CPU, no gradients), "triton" or "cuda" (1 to 32 tokens, no gradients) mean
+        that one or an error
 
     Returns [..., M] in x's dtype; sums in fp32. Gradients for x, scale, base and bias; U and V are frozen and get none.
     Raises ValueError on shapes and dtypes that do not fit, IndexError on rows that are not there (CPU), ImplUnavailableError.
