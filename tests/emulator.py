@@ -1,5 +1,6 @@
 """The decode kernel on the CPU: csrc/emulator, compiled once, in place of the launch."""
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -7,6 +8,9 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from unittest import mock
+
+from t2kernels.ops import cuda_kernels, machine
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
@@ -53,3 +57,13 @@ class Emulator:
         error = ctypes.create_string_buffer(400)
         if self.library.t2_emulate(packed, len(packed) // 8, self.order, error, len(error)):
             raise EmulatorError(error.value.decode())
+
+
+@contextlib.contextmanager
+def in_place_of_a_gpu():
+    """impl="cuda" on the CPU: launches go to the emulator, which it gives, and `auto` trusts the kernel."""
+    emulated = Emulator()
+    machine._machine.cache_clear()
+    with mock.patch.object(cuda_kernels, "_send", emulated.send), mock.patch.object(cuda_kernels, "why_not", return_value=None):
+        yield emulated
+    machine._machine.cache_clear()

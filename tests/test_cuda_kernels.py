@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton_cases import MIXES, check, draw_ids, eager, exact, problem
 
-from t2kernels.ops import ImplUnavailableError, cuda_kernels, machine, plan, svf_linear, svf_linear_group
+from t2kernels.ops import ImplUnavailableError, cuda_kernels, plan, svf_linear, svf_linear_group
 from t2kernels.ops.cuda_kernels import Variant
 from t2kernels.ops.planner import DECODE_DTYPES
 from t2kernels.ops.selfcheck import selfcheck
@@ -24,20 +24,10 @@ FUSED = Variant(fused=True)
 SHAPES = [(96, [48], [80]), (208, [32, 16], [83, 33]), (1040, [160], [72]), (80, [1040], [25]), (64, [16, 16, 16], [40, 8, 24])]
 
 
-@pytest.fixture(scope="module")
-def emulated():
-    return emulator.Emulator()
-
-
 @pytest.fixture
-def cuda(monkeypatch, emulated):
-    """impl="cuda" on the CPU: launches go to the emulator, and `auto` trusts it."""
-    emulated.order, emulated.launches = 0, []
-    monkeypatch.setattr(cuda_kernels, "_send", emulated.send)
-    monkeypatch.setattr(cuda_kernels, "why_not", lambda device: None)
-    machine._machine.cache_clear()
-    yield emulated
-    machine._machine.cache_clear()
+def cuda():
+    with emulator.in_place_of_a_gpu() as emulated:
+        yield emulated
 
 
 def case(T, N, Rs, Ms, x_dtype, w_dtype, base=True, bias=True, mix="uniform"):
@@ -62,10 +52,10 @@ def test_forward_is_as_exact_as_eager(cuda, x_dtype, w_dtype, T):
             assert same(got, cuda_kernels.forward(*args, FUSED))  # one launch adds in the same order as two
 
 
-def test_int8_widens_exactly(emulated):
+def test_int8_widens_exactly(cuda):
     for product, dtype in ((0, BF16), (1, FP16)):
         out = torch.empty(256, dtype=torch.int16)
-        emulated.library.t2_widen_all(product, ctypes_pointer(out))
+        cuda.library.t2_widen_all(product, ctypes_pointer(out))
         assert torch.equal(out.view(dtype).float(), torch.arange(256).to(torch.uint8).view(INT8).float())
 
 
