@@ -314,12 +314,33 @@ def test_words_that_memory_safety_forbids_do_not_reach_the_kernel(cuda):
     args = case(4, 64, [16], [24], BF16, BF16)
     g = cuda_kernels.shrink(*args[:2], *args[3:5])
     words = torch.frombuffer(bytearray(cuda.launches[0]), dtype=torch.int64)
-    header = words.numel() - 16
-    changes = {1: 33, 4: 0, 6: 2, 11: 3, 14: 0, header: 0, header + 1: words[header + 1] + 2, header + 6: 0, header + 7: 60, header + 8: 66}
-    for at, value in changes.items():
+    problem = words.numel() - 16  # where the one problem begins
+    for at, value, why in (
+        (0, 2, "products"),
+        (1, 33, "T is not in 1..32"),
+        (1, 0, "T is not in 1..32"),
+        (2, words[2] + 2, "ids are not"),
+        (4, 0, "repeat"),
+        (5, 0, "no row of scale"),
+        (6, 2, "second phase"),
+        (7, 0, "gate and up"),
+        (10, 1, "second phase"),
+        (11, 3, "a cluster is"),
+        (14, 0, "multiprocessors"),
+        (problem, 0, "null"),
+        (problem, words[problem] + 2, "not on 16 bytes"),
+        (problem + 1, words[problem + 1] + 8, "not on 16 bytes"),
+        (problem + 5, words[problem + 5] + 1, "not on a whole number"),
+        (problem + 6, 0, "R or K"),
+        (problem + 6, -1, "negative"),
+        (problem + 7, 60, "no multiple of 16 bytes"),
+        (problem + 8, 66, "not on 16 bytes"),
+        (problem + 12, 80, "power of two"),
+        (problem + 14, 1, "fp16 factors"),
+    ):
         spoiled = words.clone()
         spoiled[at] = value
-        with pytest.raises(emulator.EmulatorError):
+        with pytest.raises(emulator.EmulatorError, match=why):
             cuda.send(spoiled.numpy().tobytes())
     with pytest.raises(emulator.EmulatorError, match="header"):
         cuda.send(words[:-1].numpy().tobytes())
