@@ -161,7 +161,7 @@ def test_what_lies_around_the_factors_and_in_the_scratch_is_not_used(isa):
 
 @pytest.mark.parametrize("w_dtype", [torch.float32, torch.int8], ids=str)
 def test_bits_depend_on_neither_threads_nor_company(isa, w_dtype, threads):
-    x, V, Us, scale, ids, bases, biases = problem((19,), 301, (260, 77), (515, 230), w_dtype=w_dtype)
+    x, V, Us, scale, ids, bases, biases = problem((90,), 501, (260, 77), (515, 230), w_dtype=w_dtype)  # enough work for several
     threads(1)
     want = cpp_kernels.forward(x, V, Us, scale, ids, bases, biases)
     for count in (2, 3, 7):
@@ -171,11 +171,11 @@ def test_bits_depend_on_neither_threads_nor_company(isa, w_dtype, threads):
             assert all(map(torch.equal, again, want))
         g = cpp_kernels.shrink(x, V, scale, ids)
         halves = [
-            cpp_kernels.expand(part, [U], [base], [bias], x.dtype, (19,))[0]
+            cpp_kernels.expand(part, [U], [base], [bias], x.dtype, (90,))[0]
             for part, U, base, bias in zip(g.split([260, 77], 1), Us, bases, biases, strict=True)
         ]
         assert all(map(torch.equal, halves, want))
-    for t in range(19):
+    for t in range(0, 90, 5):
         alone = cpp_kernels.forward(x[t], V, Us, scale, ids[t], [b[t] for b in bases], biases)
         assert all(torch.equal(a, w[t]) for a, w in zip(alone, want, strict=True))
     second = cpp_kernels.forward(x, V[:, 260:], Us[1:], scale[:, 260:], ids, bases[1:], biases[1:])
@@ -204,7 +204,7 @@ def test_a_forked_child_works_on():
 import os, torch
 from t2kernels.ops import cpp_kernels
 torch.set_num_threads(2)
-x, V, U, s = torch.randn(2, 512), torch.randn(512, 512).t(), torch.randn(512, 512), torch.ones(1, 512)
+x, V, U, s = torch.randn(2, 2048), torch.randn(2048, 2048).t(), torch.randn(2048, 2048), torch.ones(1, 2048)
 run = lambda: cpp_kernels.forward(x, V, [U], s, torch.zeros(2, dtype=torch.int32), [None], [None])[0]
 want = run()
 child = os.fork()
