@@ -1,4 +1,7 @@
+#include <sched.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -58,6 +61,27 @@ void by_tiles(int64_t T, F f) {  // of equal size: 9 tokens are 5 and 4
   for (int64_t i = 0; i < tiles; ++i) f(T * i / tiles, int(T * (i + 1) / tiles - T * i / tiles));
 }
 
+// Blocks of rows that threads take one by one. What a thread is late for, since something else has its core or it is a slow one, others do.
+struct Blocks {
+  std::atomic<int64_t> taken{0}, done{0};
+
+  // f(member, first row, rows) for every block that no other thread has taken; then, on a wish, until the others' are done too.
+  template <class Count, class F>
+  void each(int members, Count rows_of, bool wait, F f) {
+    const auto blocks = [&](int i) { return (rows_of(i) + BLOCK - 1) / BLOCK; };
+    int64_t all = 0, mine = 0;
+    for (int i = 0; i < members; ++i) all += blocks(i);
+    for (int64_t b; (b = taken.fetch_add(1, std::memory_order_relaxed)) < all; ++mine) {
+      int i = 0;
+      for (; b >= blocks(i); ++i) b -= blocks(i);
+      f(i, b * BLOCK, int(std::min<int64_t>(BLOCK, rows_of(i) - b * BLOCK)));
+    }
+    done.fetch_add(mine, std::memory_order_release);
+    for (int spins = 0; wait && done.load(std::memory_order_acquire) < all; ++spins)
+      if (spins > 1000) sched_yield();
+  }
+};
+
 // A round of at most TOKENS tokens: x, and for each member its g, as padded rows of fp32. in or out may be null: a half alone.
 struct Round {
   const Kernels& k;
@@ -66,28 +90,14 @@ struct Round {
   int members, dtype, x_dtype;
   int64_t first, T;
   Rows x, g[MEMBERS];
+  Blocks shrinking, expanding;
 };
 
 int64_t columns(const Round& r, int i) { return r.out[i].U.K; }
 
-// f(member, first row, rows) for the blocks of this thread: neighbours, and the same in every call, so that small factors stay in its caches.
-template <class Count, class F>
-void my_blocks(const Team& team, int members, Count rows_of, F f) {
-  const auto blocks = [&](int i) { return (rows_of(i) + BLOCK - 1) / BLOCK; };
-  int64_t all = 0, before = 0;
-  for (int i = 0; i < members; ++i) all += blocks(i);
-  const int64_t from = all * team.rank / team.size, to = all * (team.rank + 1) / team.size;
-  for (int i = 0; i < members; before += blocks(i++)) {
-    for (int64_t b = std::max(from, before); b < std::min(to, before + blocks(i)); ++b) {
-      const int64_t row = (b - before) * BLOCK;
-      f(i, row, int(std::min<int64_t>(BLOCK, rows_of(i) - row)));
-    }
-  }
-}
-
-void shrink_rows(const Round& r, const Team& team) {
+void shrink_rows(Round& r, bool wait) {
   const Shrink& s = *r.in;
-  my_blocks(team, r.members, [&](int i) { return columns(r, i); }, [&](int i, int64_t row, int rows) {
+  r.shrinking.each(r.members, [&](int i) { return columns(r, i); }, wait, [&](int i, int64_t row, int rows) {
     const int64_t c = r.out[i].column + row;
     by_tiles(r.T, [&](int64_t t0, int T) {
       float sums[SUMS];
@@ -103,8 +113,8 @@ void shrink_rows(const Round& r, const Team& team) {
   });
 }
 
-void expand_rows(const Round& r, const Team& team) {
-  my_blocks(team, r.members, [&](int i) { return r.out[i].U.rows; }, [&](int i, int64_t m, int rows) {
+void expand_rows(Round& r) {
+  r.expanding.each(r.members, [&](int i) { return r.out[i].U.rows; }, false, [&](int i, int64_t m, int rows) {
     const Expand& e = r.out[i];
     by_tiles(r.T, [&](int64_t t0, int T) {
       float sums[SUMS];
@@ -118,13 +128,6 @@ void expand_rows(const Round& r, const Team& team) {
       }
     });
   });
-}
-
-void both(const Team& team, void* data) {
-  const Round& r = *static_cast<Round*>(data);
-  shrink_rows(r, team);
-  team.barrier();
-  expand_rows(r, team);
 }
 
 // 1 where the work is small. Reading goes at some 60 bytes a nanosecond (32 to 84 measured, memory to L3), arithmetic at 80 products.
@@ -144,7 +147,7 @@ void svf_linear(const Kernels& k, const Shrink& in, const Expand* out, int membe
   float* room = scratch(std::min<int64_t>(in.T, TOKENS) * width);
   for (int64_t first = 0; first < in.T; first += TOKENS) {
     const int64_t T = std::min<int64_t>(TOKENS, in.T - first);
-    Round r{k, &in, out, members, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {}};
+    Round r{k, &in, out, members, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {}, {}, {}};
     widen_rows(k, at(in.x, first * in.stride_x, in.x_dtype), in.stride_x, in.x_dtype, T, in.Vt.K, r.x);
     float* g = room + T * r.x.stride;
     for (int i = 0; i < members; ++i) {
@@ -152,7 +155,10 @@ void svf_linear(const Kernels& k, const Shrink& in, const Expand* out, int membe
       clear_ends(r.g[i], T, columns(r, i));
       g += T * r.g[i].stride;
     }
-    parallel(threads, both, &r);
+    parallel(threads, [&] {
+      shrink_rows(r, true);
+      expand_rows(r);
+    });
   }
 }
 
@@ -162,9 +168,9 @@ void shrink(const Kernels& k, const Shrink& in, float* g, int threads) {
   float* room = scratch(std::min<int64_t>(in.T, TOKENS) * padded(in.Vt.K));
   for (int64_t first = 0; first < in.T; first += TOKENS) {
     const int64_t T = std::min<int64_t>(TOKENS, in.T - first);
-    Round r{k, &in, &all, 1, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {{g + first * in.Vt.rows, in.Vt.rows}}};
+    Round r{k, &in, &all, 1, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {{g + first * in.Vt.rows, in.Vt.rows}}, {}, {}};
     widen_rows(k, at(in.x, first * in.stride_x, in.x_dtype), in.stride_x, in.x_dtype, T, in.Vt.K, r.x);
-    parallel(threads, [](const Team& team, void* r) { shrink_rows(*static_cast<Round*>(r), team); }, &r);
+    parallel(threads, [&] { shrink_rows(r, false); });
   }
 }
 
@@ -175,14 +181,14 @@ void expand(const Kernels& k, const float* g, int64_t stride_g, int64_t T_all, c
   float* room = scratch(std::min<int64_t>(T_all, TOKENS) * width);
   for (int64_t first = 0; first < T_all; first += TOKENS) {
     const int64_t T = std::min<int64_t>(TOKENS, T_all - first);
-    Round r{k, nullptr, out, members, dtype, x_dtype, first, T, {}, {}};
+    Round r{k, nullptr, out, members, dtype, x_dtype, first, T, {}, {}, {}, {}};
     float* at_g = room;
     for (int i = 0; i < members; ++i) {
       r.g[i] = {at_g, padded(columns(r, i))};
       widen_rows(k, g + first * stride_g + out[i].column, stride_g, F32, T, columns(r, i), r.g[i]);
       at_g += T * r.g[i].stride;
     }
-    parallel(threads, [](const Team& team, void* r) { expand_rows(*static_cast<Round*>(r), team); }, &r);
+    parallel(threads, [&] { expand_rows(r); });
   }
 }
 

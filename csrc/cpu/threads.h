@@ -4,13 +4,13 @@
 
 namespace t2cpu {
 
-struct Team {
-  int size, rank;
-  void barrier() const;  // all of the team, and what they wrote
-};
+// f(data) on `threads` threads, and back when all have left it; on this one alone where 1 is asked for, where there is no runtime, and in a forked
+// child, whose parent's threads are not there any more.
+void parallel(int threads, void (*f)(void*), void* data);
 
-// f(team, data) on `threads` threads, or on this one alone where 1 is asked for, where there is no runtime, and in a forked child, whose parent's
-// threads are not there any more.
-void parallel(int threads, void (*f)(const Team&, void*), void* data);
+template <class F>
+void parallel(int threads, F f) {
+  parallel(threads, [](void* f) { (*static_cast<F*>(f))(); }, &f);
+}
 
 }  // namespace t2cpu
