@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from gpu_cases import BF16, FP16, GROUPS, INT8, exact, problem
+from gpu_cases import BF16, FP16, GROUPS, INT8, base_weights, captured, exact, problem
 from triton_cases import MIXES, E, check, draw_ids, eager
 
 from t2kernels.ops import cuda_kernels, svf_linear_group
@@ -71,13 +71,7 @@ def test_swiglu(x_dtype, w_dtype, variant):
 def test_over_a_base_in_the_same_launch(x_dtype, w_dtype, W_is_int8):
     for T in TOKENS:
         x, V, Us, scale, ids, _, biases = arguments(T, "qkv delta", x_dtype, w_dtype, base=False)
-        Ws, rows = [torch.randn(U.shape[0], x.shape[1], device="cuda") / 64 for U in Us], None
-        if W_is_int8:
-            rows = [W.abs().amax(1) / 127 for W in Ws]
-            Ws = [(W / r[:, None]).round().to(INT8) for W, r in zip(Ws, rows, strict=True)]
-        else:
-            Ws = [W.to(x_dtype) for W in Ws]
-        floats = [W.double() if rows is None else W.double() * r[:, None] for W, r in zip(Ws, rows or Ws, strict=True)]
+        Ws, rows, floats = base_weights([U.shape[0] for U in Us], x.shape[1], x_dtype, W_is_int8)
         args = x, V, Us, scale, ids
         want = exact(*args, [x.double() @ W.t() for W in floats], biases)
         plain = eager(*args, [x @ W.to(x_dtype).t() for W in floats], biases)
@@ -109,21 +103,14 @@ def test_a_graph_follows_experts_that_are_swapped_between_replays(variant):
         found = cuda_kernels.forward(*args, variant)
         return [*found, cuda_kernels.forward_swiglu(x, V[:, 256:], Us[1:], scale[:, 256:], ids, bases[1:], biases[1:], variant)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        steps()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = steps()
+    graph, captured_ys = captured(steps)
     for row in range(4):
         ids.copy_(torch.randint(0, E, (8,)))  # other experts, and another one in a row of the table
         scale[row] = torch.randn_like(scale[row])
         x.copy_(torch.randn_like(x))
         graph.replay()
-        assert same(captured, steps())
-        check(captured[:3], eager(*args), exact(*args), BF16)
+        assert same(captured_ys, steps())
+        check(captured_ys[:3], eager(*args), exact(*args), BF16)
 
 
 @pytest.mark.parametrize("T, variant", [(8, Variant()), (8, FUSED), (8, Variant(blocks=64)), (32, Variant()), (16, Variant(cluster=1))])

@@ -9,6 +9,7 @@ import itertools
 import emulator
 import pytest
 import torch
+from gpu_cases import base_weights
 from triton_cases import MIXES, check, draw_ids, eager, exact, problem
 
 from t2kernels.ops import ImplUnavailableError, cuda_kernels, plan, svf_linear, svf_linear_group
@@ -101,13 +102,8 @@ def test_swiglu(cuda, x_dtype, w_dtype, fused):
 def test_the_delta_form_over_a_base_that_is_read_in_the_same_launch(cuda, x_dtype, w_dtype, W_is_int8):
     for T, (N, Rs, Ms) in itertools.product((1, 7, 11), [(96, [16], [1000]), (272, [32, 16], [600, 600])]):
         x, V, Us, scale, ids, _, biases = case(T, N, Rs, Ms, x_dtype, w_dtype, base=False)
-        Ws, rows = [torch.randn(M, N) / N**0.5 for M in Ms], None
-        if W_is_int8:
-            rows = [W.abs().amax(1) / 127 for W in Ws]
-            Ws = [(W / r[:, None]).round().to(INT8) for W, r in zip(Ws, rows, strict=True)]
-        else:
-            Ws = [W.to(x_dtype) for W in Ws]
-        floats = [W.double() if rows is None else W.double() * rows[i][:, None] for i, W in enumerate(Ws)]
+        Ws, rows, floats = base_weights(Ms, N, x_dtype, W_is_int8)
+        Ws, floats, rows = [W.cpu() for W in Ws], [W.cpu() for W in floats], rows and [r.cpu() for r in rows]
         args = x, V, Us, scale, ids
         want = exact(*args, [x.double() @ W.t() for W in floats], biases)
         # W with its row scales as eager would have it, in x's dtype

@@ -5,7 +5,7 @@ What the small tests of test_triton_forward.py and test_triton_backward.py ask o
 
 import pytest
 import torch
-from gpu_cases import GROUPS, PAIRS, TOKENS, exact, problem
+from gpu_cases import GROUPS, PAIRS, TOKENS, captured, exact, problem
 from triton_cases import MIXES, E, check, draw_ids, eager, gradients
 
 pytest.importorskip("triton")
@@ -79,22 +79,15 @@ def test_a_graph_follows_experts_that_are_swapped_between_replays():
             tk.forward_swiglu(x, V[:, 256:], Us[1:], scale[:, 256:], ids, bases[1:], biases[1:]),
         )
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, found = captured(step)
     for round_ in range(4):
         ids.copy_(torch.randint(0, E, (8,)))  # other experts, and another one in a row of the table
         scale[round_] = torch.randn_like(scale[round_])
         x.copy_(torch.randn_like(x))
         graph.replay()
-        for a, b in zip(flat(captured), flat(step()), strict=True):
+        for a, b in zip(flat(found), flat(step()), strict=True):
             assert torch.equal(a, b)
-        check(captured[0], eager(*args), exact(*args), BF16)
+        check(found[0], eager(*args), exact(*args), BF16)
 
 
 def flat(found):

@@ -129,6 +129,15 @@ def test_the_crossover_is_where_the_pair_first_loses():
     assert crossover(dict.fromkeys(CROSSOVER, (1, 2))) == CROSSOVER[-1]
 
 
+def asked():
+    """The machine of a GPU, found out again."""
+    machine._machine.cache_clear()
+    try:
+        return machine_of(torch.device("cuda", 0))
+    finally:
+        machine._machine.cache_clear()
+
+
 def test_auto_uses_triton_only_on_a_gpu_with_a_table_that_says_checked(tmp_path, monkeypatch):
     """A GPU that is not there, by the functions that ask for it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -136,13 +145,6 @@ def test_auto_uses_triton_only_on_a_gpu_with_a_table_that_says_checked(tmp_path,
     monkeypatch.setattr(triton_kernels, "why_not", lambda device: None)
     monkeypatch.setattr(machine.metadata, "version", lambda name: "3.6.0")
     call = Call(8, 64, (64,), (64,))
-
-    def asked():
-        machine._machine.cache_clear()
-        try:
-            return machine_of(torch.device("cuda", 0))
-        finally:
-            machine._machine.cache_clear()
 
     assert choose(call, asked()).impl == "torch"
     assert "t2 tune" in choose(call, asked()).why
@@ -164,13 +166,6 @@ def test_auto_uses_the_cuda_kernel_only_on_a_gpu_with_a_table_of_it_that_says_ch
     monkeypatch.setattr(triton_kernels, "why_not", lambda device: "no Triton here")
     monkeypatch.setattr(cuda_kernels, "why_not", lambda device: None)
     call = Call(8, 64, (64,), (64,))
-
-    def asked():
-        machine._machine.cache_clear()
-        try:
-            return machine_of(torch.device("cuda", 0))
-        finally:
-            machine._machine.cache_clear()
 
     assert choose(call, asked()).impl == "torch"
     assert "no cuda: its kernel has not been checked" in choose(call, asked()).why
