@@ -2,7 +2,7 @@
 //
 // In skinny.cuh every 16 rows of W read all of x, from L2 or L1; above 8 tokens that is as much as W itself. Here a warp holds x once for CLUSTER
 // tiles of 16 rows, so x is read a CLUSTER-th as often; the blocks of a cluster split k instead of the rows. Block c adds up tile c, from the
-// sums that the blocks of its cluster left in their shared memories, in their order: the same bits in every run on one kind of GPU.
+// sums that the blocks of its cluster left in their shared memories, in their order: the same bits in every run on one GPU.
 #pragma once
 #include "parts.cuh"
 

@@ -1,8 +1,27 @@
 // From a `Launch` to a kernel on a stream; included once for each product, so that the two compile side by side.
 #pragma once
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "choose.cuh"
 
 namespace t2 {
+
+// How many clusters of a launch run at one time on the current device: fewer than a quarter of the multiprocessors where some of their groups have
+// an odd number. One more would run alone, after the others.
+inline cudaError_t resident_clusters(const void* kernel, const cudaLaunchConfig_t& how, int& found) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> known;
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device)) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& n = known[{kernel, device}];
+  cudaError_t error = cudaSuccess;
+  if (!n) error = cudaOccupancyMaxActiveClusters(&n, kernel, &how);
+  found = n;
+  return error;
+}
 
 template <Product P>
 cudaError_t launch_product(const Launch& l) {
@@ -30,6 +49,12 @@ cudaError_t launch_product(const Launch& l) {
     how.stream = static_cast<cudaStream_t>(l.stream);
     how.attrs = attributes;
     how.numAttrs = count;
+    if (l.cluster > 1) {
+      int most = 0;
+      error = resident_clusters(reinterpret_cast<const void*>(kernel), how, most);
+      if (error != cudaSuccess) return;
+      if (most > 0 && most * l.cluster < blocks) how.gridDim.x = most * l.cluster;
+    }
     error = cudaLaunchKernelEx(&how, kernel, l.args);
   });
   return found ? error : cudaErrorInvalidValue;
