@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
+
+from t2kernels.ops import cpp_kernels
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file() or not (ROOT / "csrc").is_dir(), reason="not a checkout")
@@ -96,6 +99,12 @@ def test_an_sdist_has_the_sources(sources, tmp_path):
     assert not [n for n in names if n.endswith((".so", ".pyc"))]
 
 
+@pytest.mark.skipif(bool(settings()["why_no_extension"]()), reason="no compiler here")
+def test_what_can_be_built_was_built():
+    """Without the extension its tests are left out, so that nothing else would say that its build broke."""
+    assert cpp_kernels.why_not(torch.device("cpu")) is None
+
+
 def test_why_there_is_no_extension(monkeypatch):
     found = settings()
     monkeypatch.setenv("T2KERNELS_BUILD", "0")
@@ -155,3 +164,18 @@ def test_when_the_cuda_part_is_built(tmp_path, monkeypatch):
     monkeypatch.setenv("T2KERNELS_BUILD_CUDA", "1")
     with pytest.raises(SystemExit, match=r"T2KERNELS_BUILD_CUDA=1, but the toolkit"):
         ask(True)
+
+
+@pytest.mark.skipif(bool(settings()["why_no_extension"]()), reason="no compiler here")
+def test_an_editable_install_goes_on_where_the_compiler_fails_and_a_wheel_does_not(sources, tmp_path):
+    def build(hook: str, **env: str):
+        code = f"from setuptools import build_meta; build_meta.{hook}({str(tmp_path)!r})"
+        run = subprocess.run([sys.executable, "-c", code], cwd=sources, env=environment(CXX="false", **env), capture_output=True, text=True)
+        return run.returncode, run.stdout + run.stderr
+
+    code, said = build("build_editable")
+    assert code == 0, said
+    assert "t2kernels._C could not be compiled" in said
+    assert build("build_editable", T2KERNELS_BUILD="1")[0] != 0
+    assert build("build_wheel")[0] != 0
+    assert not list((sources / "t2kernels").glob("_C*"))

@@ -1,7 +1,6 @@
 """impl="cpp" against the reference in fp64, for every instruction set that this CPU has."""
 
 import itertools
-import os
 import subprocess
 import sys
 import threading
@@ -216,6 +215,24 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.equal(run(), wan
     assert said.split() == ["0", "True"]
 
 
+def test_its_threads_are_those_of_torch():
+    code = """
+import os, torch
+from t2kernels.ops import cpp_kernels
+count = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(3)
+x, V, U, s = torch.randn(2, 2048), torch.randn(2048, 2048).t(), torch.randn(2048, 2048), torch.ones(1, 2048)
+found = [count()]
+cpp_kernels.forward(x, V, [U], s, torch.zeros(2, dtype=torch.int32), [None], [None])
+found.append(count())
+torch.randn(4000000).sin().sum(), V @ U
+found.append(count())
+print(found[1] - found[0], found[2] - found[1])
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert said.split() == ["2", "0"]
+
+
 def test_importing_the_extension_takes_nothing():
     code = """
 import os, sys
@@ -372,7 +389,3 @@ def test_the_environment_report_names_it():
     from t2kernels.cli.env import report
 
     assert report()["svf_linear"]["cpp"].startswith("runs on" if not torch.cuda.is_available() else "impl='cpp' cannot run")
-
-
-def test_tests_run_with_the_extension_where_it_can_be_built():
-    assert os.environ.get("T2KERNELS_BUILD") == "0" or cpp_kernels.why_not(CPU) is None

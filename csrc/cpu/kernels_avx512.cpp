@@ -3,7 +3,6 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
-#include "floats.h"
 #include "rows.h"
 
 namespace t2cpu {
@@ -30,15 +29,6 @@ struct Avx512 {
   static void sums(Float a, Float b, Float c, Float d, float* out) {
     const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
-  }
-  template <class X>
-  static float one(X v) {
-    return widened(v);
-  }
-  static float one(Half v) { return _cvtsh_ss(v.bits); }
-  template <class X>
-  static X as(float v) {
-    return narrowed<X>(v);
   }
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstring>
 
+#include "floats.h"
 #include "svf_cpu.h"
 
 namespace t2cpu {
@@ -65,7 +66,7 @@ template <class S, class X>
 void widen_as(const X* in, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + S::lanes <= n; i += S::lanes) S::store(out + i, S::load(in + i));
-  for (; i < n; ++i) out[i] = S::one(in[i]);
+  for (; i < n; ++i) out[i] = widened(in[i]);
 }
 
 template <class S>
@@ -75,26 +76,25 @@ void widen(int dtype, const void* in, int64_t n, float* out) {
   else widen_as<S>(static_cast<const Half*>(in), n, out);
 }
 
-template <class S, class X>
+template <class X>
 void narrow_as(const float* sum, int stride, int n, const X* base, const X* bias, X* y) {
   for (int i = 0; i < n; ++i) {
     float v = sum[i * stride];
-    if (bias) v += S::one(bias[i]);
-    if (base) v = v == 0 ? S::one(base[i]) : v + S::one(base[i]);  // nothing added: base's bits, -0 too
-    y[i] = S::template as<X>(v);
+    if (bias) v += widened(bias[i]);
+    if (base) v = v == 0 ? widened(base[i]) : v + widened(base[i]);  // nothing added: base's bits, -0 too
+    y[i] = narrowed<X>(v);
   }
 }
 
-template <class S>
 void narrow(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y) {
-  if (dtype == F32) narrow_as<S>(sum, stride, n, static_cast<const float*>(base), static_cast<const float*>(bias), static_cast<float*>(y));
-  else if (dtype == BF16) narrow_as<S>(sum, stride, n, static_cast<const Bf16*>(base), static_cast<const Bf16*>(bias), static_cast<Bf16*>(y));
-  else narrow_as<S>(sum, stride, n, static_cast<const Half*>(base), static_cast<const Half*>(bias), static_cast<Half*>(y));
+  if (dtype == F32) narrow_as(sum, stride, n, static_cast<const float*>(base), static_cast<const float*>(bias), static_cast<float*>(y));
+  else if (dtype == BF16) narrow_as(sum, stride, n, static_cast<const Bf16*>(base), static_cast<const Bf16*>(bias), static_cast<Bf16*>(y));
+  else narrow_as(sum, stride, n, static_cast<const Half*>(base), static_cast<const Half*>(bias), static_cast<Half*>(y));
 }
 
 template <class S>
 const Kernels* table() {
-  static constexpr Kernels all{S::name, widen<S>, dot<S>, narrow<S>};
+  static constexpr Kernels all{S::name, widen<S>, dot<S>, narrow};
   return &all;
 }
 
