@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 PYTHON ?= python3
 # What counts as a change that must be installed again; the package itself is installed in place.
-SOURCES := pyproject.toml setup.py
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 
 .PHONY: help demo test lint bench test-vllm test-gpu check-gpu bench-gpu clean
 .DELETE_ON_ERROR:
@@ -62,5 +62,5 @@ $(VENV)/.created $(VLLM)/.created: %/.created:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info t2kernels/_C.*.so .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,7 +25,7 @@ from graphs import ceilings, last_level_cache, per_call
 from measure import RESULTS, WrongResult, append, machine, require, show
 from rich.table import Table
 
-from t2kernels.ops import plan
+from t2kernels.ops import ImplUnavailableError, plan
 from t2kernels.ops.machine import machine_of
 from t2kernels.ops.planner import IMPLS, bytes_moved, operations, why_missing
 
@@ -104,6 +104,9 @@ def one_case(
             errors[name] = check(name, arm, truth, x, ids, copies[0]) if truth else 0.0
         except WrongResult as wrong:
             report(f"{model} {group} T={T} {form}: {wrong}; not timed")
+            del every[name]
+        except ImplUnavailableError as refused:  # an implementation by name that runs here, but not these sizes
+            report(f"{model} {group} T={T} {form}: {name} not run, {refused}")
             del every[name]
     runs = {name: partial(arm, x, ids) for name, (arm, _) in every.items()}
     found = per_call(runs, copies, device, seconds)
@@ -239,6 +242,9 @@ def layer_case(model: str, T: int, mix: str, form: str, k, format, dtype, impls,
             errors[name] = require(name, cases.error(run(every[name], copies[0]), [t.double() for t in truth]), allowed)
         except WrongResult as wrong:
             report(f"{model} layer T={T} {form}: {wrong}; not timed")
+            del every[name]
+        except ImplUnavailableError as refused:
+            report(f"{model} layer T={T} {form}: {name} not run, {refused}")
             del every[name]
     for name, times in per_call({n: partial(run, a) for n, a in every.items()}, copies, device, seconds).items():
         yield {

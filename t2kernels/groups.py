@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .ops.svf_linear import call_group, expand, plan, shrink, swiglu
+from .ops.svf_linear import SKINNY, call_group, expand, plan, shrink, swiglu
 from .routing import Route
 
 # Names of modules of one parent whose forward hands the same tensor to each. A wrong guess costs time and no more: a group whose members turn
@@ -79,7 +79,7 @@ class Group:
         ids = first.base_ids if route is None else route.fit(lead).to(x.device)
         V, scale = self._frozen()
         Us = [m.U for m in self.layers]
-        if plan(x, V, Us, ids, bases is not None).path != "pair":
+        if plan(x, V, Us, ids, bases is not None).path not in SKINNY:
             return None
         for member in self.layers:
             member.table()

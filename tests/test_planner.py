@@ -6,7 +6,8 @@ import torch
 from t2kernels.ops.planner import IMPLS, Call, Machine, bytes_moved, cheaper_form, choose, could_be_dense, operations, why_missing
 
 NO_CUDA = ("cuda", "not built")
-CPU = Machine("cpu", "CPU", (("triton", "needs a GPU"), NO_CUDA))
+CPU = Machine("cpu", "CPU", (("cpp", "not built"), ("triton", "needs a GPU"), NO_CUDA))
+CPP = Machine("cpu", "a CPU with AVX-512", (("triton", "needs a GPU"), NO_CUDA), isa="avx512")
 CHECKED = Machine("cuda", "a checked GPU", (NO_CUDA,))
 UNCHECKED = Machine("cuda", "another GPU", (NO_CUDA,), (("triton", "not checked on this GPU"),))
 CUDA = Machine("cuda", "a GPU with everything")
@@ -23,7 +24,25 @@ def call(T, M=HIDDEN, N=HIDDEN, C=None, **more):
         (call(1), CPU, "torch", "mm"),
         (call(1), UNCHECKED, "torch", "mm"),
         (call(1), CHECKED, "triton", "pair"),
-        (call(1), CUDA, "cuda", "mm"),
+        (call(1), CUDA, "cuda", "decode"),
+        (call(16), CUDA, "cuda", "decode"),
+        (call(17), CUDA, "triton", "pair"),
+        (call(8, factors=torch.int8), CUDA, "cuda", "decode"),
+        (call(9, factors=torch.int8), CUDA, "triton", "pair"),
+        (call(32), CUDA._replace(decode_tokens=(32, 8)), "cuda", "decode"),
+        (call(4000), CUDA, "triton", "mm"),
+        (call(0), CUDA, "triton", "pair"),
+        (call(1, grad=True), CUDA, "triton", "mm"),
+        (call(1, unfit="U lies badly"), CUDA, "triton", "pair"),
+        (call(1, x=torch.float32, factors=torch.float32), CUDA, "triton", "pair"),
+        (call(1, x=torch.float16), CUDA, "triton", "pair"),  # bf16 factors of an fp16 model
+        (call(1, C=252), CUDA, "triton", "pair"),
+        (call(1, C=264), CUDA, "cuda", "decode"),
+        (call(1, C=264, factors=torch.int8), CUDA, "triton", "pair"),
+        (call(1, N=HIDDEN + 4), CUDA, "triton", "pair"),
+        (Call(8, HIDDEN, (8,) * 9, (8,) * 9), CUDA, "triton", "mm"),
+        (call(1, C=256, base=True), CUDA, "cuda", "decode"),
+        (call(6000, one=True), CUDA, "triton", "dense"),
         (call(64), CHECKED, "triton", "pair"),
         (call(4000), CHECKED, "triton", "mm"),
         (call(1, C=256, base=True), CHECKED, "triton", "pair"),
@@ -42,6 +61,21 @@ def call(T, M=HIDDEN, N=HIDDEN, C=None, **more):
         (call(0), CHECKED, "triton", "pair"),
         (Call(8, HIDDEN, (8,) * 5, (8,) * 5), CHECKED, "triton", "mm"),
         (call(8, x=torch.float64), CUDA, "torch", "mm"),
+        # the C++ kernels, where they were measured to be faster
+        (call(1), CPP, "cpp", "stream"),
+        (call(4, C=256, base=True), CPP, "cpp", "stream"),
+        (call(8, factors=torch.int8), CPP, "cpp", "stream"),
+        (call(8, x=torch.float32, factors=torch.int8), CPP, "cpp", "stream"),
+        (call(1, grad=True), CPP, "torch", "mm"),
+        (call(1, rows=False), CPP, "torch", "mm"),
+        (call(5), CPP, "torch", "mm"),  # bf16 factors
+        (call(8, x=torch.float32, factors=torch.float32), CPP, "cpp", "stream"),
+        (call(9, x=torch.float32, factors=torch.float32), CPP, "torch", "mm"),
+        (call(16), CPP._replace(isa="avx2"), "cpp", "stream"),
+        (call(1), CPP._replace(unchecked=(("cpp", "slow"),)), "torch", "mm"),
+        (call(0), CPP, "torch", "mm"),
+        (call(1, x=torch.float64), CPP, "torch", "mm"),
+        (call(1, x=torch.float32, factors=torch.float64), CPP, "torch", "mm"),
     ],
 )
 def test_cases(asked, machine, impl, path):
@@ -66,7 +100,7 @@ def test_the_break_even_is_max_M_N_tokens():
 
 
 def test_asked_by_name_means_that_one():
-    for machine in (CPU, CHECKED, UNCHECKED, CUDA):
+    for machine in (CPU, CPP, CHECKED, UNCHECKED, CUDA):
         for impl in IMPLS:
             choice = choose(call(8), machine, impl)
             assert choice.impl == impl
@@ -118,3 +152,25 @@ def test_activations_count_too():
 )
 def test_the_cheaper_form(M, N, k, weight, factors, form):
     assert cheaper_form(M, N, k, weight, factors)[0] == form
+
+
+@pytest.mark.parametrize(
+    "asked, why",
+    [
+        (call(33), "33 tokens"),
+        (call(6000, one=True), "6000 tokens"),
+        (call(0), "0 tokens"),
+        (call(1, grad=True), "no backward"),
+        (call(1, C=100), "number of columns is 100"),
+        (call(1, N=100), "N is 100"),
+        (call(1, x=torch.float32), "x in float32"),
+        (call(1, M=0, C=8), "no rows"),
+        (call(1, unfit="U lies badly"), "U lies badly"),
+        (Call(8, HIDDEN, (8,) * 9, (8,) * 9), "9 matrices"),
+    ],
+)
+def test_the_decode_kernel_asked_for_by_name_runs_or_says_why_not(asked, why):
+    assert choose(call(32), CUDA, "cuda").path == "decode"
+    refused = choose(asked, CUDA, "cuda")
+    assert (refused.impl, refused.path) == ("cuda", "refused")
+    assert why in refused.why_path

@@ -7,13 +7,13 @@ import torch
 import transformers
 
 from t2kernels.cli.tune import shapes
-from t2kernels.ops import machine, triton_kernels
+from t2kernels.ops import cuda_kernels, machine, triton_kernels
 from t2kernels.ops.machine import machine_of
 from t2kernels.ops.planner import Call, choose
 from t2kernels.ops.selfcheck import Case, E, selfcheck
 from t2kernels.ops.svf_linear import ImplUnavailableError
-from t2kernels.ops.tune import CROSSOVER, Shape, WrongResultError, crossover, tune
-from t2kernels.ops.tuning import Tiles, read_table, table_path, tiles, user_folder, write_table
+from t2kernels.ops.tune import CROSSOVER, Shape, WrongResultError, crossover, tune, tune_cuda
+from t2kernels.ops.tuning import Tiles, read_cuda_table, read_table, table_path, tiles, user_folder, write_cuda_table, write_table
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif("triton" in dict(machine_of(CPU).missing), reason="no Triton interpreter here")
@@ -129,6 +129,15 @@ def test_the_crossover_is_where_the_pair_first_loses():
     assert crossover(dict.fromkeys(CROSSOVER, (1, 2))) == CROSSOVER[-1]
 
 
+def asked():
+    """The machine of a GPU, found out again."""
+    machine._machine.cache_clear()
+    try:
+        return machine_of(torch.device("cuda", 0))
+    finally:
+        machine._machine.cache_clear()
+
+
 def test_auto_uses_triton_only_on_a_gpu_with_a_table_that_says_checked(tmp_path, monkeypatch):
     """A GPU that is not there, by the functions that ask for it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -136,13 +145,6 @@ def test_auto_uses_triton_only_on_a_gpu_with_a_table_that_says_checked(tmp_path,
     monkeypatch.setattr(triton_kernels, "why_not", lambda device: None)
     monkeypatch.setattr(machine.metadata, "version", lambda name: "3.6.0")
     call = Call(8, 64, (64,), (64,))
-
-    def asked():
-        machine._machine.cache_clear()
-        try:
-            return machine_of(torch.device("cuda", 0))
-        finally:
-            machine._machine.cache_clear()
 
     assert choose(call, asked()).impl == "torch"
     assert "t2 tune" in choose(call, asked()).why
@@ -156,6 +158,49 @@ def test_auto_uses_triton_only_on_a_gpu_with_a_table_that_says_checked(tmp_path,
     assert choose(call, asked()).impl == "torch"
     monkeypatch.setattr(machine.metadata, "version", lambda name: "3.6.1")
     assert choose(call, asked()).impl == "triton"
+
+
+def test_auto_uses_the_cuda_kernel_only_on_a_gpu_with_a_table_of_it_that_says_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+    monkeypatch.setattr(triton_kernels, "why_not", lambda device: "no Triton here")
+    monkeypatch.setattr(cuda_kernels, "why_not", lambda device: None)
+    call = Call(8, 64, (64,), (64,))
+
+    assert choose(call, asked()).impl == "torch"
+    assert "no cuda: its kernel has not been checked" in choose(call, asked()).why
+    assert choose(call, asked(), "cuda").path == "decode"  # by name it runs
+    write_cuda_table("Some GPU", (16, 8), user_folder())
+    assert choose(call, asked()).impl == "torch"
+    write_cuda_table("Some GPU", (12, 4), user_folder(), checked={"cases": 3})
+    assert choose(call, asked())[::2] == ("cuda", "decode", None)
+    assert asked().decode_tokens == (12, 4)
+    assert choose(call._replace(T=13), asked()).impl == "torch"
+    monkeypatch.setattr(cuda_kernels, "why_not", lambda device: "built without CUDA")
+    assert "built without CUDA" in choose(call, asked()).why
+
+
+def test_tune_cuda_checks_then_times_and_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "why_not", lambda device: None)
+    monkeypatch.setattr(triton_kernels, "why_not", lambda device: None)
+    monkeypatch.setattr(cuda_kernels, "forward", lambda x, *a: ("cuda", x.shape[0], a[0].dtype))
+    monkeypatch.setattr(triton_kernels, "forward_pair", lambda x, *a: ("triton", x.shape[0], a[0].dtype))
+
+    def timer(f):
+        kernel, T, dtype = f()
+        return 1.0 if kernel == "triton" else 0.5 if T <= (16 if dtype == torch.bfloat16 else 4) else 2.0
+
+    shapes_ = [*SHAPES, Shape(33, (32,), (32,), False, torch.bfloat16, torch.bfloat16)]  # a size that the kernel does not take is left out
+    path = tune_cuda(shapes_, "cpu", tmp_path, timer, check=lambda: GOOD)
+    found = read_cuda_table("Triton's interpreter", tmp_path)
+    assert path.parent == tmp_path
+    assert (found["decode_tokens"], found["checked"]["cases"]) == ([16, 4], 1)
+    assert found["decode_and_pair_us"]["2"]["8"] == [5e5, 1e6]
+    with pytest.raises(WrongResultError, match="1 of 1 checks fail"):
+        tune_cuda(SHAPES, "cpu", tmp_path, timer, check=lambda: [GOOD[0]._replace(error=float("nan"))])
+    monkeypatch.setattr(triton_kernels, "why_not", lambda device: "none")
+    assert tune_cuda(SHAPES, "cpu", tmp_path, timer, check=lambda: GOOD)
+    assert read_cuda_table("Triton's interpreter", tmp_path)["decode_tokens"] == [16, 8]  # nothing to compare with: as computed
 
 
 def test_a_damaged_table_is_named(tmp_path):

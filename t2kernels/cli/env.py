@@ -110,13 +110,13 @@ def _impls() -> dict[str, str]:
     from t2kernels.ops.planner import IMPLS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, table = torch.ones(2, 4, device=device), torch.ones(1, 4, device=device)
-    square, ids = torch.eye(4, device=device), torch.zeros(2, dtype=torch.int32, device=device)
-    choice = plan(x, square, [square], ids)
+    x, table = torch.ones(2, 16, device=device, dtype=torch.bfloat16), torch.ones(1, 16, device=device)
+    square, ids = torch.eye(16, device=device, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32, device=device)
+    choice = plan(x, square.t(), [square], ids)
     found = {"auto": f"{choice.impl} ({choice.why})"}
     for impl in IMPLS:
         try:
-            right = torch.allclose(svf_linear(x, square, square, table, ids, impl=impl), x)
+            right = torch.allclose(svf_linear(x, square.t(), square, table, ids, impl=impl), x)
             found[impl] = f"runs on {device}" if right else f"runs on {device}, WRONG RESULT"
         except Exception as e:  # whatever a missing or broken compiler raises
             found[impl] = one_line(e)

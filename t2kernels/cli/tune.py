@@ -1,4 +1,4 @@
-"""`t2 tune`: check the Triton kernels on this GPU and time tiles for a model's shapes, once, so that `auto` may use them."""
+"""`t2 tune`: check the kernels on this GPU and time them for a model's shapes, once, so that `auto` may use them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tune(
     device: str = typer.Option("cuda", help="Which GPU."),
     folder: Path = typer.Option(None, help="Where to keep the table.  \\[default: the user's cache directory]", show_default=False),
 ) -> None:
-    """Check the Triton kernels on this GPU against fp64, then time tiles for a model's shapes. Takes minutes; a model that runs tunes nothing.
+    """Check the Triton and CUDA kernels on this GPU against fp64, then time them for a model's shapes. Takes minutes; a model tunes nothing.
 
     [dim]$[/] t2 tune meta-llama/Llama-3.1-8B
 
@@ -34,7 +34,9 @@ def tune(
     import torch
     from transformers import AutoConfig
 
+    from t2kernels.ops import cuda_kernels, triton_kernels
     from t2kernels.ops.tune import tune as run
+    from t2kernels.ops.tune import tune_cuda
 
     if is_missing(model):
         raise FileNotFoundError(f"{model}: no such directory")
@@ -43,16 +45,25 @@ def tune(
     x = parse_dtype(dtype)
     formats = [x if f == "same" else torch.int8 if f == "int8" else parse_dtype(f) for f in comma_list(factors)]
     wanted = shapes(AutoConfig.from_pretrained(model), [int(k) for k in comma_list(ranks)], factored, x, formats)
+    triton, cuda = (k.why_not(torch.device(device)) is None for k in (triton_kernels, cuda_kernels))
+    paths = []
     with bar("[dim]{task.fields[name]}[/]") as progress:
         task = progress.add_task("checking, then timing", total=None, name="")
-        path = run(
-            wanted,
-            device,
-            [int(t) for t in comma_list(tokens)],
-            folder,
-            progress=lambda name, done, total: progress.update(task, completed=done, total=total, name=name),
-        )
-    out.print(f"checked and tuned: {path}", soft_wrap=True)
+        if triton or not cuda:  # where neither runs, this says why
+            paths.append(
+                run(
+                    wanted,
+                    device,
+                    [int(t) for t in comma_list(tokens)],
+                    folder,
+                    progress=lambda name, done, total: progress.update(task, completed=done, total=total, name=name),
+                )
+            )
+        if cuda:
+            progress.update(task, total=None, name="the CUDA kernel")
+            paths.append(tune_cuda(wanted, device, folder))
+    for path in paths:
+        out.print(f"checked and tuned: {path}", soft_wrap=True)
 
 
 def shapes(config, ranks: list[int], factored: bool, x, formats: list) -> list[Shape]:

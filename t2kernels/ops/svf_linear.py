@@ -10,10 +10,12 @@ import functools
 import torch
 from torch import Tensor
 
-from . import torch_kernels, triton_kernels
+from . import cpp_kernels, cuda_kernels, torch_kernels, triton_kernels
 from .machine import machine_of
 from .planner import IMPLS, Call, Choice, Machine, choose, could_be_dense, why_missing
 from .precision import FACTOR_DTYPES, X_DTYPES, forward_precision
+
+SKINNY = ("pair", "decode")  # paths of `plan` that stream each factor once and can take the activation of an MLP in
 
 
 class ImplUnavailableError(RuntimeError):
@@ -42,13 +44,14 @@ def svf_linear(
     expert_ids: int32 or int64, the row of each token; its shape is a leading part of x.shape[:-1]: () for one row for all, [B], [B, S]
     base: [..., M] x's dtype, added
     bias: [M] x's dtype, added
-    impl: "auto" chooses (`plan` tells what and why); "torch", "triton" or "cuda" mean that one or an error
+    impl: "auto" chooses (`plan` tells what and why); "torch", "cpp" (CPU, no gradients), "triton" or "cuda" (1 to 32 tokens, no gradients) mean
+        that one or an error
 
     Returns [..., M] in x's dtype; sums in fp32. Gradients for x, scale, base and bias; U and V are frozen and get none.
     Raises ValueError on shapes and dtypes that do not fit, IndexError on rows that are not there (CPU), ImplUnavailableError.
     """
     _check(x, V, [U], scale, expert_ids, [base], [bias])
-    _check_impl(impl, x)
+    _check_impl(impl, x, V, [U], scale)
     return call(x, V, U, scale, expert_ids, base, bias, impl)
 
 
@@ -72,7 +75,7 @@ def svf_linear_group(
         if given and len(given) != len(U):
             raise ValueError(f"svf_linear_group: {name} has {len(given)} members, U has {len(U)}; give one a member or None")
     _check(x, V, list(U), scale, expert_ids, bases or [None] * len(U), biases or [None] * len(U))
-    _check_impl(impl, x)
+    _check_impl(impl, x, V, U, scale)
     return call_group(x, V, list(U), scale, expert_ids, bases, biases, impl)
 
 
@@ -81,6 +84,8 @@ def call(x, V, U, scale, expert_ids, base=None, bias=None, impl="auto") -> Tenso
     if _differentiated(x, scale):
         # What the backward needs of the forward is an output of this op: it is dropped with the rest of a checkpointed block.
         return torch.ops.t2kernels.svf_linear_saving(x, V, [U], scale, expert_ids, _listed(base), _listed(bias), impl)[0]
+    if _plainly(x, V, U, scale, expert_ids):
+        return _run(x, V, [U], scale, expert_ids, _listed(base), _listed(bias), impl)[0]
     return torch.ops.t2kernels.svf_linear(x, V, U, scale, expert_ids, base, bias, impl)
 
 
@@ -88,14 +93,20 @@ def call_group(x, V, U, scale, expert_ids, base, bias, impl="auto") -> list[Tens
     """`svf_linear_group` without its checks."""
     if _differentiated(x, scale):
         return torch.ops.t2kernels.svf_linear_saving(x, V, U, scale, expert_ids, base, bias, impl)[:-1]
+    if _plainly(x, V, U[0], scale, expert_ids):
+        return _run(x, V, U, scale, expert_ids, base, bias, impl)
     return torch.ops.t2kernels.svf_linear_group(x, V, U, scale, expert_ids, base, bias, impl)
 
 
 def shrink(x, V, scale, expert_ids) -> Tensor:
     """g = (x V) * scale[expert_ids] [T, C]: the first half of the op alone, without gradients, for `expand`, which gives it its meaning."""
-    choice = _plan_of_half(x.shape[:-1].numel(), x.shape[-1], V, x.dtype, x.device)
+    choice = _plan_of_half(x, V.shape[1:], V.shape[1:], x.dtype, V, [])
+    if choice.path == "decode":
+        return cuda_kernels.shrink(x, V, scale, expert_ids)
     if choice.path == "pair":
         return triton_kernels.shrink(x, V, scale, expert_ids)
+    if choice.impl == "cpp":
+        return cpp_kernels.shrink(x, V, scale, expert_ids)
     if choice.impl == "triton":
         return triton_kernels.shrink_mm(x, V, scale, expert_ids)
     return torch_kernels.shrink(x, V, scale, expert_ids)[0]
@@ -103,24 +114,50 @@ def shrink(x, V, scale, expert_ids) -> Tensor:
 
 def expand(g, Us, bases, biases, dtype, lead) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i [*lead, M_i]: the second half. dtype, lead: those of the x that g was made from."""
-    if _plan_of_half(g.shape[0], sum(U.shape[0] for U in Us), Us[0], dtype, g.device).path == "pair":
-        return [y.reshape(*lead, y.shape[-1]) for y in triton_kernels.expand(g, Us, bases, biases, dtype)]
+    choice = _plan_of_half(g, *zip(*(U.shape for U in Us), strict=True), dtype, None, Us)
+    if choice.path in SKINNY:
+        kernels = cuda_kernels if choice.path == "decode" else triton_kernels
+        return [y.reshape(*lead, y.shape[-1]) for y in kernels.expand(g, Us, bases, biases, dtype)]
+    if choice.impl == "cpp":
+        return cpp_kernels.expand(g, Us, bases, biases, dtype, lead)
     return torch_kernels.expand(g, Us, bases, biases, dtype, lead)
 
 
 def swiglu(x, V, Us, scale, expert_ids, bases, biases) -> Tensor:
-    """silu(y_0) * y_1 for two members y_i, in one launch; for calls whose `plan` is the skinny pair, without gradients."""
-    return triton_kernels.forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
+    """silu(y_0) * y_1 for two members y_i, in one launch; for calls whose `plan` is one of `SKINNY`, without gradients."""
+    path = plan(x, V, Us, expert_ids, bases[0] is not None).path
+    kernels = cuda_kernels if path == "decode" else triton_kernels
+    return kernels.forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
 
 
 def skinny_kernels(device: torch.device) -> bool:
     """Whether `auto` may pick the skinny kernels on a device at all: where not, nothing needs to be asked call by call."""
-    return machine_of(device).trusts("triton")
+    machine = machine_of(device)
+    return machine.trusts("triton") or machine.trusts("cuda")
 
 
-def _plan_of_half(T: int, size: int, factor: Tensor, dtype: torch.dtype, device: torch.device) -> Choice:
-    # Both halves must decide alike where it matters, on T; a base is what keeps W' from being considered.
-    return choose(Call(T, size, (size,), (factor.shape[1],), dtype, factor.dtype, base=True), machine_of(device))
+def _plan_of_half(a: Tensor, M: tuple[int, ...], C: tuple[int, ...], dtype: torch.dtype, V: Tensor | None, Us: list[Tensor]) -> Choice:
+    # The kernels of a GPU all leave g in one dtype and units, so there the halves may decide apart; elsewhere they decide alike, by T. A base
+    # is what keeps W' from being considered.
+    machine = machine_of(a.device)
+    unfit = cuda_kernels.misfit(a, V, Us) if machine.trusts("cuda") else None
+    factors = (Us[0] if V is None else V).dtype
+    return choose(Call(a.shape[:-1].numel(), a.shape[-1], tuple(M), tuple(C), dtype, factors, base=True, unfit=unfit), machine)
+
+
+def _plainly(x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> bool:
+    """Whether nobody looks at the op itself, neither gradients nor a compiler, tracer, transform, mode, profiler or kind of tensor: then the
+    dispatcher, which costs 6 us on a CPU, twice the product of a 128 x 128 matrix, has nothing to do."""
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is type(V) is type(U) is type(scale) is type(ids) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+    )
 
 
 def _differentiated(x: Tensor, scale: Tensor) -> bool:
@@ -135,14 +172,17 @@ def plan(x: Tensor, V: Tensor, Us: list[Tensor], expert_ids: Tensor, base: bool 
     """What a call with these tensors runs, and why. Looks at values of expert_ids on the CPU only, and only where they can matter."""
     lead, one = x.shape[:-1], expert_ids.numel() == 1
     M, C = (Us[0].shape[:1], Us[0].shape[1:]) if len(Us) == 1 else zip(*(U.shape for U in Us), strict=True)
-    asked = lead.numel(), x.shape[-1], M, C, x.dtype, V.dtype, one, base, grad
-    choice, ask = _planned(asked, machine_of(x.device), impl)
+    machine = machine_of(x.device)
+    rows = x.device.type != "cpu" or cpp_kernels.why_not_these(V, Us) is None
+    unfit = cuda_kernels.misfit(x, V, Us) if impl == "cuda" or (impl == "auto" and machine.trusts("cuda")) else None
+    asked = lead.numel(), x.shape[-1], M, C, x.dtype, V.dtype, one, base, grad, rows, unfit
+    choice, ask = _planned(asked, machine, impl)
     if not ask or expert_ids.device.type != "cpu":
         return choice
     rows, counts = expert_ids.unique(return_counts=True)
     repeat = torch_kernels.tokens_per_id(expert_ids, lead)
     tokens = tuple((int(r), int(c) * repeat) for r, c in zip(rows, counts, strict=True))
-    return choose(_call(asked)._replace(tokens=tokens), machine_of(x.device), impl)
+    return choose(_call(asked)._replace(tokens=tokens), machine, impl)
 
 
 @functools.lru_cache(4096)  # decoding asks the same again for every token: 2 us instead of 8
@@ -153,14 +193,19 @@ def _planned(asked: tuple, machine: Machine, impl: str) -> tuple[Choice, bool]:
 
 
 def _call(asked: tuple) -> Call:
-    T, N, M, C, x, factors, one, base, grad = asked
-    return Call(T, N, tuple(M), tuple(C), x, factors, one, base=base, grad=grad)
+    T, N, M, C, x, factors, one, base, grad, rows, unfit = asked
+    return Call(T, N, tuple(M), tuple(C), x, factors, one, base=base, grad=grad, rows=rows, unfit=unfit)
 
 
-def _check_impl(impl: str, x: Tensor) -> None:
+def _check_impl(impl: str, x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor) -> None:
     if impl not in ("auto", *IMPLS):
         raise ValueError(f"impl={impl!r} is unknown; wanted 'auto' or one of {', '.join(map(repr, IMPLS))}")
-    if impl != "auto" and (why := why_missing(machine_of(x.device), impl, x.dtype)):
+    if impl == "auto":
+        return
+    why = why_missing(machine_of(x.device), impl, x.dtype)
+    if why is None and impl == "cpp":
+        why = "it has no backward: call it under torch.no_grad()" if _differentiated(x, scale) else cpp_kernels.why_not_these(V, Us)
+    if why:
         raise ImplUnavailableError(f"impl={impl!r} cannot run here: {why}; use impl='torch', or 'auto' to have one chosen")
 
 
@@ -242,10 +287,19 @@ def _run(x, V, U, scale, expert_ids, base, bias, impl, saving=False) -> list[Ten
     base, bias = (list(t) or [None] * len(U) for t in (base, bias))
     choice = plan(x, V, U, expert_ids, base[0] is not None, impl, saving)
     arguments = (x, V, U, scale, expert_ids, base, bias)
+    if choice.path == "refused":
+        raise ImplUnavailableError(f"impl={impl!r} cannot run this call: {choice.why_path}; use impl='auto' to have another one chosen")
+    if choice.path == "decode":
+        return cuda_kernels.forward(*arguments)
     if choice.path == "dense":
         return torch_kernels.materialised(*arguments, choice.experts)
     if choice.path == "pair":
         return triton_kernels.forward_pair(*arguments)
+    if choice.impl == "cpp":
+        why = "it has no backward" if saving else cpp_kernels.why_not_these(V, U) if impl == "cpp" else None
+        if why:
+            raise ImplUnavailableError(f"impl='cpp' cannot run here: {why}")
+        return cpp_kernels.forward(*arguments)
     forward = triton_kernels.forward_mm if choice.impl == "triton" else torch_kernels.forward
     ys, h = forward(*arguments, saving)
     return [*ys, h] if saving else ys

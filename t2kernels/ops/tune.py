@@ -1,7 +1,8 @@
-"""Check the Triton kernels on this GPU, then time tiles for the shapes of a model, offline; `t2 tune`.
+"""Check the kernels on this GPU, then time them for the shapes of a model, offline; `t2 tune`.
 
-What is found goes into a small file that `tuning.read_table` finds: the checks (without them `auto` does not use the kernels), the tiles that
-were fastest, and up to how many tokens the skinny kernels beat two library matmuls. Nothing is timed while a model runs.
+What is found goes into small files that `tuning` finds. Of the Triton kernels (`tune`): the checks, without which `auto` does not use them, the
+tiles that were fastest, and up to how many tokens they beat two library matmuls. Of the CUDA kernel (`tune_cuda`): the checks, and up to how many
+tokens it beats Triton's. Nothing is timed while a model runs.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from typing import NamedTuple
 
 import torch
 
-from . import triton_kernels
-from .planner import PAIR_TOKENS
+from . import cuda_kernels, triton_kernels
+from .planner import DECODE_TOKENS, PAIR_TOKENS, Call, why_no_decode
 from .selfcheck import Case, selfcheck
 from .svf_linear import ImplUnavailableError
-from .tuning import Tiles, candidates, tiles, user_folder, write_table
+from .tuning import Tiles, candidates, tiles, user_folder, write_cuda_table, write_table
 
 TOKENS = (1, 8, 32, 128)
 CROSSOVER = (32, 64, 96, 128, 160, 192, 256, 384)
+DECODE = (1, 2, 4, 8, 16, 32)
 
 
 class Shape(NamedTuple):
@@ -61,13 +63,7 @@ def tune(
         raise ImplUnavailableError(f"there is nothing to tune on {device}: {why}")
     import triton
 
-    cases = list(check() if check else selfcheck(device, "triton"))
-    wrong = [c for c in cases if not c.right]
-    if wrong or not cases:
-        raise WrongResultError(
-            f"{len(wrong)} of {len(cases)} checks fail on this device, e.g. {wrong[0] if wrong else 'none ran'}; "
-            "`auto` stays with torch here. Please report this with the output of `t2 env`"
-        )
+    cases = _checked(check() if check else selfcheck(device, "triton"))
     timer, best = timer or _cold, {}
     seconds = {}
     jobs = [(shape, T) for shape in dict.fromkeys(shapes) for T in tokens]
@@ -78,15 +74,55 @@ def tune(
     for T in CROSSOVER:
         seconds[T] = [sum(pair) for pair in zip(*(_pair_and_mm(s, T, device, timer) for s in dict.fromkeys(shapes)), strict=True)]
     facts = {
-        "checked": {"cases": len(cases), "worst": max(c.error for c in cases), "torch": torch.__version__},
+        "checked": _verdict(cases),
         "pair_tokens": crossover(seconds),
         "pair_and_mm_us": {T: [round(s * 1e6, 2) for s in both] for T, both in seconds.items()},
     }
     return write_table(_name(device), triton.__version__, best, folder or user_folder(), **facts)
 
 
+def tune_cuda(
+    shapes: Sequence[Shape],
+    device: torch.device | str = "cuda",
+    folder: Path | None = None,
+    timer: Timer | None = None,
+    check: Callable[[], Iterable[Case]] | None = None,
+) -> Path:
+    """Check the CUDA kernel, time it beside Triton's pair where there is one, write what was found; returns where. As `tune`."""
+    device = torch.device(device)
+    if why := cuda_kernels.why_not(device):
+        raise ImplUnavailableError(f"there is nothing to tune on {device}: {why}")
+    cases = _checked(check() if check else selfcheck(device, "cuda"))
+    seconds: dict[int, dict[int, list[float]]] = {}
+    if triton_kernels.why_not(device) is None:
+        for bytes_, T in ((b, T) for b in (2, 1) for T in DECODE):
+            calls = [Call(T, s.N, s.M, s.C, s.x, s.factors, base=s.base) for s in dict.fromkeys(shapes) if s.factors.itemsize == bytes_]
+            pairs = [_decode_and_pair(c, device, timer or _cold) for c in calls if why_no_decode(c) is None]
+            if pairs:
+                seconds.setdefault(bytes_, {})[T] = [sum(p) for p in zip(*pairs, strict=True)]
+    tokens = tuple(crossover(seconds[b]) if b in seconds else usual for b, usual in zip((2, 1), DECODE_TOKENS, strict=True))
+    us = {b: {T: [round(s * 1e6, 2) for s in both] for T, both in found.items()} for b, found in seconds.items()}
+    return write_cuda_table(_name(device), tokens, folder or user_folder(), checked=_verdict(cases), decode_and_pair_us=us)
+
+
+def _checked(cases: Iterable[Case]) -> list[Case]:
+    """The cases, if there are any and all of them are right."""
+    cases = list(cases)
+    wrong = [c for c in cases if not c.right]
+    if wrong or not cases:
+        raise WrongResultError(
+            f"{len(wrong)} of {len(cases)} checks fail on this device, e.g. {wrong[0] if wrong else 'none ran'}; "
+            "`auto` does without these kernels here. Please report this with the output of `t2 env`"
+        )
+    return cases
+
+
+def _verdict(cases: list[Case]) -> dict[str, object]:
+    return {"cases": len(cases), "worst": max(c.error for c in cases), "torch": torch.__version__}
+
+
 def crossover(seconds: dict[int, Sequence[float]]) -> int:
-    """The number of tokens up to which the pair is at least as fast as the matmuls at every smaller T that was timed; 0 if it never is."""
+    """{T: (seconds of one, of the other)} -> the tokens up to which the one is at least as fast at every smaller T that was timed; 0: never."""
     found = 0
     for T in sorted(seconds):
         pair, mm = seconds[T]
@@ -120,6 +156,11 @@ def _best_tiles(shape: Shape, T: int, device: torch.device, timer: Timer) -> dic
 def _pair_and_mm(shape: Shape, T: int, device: torch.device, timer: Timer) -> tuple[float, float]:
     operands = _operands(shape, T, device)
     return timer(lambda: triton_kernels.forward_pair(*operands)), timer(lambda: triton_kernels.forward_mm(*operands))
+
+
+def _decode_and_pair(call: Call, device: torch.device, timer: Timer) -> tuple[float, float]:
+    operands = _operands(Shape(call.N, call.M, call.C, call.base, call.x, call.factors), call.T, device)
+    return timer(lambda: cuda_kernels.forward(*operands)), timer(lambda: triton_kernels.forward_pair(*operands))
 
 
 def _operands(shape: Shape, T: int, device: torch.device) -> tuple:

@@ -163,8 +163,12 @@ def user_folder() -> Path:
 
 def table_path(device_name: str, triton_version: str, folder: Path = TABLES) -> Path:
     """Where the table of a GPU lies: its name, and Triton's major.minor, since another compiler is another machine."""
-    name = "".join(c if c.isalnum() else "_" for c in device_name)
-    return Path(folder) / f"{name}-triton{'.'.join(triton_version.split('.')[:2])}.json"
+    return Path(folder) / f"{_file_name(device_name)}-triton{'.'.join(triton_version.split('.')[:2])}.json"
+
+
+def cuda_table_path(device_name: str, folder: Path = TABLES) -> Path:
+    """Where what is known of the CUDA kernel on a GPU lies."""
+    return Path(folder) / f"{_file_name(device_name)}-cuda.json"
 
 
 def read_table(device_name: str, triton_version: str, folder: Path | None = None) -> dict | None:
@@ -172,16 +176,12 @@ def read_table(device_name: str, triton_version: str, folder: Path | None = None
 
     Raises ValueError for a file that is not a table.
     """
-    for path in (table_path(device_name, triton_version, f) for f in ([folder] if folder else [user_folder(), TABLES])):
-        if path.is_file():
-            try:
-                found = json.loads(path.read_text())
-                if isinstance(found["tiles"], dict):
-                    return found
-            except (ValueError, KeyError, TypeError):
-                pass
-            raise ValueError(f"{path} is not a table of tiles: delete it, and run `t2 tune` again")
-    return None
+    return _read([table_path(device_name, triton_version, f) for f in _folders(folder)], "tiles", dict)
+
+
+def read_cuda_table(device_name: str, folder: Path | None = None) -> dict | None:
+    """{"checked": ..., "decode_tokens": ...} of the CUDA kernel on this GPU, as `read_table` finds it."""
+    return _read([cuda_table_path(device_name, f) for f in _folders(folder)], "decode_tokens", list)
 
 
 def write_table(device_name: str, triton_version: str, best: dict[tuple, Tiles], folder: Path = TABLES, **facts) -> Path:
@@ -190,9 +190,39 @@ def write_table(device_name: str, triton_version: str, best: dict[tuple, Tiles],
     for (kernel, T, rows, K, x_dtype, w_dtype), t in best.items():
         found.setdefault(_key(kernel, rows, K, x_dtype, w_dtype), {})[str(T)] = astuple(t)
     path = table_path(device_name, triton_version, folder)
+    return _write(path, {"device": device_name, "triton": triton_version, **facts, "tiles": found})
+
+
+def write_cuda_table(device_name: str, decode_tokens: tuple[int, int], folder: Path = TABLES, **facts) -> Path:
+    """decode_tokens: up to how many tokens the kernel is the fastest, for factors of 16 and of 8 bits. facts: the checks, and what was timed."""
+    return _write(cuda_table_path(device_name, folder), {"device": device_name, **facts, "decode_tokens": list(decode_tokens)})
+
+
+def _file_name(device_name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in device_name)
+
+
+def _folders(folder: Path | None) -> list[Path]:
+    return [folder] if folder else [user_folder(), TABLES]
+
+
+def _read(paths: list[Path], field: str, kind: type) -> dict | None:
+    for path in paths:
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text())
+                if isinstance(found[field], kind):
+                    return found
+            except (ValueError, KeyError, TypeError):
+                pass
+            raise ValueError(f"{path} is not a table of what was tuned: delete it, and run `t2 tune` again")
+    return None
+
+
+def _write(path: Path, what: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"device": device_name, "triton": triton_version, **facts, "tiles": found}, indent=1) + "\n")
+    temporary.write_text(json.dumps(what, indent=1) + "\n")
     return temporary.replace(path)
 
 

@@ -1,0 +1,102 @@
+// The kernels, written once over a vector type S of an instruction set. Each file that includes this is compiled for one instruction set; all
+// is in an unnamed namespace, so that nothing compiled for a wide one can stand in for the same function elsewhere.
+#pragma once
+#include <cstring>
+
+#include "floats.h"
+#include "svf_cpu.h"
+
+namespace t2cpu {
+namespace {
+
+#define T2_UNROLL _Pragma("GCC unroll 32")  // sums live in registers only where every loop over them is gone
+
+template <class S, class W, int R, int T>
+[[gnu::always_inline]] inline void tile(const W* const (&w)[R], int64_t K, const float* x, int64_t stride_x, float* out) {
+  typename S::Float sum[(R * T + 3) / 4 * 4];
+  T2_UNROLL for (auto& s : sum) s = S::zero();
+  const auto step = [&](const auto& row, const float* xk) __attribute__((always_inline)) {
+    typename S::Float v[R];
+    T2_UNROLL for (int r = 0; r < R; ++r) v[r] = S::load(row(r));
+    T2_UNROLL for (int t = 0; t < T; ++t) {
+      const auto xv = S::load(xk + t * stride_x);
+      T2_UNROLL for (int r = 0; r < R; ++r) sum[r * T + t] = S::fma(v[r], xv, sum[r * T + t]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + S::lanes <= K; k += S::lanes) step([&](int r) { return w[r] + k; }, x + k);
+  if (k < K) {  // zeros behind the end of a row, whatever lies there in memory
+    W rest[R][S::lanes] = {};
+    for (int r = 0; r < R; ++r) std::memcpy(rest[r], w[r] + k, (K - k) * sizeof(W));
+    step([&](int r) { return rest[r]; }, x + k);
+  }
+  T2_UNROLL for (int i = 0; i < R * T; i += 4) S::sums(sum[i], sum[i + 1], sum[i + 2], sum[i + 3], out + i);
+}
+
+template <class S, class W, int T>
+void rows_by(const W* w, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, float* out) {
+  constexpr int R = S::rows[T - 1];
+  static_assert(BLOCK % R == 0);
+  for (int r = 0; r < rows; r += R) {
+    const W* row[R];
+    for (int i = 0; i < R; ++i) row[i] = w + (r + i < rows ? r + i : rows - 1) * stride;  // behind the last row the last one again
+    tile<S, W, R, T>(row, K, x, stride_x, out + r * T);
+  }
+}
+
+template <class S, class W>
+void rows_of(const void* w, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, int T, float* out) {
+  using F = void (*)(const W*, int64_t, int, int64_t, const float*, int64_t, float*);
+  static constexpr F by[TILE] = {rows_by<S, W, 1>, rows_by<S, W, 2>, rows_by<S, W, 3>, rows_by<S, W, 4>,
+                                 rows_by<S, W, 5>, rows_by<S, W, 6>, rows_by<S, W, 7>, rows_by<S, W, 8>};
+  by[T - 1](static_cast<const W*>(w), stride, rows, K, x, stride_x, out);
+}
+
+template <class S>
+void dot(int dtype, const void* w, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, int T, float* out) {
+  switch (dtype) {
+    case F32: return rows_of<S, float>(w, stride, rows, K, x, stride_x, T, out);
+    case BF16: return rows_of<S, Bf16>(w, stride, rows, K, x, stride_x, T, out);
+    case F16: return rows_of<S, Half>(w, stride, rows, K, x, stride_x, T, out);
+    default: return rows_of<S, int8_t>(w, stride, rows, K, x, stride_x, T, out);
+  }
+}
+
+template <class S, class X>
+void widen_as(const X* in, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + S::lanes <= n; i += S::lanes) S::store(out + i, S::load(in + i));
+  for (; i < n; ++i) out[i] = widened(in[i]);
+}
+
+template <class S>
+void widen(int dtype, const void* in, int64_t n, float* out) {
+  if (dtype == F32) std::memcpy(out, in, n * sizeof(float));
+  else if (dtype == BF16) widen_as<S>(static_cast<const Bf16*>(in), n, out);
+  else widen_as<S>(static_cast<const Half*>(in), n, out);
+}
+
+template <class X>
+void narrow_as(const float* sum, int stride, int n, const X* base, const X* bias, X* y) {
+  for (int i = 0; i < n; ++i) {
+    float v = sum[i * stride];
+    if (bias) v += widened(bias[i]);
+    if (base) v = v == 0 ? widened(base[i]) : v + widened(base[i]);  // nothing added: base's bits, -0 too
+    y[i] = narrowed<X>(v);
+  }
+}
+
+void narrow(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y) {
+  if (dtype == F32) narrow_as(sum, stride, n, static_cast<const float*>(base), static_cast<const float*>(bias), static_cast<float*>(y));
+  else if (dtype == BF16) narrow_as(sum, stride, n, static_cast<const Bf16*>(base), static_cast<const Bf16*>(bias), static_cast<Bf16*>(y));
+  else narrow_as(sum, stride, n, static_cast<const Half*>(base), static_cast<const Half*>(bias), static_cast<Half*>(y));
+}
+
+template <class S>
+const Kernels* table() {
+  static constexpr Kernels all{S::name, widen<S>, dot<S>, narrow};
+  return &all;
+}
+
+}  // namespace
+}  // namespace t2cpu

@@ -1,0 +1,76 @@
+// What the C++ implementation for CPUs is made of: a call as plain pointers and sizes, and one table of functions an instruction set.
+//
+//   g[t, c] = (sum_n x[t, n] Vt[c, n]) * scale[ids[t / repeat], c]          Vt [C, N], U [M, C]: rows contiguous, streamed once
+//   y[t, m] = base[t, m] + sum_c g[t, c] U[m, c] + bias[m]
+//
+// x, V and U are widened to fp32, exactly; products, g and sums are fp32; y is rounded once. A number of y or g is summed by one thread in an
+// order that depends on its row alone: the same bits in every run, whatever the threads, the other tokens and the other members.
+#pragma once
+#include <cstdint>
+
+namespace t2cpu {
+
+enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2, I8 = 3 };
+constexpr int64_t size_of(int dtype) { return dtype == F32 ? 4 : dtype == I8 ? 1 : 2; }
+
+constexpr int TILE = 8;    // tokens that a weight in a register is used for
+constexpr int BLOCK = 24;  // rows that are finished together: a multiple of the rows that any kernel takes at once
+constexpr int SUMS = BLOCK * TILE + 4;
+constexpr int TOKENS = 64; // tokens between two readings of the factors, which bounds the scratch: at 8 and more, arithmetic costs more than reading
+constexpr int MEMBERS = 8;  // matrices that share x in one call
+constexpr int LANE = 16;   // fp32 numbers of the widest vector; x and g are padded with zeros to a multiple of it
+
+struct Matrix {  // [rows, K] with K contiguous
+  const void* data;
+  int64_t rows, K, stride;
+};
+
+struct Shrink {
+  const void* x;
+  int64_t T, stride_x;
+  int x_dtype, dtype;  // of x; of V and U
+  Matrix Vt;
+  const float* scale;
+  int64_t E, stride_scale;
+  const void* ids;
+  int64_t repeat;
+  bool ids64;
+};
+
+struct Expand {
+  Matrix U;
+  int64_t column;    // where its columns of g begin
+  const void* base;  // may be null, as bias may
+  int64_t stride_base;
+  const void* bias;
+  void* y;           // [T, rows], contiguous
+};
+
+struct Kernels {
+  const char* name;
+  // out[n] = in[n] as fp32
+  void (*widen)(int dtype, const void* in, int64_t n, float* out);
+  // out[r * T + t] = sum_k W[r, k] x[t, k] for r < rows <= BLOCK, t < T <= TILE; x padded with zeros to a multiple of LANE.
+  // out: SUMS numbers; those behind the last sum hold anything afterwards
+  void (*dot)(int dtype, const void* W, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, int T, float* out);
+  // y[n] = base[n] + sum[n * stride] + bias[n], rounded once to dtype
+  void (*narrow)(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y);
+};
+
+const Kernels* portable();
+const Kernels* avx2();    // null where it was not compiled
+const Kernels* avx512();  // the same
+
+// The widest that this CPU runs, or the one that is named ("portable", "avx2", "avx512"); null if that cannot run here.
+const Kernels* kernels(const char* name);
+
+// Threads are those of torch's OpenMP runtime, found in the library at `path` or what it depends on. False: there is none; calls use one thread.
+bool find_threads(const char* path);
+
+// g [T, C] fp32, contiguous. threads: at most so many.
+void shrink(const Kernels&, const Shrink&, float* g, int threads);
+// g: as `shrink` made it. dtype: of U; x_dtype: of base, bias and y.
+void expand(const Kernels&, const float* g, int64_t stride_g, int64_t T, const Expand*, int members, int dtype, int x_dtype, int threads);
+void svf_linear(const Kernels&, const Shrink&, const Expand*, int members, int threads);
+
+}  // namespace t2cpu

@@ -1,0 +1,209 @@
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "svf_cpu.h"
+#include "threads.h"
+
+namespace t2cpu {
+namespace {
+
+// Below so many microseconds one thread does it alone. Two save half of it at best; where something else keeps the other core busy, which happens to
+// everybody, waiting for its share took 4 to 16 ms (two cores of an AMD EPYC, load 4).
+constexpr int64_t ALONE = 200;
+
+constexpr int64_t PAGE_OFFSET = LANE;  // rows of x one line apart from a power of two, where they would share the sets of a cache
+
+int64_t padded(int64_t K) { return (K + LANE - 1) / LANE * LANE + PAGE_OFFSET; }
+
+const char* at(const void* p, int64_t offset, int dtype) { return static_cast<const char*>(p) + offset * size_of(dtype); }
+
+// Scratch of the calling thread, kept for its next call.
+float* scratch(int64_t count) {
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<float, Free> buffer;
+  thread_local int64_t size = 0;
+  if (count > size) {
+    buffer.reset();
+    size = 0;
+    buffer.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64))));
+    size = count;
+  }
+  return buffer.get();
+}
+
+struct Rows {  // [stride] fp32 a token
+  float* data;
+  int64_t stride;
+};
+
+void clear_ends(Rows rows, int64_t T, int64_t K) {
+  for (int64_t t = 0; t < T; ++t) std::memset(rows.data + t * rows.stride + K, 0, (padded(K) - PAGE_OFFSET - K) * sizeof(float));
+}
+
+void widen_rows(const Kernels& k, const void* x, int64_t stride_x, int dtype, int64_t T, int64_t N, Rows out) {
+  for (int64_t t = 0; t < T; ++t) {
+    float* row = out.data + t * out.stride;
+    k.widen(dtype, at(x, t * stride_x, dtype), N, row);
+  }
+  clear_ends(out, T, N);
+}
+
+template <class F>
+void by_tiles(int64_t T, F f) {  // of equal size: 9 tokens are 5 and 4
+  const int64_t tiles = (T + TILE - 1) / TILE;
+  for (int64_t i = 0; i < tiles; ++i) f(T * i / tiles, int(T * (i + 1) / tiles - T * i / tiles));
+}
+
+// Blocks of rows that threads take one by one. What a thread is late for, since something else has its core or it is a slow one, others do.
+struct Blocks {
+  std::atomic<int64_t> taken{0}, done{0};
+
+  // f(member, first row, rows) for every block that no other thread has taken; then, on a wish, until the others' are done too.
+  template <class Count, class F>
+  void each(int members, Count rows_of, bool wait, F f) {
+    const auto blocks = [&](int i) { return (rows_of(i) + BLOCK - 1) / BLOCK; };
+    int64_t all = 0, mine = 0;
+    for (int i = 0; i < members; ++i) all += blocks(i);
+    for (int64_t b; (b = taken.fetch_add(1, std::memory_order_relaxed)) < all; ++mine) {
+      int i = 0;
+      for (; b >= blocks(i); ++i) b -= blocks(i);
+      f(i, b * BLOCK, int(std::min<int64_t>(BLOCK, rows_of(i) - b * BLOCK)));
+    }
+    done.fetch_add(mine, std::memory_order_release);
+    for (int spins = 0; wait && done.load(std::memory_order_acquire) < all; ++spins)
+      if (spins > 1000) sched_yield();
+  }
+};
+
+// A round of at most TOKENS tokens: x, and for each member its g, as padded rows of fp32. in or out may be null: a half alone.
+struct Round {
+  const Kernels& k;
+  const Shrink* in;
+  const Expand* out;
+  int members, dtype, x_dtype;
+  int64_t first, T;
+  Rows x, g[MEMBERS];
+  Blocks shrinking, expanding;
+};
+
+int64_t columns(const Round& r, int i) { return r.out[i].U.K; }
+
+void shrink_rows(Round& r, bool wait) {
+  const Shrink& s = *r.in;
+  r.shrinking.each(r.members, [&](int i) { return columns(r, i); }, wait, [&](int i, int64_t row, int rows) {
+    const int64_t c = r.out[i].column + row;
+    by_tiles(r.T, [&](int64_t t0, int T) {
+      float sums[SUMS];
+      r.k.dot(s.dtype, at(s.Vt.data, c * s.Vt.stride, s.dtype), s.Vt.stride, rows, s.Vt.K, r.x.data + t0 * r.x.stride, r.x.stride, T, sums);
+      for (int t = 0; t < T; ++t) {
+        const int64_t id = (r.first + t0 + t) / s.repeat;
+        const int64_t e = s.ids64 ? static_cast<const int64_t*>(s.ids)[id] : static_cast<const int32_t*>(s.ids)[id];
+        const float* scale = s.scale + e * s.stride_scale + c;
+        float* g = r.g[i].data + (t0 + t) * r.g[i].stride + row;
+        for (int j = 0; j < rows; ++j) g[j] = sums[j * T + t] * scale[j];
+      }
+    });
+  });
+}
+
+void expand_rows(Round& r) {
+  r.expanding.each(r.members, [&](int i) { return r.out[i].U.rows; }, false, [&](int i, int64_t m, int rows) {
+    const Expand& e = r.out[i];
+    by_tiles(r.T, [&](int64_t t0, int T) {
+      float sums[SUMS];
+      const Rows& g = r.g[i];
+      r.k.dot(r.dtype, at(e.U.data, m * e.U.stride, r.dtype), e.U.stride, rows, e.U.K, g.data + t0 * g.stride, g.stride, T, sums);
+      for (int t = 0; t < T; ++t) {
+        const int64_t row = r.first + t0 + t;
+        const void* base = e.base ? at(e.base, row * e.stride_base + m, r.x_dtype) : nullptr;
+        const void* bias = e.bias ? at(e.bias, m, r.x_dtype) : nullptr;
+        r.k.narrow(r.x_dtype, sums + t, T, rows, base, bias, const_cast<char*>(at(e.y, row * e.U.rows + m, r.x_dtype)));
+      }
+    });
+  });
+}
+
+// 1 where the work is small. Reading goes at some 60 bytes a nanosecond (32 to 84 measured, memory to L3), arithmetic at 80 products.
+int worth(int threads, const Shrink* in, const Expand* out, int members, int dtype, int64_t T) {
+  int64_t numbers = in ? in->Vt.rows * in->Vt.K : 0;
+  for (int i = 0; i < members; ++i) numbers += out[i].U.rows * out[i].U.K;
+  const int64_t nanoseconds = numbers * size_of(dtype) / 60 + numbers * T / 80;
+  return nanoseconds < 1000 * ALONE ? 1 : threads;
+}
+
+}  // namespace
+
+void svf_linear(const Kernels& k, const Shrink& in, const Expand* out, int members, int threads) {
+  threads = worth(threads, &in, out, members, in.dtype, in.T);
+  int64_t width = padded(in.Vt.K);
+  for (int i = 0; i < members; ++i) width += padded(out[i].U.K);
+  float* room = scratch(std::min<int64_t>(in.T, TOKENS) * width);
+  for (int64_t first = 0; first < in.T; first += TOKENS) {
+    const int64_t T = std::min<int64_t>(TOKENS, in.T - first);
+    Round r{k, &in, out, members, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {}, {}, {}};
+    widen_rows(k, at(in.x, first * in.stride_x, in.x_dtype), in.stride_x, in.x_dtype, T, in.Vt.K, r.x);
+    float* g = room + T * r.x.stride;
+    for (int i = 0; i < members; ++i) {
+      r.g[i] = {g, padded(columns(r, i))};
+      clear_ends(r.g[i], T, columns(r, i));
+      g += T * r.g[i].stride;
+    }
+    parallel(threads, [&] {
+      shrink_rows(r, true);
+      expand_rows(r);
+    });
+  }
+}
+
+void shrink(const Kernels& k, const Shrink& in, float* g, int threads) {
+  threads = worth(threads, &in, nullptr, 0, in.dtype, in.T);
+  const Expand all{{nullptr, 0, in.Vt.rows, 0}, 0, nullptr, 0, nullptr, nullptr};
+  float* room = scratch(std::min<int64_t>(in.T, TOKENS) * padded(in.Vt.K));
+  for (int64_t first = 0; first < in.T; first += TOKENS) {
+    const int64_t T = std::min<int64_t>(TOKENS, in.T - first);
+    Round r{k, &in, &all, 1, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {{g + first * in.Vt.rows, in.Vt.rows}}, {}, {}};
+    widen_rows(k, at(in.x, first * in.stride_x, in.x_dtype), in.stride_x, in.x_dtype, T, in.Vt.K, r.x);
+    parallel(threads, [&] { shrink_rows(r, false); });
+  }
+}
+
+void expand(const Kernels& k, const float* g, int64_t stride_g, int64_t T_all, const Expand* out, int members, int dtype, int x_dtype, int threads) {
+  threads = worth(threads, nullptr, out, members, dtype, T_all);
+  int64_t width = 0;
+  for (int i = 0; i < members; ++i) width += padded(out[i].U.K);
+  float* room = scratch(std::min<int64_t>(T_all, TOKENS) * width);
+  for (int64_t first = 0; first < T_all; first += TOKENS) {
+    const int64_t T = std::min<int64_t>(TOKENS, T_all - first);
+    Round r{k, nullptr, out, members, dtype, x_dtype, first, T, {}, {}, {}, {}};
+    float* at_g = room;
+    for (int i = 0; i < members; ++i) {
+      r.g[i] = {at_g, padded(columns(r, i))};
+      widen_rows(k, g + first * stride_g + out[i].column, stride_g, F32, T, columns(r, i), r.g[i]);
+      at_g += T * r.g[i].stride;
+    }
+    parallel(threads, [&] { expand_rows(r); });
+  }
+}
+
+const Kernels* kernels(const char* name) {
+#if defined(__x86_64__)
+  static const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                              __builtin_cpu_supports("avx512vl");
+  static const bool has_2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  constexpr bool has_512 = false, has_2 = false;
+#endif
+  const Kernels* all[] = {has_512 && has_2 ? avx512() : nullptr, has_2 ? avx2() : nullptr, portable()};
+  for (const Kernels* k : all)
+    if (k && (name == nullptr || std::strcmp(name, k->name) == 0)) return k;
+  return nullptr;
+}
+
+}  // namespace t2cpu

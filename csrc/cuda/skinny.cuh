@@ -1,0 +1,152 @@
+// The decode kernel: y = base + times * ((x Wᵀ) * scale[e]) + bias for up to eight W at once and T <= 8 * TILES tokens, W streamed once.
+//
+// A warp's lane loads 16 bytes of row g and of row g + 8 of W. Those bytes are fragments of the tensor cores' A operand as they come, if k is
+// permuted alike in B, the activations: no shared memory, no shuffle, no second layout of W. The 8 warps of a block split k in chunks of 128
+// bytes and add their sums through shared memory, in the order of k: the same bits in every run and on every number of multiprocessors.
+// Each warp keeps DEPTH chunks in flight, in registers; the chunks run ahead over tiles, problems and phases, and over the wait for the kernel
+// before, because W depends on nothing.
+//
+// Compiled by nvcc, and as C++ with csrc/emulator/device.h in place of device.cuh.
+#pragma once
+#include "parts.cuh"
+
+namespace t2 {
+
+// Where a warp loads next.
+struct Cursor {
+  Place at;
+  int first;         // the warp that takes the first chunk of the tile: it moves on from tile to tile, so that short rows keep every warp busy
+  int from, end;     // bytes into the row: this warp's chunk, the row's end
+  const char* row;   // of W: row g of the tile
+  long long second;  // and from there to row g + 8
+};
+
+__device__ __forceinline__ void enter(Cursor& u, const Args& a, int warp, int lane) {
+  if (u.at.problem < 0) return;
+  const Problem& p = a.problem[u.at.problem];
+  // Rows behind the last repeat it; what is computed for them is not stored.
+  const int g = min(u.at.row + (lane >> 2), p.R - 1), g8 = min(u.at.row + (lane >> 2) + 8, p.R - 1);
+  u.end = p.int8 ? p.K : 2 * p.K;
+  u.row = static_cast<const char*>(p.W) + static_cast<long long>(g) * u.end;
+  u.second = static_cast<long long>(g8 - g) * u.end;
+  u.from = ((warp - u.first) & (WARPS - 1)) * CHUNK;
+  u.first = (u.first + (u.end + CHUNK - 1) / CHUNK) & (WARPS - 1);
+}
+
+__device__ __forceinline__ void load(Cursor& u, const Args& a, int warp, int lane, Chunk& chunk) {
+  while (u.at.problem >= 0 && u.from >= u.end) {
+    step<1>(u.at, a);
+    enter(u, a, warp, lane);
+  }
+  if (u.at.problem < 0) return;
+  // Behind the end of a row stands its beginning: x is zero there, and W is a number.
+  const int i = u.from + (lane & 3) * 16, i0 = i < u.end ? i : 0, i1 = i + 64 < u.end ? i + 64 : 0;
+  chunk.a[0] = load_weights(u.row + i0);
+  chunk.a[1] = load_weights(u.row + i1);
+  chunk.b[0] = load_weights(u.row + u.second + i0);
+  chunk.b[1] = load_weights(u.row + u.second + i1);
+  u.from += WARPS * CHUNK;
+}
+
+// All blocks of the grid have come here. Two words, {arrived, generation}; the last to arrive sets the first back, so that a launch leaves the
+// barrier as it found it, and a graph may replay it. What was written before by any thread is seen by all after.
+__device__ __forceinline__ void grid_barrier(unsigned* words) {
+  block_barrier();
+  if (threadIdx.x == 0) {
+    const unsigned generation = load_acquire(words + 1);
+    if (add_acquire_release(words, 1) == gridDim.x - 1) {
+      store_release(words, 0);
+      store_release(words + 1, generation + 1);
+    } else {
+      while (load_acquire(words + 1) == generation) {
+      }
+    }
+  }
+  block_barrier();
+}
+
+template <Product P, Weights W, int TILES, bool FUSED, int DEPTH, int RESIDENT>
+__global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_constant__ Args a) {
+  T2_SHARED(float, partial, [2][WARPS][TILES * 8 * PITCH]);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
+
+  Chunk ring[DEPTH];
+  Cursor ahead{};
+  ahead.at.unit = blockIdx.x;
+  find<1>(ahead.at, a);
+  enter(ahead, a, warp, lane);
+#pragma unroll
+  for (int d = 0; d < DEPTH; ++d) load(ahead, a, warp, lane, ring[d]);
+  if constexpr (!FUSED) launch_dependents();
+  wait_for_kernel_before();  // only W was touched so far
+
+  Outputs<TILES> outputs;
+  outputs.find_experts(a);
+
+  Place here{};
+  here.unit = blockIdx.x;
+  find<1>(here, a);
+  bool crossed = false;
+  int first = 0, slot = 0, side = 0;  // slot: of the ring, whose chunk comes next; side: of `partial`, which two tiles use in turn
+  for (; here.problem >= 0; step<1>(here, a), side ^= 1) {
+    if (FUSED && !crossed && here.problem >= a.first) {
+      crossed = true;
+      grid_barrier(a.barrier);
+    }
+    const Problem& p = a.problem[here.problem];
+
+    outputs.ask(a, p, here.row);
+
+    float sums[TILES][4] = {};
+    const int end = p.int8 ? p.K : 2 * p.K, rank = (warp - first) & (WARPS - 1);
+    const char* x = static_cast<const char*>(p.x) + static_cast<long long>(g) * p.x_row * 2;
+    const long long eight_rows = static_cast<long long>(p.x_row) * 16;
+    first = (first + (end + CHUNK - 1) / CHUNK) & (WARPS - 1);
+    int from = rank * CHUNK;
+    while (from < end) {
+#pragma unroll
+      for (int d = 0; d < DEPTH; ++d) {
+        if (d < slot) continue;  // where the tile before left off
+        if (from >= end) {
+          slot = d;
+          break;
+        }
+        const int i = from + quarter * 16;
+        uint4 X[TILES];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const bool inside = i + h * 64 < end;
+          if (W == INT8 || (W == BOTH && p.int8)) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              load_x<P, false>(X, x + 2 * (i + h * 64) + half * 16, eight_rows, a.T - g, inside, false);
+              multiply_int8<P>(sums, ring[d], h, half, X);
+            }
+          } else {
+            load_x<P, P == FP16>(X, x + i + h * 64, eight_rows, a.T - g, inside, p.x_is_bf16);
+            multiply_wide<P>(sums, ring[d], h, X);
+          }
+        }
+        // Refilled in place, after its use: a copy first would wait for the load it has just sent.
+        load(ahead, a, warp, lane, ring[d]);
+        from += WARPS * CHUNK;
+        if (d == DEPTH - 1) slot = 0;
+      }
+    }
+
+    put_sums<TILES>(partial[side][rank], sums, lane);
+    block_barrier();  // one a tile: the other side of `partial` is free when all have come here again
+#pragma unroll
+    for (int i = 0; i < Outputs<TILES>::COUNT; ++i) {
+      if (!outputs.exists(a, p, here.row, i)) continue;
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) sum += load_shared(partial[side][w] + outputs.token(i) * PITCH + outputs.row());
+      outputs.finish(a, here.problem, here.row, i, sum);
+    }
+  }
+  if constexpr (FUSED)
+    if (!crossed) grid_barrier(a.barrier);  // no tile of the second phase, but waited for
+}
+
+}  // namespace t2
