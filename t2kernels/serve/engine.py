@@ -113,19 +113,19 @@ class Engine:
     ) -> Generation:
         """Accept a request. Raises APIError: 400 too long for the cache, 429 too many wait, 503 shutting down or dead."""
         self.check_open()
-        if len(self.waiting) >= self.max_waiting:
-            raise APIError(
-                429,
-                f"{len(self.waiting)} requests are waiting, which is the most that may; try again later",
-                "queue_full",
-                headers={"Retry-After": "1"},
-            )
         if len(prompt) + max_tokens > self.longest:
             raise APIError(
                 400,
                 f"{len(prompt)} tokens of prompt and up to {max_tokens} more do not fit into the KV cache, which holds {self.longest}; "
                 "ask for fewer tokens, or start the server with a larger --kv-tokens",
                 "context_length_exceeded",
+            )
+        if len(self.waiting) >= self.max_waiting:
+            raise APIError(
+                429,
+                f"{len(self.waiting)} requests are waiting, which is the most that may; try again later",
+                "queue_full",
+                headers={"Retry-After": "1"},
             )
         generation = Generation(self, next(self._ids), list(prompt), expert, max_tokens, sampling or Sampling(), on_end)
         self.waiting[generation.id] = generation
