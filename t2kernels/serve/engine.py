@@ -99,7 +99,8 @@ class Engine:
         while self._manager.batch_processor is None and self._manager.is_running():
             await asyncio.sleep(0.01)
         if self._manager.batch_processor is None:
-            raise RuntimeError(f"generation could not start: {self._why()}")
+            self.failure = f"generation could not start: {self._why()}"
+            raise RuntimeError(self.failure)
         self.longest = longest_request(self._manager)
         self._watch = asyncio.create_task(self._watch_thread())
 

@@ -193,7 +193,7 @@ class Experts:
         path = folder / name
         if not name or Path(name).name != name or name.startswith(".") or not name.endswith(".safetensors") or "\0" in name:
             raise bad(f"file {name!r}: wanted the bare name of a .safetensors file inside the experts folder", "file", "bad_file_name")
-        if path.is_symlink() or path.resolve().parent != folder.resolve():
+        if path.resolve().parent != folder.resolve():
             raise bad(
                 f"file {name!r} leads out of the experts folder: links are not followed; copy the file into it", "file", "bad_file_name"
             )
