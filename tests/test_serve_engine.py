@@ -232,12 +232,12 @@ def test_ids_of_a_step_are_right_and_cheap(requests, length, most):
     ids = ExpertIds(requests * length + 5, torch.device("cpu"))
     ids.ids.fill_(99)
     ids.filled = requests * length + 5
-    ids.fill(states)
+    ids.fill(states, requests * length)
     assert ids.of_batch(requests * length).tolist() == [[r for r in rows for _ in range(length)]]
     assert ids.ids[requests * length :].tolist() == [0] * 5
     took = []
     for _ in range(100):
         begun = time.perf_counter()
-        ids.fill(states)
+        ids.fill(states, requests * length)
         took.append(time.perf_counter() - begun)
     assert min(took) < most

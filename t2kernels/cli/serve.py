@@ -71,10 +71,11 @@ def serve(
     try:
         from t2kernels.serve.app import Service, Settings
         from t2kernels.serve.batching import BatchSettings, check_transformers
-        from t2kernels.serve.server import run
+        from t2kernels.serve.server import listen, run
     except ImportError as e:
         raise ImportError(f"t2 serve needs a web server: pip install 't2kernels[serve]' ({e})") from e
     check_transformers()
+    at = listen(host, port)
     template = None if chat_template is None else chat_template.read_text()
     tiny = model == models.TINY
     loaded = models.load(model, dtype, device)
@@ -96,7 +97,7 @@ def serve(
     service = Service(loaded.model, loaded.tokenizer, settings, _shipped() if tiny and experts is None else None)
     names = ", ".join(service.experts.current) or "none yet"
     err.print(f"{settings.name} on http://{host}:{port}/v1, experts: {names}; {bank.describe()}", soft_wrap=True)
-    run(service, host, port, drain)
+    run(service, at, drain)
 
 
 def _shipped() -> dict[str, Path]:
@@ -116,6 +117,8 @@ def _serve_vllm(
     option: list[str],
     route: str | None,
 ) -> None:
+    if find_spec("vllm") is None:
+        raise ImportError("--engine vllm: vllm is not installed here; install it, or take --engine transformers")
     from t2kernels import tiny
     from t2kernels.integrations.vllm import serve as vllm
 

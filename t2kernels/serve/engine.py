@@ -74,7 +74,8 @@ class Generation:
 class Engine:
     """model: patched; ends: tokens that end a text; max_running: requests in the batch at once; max_waiting: requests that may wait for that.
 
-    Make it, then `await start()`. Raises what `make_manager` raises.
+    Make it, then `await start()`. longest: tokens that a request can have.
+    Raises what `make_manager` raises, and RuntimeError without memory for the cache.
     """
 
     def __init__(
@@ -86,22 +87,21 @@ class Engine:
         self.running: dict[str, Generation] = {}
         self.draining = False
         self.failure: str | None = None  # why nothing runs any more
-        self.longest = 0  # tokens of a request
         self._ids = map(str, itertools.count())
         self._idle = asyncio.Event()
         self._idle.set()
+        self._stopping = asyncio.Lock()
         self._manager = make_manager(model, settings or BatchSettings(), self._sample, self._deliver)
+        try:
+            self._manager.warmup()  # makes the cache
+        except MemoryError as error:
+            raise RuntimeError(f"the KV cache does not fit ({error}); take fewer --kv-tokens or --batch-tokens") from None
+        self.longest = longest_request(self._manager)
 
     async def start(self) -> None:
-        """Start the generation thread. Raises RuntimeError if it cannot run (no memory for the cache, a model it does not support)."""
+        """Start the generation thread."""
         self._loop = asyncio.get_running_loop()
         self._manager.start()
-        while self._manager.batch_processor is None and self._manager.is_running():
-            await asyncio.sleep(0.01)
-        if self._manager.batch_processor is None:
-            self.failure = f"generation could not start: {self._why()}"
-            raise RuntimeError(self.failure)
-        self.longest = longest_request(self._manager)
         self._watch = asyncio.create_task(self._watch_thread())
 
     def submit(
@@ -165,8 +165,9 @@ class Engine:
             done = False
         self._fail_all(APIError(503, f"the server shut down before this request had finished ({timeout:g} s were left)", "draining"))
         self._watch.cancel()
-        if self._manager.is_running():
-            await asyncio.to_thread(self._manager.stop, block=True, timeout=10, hard_stop=True)
+        async with self._stopping:
+            if self._manager.is_running():
+                await asyncio.to_thread(self._manager.stop, block=True, timeout=10, hard_stop=True)
         self.failure = self.failure or "the server has shut down"
         return done
 

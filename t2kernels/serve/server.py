@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 
 import uvicorn
 
@@ -15,9 +16,9 @@ class Server(uvicorn.Server):
     process ends when the last request has, or after `drain` seconds. The second ends it at once.
     """
 
-    def __init__(self, service: Service, host: str, port: int, drain: float, log_level: str = "warning"):
+    def __init__(self, service: Service, drain: float):
         # What is still connected after the drain has been answered: a second is for the last bytes.
-        super().__init__(uvicorn.Config(make_app(service), host=host, port=port, log_level=log_level, timeout_graceful_shutdown=1))
+        super().__init__(uvicorn.Config(make_app(service), log_level="warning", timeout_graceful_shutdown=1))
         self.service, self.drain = service, drain
         self._ending: asyncio.Task | None = None
 
@@ -41,9 +42,23 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(service: Service, host: str, port: int, drain: float = 30.0) -> None:
-    """Serve until a signal ends it. Raises RuntimeError if generation cannot start, OSError if the port is taken."""
-    server = Server(service, host, port, drain)
-    server.run()
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound; before a model is loaded for nothing. Raises OSError, with what to do, if the port is taken."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise OSError(
+            error.errno, f"cannot listen on {host} port {port} ({error.strerror}); choose another with --host and --port"
+        ) from None
+    return made
+
+
+def run(service: Service, at: socket.socket, drain: float = 30.0) -> None:
+    """Serve until a signal ends it. at: of `listen`. Raises RuntimeError if it cannot start."""
+    server = Server(service, drain)
+    server.run(sockets=[at])
     if not server.started:
-        raise RuntimeError(service.engine.failure or f"the server did not start: is port {port} of {host} free?")
+        raise RuntimeError("the server did not start; what went wrong stands above")
