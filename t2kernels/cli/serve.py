@@ -96,7 +96,9 @@ def serve(
     )
     service = Service(loaded.model, loaded.tokenizer, settings, _shipped() if tiny and experts is None else None)
     names = ", ".join(service.experts.current) or "none yet"
-    err.print(f"{settings.name} on http://{host}:{port}/v1, experts: {names}; {bank.describe()}", soft_wrap=True)
+    row = sum(layer.scale[0].numel() * layer.scale.element_size() for layer, _ in bank.layers)
+    err.print(f"{settings.name} on http://{host}:{port}/v1, experts: {names}", soft_wrap=True)
+    err.print(f"{bank.rows} rows of {row / 1e3:,.0f} kB; {bank.describe()}", soft_wrap=True)
     run(service, at, drain)
 
 
