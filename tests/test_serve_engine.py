@@ -140,6 +140,7 @@ def test_the_queue_is_bounded_and_what_is_cancelled_frees_everything(served):
         assert (refused.value.status_code, refused.value.headers) == (429, {"Retry-After": "1"})
         with pytest.raises(APIError, match="do not fit into the KV cache, which holds 512"):
             made.submit([5] * 500, 20)
+        assert len(made.waiting) == 3
         async for _ in running[0]:
             break
         assert made.free_cache() < 1
@@ -209,6 +210,26 @@ def test_seeded_sampling_does_not_depend_on_the_batch(served):
         assert len({tuple(a) for a in alone}) > 1
 
     run(served.model, work)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt2", "mixtral"])
+def test_other_families(family):
+    """Sliding windows, fused and transposed projections, mixtures of experts."""
+    torch.manual_seed(1)
+    model = build(family)
+    bank = t2.patch_model(model, rows=3)
+    for name, expert in some_experts(bank, 3, 0.6).items():
+        bank.add(name, expert)
+    prompts = [torch.randint(5, 55, (n,)).tolist() for n in (4, 40)]
+    wanted = {(name, i): greedy(model, p, experts=name) for name in (None, "e0", "e1", "e2") for i, p in enumerate(prompts)}
+    assert run(model, lambda made: all_pairs(SimpleNamespace(wanted=wanted, prompts=prompts), made)) == wanted
+
+
+def test_a_family_that_transformers_cannot_batch_is_refused_at_the_start():
+    model = build("opt")
+    t2.patch_model(model)
+    with pytest.raises(RuntimeError, match="OPTForCausalLM does not run with transformers' continuous batching"):
+        run(model, lambda made: None)
 
 
 def test_another_version_of_transformers_is_refused(monkeypatch):

@@ -88,6 +88,7 @@ class Engine:
         self.draining = False
         self.failure: str | None = None  # why nothing runs any more
         self._ids = map(str, itertools.count())
+        self._watch: asyncio.Task | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = asyncio.Lock()
@@ -99,10 +100,20 @@ class Engine:
         self.longest = longest_request(self._manager)
 
     async def start(self) -> None:
-        """Start the generation thread."""
+        """Start the generation thread and see that the model runs on it; once. Raises RuntimeError if it does not."""
+        if self._watch is not None:
+            return
         self._loop = asyncio.get_running_loop()
         self._manager.start()
         self._watch = asyncio.create_task(self._watch_thread())
+        try:
+            async for _ in self.submit([0, 0], max_tokens=2):  # a step that reads a prompt, and one that reads the cache
+                pass
+        except APIError as error:
+            await self.drain(0)
+            raise RuntimeError(
+                f"{type(self.model).__name__} does not run with transformers' continuous batching ({error.message}); take --engine vllm"
+            ) from None
 
     def submit(
         self,
@@ -121,17 +132,18 @@ class Engine:
                 "ask for fewer tokens, or start the server with a larger --kv-tokens",
                 "context_length_exceeded",
             )
-        if len(self.waiting) >= self.max_waiting:
-            raise APIError(
-                429,
-                f"{len(self.waiting)} requests are waiting, which is the most that may; try again later",
-                "queue_full",
-                headers={"Retry-After": "1"},
-            )
         generation = Generation(self, next(self._ids), list(prompt), expert, max_tokens, sampling or Sampling(), on_end)
         self.waiting[generation.id] = generation
         self._idle.clear()
         self._admit()
+        if generation.id in self.waiting and len(self.waiting) > self.max_waiting:
+            del self.waiting[generation.id]
+            raise APIError(
+                429,
+                f"{self.max_waiting} requests are waiting, which is the most that may; try again later",
+                "queue_full",
+                headers={"Retry-After": "1"},
+            )
         return generation
 
     def check_open(self) -> None:
@@ -164,7 +176,8 @@ class Engine:
         except TimeoutError:
             done = False
         self._fail_all(APIError(503, f"the server shut down before this request had finished ({timeout:g} s were left)", "draining"))
-        self._watch.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
         async with self._stopping:
             if self._manager.is_running():
                 await asyncio.to_thread(self._manager.stop, block=True, timeout=10, hard_stop=True)

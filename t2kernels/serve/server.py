@@ -20,11 +20,20 @@ class Server(uvicorn.Server):
         # What is still connected after the drain has been answered: a second is for the last bytes.
         super().__init__(uvicorn.Config(make_app(service), log_level="warning", timeout_graceful_shutdown=1))
         self.service, self.drain = service, drain
+        self.failed: RuntimeError | None = None
         self._ending: asyncio.Task | None = None
 
     async def serve(self, sockets=None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def startup(self, sockets=None) -> None:
+        try:
+            await self.service.engine.start()
+        except RuntimeError as error:
+            self.failed, self.should_exit = error, True
+            return
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame) -> None:
         if self.service.engine.draining or not self.started:
@@ -57,8 +66,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(service: Service, at: socket.socket, drain: float = 30.0) -> None:
-    """Serve until a signal ends it. at: of `listen`. Raises RuntimeError if it cannot start."""
+    """Serve until a signal ends it. at: of `listen`. Raises RuntimeError if the model does not run."""
     server = Server(service, drain)
     server.run(sockets=[at])
-    if not server.started:
-        raise RuntimeError("the server did not start; what went wrong stands above")
+    if server.failed is not None:
+        raise server.failed
