@@ -120,6 +120,7 @@ def test_auto_follows_the_names_as_they_change():
     with served(route="classify") as (client, service):
         assert ask(client, model="auto").json()["model"] == "math"
         assert service.model.t2_bank.rows_in_use == 1  # the classification expert keeps its row
+        assert ask(client, model="auto", prompt=["1+2?", "rsx(gcaf)?"]).status_code == 400
         assert client.delete("/v1/experts/math").status_code == 200
         assert ask(client, model="auto").json()["model"] in ("code", "reason")
         client.delete("/v1/experts/classify")

@@ -13,7 +13,12 @@ from t2kernels.cli.console import err
 ENGINES = ("auto", "transformers", "vllm")
 
 
+OF_BOTH = ("model", "experts", "host", "port", "api_key", "rows", "factors", "engine", "option", "rank", "form")
+"""Options that both engines take. rank and form go with factors, which say as much themselves."""
+
+
 def serve(
+    context: typer.Context,
     model: str = typer.Argument(help="'tiny' (built in), a checkpoint's directory, or a model's id on the hub.", show_default=False),
     experts: Path = typer.Option(
         None,
@@ -64,7 +69,14 @@ def serve(
     if experts is not None and not experts.is_dir():
         raise FileNotFoundError(f"--experts {experts}: no such directory")
     if engine == "vllm" or (engine == "auto" and find_spec("vllm") is not None):
-        _serve_vllm(model, experts, host, port, api_key, rows, factors, option, route)
+        for other in context.params.keys() - set(OF_BOTH):
+            if context.get_parameter_source(other).name == "COMMANDLINE":
+                raise ValueError(
+                    f"--{other.replace('_', '-')} is for --engine transformers; vLLM's own options are passed as --option=--NAME=VALUE"
+                )
+        if form not in ("auto", "delta" if factors else "factored"):
+            raise ValueError(f"--form {form} with --engine vllm: with --factors it is delta, without it the checkpoint is a factored one")
+        _serve_vllm(model, experts, host, port, api_key, rows, factors, option)
         return
     if option:
         raise ValueError("--option is for --engine vllm")
@@ -109,36 +121,16 @@ def _shipped() -> dict[str, Path]:
 
 
 def _serve_vllm(
-    model: str,
-    experts: Path | None,
-    host: str,
-    port: int,
-    api_key: str | None,
-    rows: int | None,
-    factors: str | None,
-    option: list[str],
-    route: str | None,
+    model: str, experts: Path | None, host: str, port: int, api_key: str | None, rows: int | None, factors: str | None, option: list[str]
 ) -> None:
     if find_spec("vllm") is None:
         raise ImportError("--engine vllm: vllm is not installed here; install it, or take --engine transformers")
     from t2kernels import tiny
     from t2kernels.integrations.vllm import serve as vllm
 
-    if route is not None:
-        raise ValueError("--route is for --engine transformers: vLLM is asked for an expert by name")
-    if model == models.TINY:
-        named, model = (tiny.experts() if experts is None else {}), str(tiny.path())
-    else:
-        named = {}
+    named = _shipped() if model == models.TINY and experts is None else {}
     if experts is not None:
         named |= {path.stem: path for path in sorted(experts.glob("*.safetensors"))}
-    vllm.serve(
-        model,
-        named,
-        host=host,
-        port=port,
-        api_key=api_key,
-        **({} if rows is None else {"rows": rows}),
-        factors=factors,
-        options=tuple(option),
-    )
+    model = str(tiny.path()) if model == models.TINY else model
+    more = {} if rows is None else {"rows": rows}
+    vllm.serve(model, named, host=host, port=port, api_key=api_key, factors=factors, options=tuple(option), **more)

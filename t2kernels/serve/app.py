@@ -130,6 +130,8 @@ class Service:
                 prompts, about = [self.encode_chat(said)], said if self.tokenizer.chat_template else said[-1]["content"]
             else:
                 prompts = [self.encode_text(p) for p in request.prompts()]
+                if request.model == AUTO and len(prompts) > 1:
+                    raise bad("model 'auto' chooses for one prompt: send a request for each", "prompt")
                 about = request.prompts()[0]
                 about = about if isinstance(about, str) else self.tokenizer.decode(about, skip_special_tokens=True)
             limits = [self.limit(prompt, request.limit) for prompt in prompts]
