@@ -167,6 +167,31 @@ def test_a_cache_that_is_too_small_for_all_at_once_still_serves_all(served):
     assert run(served.model, lambda made: all_pairs(served, made), small) == served.wanted
 
 
+def test_hundreds_that_wait_fail_with_the_thread_and_one_alone_fails_alone(served):
+    async def work(made):
+        lost = made.submit(served.prompts[2], 1, "e0")
+        served.bank.add("gone", served.experts["e1"])
+        hold = [made.submit(served.prompts[0], 50, name) for name in ("e2", "e3")]
+        alone = made.submit(served.prompts[2], 4, "gone")
+        served.bank.remove("gone")
+        with pytest.raises(APIError, match="no expert named 'gone'"):
+            await everything(alone)
+        assert len(await everything(lost)) == 1
+        for generation in hold:
+            assert len(await everything(generation)) == 50
+        faults = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: faults.append(context))
+        crowd = [made.submit(served.prompts[0], 100, "e0") for _ in range(500)]
+        made._manager.stop(block=True, hard_stop=True)  # behind the engine's back: each of them fails when it starts
+        results = await asyncio.gather(*map(everything, crowd), return_exceptions=True)
+        assert {r.status_code for r in results} <= {500, 503}
+        assert not faults
+        assert (made.bank.rows_in_use, len(made.waiting), len(made.running)) == (0, 0, 0)
+
+    run(served.model, work, max_running=4)
+    assert run(served.model, lambda made: all_pairs(served, made)) == served.wanted
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("error", [RuntimeError("no more memory"), SystemExit("killed")])
 def test_a_dead_thread_fails_what_runs_and_takes_nothing_new(served, error, monkeypatch):

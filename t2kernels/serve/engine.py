@@ -87,6 +87,7 @@ class Engine:
         self.running: dict[str, Generation] = {}
         self.draining = False
         self.failure: str | None = None  # why nothing runs any more
+        self._admitting = self._changed = False
         self._ids = map(str, itertools.count())
         self._watch: asyncio.Task | None = None
         self._idle = asyncio.Event()
@@ -187,14 +188,32 @@ class Engine:
     # --- on the event loop
 
     def _admit(self) -> None:
-        """Start what can start, the oldest first."""
+        """Start what can start, the oldest first. What fails at its start calls this again: it then goes round once more, not deeper."""
+        self._changed = True
+        if self._admitting:
+            return
+        self._admitting = True
+        try:
+            while self._changed:
+                self._changed = False
+                self._admit_once()
+        finally:
+            self._admitting = False
+
+    def _admit_once(self) -> None:
         blocked: list[Generation] = []
         for generation in list(self.waiting.values()):
             if len(self.running) >= self.max_running or self.failure:
                 break
+            if generation.over:
+                continue
             waits = bool(blocked) and blocked[0].passed >= PATIENCE and generation.expert is not None
-            if waits or not self.bank.has_room_for(generation.expert):
-                blocked.append(generation)
+            try:
+                if waits or not self.bank.has_room_for(generation.expert):
+                    blocked.append(generation)
+                    continue
+            except KeyError as error:
+                self._fail(generation, APIError(404, str(error.args[0]), "model_not_found", "model"))
                 continue
             for earlier in blocked[:1]:
                 earlier.passed += generation.expert is not None
