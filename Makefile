@@ -1,7 +1,7 @@
 # Two commands on a fresh machine with Python 3.11+ and make:
 #   make demo    a virtual environment in .venv, the package, and three minutes of what it does
 #   make test    every test that needs no GPU, and the linter
-# Also: make test-gpu, make bench-gpu, make clean. Everything is installed into .venv and nothing outside it.
+# Also: make bench, make test-gpu, make check-gpu, make bench-gpu, make clean. Everything is installed into .venv and nothing outside it.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PYTHON ?= python3
 # What counts as a change that must be installed again; the package itself is installed in place.
 SOURCES := pyproject.toml setup.py
 
-.PHONY: help demo test lint test-gpu bench-gpu clean
+.PHONY: help demo test lint bench test-gpu check-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,8 +32,12 @@ test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal tests/test_triton_forward.py tests/test_triton_backward.py
 
 # Ten minutes: environment, correctness, compute-sanitizer, decode timings; logs and rows in gpu-check-results.
-bench-gpu: $(VENV)/.installed-test
+check-gpu: $(VENV)/.installed-test
 	PYTHON=$(BIN)/python ./scripts/gpu-check
+
+# Under ten minutes on two cores, under eight on a GPU: rows are appended to benchmarks/results, and one table of verdicts is printed last.
+bench bench-gpu: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/suite.py
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.created
 	@./scripts/install $(BIN)/python

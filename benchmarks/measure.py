@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,9 +38,14 @@ def interleaved(run: Mapping[str, Callable[[], object]], repeats: int = 9, warmu
         for name, f in run.items():
             start = time.perf_counter()
             f()
-            _wait()
+            wait()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
+    return timing(seconds)
+
+
+def timing(seconds: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
+    """What was measured in turn, run by run, as `Timing`s."""
     first = next(iter(seconds.values()))
     out = {}
     for name, found in seconds.items():
@@ -48,9 +55,21 @@ def interleaved(run: Mapping[str, Callable[[], object]], repeats: int = 9, warmu
     return out
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
+def wait(device: torch.device | None = None) -> None:
+    """Until a GPU has done what it was asked. device: None: the GPU, if there is one."""
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
         torch.cuda.synchronize()
+
+
+class WrongResult(Exception):
+    """What was about to be timed computes something else."""
+
+
+def require(what: str, error: float, allowed: float) -> float:
+    """The error, if it is allowed. A wrong result gets no time: raises WrongResult, also where the error is NaN."""
+    if not error <= allowed:
+        raise WrongResult(f"{what}: relative error {error:.2g}, allowed {allowed:.2g}")
+    return error
 
 
 def machine(packages: Sequence[str] = ("torch", "transformers")) -> dict:
@@ -86,3 +105,9 @@ def append(path: Path, *rows: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def show(table: Table) -> None:
+    """Print a table, wide enough for its lines also where the output is no terminal."""
+    console = Console()
+    Console(width=console.width if console.is_terminal else 200).print(table)

@@ -18,7 +18,7 @@ from t2kernels.cli.race import rebuild
 from t2kernels.train.rollout import Rollout, completion_logits
 
 
-def speed(setup: Setup, task: str, seed: int) -> dict:
+def speed(setup: Setup, task: str, seed: int, repeats: int = 7) -> dict:
     """A CEM generation of 32 candidates over 10 examples: in one batch, a candidate at a time, and as the release does it, with dense weights
     rebuilt for each. Then the same candidates made of five experts instead of three. CPU seconds where there is one thread, else wall.
     """
@@ -48,7 +48,7 @@ def speed(setup: Setup, task: str, seed: int) -> dict:
             if not found["batch"] == found["one at a time"] == found["batch of five experts"]:
                 raise AssertionError("the same candidates answered differently in a batch and alone: their times cannot be compared")
             times: dict[str, list[float]] = {name: [] for name in work}
-            for _ in range(7):  # interleaved: a busy moment falls on all of them
+            for _ in range(repeats):  # interleaved: a busy moment falls on all of them
                 for name, do in work.items():
                     start = now()
                     do()
