@@ -86,6 +86,18 @@ def test_a_dead_engine_fails_what_runs_and_says_so(error):
         assert service.model.t2_bank.rows_in_use == 0
 
 
+def test_a_fault_in_one_answer_is_that_ones_alone(monkeypatch):
+    with served() as (client, service):
+        good = ask(client).json()["choices"][0]["text"]
+        with monkeypatch.context() as m:
+            m.setattr(service.tokenizer, "decode", lambda *a, **k: 1 / 0)
+            response = ask(client)
+            assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+            assert "ZeroDivisionError" in response.json()["error"]["message"]
+        assert service.model.t2_bank.rows_in_use == 0
+        assert ask(client).json()["choices"][0]["text"] == good
+
+
 def test_chat_goes_through_the_template_and_the_router_asks_in_chat():
     def change(model, tokenizer):
         tokenizer.chat_template = TEMPLATE

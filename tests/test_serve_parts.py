@@ -1,6 +1,7 @@
 """The parts of a server that need no server: sampling, text, experts and their files, limits, requests of the API."""
 
 import asyncio
+import contextlib
 import math
 import shutil
 
@@ -211,7 +212,7 @@ def ask(app, path="/v1/x", headers=(), body=(b"",)):
         parts = [{"type": "http.request", "body": b, "more_body": i + 1 < len(body)} for i, b in enumerate(body)]
 
         async def receive():
-            return parts.pop(0)
+            return parts.pop(0)  # IndexError: more was read than was sent
 
         async def send(message):
             said.append(message)
@@ -252,6 +253,26 @@ def test_bodies_are_limited_by_what_they_announce_and_by_what_comes():
     with pytest.raises(APIError) as refused:  # which the application's handler turns into an answer
         ask(app, body=(b"12345", b"678901"))
     assert refused.value.status_code == 413
+
+
+def test_a_body_that_is_too_long_is_read_before_it_is_refused():
+    """Or the connection would be reset under the answer."""
+    left = []
+    app = LimitBody(reads_all, most=10, uploads=20)
+    for headers in ([(b"content-length", b"40")], []):
+        parts = [b"1" * 8] * 5  # bytes of a body, in pieces
+
+        async def receive(parts=parts):
+            body = parts.pop()
+            return {"type": "http.request", "body": body, "more_body": bool(parts)}
+
+        async def send(message):
+            left.append(len(parts))  # noqa: B023 (called before the next round)
+
+        with contextlib.suppress(APIError):
+            asyncio.run(app({"type": "http", "path": "/v1/x", "method": "POST", "headers": headers}, receive, send))
+        assert parts == []
+    assert set(left) == {0}
 
 
 # --- requests

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from ..storage import TEMPORARY
 from .errors import APIError, bad
 from .experts import Experts, Version
+from .limits import discard
 
 if TYPE_CHECKING:
     from .app import Service
@@ -43,9 +44,13 @@ def add_routes(app: FastAPI, service: Service) -> None:
                 version = await asyncio.to_thread(_read, experts, name, source)
                 experts.publish(version)
             return JSONResponse(_shown(version), 201)
-        experts.check_name(name)
-        experts.check_new(name, replace)
-        place = experts.home() / f"{name}.safetensors"
+        try:
+            experts.check_name(name)
+            experts.check_new(name, replace)
+            place = experts.home() / f"{name}.safetensors"
+        except APIError:
+            await discard(http.receive)
+            raise
         temporary = place.with_name(f".{uuid.uuid4().hex}{TEMPORARY}")
         try:
             await _receive(http, temporary)
@@ -90,8 +95,7 @@ def _shown(version: Version) -> dict:
 
 
 def _read(experts: Experts, name: str, path: Path) -> Version:
-    version = experts.admit(name, experts.read(path))
-    return version
+    return experts.admit(name, experts.read(path))
 
 
 async def _json(http: Request) -> dict:

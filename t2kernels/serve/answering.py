@@ -102,8 +102,11 @@ class Answer:
                     return
                 self._parts.put_nowait(Part(index, text, tokens))
             self._parts.put_nowait(Part(index, decoder.finish(), [], "stop" if decoder.stopped else generation.finish))
-        except Exception as error:
+        except APIError as error:
             self._parts.put_nowait(error)
+        except Exception as error:
+            generation.cancel()
+            self._parts.put_nowait(APIError(500, f"{type(error).__name__}: {error}", "internal_error"))
         finally:
             self._time(generation)
 
@@ -119,8 +122,8 @@ class Answer:
         while open_:
             parts = [await self._parts.get(), *(self._parts.get_nowait() for _ in range(self._parts.qsize()))]
             for part in parts:
-                if isinstance(part, Exception):
-                    self.status = str(getattr(part, "status_code", 500))
+                if isinstance(part, APIError):
+                    self.status = str(part.status_code)
                     raise part
                 open_ -= part.finish is not None
             if not open_:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 
 from starlette.responses import JSONResponse
@@ -11,6 +13,8 @@ from .errors import APIError
 
 OPEN = ("/health", "/metrics")
 """Paths that need no key: whoever watches a server has none."""
+LINGER_BYTES, LINGER_SECONDS = 64 << 20, 5
+"""How much of a body that is too long is still read, so that its sender gets to see why it was refused."""
 
 
 class RequireKey:
@@ -46,6 +50,7 @@ class LimitBody:
         most = self.uploads if scope["path"] == "/v1/experts" else self.most
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if not announced.isdigit() or int(announced) > most:
+            await discard(receive)
             error = too_large(most)
             await JSONResponse(error.body(), error.status_code, {"Connection": "close"})(scope, receive, send)
             return
@@ -57,10 +62,23 @@ class LimitBody:
             if message["type"] == "http.request":
                 come += len(message.get("body", b""))
                 if come > most:
+                    if message.get("more_body"):
+                        await discard(receive)
                     raise too_large(most)
             return message
 
         await self.app(scope, counted, send)
+
+
+async def discard(receive: Receive) -> None:
+    """Read what is still sent and forget it, up to a limit: a connection that is closed on unread bytes is reset, and the answer with it."""
+    size, more = 0, True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while more and size < LINGER_BYTES:
+                message = await receive()
+                more = message["type"] == "http.request" and message.get("more_body", False)
+                size += len(message.get("body", b""))
 
 
 def too_large(most: int) -> APIError:
