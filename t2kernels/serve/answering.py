@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -195,13 +195,12 @@ def _event(body: dict) -> bytes:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
 
 
-async def while_connected(http: HTTPRequest, work: asyncio.Task, on_gone: Callable[[], None]):
+async def while_connected(http: HTTPRequest, work: asyncio.Task):
     """The result of `work`, which is cancelled when the client hangs up. Raises APIError 499 then; nobody reads it."""
     gone = asyncio.create_task(_gone(http))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            on_gone()
             raise APIError(499, "the client has gone")
         return work.result()
     finally:

@@ -145,7 +145,7 @@ class Service:
             # The status line waits for the first token, so that what fails before it fails with a status of its own.
             parts = aiter(answer)
             try:
-                first = await while_connected(http, asyncio.ensure_future(anext(parts)), answer.close)
+                first = await while_connected(http, asyncio.ensure_future(anext(parts)))
             except BaseException:
                 answer.close()
                 raise
@@ -153,7 +153,7 @@ class Service:
                 answer.events(chat, first, parts), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
         try:
-            return JSONResponse(await while_connected(http, asyncio.ensure_future(answer.whole(chat)), answer.close))
+            return JSONResponse(await while_connected(http, asyncio.ensure_future(answer.whole(chat))))
         finally:
             answer.close()
 
