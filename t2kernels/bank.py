@@ -64,6 +64,17 @@ class ExpertBank:
         return self._rows.evictions
 
     @property
+    def rows_in_use(self) -> int:
+        """How many rows live ids tensors, kept dense weights and training hold; row 0 is not counted."""
+        return self._rows.in_use
+
+    def has_room_for(self, name: Name) -> bool:
+        """Whether `ids(name)` would find a row now. Raises KeyError (unknown name)."""
+        with self._lock:
+            key = self._key(name)
+            return key is None or self._rows.room_for(key)
+
+    @property
     def names(self) -> list[str]:
         return [*self._experts, *self._training]
 

@@ -45,6 +45,15 @@ class Rows:
         used = {*self._rows.values(), *self._left}
         return next((r for r in range(1, self.count) if r not in used), None)
 
+    def room_for(self, key: Hashable) -> bool:
+        """Whether a key has a row, or `take` would give it one now."""
+        return key in self._rows or self.free() is not None or any(not self._pins[r] for r in self._rows.values())
+
+    @property
+    def in_use(self) -> int:
+        """Rows that somebody has pinned."""
+        return len(self._pins)
+
     def drop(self, key: Hashable) -> None:
         """Forget a key, if it has a row."""
         row = self._rows.pop(key, None)

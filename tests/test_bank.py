@@ -90,6 +90,25 @@ def test_a_row_that_a_live_tensor_names_is_never_given_away(bank):
     bank.ids(["c", "d", "e"])  # a failed call holds nothing, and dead tensors neither
 
 
+def test_whether_there_is_room(bank):
+    for name in "abcd":
+        bank.add(name, draw(bank))
+    held = [bank.ids(name) for name in "abb"]
+    assert bank.rows_in_use == 2
+    assert all(bank.has_room_for(name) for name in (*"abcd", None, {"a": 0.5}))
+    held.append(bank.ids("d"))
+    assert bank.rows_in_use == 3
+    assert [bank.has_room_for(name) for name in ("a", "c", None, {"a": 0.5})] == [True, False, True, False]
+    with pytest.raises(KeyError):
+        bank.has_room_for("nobody")
+    with pytest.raises(RuntimeError):
+        bank.ids("c")
+    del held[1]  # another tensor still holds b
+    assert not bank.has_room_for("c")
+    held.clear()
+    assert (bank.rows_in_use, bank.has_room_for("c")) == (0, True)
+
+
 def test_replace_and_remove(bank):
     old, new = draw(bank), draw(bank)
     bank.add("a", old)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from t2kernels.cli import decompose, demo, env, evaluate, generate, inspect, train, tune
+from t2kernels.cli import decompose, demo, env, evaluate, generate, inspect, serve, train, tune
 from t2kernels.cli.console import Commands, verb
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ for name, function in {
     "generate": generate.generate,
     "decompose": decompose.decompose,
     "inspect": inspect.inspect,
+    "serve": serve.serve,
     "tune": tune.tune,
     "env": env.env,
 }.items():

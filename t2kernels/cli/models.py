@@ -81,7 +81,9 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def patch(loaded: Loaded, targets: str = "all", rank: str = "all", form: str = "auto", factors: str | None = None) -> ExpertBank:
+def patch(
+    loaded: Loaded, targets: str = "all", rank: str = "all", form: str = "auto", factors: str | None = None, rows: int = 64
+) -> ExpertBank:
     """`patch_model` with a progress bar."""
     import t2kernels as t2
 
@@ -93,6 +95,7 @@ def patch(loaded: Loaded, targets: str = "all", rank: str = "all", form: str = "
             rank=parse_rank(rank),
             form=form,
             factors=factors,
+            rows=rows,
             progress=lambda name, done, total: progress.update(task, completed=done, total=total, name=name if done < total else ""),
         )
 
