@@ -21,7 +21,7 @@ def vllm(monkeypatch):
     package.serve = module
     monkeypatch.setitem(sys.modules, package.__name__, package)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(serve, "find_spec", lambda name: name == "vllm")
+    monkeypatch.setattr(serve, "vllm_is_installed", lambda: True)
     return calls
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import typer
@@ -68,7 +67,7 @@ def serve(
         raise ValueError(f"--engine {engine}: wanted one of {', '.join(ENGINES)}")
     if experts is not None and not experts.is_dir():
         raise FileNotFoundError(f"--experts {experts}: no such directory")
-    if engine == "vllm" or (engine == "auto" and find_spec("vllm") is not None):
+    if engine == "vllm" or (engine == "auto" and vllm_is_installed()):
         for other in context.params.keys() - set(OF_BOTH):
             if context.get_parameter_source(other).name == "COMMANDLINE":
                 raise ValueError(
@@ -114,6 +113,12 @@ def serve(
     run(service, at, drain)
 
 
+def vllm_is_installed() -> bool:
+    from t2kernels.integrations.vllm.hooks import installed
+
+    return installed() is not None
+
+
 def _shipped() -> dict[str, Path]:
     from t2kernels import tiny
 
@@ -123,7 +128,7 @@ def _shipped() -> dict[str, Path]:
 def _serve_vllm(
     model: str, experts: Path | None, host: str, port: int, api_key: str | None, rows: int | None, factors: str | None, option: list[str]
 ) -> None:
-    if find_spec("vllm") is None:
+    if not vllm_is_installed():
         raise ImportError("--engine vllm: vllm is not installed here; install it, or take --engine transformers")
     from t2kernels import tiny
     from t2kernels.integrations.vllm import serve as vllm

