@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import subjects
 import torch
-from measure import RESULTS, append, machine, require, show, wait
+from measure import RESULTS, append, machine, peak, require, reset_peak, show, wait
 from rich.table import Table
 from torch import nn
 
@@ -48,13 +47,12 @@ def one(name: str, layers: int, rank: int | None, dtype: torch.dtype, device: to
     model = subjects.load("tiny", 1, device=device).model if name == "tiny" else Layers(name, layers, dtype, device)
     matrices = t2.matrices.find_matrices(model, "all")
     numbers = sum(m.shape[0] * m.shape[1] for m in matrices.values())
-    gpu = device.type == "cuda"
-    before = torch.cuda.max_memory_allocated() if gpu else _peak()
+    before = reset_peak(device)
     start = time.perf_counter()
     factors = t2.decompose(model, rank=rank)
     wait(device)
     seconds = time.perf_counter() - start
-    after = torch.cuda.max_memory_allocated() if gpu else _peak()
+    after = peak(device)
     n, m = next(iter(matrices.items()))
     W, found = m.read().double(), factors[n]
     if rank is None:
@@ -76,10 +74,6 @@ def one(name: str, layers: int, rank: int | None, dtype: torch.dtype, device: to
         "weights_bytes": sum(p.nbytes for p in model.parameters()),
         "error": worst,
     }
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run(device: torch.device, quick: bool = False, only=None, layers: int = 1, report: Callable[[str], None] = print) -> Iterator[dict]:

@@ -16,21 +16,29 @@ CALLS = 16  # at least, in one graph
 def per_call(runs: Mapping[str, Callable], copies: Sequence, device: torch.device, seconds: float) -> dict[str, Timing]:
     """Seconds of one call of each of `runs`, called with a copy. In turn, so that ratios, which are to the first, are of the same moments.
 
-    seconds: about how long each of them may take in all
+    seconds: about how long each of them may take in all; one that takes twice that for a single run is run once
     """
     if not runs:
         return {}
     once = {name: _graph(run, copies) if device.type == "cuda" else _loop(run, copies) for name, run in runs.items()}
     found: dict[str, list[float]] = {name: [] for name in once}
-    begun = time.perf_counter()
-    for f in once.values():  # warm up
-        f()
-    warm = time.perf_counter() - begun
-    repeats = max(3, min(31, int(seconds * len(once) / max(warm, 1e-6))))
+    warm, slow = 0.0, {}
+    for name, f in once.items():  # warm up
+        begun = time.perf_counter()
+        one = f()
+        if (spent := time.perf_counter() - begun) > 2 * seconds and len(once) > len(slow) + 1:
+            slow[name] = one  # a peer so much slower that one run tells
+        else:
+            warm += spent
+    quick = {name: f for name, f in once.items() if name not in slow}
+    repeats = max(3, min(31, int(seconds * len(quick) / max(warm, 1e-6))))
     for _ in range(repeats):
-        for name, f in once.items():
+        for name, f in quick.items():
             found[name].append(f())
-    return timing(found)
+    times = timing({name: found[name] for name in quick})
+    first = next(iter(times.values())).median
+    times |= {name: Timing(t, t, t, t / first) for name, t in slow.items()}
+    return {name: times[name] for name in once}
 
 
 def _loop(run: Callable, copies: Sequence) -> Callable[[], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -53,6 +54,26 @@ def timing(seconds: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
         ratio = statistics.median(a / b for a, b in zip(found, first, strict=True))
         out[name] = Timing(statistics.median(found), low, high, ratio)
     return out
+
+
+def reset_peak(device: torch.device) -> int:
+    """Bytes that are held now; what `peak` then says is of the time from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError):  # where the kernel does not let it, the peak is that of the whole process, which is no less
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that were held since `reset_peak`."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
 
 
 def wait(device: torch.device | None = None) -> None:

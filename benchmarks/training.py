@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 import peft
 import subjects
 import torch
-from measure import RESULTS, append, machine, require, show, wait
+from measure import RESULTS, append, machine, peak, require, reset_peak, show, wait
 from rich.table import Table
 
 import t2kernels as t2
@@ -62,15 +61,14 @@ def one(name: str, arm: str, dtype, device, seconds: float) -> dict:
         optimiser.step()
         return loss.item()
 
-    gpu = device.type == "cuda"
-    before = torch.cuda.memory_allocated() if gpu else _peak()
+    before = reset_peak(device)
     losses, times, begun = [step()], [], time.perf_counter()
     while len(times) < 3 or time.perf_counter() - begun < seconds:
         start = time.perf_counter()
         losses.append(step())
         wait(device)
         times.append(time.perf_counter() - start)
-    after = torch.cuda.max_memory_allocated() if gpu else _peak()
+    after = peak(device)
     return {
         "subject": name,
         "arm": arm,
@@ -106,10 +104,6 @@ def gradient_error(bank, model, parameters, ids) -> float:
             p.add_(step * d)
     found = (losses[0] - losses[1]) / (2 * step)
     return require("gradient of z against a finite difference", abs(slope - found) / max(abs(found), 1e-2), 0.05)
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run(device: torch.device, quick: bool = False, only: list[str] | None = None, report: Callable[[str], None] = print) -> Iterator[dict]:
