@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -52,6 +52,7 @@ class ExpertBank:
         self._one_row = WeakIdKeyDictionary()  # ids tensor -> the row that is all of it
         self._lock = threading.RLock()
         self.loads = 0
+        self._on_load: Callable[[object], None] | None = None
         for group in find_groups(layers):
             for layer in group.layers:
                 layer.group = group
@@ -67,6 +68,18 @@ class ExpertBank:
     def rows_in_use(self) -> int:
         """How many rows live ids tensors, kept dense weights and training hold; row 0 is not counted."""
         return self._rows.in_use
+
+    def watch(self, loaded: Callable[[Name], None] | None, evicted: Callable[[Name], None] | None) -> None:
+        """Have each load into a row, and each eviction from one, told as it is counted in `loads` and `evictions`: with an expert's name or a mixture.
+
+        They are called on whichever thread caused it, with the bank locked: count and return. None ends it; a copy of the model is not watched.
+        """
+
+        def by_name(told: Callable[[Name], None] | None) -> Callable[[object], None] | None:
+            return told and (lambda key: told(dict(key) if isinstance(key, tuple) else key))
+
+        with self._lock:
+            self._on_load, self._rows.on_evict = by_name(loaded), by_name(evicted)
 
     def has_room_for(self, name: Name) -> bool:
         """Whether `ids(name)` would find a row now. Raises KeyError (unknown name)."""
@@ -377,6 +390,8 @@ class ExpertBank:
         row = self._rows.take(key)
         self.table.write(row, delta)
         self.loads += 1
+        if self._on_load:
+            self._on_load(key)
         return row
 
     def _forget_mixtures_of(self, name: str) -> None:
@@ -441,7 +456,7 @@ class ExpertBank:
     def __getstate__(self) -> dict:
         # Neither locks nor live ids tensors can be copied: a copy starts with nothing in use but what is in training.
         state = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_one_row")}
-        return {**state, "_rows": self._rows.without_pins(self._training), "_dense": {}}
+        return {**state, "_rows": self._rows.without_pins(self._training), "_dense": {}, "_on_load": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=threading.RLock(), _one_row=WeakIdKeyDictionary())

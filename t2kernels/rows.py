@@ -15,6 +15,7 @@ class Rows:
     def __init__(self, count: int):
         self.count = count
         self.evictions = 0
+        self.on_evict: Callable[[Hashable], None] | None = None  # told each key that gives up its row to another
         self._rows: OrderedDict[Hashable, int] = OrderedDict()  # key -> row, least recently used first
         self._pins: Counter[int] = Counter()
         self._left: set[int] = set()  # pinned rows that have no key any more
@@ -37,6 +38,8 @@ class Rows:
                 )
             row = self._rows.pop(victim)
             self.evictions += 1
+            if self.on_evict:
+                self.on_evict(victim)
         self._rows[key] = row
         return row
 

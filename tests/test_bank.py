@@ -73,6 +73,32 @@ def test_the_least_recently_used_goes_first(bank):
     assert bank.loads == loads + 1
 
 
+def test_who_is_loaded_and_who_gives_up_a_row_is_told(bank):
+    """Three rows; a copy is not watched."""
+    loaded, evicted = [], []
+    for name in "abc":
+        bank.add(name, draw(bank))
+    loads, evictions = bank.loads, bank.evictions
+    bank.watch(loaded.append, evicted.append)
+    mixture = {"b": 0.5, "c": 0.25}
+    for name in ("a", mixture, "b", "a", {"c": 1.0}, None, "c"):
+        bank.ids(name)
+    assert loaded == [mixture, "b", {"c": 1.0}, "c"]
+    assert evicted == ["b", "c", mixture, "b"]
+    assert (len(loaded), len(evicted)) == (bank.loads - loads, bank.evictions - evictions)
+    other = copy.deepcopy(bank)
+    for name in "abc":
+        other.ids(name)
+    assert len(loaded) == 4
+    bank.remove("a")  # gives its row to nobody
+    with bank.scratch(3):
+        pass
+    assert evicted[4:] == [{"c": 1.0}, "c"]
+    bank.watch(None, None)
+    bank.ids("b")
+    assert len(loaded) == 4
+
+
 def test_a_row_that_a_live_tensor_names_is_never_given_away(bank):
     experts = {n: draw(bank) for n in "abcde"}
     for n, e in experts.items():

@@ -86,6 +86,21 @@ def test_a_dead_engine_fails_what_runs_and_says_so(error):
         assert service.model.t2_bank.rows_in_use == 0
 
 
+def test_a_name_that_goes_while_it_answers_leaves_no_series():
+    body = {"model": "math", "prompt": "1+2+3?", "max_tokens": 40, "temperature": 1.9, "seed": 1, "stream": True, "n": 4}
+    with served() as (client, _):
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            assert client.delete("/v1/experts/math").status_code == 200
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        series = client.get("/metrics").text
+        assert 't2_requests_total{expert="removed",status="200"} 1.0' in series
+        assert 't2_expert_loads_total{expert="removed"} 1.0' in series
+        assert 't2_expert_loads_total{expert="code"} 1.0' in series
+        assert '"math"' not in series
+
+
 def test_a_fault_in_one_answer_is_that_ones_alone(monkeypatch):
     with served() as (client, service):
         good = ask(client).json()["choices"][0]["text"]

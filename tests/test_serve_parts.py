@@ -137,8 +137,60 @@ def test_a_name_changes_its_meaning_at_once_and_requests_keep_what_they_took(exp
     assert len(bank) == 0
 
 
+def test_loads_and_evictions_stay_with_names_and_names_that_go_do_not_pile_up(experts):
+    """Three rows. What is counted adds up to what the bank counts, and is kept for no more names than there are."""
+    bank = experts.bank
+
+    def loaded(chosen):
+        bank.ids(chosen.expert)
+        return chosen
+
+    def ran(model):
+        experts.release(loaded(experts.choose(model)))
+
+    for i in range(4):
+        experts.publish(experts.admit(f"e{i}", small(bank, i)))
+    assert experts.loads == {f"e{i}": 1 for i in range(3)}
+    ran("e3")
+    ran("mix:e0=0.5,e1=0.5")
+    ran("mix:e0=0.5,e1=0.25")
+    assert experts.loads == {**{f"e{i}": 1 for i in range(4)}, "mix": 2}
+    assert experts.evictions == {"e0": 1, "e1": 1, "e2": 1}
+    held = experts.choose("e0")
+    experts.publish(experts.admit("e0", small(bank, 7)))
+    loaded(held)  # the older version, while its name stands for another
+    ran("e0")
+    assert experts.loads["e0"] == 3
+    experts.release(held)
+    assert experts.loads["e0"] == 3
+    held = experts.choose("e1")
+    experts.remove("e1")
+    assert (experts.loads["e1"], experts.loads["removed"]) == (0, 1)
+    loaded(held)  # for a request that goes on
+    assert (experts.loads["e1"], experts.loads["removed"]) == (0, 2)
+    experts.release(held)
+    new = experts.admit("new", small(bank, 8))
+    assert bank._rows.find(new.key)
+    assert "new" not in experts.loads
+    assert experts.loads["removed"] == 2  # never less than what it was: it is a counter
+    experts.discard(new)
+    assert experts.loads["removed"] == 3
+    for i in range(20):
+        experts.publish(experts.admit(f"f{i}", small(bank, i)))
+        experts.publish(experts.admit("e2", small(bank, i)))
+        ran(f"f{i}")
+        ran("e2")
+        experts.remove(f"f{i}")
+        assert sum(experts.loads.values()) == bank.loads
+        assert sum(experts.evictions.values()) == bank.evictions
+    assert set(experts.loads) == {"e0", "e2", "e3", "mix", "removed"}
+    assert len(experts._loads) <= 5 + len(bank)
+    assert not experts._unnamed
+
+
 @pytest.mark.parametrize(
-    "name", ["", "base", "tiny", "auto", "mix", "none", "../x", "a/b", ".x", "x" * 65, "ü", "a b", "x.safetensors", "mix:a=1", 7, None]
+    "name",
+    ["", "base", "tiny", "auto", "mix", "none", "removed", "../x", "a/b", ".x", "x" * 65, "ü", "a b", "x.safetensors", "mix:a=1", 7, None],
 )
 def test_names_that_are_none(experts, name):
     with pytest.raises(APIError, match="cannot name an expert"):

@@ -44,7 +44,7 @@ class Answer:
         self.engine, self.metrics, self.tokenizer, experts = service.engine, service.metrics, service.tokenizer, service.experts
         self.request, self.chosen, self.model = request, chosen, model
         self.prompt_tokens = sum(map(len, prompts))
-        self.label, self.status = chosen.label, "499"  # the client has gone, unless something else happens
+        self.experts, self.status = experts, "499"  # the client has gone, unless something else happens
         self.samplings = [request.sampling(i) for i in range(len(prompts) * request.n)]
         self.generations: list[Generation] = []
         self._parts: asyncio.Queue = asyncio.Queue()
@@ -73,6 +73,10 @@ class Answer:
         except APIError:
             release()
             raise
+
+    @property
+    def label(self) -> str:
+        return self.experts.label(self.chosen.label)
 
     @property
     def generated(self) -> int:

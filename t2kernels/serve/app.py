@@ -61,7 +61,7 @@ class Service:
             self.experts.load_file(name, path)
         if settings.experts is not None:
             self.experts.load_folder()
-        self.metrics = Metrics(self.engine)
+        self.metrics = Metrics(self.engine, self.experts)
         self.router = None
         if settings.route is not None:
             self.router = Router(self.engine, self.experts, tokenizer, settings.route, settings.tiny, settings.margin)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from .errors import APIError, bad
 BASE = "base"
 AUTO = "auto"
 MIX = "mix:"
-RESERVED = (BASE, AUTO, "mix", "none")
+MIXED = "mix"
+REMOVED = "removed"
+RESERVED = (BASE, AUTO, MIXED, REMOVED, "none")
 """Names that mean something else, in requests or as a label of metrics."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_IN_A_MIXTURE = 16
@@ -59,6 +62,48 @@ class Experts:
         self.current: dict[str, Version] = {}
         self.epoch = 0  # grows whenever a name changes its meaning
         self._made = 0
+        self._unnamed: set[str] = set()  # keys of versions that no name stands for yet
+        self._loads: Counter[str] = Counter()  # by key while a version is in the bank, then by label
+        self._evictions: Counter[str] = Counter()
+        bank.watch(lambda name: self._count(self._loads, name), lambda name: self._count(self._evictions, name))
+
+    # --- what is counted
+
+    def label(self, name: str) -> str:
+        """What a name counts as in metrics: itself while it stands for something, "mix" for mixtures, else "removed"."""
+        return name if name in self.current or name in (BASE, MIXED) else REMOVED
+
+    @property
+    def loads(self) -> Counter[str]:
+        """How often experts were written into a row, by label; their sum is that of the bank, less versions that have no name yet."""
+        return self._by_label(self._loads)
+
+    @property
+    def evictions(self) -> Counter[str]:
+        """How often experts gave up their row to another one, by label."""
+        return self._by_label(self._evictions)
+
+    @staticmethod
+    def _count(counts: Counter[str], name: Name) -> None:
+        counts[name if isinstance(name, str) else MIXED] += 1
+
+    def _by_label(self, counts: Counter[str]) -> Counter[str]:
+        out: Counter[str] = Counter()
+        for key, count in dict(counts).items():  # a copy: other threads count
+            if key not in self._unnamed:
+                out[self.label(key.partition("@")[0])] += count
+        return out
+
+    def _leave(self, key: str) -> None:
+        """Take a version out of the bank; what it counted stays with its name, or with all that were removed."""
+        self.bank.remove(key)
+        self._unnamed.discard(key)
+        self._fold(key, self.label(key.partition("@")[0]))
+
+    def _fold(self, key: str, into: str) -> None:
+        for counts in (self._loads, self._evictions):
+            if count := counts.pop(key, 0):
+                counts[into] += count
 
     # --- choosing
 
@@ -103,7 +148,7 @@ class Experts:
         # The base model's share is what the weights leave: 1 + sum of weight (z - 1).
         parts = [(self._find(name), weight) for name, weight in weights.items() if name not in self.base]
         fingerprint = "+".join(f"{v.name}-{v.digest}*{weight:g}" for v, weight in parts) or BASE
-        return self._hold(Chosen("mix", {v.key: weight for v, weight in parts}, fingerprint, [v for v, _ in parts]))
+        return self._hold(Chosen(MIXED, {v.key: weight for v, weight in parts}, fingerprint, [v for v, _ in parts]))
 
     def _find(self, name: str) -> Version:
         if name not in self.current:
@@ -119,7 +164,7 @@ class Experts:
     def _drop(self, version: Version) -> None:
         version.users -= 1
         if not version.users:
-            self.bank.remove(version.key)
+            self._leave(version.key)
 
     # --- adding and removing
 
@@ -145,11 +190,14 @@ class Experts:
         """
         self._made += 1
         key = f"{name}@{self._made}"
+        self._unnamed.add(key)
         try:
             self.bank.add(key, expert)
         except ExpertMismatch as error:
+            self._unnamed.discard(key)
             raise bad(f"expert {name!r} is of another model: {_without(error, key, name)}", code="expert_of_another_model") from None
         except ValueError as error:
+            self._unnamed.discard(key)
             raise bad(f"expert {name!r} cannot be used: {_without(error, key, name)}", code="bad_expert") from None
         return Version(name, key, _digest(expert), expert.numel, dict(expert.manifest))
 
@@ -158,19 +206,21 @@ class Experts:
         before = self.current.get(version.name)
         version.users += 1
         self.current[version.name] = version
+        self._unnamed.discard(version.key)
         self.epoch += 1
         if before is not None:
             self._drop(before)
 
     def discard(self, version: Version) -> None:
         """Undo `admit`."""
-        self.bank.remove(version.key)
+        self._leave(version.key)
 
     def remove(self, name: str) -> None:
         """Requests that have it keep it to their end. Raises APIError 404."""
         version = self._find(name)
         del self.current[name]
         self.epoch += 1
+        self._fold(name, REMOVED)
         self._drop(version)
 
     # --- files

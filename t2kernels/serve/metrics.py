@@ -8,15 +8,19 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from .engine import Engine
+from .experts import MIXED, REMOVED, Experts
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 SECONDS_A_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class Metrics:
-    """expert: the label; "base", an expert's name, or "mix" for every mixture"""
+    """expert: the label; "base", an expert's name, "mix" for every mixture, or "removed" for names that are gone.
 
-    def __init__(self, engine: Engine):
+    So there are never more labels than names and four, however many names come and go.
+    """
+
+    def __init__(self, engine: Engine, experts: Experts):
         self.registry = CollectorRegistry()
         by_expert = {"labelnames": ("expert",), "registry": self.registry}
         self.requests = Counter("t2_requests", "Requests that have ended", ("expert", "status"), registry=self.registry)
@@ -26,7 +30,7 @@ class Metrics:
         self.each = Histogram(
             "t2_seconds_per_token", "From the first token to the last, for each after the first", buckets=SECONDS_A_TOKEN, **by_expert
         )
-        self.registry.register(_State(engine))
+        self.registry.register(_State(engine, experts))
 
     def forget(self, expert: str) -> None:
         """Drop an expert's series: names that come and go must not pile up."""
@@ -40,8 +44,8 @@ class Metrics:
 class _State:
     """What is read off when somebody asks."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, experts: Experts):
+        self.engine, self.experts = engine, experts
 
     def collect(self) -> Iterable[Metric]:
         engine, bank = self.engine, self.engine.bank
@@ -55,5 +59,11 @@ class _State:
             ("t2_ready", "1 while requests are taken", int(not engine.draining and engine.failure is None)),
         ):
             yield GaugeMetricFamily(name, text, value=value)
-        yield CounterMetricFamily("t2_expert_loads", "Experts and mixtures written into a row", value=bank.loads)
-        yield CounterMetricFamily("t2_expert_evictions", "Experts and mixtures that gave up their row to another", value=bank.evictions)
+        for name, text, counts in (
+            ("t2_expert_loads", "Experts and mixtures written into a row", self.experts.loads),
+            ("t2_expert_evictions", "Experts and mixtures that gave up their row to another", self.experts.evictions),
+        ):
+            family = CounterMetricFamily(name, text, labels=("expert",))
+            for label in (MIXED, REMOVED, *self.experts.current):
+                family.add_metric((label,), counts[label])
+            yield family
