@@ -1,4 +1,4 @@
-"""A server process for tests: `t2 serve` on a free port."""
+"""Servers for tests: `t2 serve` as a process, and the application in this one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,3 +55,33 @@ class Process:
         self.process.kill()
         self.process.wait()
         self.client.close()
+
+
+@contextlib.contextmanager
+def served(change=lambda model, tokenizer: None, **settings):
+    """(client, service) of the built-in model; change(model, tokenizer) before it is served."""
+    import uvicorn
+
+    import t2kernels as t2
+    from t2kernels import tiny
+    from t2kernels.serve.app import Service, Settings, make_app
+    from t2kernels.serve.batching import BatchSettings
+
+    model, tokenizer = tiny.load()
+    t2.patch_model(model, rows=5)
+    change(model, tokenizer)
+    batch = BatchSettings(page_size=8, kv_tokens=1024, batch_tokens=32, batch_requests=16)
+    service = Service(model, tokenizer, Settings("tiny", tiny=True, batch=batch, **settings), tiny.experts())
+    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+            assert thread.is_alive()
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            yield client, service
+    finally:
+        server.should_exit = True
+        thread.join()

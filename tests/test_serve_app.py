@@ -1,47 +1,16 @@
 """The application in this process, where its parts can be broken."""
 
 import asyncio
-import contextlib
 import json
-import threading
 import time
 
 import httpx2 as httpx
 import pytest
-
-import t2kernels as t2
-from t2kernels import tiny
+from serving import served
 
 pytest.importorskip("fastapi")
-import uvicorn
-
-from t2kernels.serve.app import Service, Settings, make_app
-from t2kernels.serve.batching import BatchSettings
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
-
-
-@contextlib.contextmanager
-def served(change=lambda model, tokenizer: None, **settings):
-    """(client, service) of the built-in model; change(model, tokenizer) before it is served."""
-    model, tokenizer = tiny.load()
-    t2.patch_model(model, rows=5)
-    change(model, tokenizer)
-    batch = BatchSettings(page_size=8, kv_tokens=1024, batch_tokens=32, batch_requests=16)
-    service = Service(model, tokenizer, Settings("tiny", tiny=True, batch=batch, **settings), tiny.experts())
-    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-            assert thread.is_alive()
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            yield client, service
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def ask(client, **fields):

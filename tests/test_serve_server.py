@@ -272,6 +272,19 @@ def test_bad_uploads_change_nothing(server, local, tmp_path):
     assert before == (sorted((p.name, p.read_bytes()) for p in server.folder.iterdir()), server.client.get("/v1/experts").json())
 
 
+def test_an_expert_made_from_examples_answers_at_once(server, client, local):
+    rows = [{"prompt": r["prompt"], "answer": "=" + r["answer"]} for r in t2.tasks.load("sub").split("train", 4)]
+    made = server.client.post("/v1/experts/sub/few-shot", json={"experts": ["math", "code"], "examples": rows, "iterations": 3})
+    assert made.status_code == 201
+    assert made.json()["few_shot"]["gain"] > 0
+    expert = t2.Expert.load(server.folder / "sub.safetensors")
+    assert expert.manifest["mixed"] == made.json()["few_shot"]["mixed"]
+    for prompt in PROMPTS:
+        said = ask(client, "text", False, model="sub", prompt=prompt, temperature=0, max_tokens=LENGTH)
+        assert said.text == local.greedy(expert, prompt)
+    assert server.client.delete("/v1/experts/sub", params={"file": True}).status_code == 200
+
+
 # --- many at once
 
 

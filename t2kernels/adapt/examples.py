@@ -42,6 +42,7 @@ class Examples:
     gold: the column that holds a right completion, or a function row -> completion; None where only rewards are wanted
     max_new_tokens: of an answer; None: the task's, else 64
     memory: bytes that one batch may take beside the weights; more candidates go through in chunks
+    at_once: set it to let fewer rows do: most candidates of a chunk, whatever fits into memory
 
     Raises ValueError before any forward: no examples, a missing or empty prompt or gold answer, a tokenizer that cannot pad, neither reward
     nor gold, a reward that fails on an empty answer.
@@ -61,6 +62,7 @@ class Examples:
         if reward is None and gold is None:
             raise ValueError("examples need a reward, a gold answer, or both: nothing else says what is right")
         self.model, self.bank, self.rows, self.memory = model, model.t2_bank, list(rows), memory
+        self.at_once: int | None = None
         if is_task(reward):
             max_new_tokens = max_new_tokens or getattr(reward, "max_new_tokens", None)
             reward = reward.reward
@@ -110,10 +112,11 @@ class Examples:
         return Scores(torch.cat(rewards), torch.cat(likelihoods) if likelihood else None, answers)
 
     def chunk(self, samples: int = 1) -> int:
-        """How many candidates go through at once."""
+        """How many candidates go through at once: what `memory` allows, and at most `at_once`."""
         gold = 0 if self.gold is None else self.gold[0].shape[1]
         tokens = self.ids.shape[1] + max(self.sampler.max_new_tokens if self.scorer else 0, gold)
-        return max(1, int(self.memory // (bytes_per_token(self.model) * tokens * len(self) * samples)))
+        fit = int(self.memory // (bytes_per_token(self.model) * tokens * len(self) * samples))
+        return max(1, fit if self.at_once is None else min(fit, self.at_once))
 
     def _read_prompts(self, chunk: Tensor):
         """The cache of all prompts but their last tokens, candidates side by side; of their common beginning only once a candidate."""

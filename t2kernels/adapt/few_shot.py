@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from .strategy import Strategy
 class FewShot(Strategy):
     """Searches when it is made, puts what it found into the bank, and sends every prompt there.
 
-    examples: labelled prompts; experts: to mix, names in the bank or {name: Expert}; config: of the search
+    examples: labelled prompts; experts: to mix, names in the bank or {name: Expert}; config, progress: of the search
     name: of the new expert; replace: whether it may replace one
     caution: keep the base model unless the mean gain on the examples is above so many of its standard errors; None: never mind the base.
         A search over many candidates always finds one that is a little better on few examples.
@@ -36,13 +36,14 @@ class FewShot(Strategy):
         name: str = "few-shot",
         replace: bool = False,
         caution: float | None = 2.0,
+        progress: Callable[[int, float], None] | None = None,
     ):
         super().__init__(model, tokenizer)
         if examples.bank is not self.bank:
             raise ValueError("the examples were made for another model")
         if name in self.bank and not replace:
             raise ValueError(f"the bank has an expert named {name!r}: choose another name, or pass replace=True")
-        self.found: Found = search(examples, experts, name, config)
+        self.found: Found = search(examples, experts, name, config, progress=progress)
         self.bank.add(name, self.found.expert, replace=replace)
         scores = examples.score(self.bank.ids([None, name]), likelihood=examples.scorer is None)
         if scores.rewards is None:

@@ -6,8 +6,9 @@ import asyncio
 import json
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -16,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from ..storage import TEMPORARY
 from .errors import APIError, bad
 from .experts import Experts, Version
+from .few_shot import FewShotRequest, FewShots
 from .limits import discard
 
 if TYPE_CHECKING:
@@ -24,6 +26,30 @@ if TYPE_CHECKING:
 
 def add_routes(app: FastAPI, service: Service) -> None:
     experts, lock = service.experts, asyncio.Lock()
+    few_shots = FewShots(service, service.settings.search_seconds)
+
+    def check_place(name: str, replace: bool) -> Path:
+        """Where the expert's file goes. Raises APIError if nothing may go there."""
+        place = experts.home() / f"{name}.safetensors"
+        experts.check_new(name, replace)
+        if place.exists() and name not in experts.current and not replace:
+            raise APIError(
+                409, f"the experts folder holds a file {place.name!r}; add replace=true to overwrite it", "expert_exists", "name"
+            )
+        return place
+
+    async def publish(name: str, replace: bool, admit: Callable[[], Version], store: Callable[[], Any]) -> Version:
+        """Take an expert into the bank, store its file, and let the name stand for it; all of it or nothing."""
+        async with lock:
+            check_place(name, replace)
+            version = await asyncio.to_thread(admit)
+            try:
+                await asyncio.to_thread(store)
+            except OSError as error:
+                experts.discard(version)
+                raise _not_stored(error) from None
+            experts.publish(version)
+        return version
 
     @app.get("/v1/experts")
     async def listed() -> dict:
@@ -54,22 +80,19 @@ def add_routes(app: FastAPI, service: Service) -> None:
         temporary = place.with_name(f".{uuid.uuid4().hex}{TEMPORARY}")
         try:
             await _receive(http, temporary)
-            async with lock:
-                experts.check_new(name, replace)
-                if place.exists() and name not in experts.current and not replace:
-                    raise APIError(
-                        409, f"the experts folder holds a file {place.name!r}; add replace=true to overwrite it", "expert_exists", "name"
-                    )
-                version = await asyncio.to_thread(_read, experts, name, temporary)
-                try:
-                    os.replace(temporary, place)
-                except OSError as error:
-                    experts.discard(version)
-                    raise _not_stored(error) from None
-                experts.publish(version)
+            version = await publish(name, replace, lambda: _read(experts, name, temporary), lambda: os.replace(temporary, place))
         finally:
             temporary.unlink(missing_ok=True)
         return JSONResponse(_shown(version), 201)
+
+    @app.post("/v1/experts/{name}/few-shot", status_code=201)
+    async def few_shot(name: str, asked: FewShotRequest) -> JSONResponse:
+        """Make the mixture of experts that does best on the examples, store it in the experts folder, and serve it."""
+        service.engine.check_open()
+        place = check_place(experts.check_name(name), asked.replace)
+        expert, said = await few_shots.make(name, asked)
+        version = await publish(name, asked.replace, lambda: experts.admit(name, expert), lambda: expert.save(place))
+        return JSONResponse({**_shown(version), "few_shot": said}, 201)
 
     @app.delete("/v1/experts/{name}")
     async def remove(name: str, file: bool = False) -> dict:

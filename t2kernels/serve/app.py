@@ -32,6 +32,7 @@ class Settings:
     """name: of the base model in the API; experts: the folder, None: no files are read or written; api_key: None: anybody may ask
     route: how model="auto" chooses: "prompt", the name of a classification expert, or None: there is no such model
     tiny: whether this is the built-in model; body, upload: bytes that a request, and an expert, may have
+    search_seconds: that a few-shot search may take, in which nothing is generated
     """
 
     name: str
@@ -45,6 +46,7 @@ class Settings:
     max_waiting: int = 512
     body: int = 4 << 20
     upload: int = 256 << 20
+    search_seconds: float = 60.0
 
 
 class Service:

@@ -8,9 +8,11 @@ free, so that every request runs in the end. The base model needs no row.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -88,6 +90,8 @@ class Engine:
         self.draining = False
         self.failure: str | None = None  # why nothing runs any more
         self._admitting = self._changed = False
+        self._reserved = False  # nothing starts
+        self._alone = threading.Lock()
         self._ids = map(str, itertools.count())
         self._watch: asyncio.Task | None = None
         self._idle = asyncio.Event()
@@ -164,9 +168,29 @@ class Engine:
         """The share of the KV cache that is free."""
         return free_share(self._manager) if self.failure is None else 1.0
 
-    def paused(self):
-        """A context in which no step of generation runs, so that the model can be used for something else; not on the event loop."""
-        return self._manager.pause()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it no step of generation runs, so that the model can be used for something else, one at a time; not on the event loop."""
+        with self._alone, self._manager.pause():
+            yield
+
+    @contextlib.asynccontextmanager
+    async def reserved(self, timeout: float) -> AsyncIterator[int]:
+        """Within it nothing starts that holds a row, and so many rows, at least one, are free: what runs keeps its own. One at a time.
+
+        timeout: seconds to wait for that. Raises APIError 503.
+        """
+        self._reserved, until = True, time.monotonic() + timeout
+        try:
+            while (free := self.bank.rows - 1 - self.bank.rows_in_use) < 1:
+                self.check_open()
+                if time.monotonic() > until:
+                    raise APIError(503, f"no row of the tables became free in {timeout:g} s; nothing has changed", "no_row")
+                await asyncio.sleep(0.02)
+            yield free
+        finally:
+            self._reserved = False
+            self._admit()
 
     async def drain(self, timeout: float) -> bool:
         """Take nothing new, wait for all that was accepted, and end the generation thread. Whether all of it finished in time."""
@@ -203,7 +227,7 @@ class Engine:
     def _admit_once(self) -> None:
         blocked: list[Generation] = []
         for generation in list(self.waiting.values()):
-            if len(self.running) >= self.max_running or self.failure:
+            if len(self.running) >= self.max_running or self.failure or self._reserved:
                 break
             if generation.over:
                 continue

@@ -10,6 +10,7 @@ KINDS = {
     404: "not_found_error",
     409: "conflict_error",
     413: "invalid_request_error",
+    422: "invalid_request_error",
 }
 
 

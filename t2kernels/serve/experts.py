@@ -94,9 +94,10 @@ class Experts:
                 out[self.label(key.partition("@")[0])] += count
         return out
 
-    def _leave(self, key: str) -> None:
-        """Take a version out of the bank; what it counted stays with its name, or with all that were removed."""
-        self.bank.remove(key)
+    def leave(self, key: str) -> None:
+        """Take a version out of the bank, if it is there; what it counted stays with its name, or with all that were removed."""
+        if key in self.bank:
+            self.bank.remove(key)
         self._unnamed.discard(key)
         self._fold(key, self.label(key.partition("@")[0]))
 
@@ -164,7 +165,7 @@ class Experts:
     def _drop(self, version: Version) -> None:
         version.users -= 1
         if not version.users:
-            self._leave(version.key)
+            self.leave(version.key)
 
     # --- adding and removing
 
@@ -183,14 +184,19 @@ class Experts:
         if name in self.current and not replace:
             raise APIError(409, f"there is an expert {name!r}; remove it first, or add replace=true", "expert_exists", "name")
 
+    def new_key(self, name: str) -> str:
+        """A name for the bank that nothing has had; until `leave`, or `publish` of what has it, it is in no metrics."""
+        self._made += 1
+        key = f"{name}@{self._made}"
+        self._unnamed.add(key)
+        return key
+
     def admit(self, name: str, expert: Expert) -> Version:
         """Take an expert into the bank, without a name that requests could use yet; it may be called on any thread.
 
         Raises APIError 400: not an expert of this model.
         """
-        self._made += 1
-        key = f"{name}@{self._made}"
-        self._unnamed.add(key)
+        key = self.new_key(name)
         try:
             self.bank.add(key, expert)
         except ExpertMismatch as error:
@@ -213,7 +219,7 @@ class Experts:
 
     def discard(self, version: Version) -> None:
         """Undo `admit`."""
-        self._leave(version.key)
+        self.leave(version.key)
 
     def remove(self, name: str) -> None:
         """Requests that have it keep it to their end. Raises APIError 404."""
