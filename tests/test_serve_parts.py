@@ -176,10 +176,9 @@ def test_loads_and_evictions_stay_with_names_and_names_that_go_do_not_pile_up(ex
     experts.discard(new)
     assert experts.loads["removed"] == 3
     for i in range(20):
-        experts.publish(experts.admit(f"f{i}", small(bank, i)))
-        experts.publish(experts.admit("e2", small(bank, i)))
-        ran(f"f{i}")
-        ran("e2")
+        for name in (f"f{i}", f"f{i}", "e2"):
+            experts.publish(experts.admit(name, small(bank, i)))
+            ran(name)
         experts.remove(f"f{i}")
         assert sum(experts.loads.values()) == bank.loads
         assert sum(experts.evictions.values()) == bank.evictions
