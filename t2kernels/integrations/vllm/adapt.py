@@ -88,9 +88,8 @@ def few_shot(
 
     def make(alpha: Tensor, **facts: Any) -> Expert:
         mixed = Expert.mix(list(zip(population.experts, alpha[:, 0].tolist(), strict=True)))
-        facts |= {
-            k: mixed.manifest[k] for k in OF_FACTORS if k in mixed.manifest
-        }  # what else the experts have in common is of their training
+        # What else the experts' manifests have in common is about their training.
+        facts |= {k: mixed.manifest[k] for k in OF_FACTORS if k in mixed.manifest}
         return Expert(mixed.z, {**recorded(list(experts), alpha, config.per, config.mixing), "name": name, **facts}, mixed.sketch)
 
     found = cross_entropy(population.score, (len(experts), 1), len(rows), make, config, progress)
