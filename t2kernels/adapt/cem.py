@@ -141,12 +141,12 @@ def search(
             for part in alpha.split(chunk):
                 yield examples.score(rows.write(mixer(part)), config.temperature, config.samples, reward=config.score != "likelihood")
 
-        return cross_entropy(
+        return cross_entropy_method(
             score, mixer.shape, len(examples), lambda *of, **facts: mixer.expert(*of, name=name, **facts), config, progress
         )
 
 
-def cross_entropy(
+def cross_entropy_method(
     score: Score,
     shape: tuple[int, int],
     examples: int,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...adapt.cem import CEMConfig, Found, cross_entropy
+from ...adapt.cem import CEMConfig, Found, cross_entropy_method
 from ...adapt.examples import Scores, check_rows, rewarded, scorer_of
 from ...adapt.few_shot import gain
 from ...adapt.mixing import recorded
@@ -92,7 +92,7 @@ def few_shot(
         facts |= {k: mixed.manifest[k] for k in OF_FACTORS if k in mixed.manifest}
         return Expert(mixed.z, {**recorded(list(experts), alpha, config.per, config.mixing), "name": name, **facts}, mixed.sketch)
 
-    found = cross_entropy(population.score, (len(experts), 1), len(rows), make, config, progress)
+    found = cross_entropy_method(population.score, (len(experts), 1), len(rows), make, config, progress)
     file = found.expert.save(Path(out).expanduser())
     request = expert(name, file)
     more, error = gain(population.answer([None, request]))
