@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measure import RESULTS, append, interleaved, machine
-from rich.console import Console
+from measure import RESULTS, append, interleaved, machine, show
 from rich.table import Table
 
 import t2kernels as t2
@@ -178,24 +178,39 @@ def main() -> None:
     with torch.no_grad():
         for threads in arguments.threads:
             torch.set_num_threads(threads)
-            if arguments.decode:
-                for name, form, factors in (
-                    *(("built-in", form, factors) for form in ("factored", "delta") for factors in ("fp32", "int8")),
-                    *(("llama 1024x8", form, factors) for form in ("factored", "delta") for factors in ("fp32", "int8")),
-                ):
-                    rows += [decode(name, form, factors, batch, 16, max(3, arguments.repeats // 3)) | machine() for batch in (1, 4)]
-                    Console().print(rows[-2:])
-            else:
-                for shape in arguments.shapes:
-                    for form in arguments.formats:
-                        rows += [case(shape, form, T, arguments.repeats) | machine(("torch",)) for T in arguments.tokens]
-    append(arguments.out, *rows)
-    if not arguments.decode:
-        shown = Table("threads", "shape", "formats", *(f"T={T}" for T in arguments.tokens), title="time of the C++ kernels over torch's")
-        for key in dict.fromkeys((r["threads"], r["shape"], r["formats"]) for r in rows):
-            mine = [r for r in rows if (r["threads"], r["shape"], r["formats"]) == key]
-            shown.add_row(*map(str, key), *(f"{r['ratio']:.2f} {r['cpp_us']:.0f}us" for r in mine))
-        Console().print(shown)
+            for row in decodes(arguments.repeats) if arguments.decode else calls(arguments):
+                append(arguments.out, row | machine(("torch", "transformers") if arguments.decode else ("torch",)))
+                rows.append(row)
+    show(decode_table(rows) if arguments.decode else call_table(rows, arguments.tokens))
+
+
+def decodes(repeats: int) -> Iterator[dict]:
+    for name in ("built-in", "llama 1024x8"):
+        for form in ("factored", "delta"):
+            for factors in ("fp32", "int8"):
+                yield from (decode(name, form, factors, batch, 16, max(3, repeats // 3)) for batch in (1, 4))
+
+
+def calls(arguments: argparse.Namespace) -> Iterator[dict]:
+    for shape in arguments.shapes:
+        for form in arguments.formats:
+            yield from (case(shape, form, T, arguments.repeats) for T in arguments.tokens)
+
+
+def decode_table(rows: list[dict]) -> Table:
+    out = Table("threads", "model", "form", "factors", "batch", "torch", "C++", "ratio", title="greedy decoding, tokens a second")
+    for r in rows:
+        speeds = f"{r['torch_tokens_s']:.0f}", f"{r['cpp_tokens_s']:.0f}", f"{r['ratio']:.2f}x"
+        out.add_row(str(r["threads"]), r["model"], r["form"], r["factors"], str(r["batch"]), *speeds)
+    return out
+
+
+def call_table(rows: list[dict], tokens: list[int]) -> Table:
+    out = Table("threads", "shape", "formats", *(f"T={T}" for T in tokens), title="time of the C++ kernels over torch's")
+    for key in dict.fromkeys((r["threads"], r["shape"], r["formats"]) for r in rows):
+        mine = [r for r in rows if (r["threads"], r["shape"], r["formats"]) == key]
+        out.add_row(*map(str, key), *(f"{r['ratio']:.2f} {r['cpp_us']:.0f}us" for r in mine))
+    return out
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,8 @@ from .examples import Examples, Scores
 from .mixing import Mixer
 
 SCORES = ("reward", "likelihood", "both")
+Score = Callable[[Tensor], Iterable[Scores]]
+"""alpha [P, E, G] -> what these P mixtures make of the examples, in their order, in one batch or in several."""
 
 
 @dataclass
@@ -133,57 +135,76 @@ def search(
         raise ValueError(
             f"{chunk} candidates at once need {chunk + 1} rows; the bank has {examples.bank.rows}: patch_model(..., rows={chunk + 1})"
         )
+    with examples.bank.scratch(chunk) as rows:
+
+        def score(alpha: Tensor) -> Iterable[Scores]:
+            for part in alpha.split(chunk):
+                yield examples.score(rows.write(mixer(part)), config.temperature, config.samples, reward=config.score != "likelihood")
+
+        return cross_entropy_method(
+            score, mixer.shape, len(examples), lambda *of, **facts: mixer.expert(*of, name=name, **facts), config, progress
+        )
+
+
+def cross_entropy_method(
+    score: Score,
+    shape: tuple[int, int],
+    examples: int,
+    make: Callable[..., Expert],
+    config: CEMConfig,
+    progress: Callable[[int, float], None] | None = None,
+) -> Found:
+    """`search`, wherever candidates are scored.
+
+    shape: (E, G) of an alpha; examples: how many; make: (alpha [E, G], **manifest) -> the expert of that mixture
+    """
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(config.seed)
-    E, G = mixer.shape
+    E, G = shape
     mean = torch.full((E, G), 1 / E if config.mean is None else config.mean)
     std = torch.full((E, G), float(config.std))
     best, best_key, since, history, candidates, stopped = mean.clone(), None, 0, [], 0, f"{config.iterations} generations"
-    answers: list[dict[str, None]] = [{} for _ in range(len(examples))]
-    with examples.bank.scratch(chunk) as rows:
-        for step in range(config.iterations):
-            alpha = mean + std * torch.randn(config.population, E, G, generator=generator)
-            alpha = alpha.clamp(config.low, config.high) if config.low is not None or config.high is not None else alpha
-            alpha[0] = mean
-            if config.keep_best and step and config.population > 1:
-                alpha[1] = best
-            keys = _fitness(examples, mixer, rows, alpha, config, answers)
-            candidates += len(alpha)
-            order = sorted(range(len(alpha)), key=lambda i: keys[i], reverse=True)
-            top = order[0]
-            since = 0 if best_key is None or keys[top] > best_key else since + 1
-            if best_key is None or keys[top] >= best_key:
-                best, best_key = alpha[top].clone(), keys[top]
-            history.append(keys[top][0])
-            elite = alpha[order[: config.elites]]
-            mean, std = elite.mean(0), elite.std(0, unbiased=len(elite) > 1)
-            if progress:
-                progress(step + 1, history[-1])
-            if std.max() < config.tolerance:
-                stopped = f"converged: std below {config.tolerance}"
-                break
-            if since >= config.patience:
-                stopped = f"nothing better in {since} generations"
-                break
-        chosen = best if config.take == "best" else mean
-        final = _fitness(examples, mixer, rows, chosen[None], config, answers)[0]
+    answers: list[dict[str, None]] = [{} for _ in range(examples)]
+    for step in range(config.iterations):
+        alpha = mean + std * torch.randn(config.population, E, G, generator=generator)
+        alpha = alpha.clamp(config.low, config.high) if config.low is not None or config.high is not None else alpha
+        alpha[0] = mean
+        if config.keep_best and step and config.population > 1:
+            alpha[1] = best
+        keys = _fitness(score(alpha), config, answers)
+        candidates += len(alpha)
+        order = sorted(range(len(alpha)), key=lambda i: keys[i], reverse=True)
+        top = order[0]
+        since = 0 if best_key is None or keys[top] > best_key else since + 1
+        if best_key is None or keys[top] >= best_key:
+            best, best_key = alpha[top].clone(), keys[top]
+        history.append(keys[top][0])
+        elite = alpha[order[: config.elites]]
+        mean, std = elite.mean(0), elite.std(0, unbiased=len(elite) > 1)
+        if progress:
+            progress(step + 1, history[-1])
+        if std.max() < config.tolerance:
+            stopped = f"converged: std below {config.tolerance}"
+            break
+        if since >= config.patience:
+            stopped = f"nothing better in {since} generations"
+            break
+    chosen = best if config.take == "best" else mean
+    final = _fitness(score(chosen[None]), config, answers)[0]
     facts = {
         "search": dataclasses.asdict(config),
-        "examples": len(examples),
+        "examples": examples,
         "score": final[0],
         "stopped": stopped,
         "candidates": candidates,
     }
-    expert = mixer.expert(chosen, name=name, **facts)
-    return Found(chosen, expert, history, stopped, candidates, time.perf_counter() - start, [list(a) for a in answers])
+    return Found(chosen, make(chosen, **facts), history, stopped, candidates, time.perf_counter() - start, [list(a) for a in answers])
 
 
-def _fitness(examples: Examples, mixer: Mixer, rows, alpha: Tensor, config: CEMConfig, answers: list[dict]) -> list[tuple[float, float]]:
-    """(fitness, what breaks ties) of each candidate."""
+def _fitness(batches: Iterable[Scores], config: CEMConfig, answers: list[dict]) -> list[tuple[float, float]]:
+    """(fitness, what breaks ties) of each candidate; right answers are added to `answers`."""
     keys: list[tuple[float, float]] = []
-    for part in alpha.split(len(rows.ids)):
-        ids = rows.write(mixer(part))
-        scores = examples.score(ids, config.temperature, config.samples, reward=config.score != "likelihood")
+    for scores in batches:
         keys += _keys(scores, config)
         if scores.answers is not None:
             for written, right in zip(scores.answers, (scores.rewards > 0).tolist(), strict=True):

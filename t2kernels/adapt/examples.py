@@ -53,29 +53,16 @@ class Examples:
     ):
         if getattr(model, "t2_bank", None) is None:
             raise ValueError("the model is not patched: bank = t2kernels.patch_model(model) first")
-        if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__len__") or is_task(rows):
-            raise ValueError(
-                f"examples are a {type(rows).__name__}; wanted a list of dicts with a prompt; task.split('train', 16) gives one"
-            )
-        if not len(rows):
-            raise ValueError("there are no examples: few-shot adaptation needs at least one labelled prompt")
+        rows = check_rows(rows)
         if reward is None and gold is None:
             raise ValueError("examples need a reward, a gold answer, or both: nothing else says what is right")
-        self.model, self.bank, self.rows, self.memory = model, model.t2_bank, list(rows), memory
+        self.model, self.bank, self.rows, self.memory = model, model.t2_bank, rows, memory
         self.at_once: int | None = None
-        if is_task(reward):
-            max_new_tokens = max_new_tokens or getattr(reward, "max_new_tokens", None)
-            reward = reward.reward
-        self.scorer = None if reward is None else Scorer.of(reward)
-        self.sampler = Sampler(model, tokenizer, max_new_tokens or 64)
-        for i, row in enumerate(self.rows):
-            if not isinstance(row, Mapping) or not row.get("prompt"):
-                raise ValueError(f"example {i} is {row!r}; wanted a dict with a prompt that is not empty")
+        self.scorer, max_new_tokens = scorer_of(reward, rows, max_new_tokens)
+        self.sampler = Sampler(model, tokenizer, max_new_tokens)
         self.prompts = [row["prompt"] for row in self.rows]
         ids, mask = self.sampler.encode(self.prompts, self.bank.device)
         self.prefix, self.ids, self.mask = hoist(ids, mask)
-        if self.scorer is not None:
-            self.scorer(self.rows, ["" if isinstance(p, str) else [{"role": "assistant", "content": ""}] for p in self.prompts])
         self.gold = None if gold is None else self._encode_gold(gold)
 
     def __len__(self) -> int:
@@ -101,10 +88,9 @@ class Examples:
             cache = self._read_prompts(chunk) if reward and likelihood else prefill(self.model, self.prefix, chunk, len(self))
             if reward:
                 drawn = self._answers(chunk, copy.deepcopy(cache) if likelihood else cache, temperature, samples)
-                rows = [row for row in self.rows for _ in range(samples)] * len(chunk)
-                got = self.scorer(rows, drawn).reshape(len(chunk), -1)
+                got, written = rewarded(self.scorer, self.rows, drawn, samples)
                 rewards.append(got)
-                answers += [drawn[i : i + got.shape[1]] for i in range(0, len(drawn), got.shape[1])]
+                answers += written
             if likelihood:
                 likelihoods.append(self._likelihoods(chunk, cache).cpu())
         if not reward:
@@ -153,6 +139,36 @@ class Examples:
                 what = "its gold answer" if callable(gold) else f"its {gold!r}"
                 raise ValueError(f"example {i}: {what} is {text!r}; wanted the text of a right completion")
         return encode_completions(self.sampler.tokenizer, texts, self.bank.device)
+
+
+def check_rows(rows: Sequence[Mapping]) -> list[Mapping]:
+    """Labelled prompts as a list. Raises ValueError for what is none, or none at all, and for a row without a prompt."""
+    if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__len__") or is_task(rows):
+        raise ValueError(f"examples are a {type(rows).__name__}; wanted a list of dicts with a prompt; task.split('train', 16) gives one")
+    if not len(rows):
+        raise ValueError("there are no examples: few-shot adaptation needs at least one labelled prompt")
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping) or not row.get("prompt"):
+            raise ValueError(f"example {i} is {row!r}; wanted a dict with a prompt that is not empty")
+    return list(rows)
+
+
+def scorer_of(reward, rows: Sequence[Mapping], max_new_tokens: int | None) -> tuple[Scorer | None, int]:
+    """(the scorer of a reward or a task, tried on empty answers; the length of an answer). Raises what that reward raises."""
+    if is_task(reward):
+        max_new_tokens = max_new_tokens or getattr(reward, "max_new_tokens", None)
+        reward = reward.reward
+    scorer = None if reward is None else Scorer.of(reward)
+    if scorer is not None:
+        scorer(rows, ["" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": ""}] for row in rows])
+    return scorer, max_new_tokens or 64
+
+
+def rewarded(scorer: Scorer, rows: Sequence[Mapping], drawn: Sequence, samples: int) -> tuple[Tensor, list[list]]:
+    """(rewards [P, K * samples], P lists of answers) of P * K * samples answers, each candidate's and each example's side by side."""
+    each = len(rows) * samples
+    got = scorer([row for row in rows for _ in range(samples)] * (len(drawn) // each), drawn).reshape(-1, each)
+    return got, [list(drawn[i : i + each]) for i in range(0, len(drawn), each)]
 
 
 def encode_completions(tokenizer, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 from ..expert import Expert
 from ..names import Name
 from .cem import CEMConfig, Found, search
-from .examples import Examples
+from .examples import Examples, Scores
 from .strategy import Strategy
 
 
@@ -46,12 +46,17 @@ class FewShot(Strategy):
         self.found: Found = search(examples, experts, name, config, progress=progress)
         self.bank.add(name, self.found.expert, replace=replace)
         scores = examples.score(self.bank.ids([None, name]), likelihood=examples.scorer is None)
-        if scores.rewards is None:
-            self.gain, self.error = (scores.likelihood[1] - scores.likelihood[0]).item(), 0.0
-        else:
-            difference = scores.rewards[1] - scores.rewards[0]
-            self.gain, self.error = difference.mean().item(), (difference.std(unbiased=False) / len(difference) ** 0.5).item()
+        self.gain, self.error = gain(scores)
         self.name = name if caution is None or self.gain > caution * self.error else None
 
     def choose_batch(self, prompts: Sequence) -> list[Name]:
         return [self.name] * len(prompts)
+
+
+def gain(scores: Scores) -> tuple[float, float]:
+    """What the second of two experts gains over the first: (difference of the mean reward, its standard error over examples); without a reward
+    (difference of the likelihood, 0)."""
+    if scores.rewards is None:
+        return (scores.likelihood[1] - scores.likelihood[0]).item(), 0.0
+    difference = scores.rewards[1] - scores.rewards[0]
+    return difference.mean().item(), (difference.std(unbiased=False) / len(difference) ** 0.5).item()

@@ -90,8 +90,7 @@ class Mixer:
 
     def expert(self, alpha: Tensor, **manifest) -> Expert:
         """The one expert of alpha [E, G], whose manifest says what it is made of."""
-        made_of = {name: [round(v, 6) for v in row] for name, row in zip(self.names, alpha.tolist(), strict=True)}
-        return unflatten(self.bank, self(alpha[None])[0], mixed=made_of, mixing=self.mixing, per=self.per, **manifest)
+        return unflatten(self.bank, self(alpha[None])[0], **recorded(self.names, alpha, self.per, self.mixing), **manifest)
 
     def _group(self) -> list[list[slice]]:
         """The columns that each of the G alphas of an expert holds for, as few slices as can be."""
@@ -123,3 +122,9 @@ class Mixer:
                 raise ValueError(f"logits of {name} are {list(p.shape)}; wanted one for each component of a matrix of this model")
             out[self._spans[name]] = p.to(out)
         return out
+
+
+def recorded(names: Sequence[str], alpha: Tensor, per: str, mixing: str) -> dict:
+    """What the manifest of a mixture of alpha [E, G] says it is made of."""
+    made_of = {name: [round(v, 6) for v in row] for name, row in zip(names, alpha.tolist(), strict=True)}
+    return {"mixed": made_of, "mixing": mixing, "per": per}

@@ -151,7 +151,10 @@ class Sampler:
     def decode(self, rollout: Rollout, prompts: Sequence) -> list:
         """The completions as text without special tokens; as a chat message where the prompt is a chat."""
         lengths = rollout.completion.sum(1).tolist()
-        ids = [row[:n] for row, n in zip(rollout.tokens.tolist(), lengths, strict=True)]
+        return self.read([row[:n] for row, n in zip(rollout.tokens.tolist(), lengths, strict=True)], prompts)
+
+    def read(self, ids: Sequence[Sequence[int]], prompts: Sequence) -> list:
+        """`decode` of the tokens of each completion."""
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [t if isinstance(p, str) else [{"role": "assistant", "content": t}] for t, p in zip(texts, prompts, strict=True)]
 

@@ -1,9 +1,11 @@
 """`serve` with the `openai` client: the built-in model and its experts, files that come and go, mixtures, and routing by the prompt."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ import urllib.error
 import urllib.request
 
 import openai
+import psutil
 import pytest
 import torch
 from worlds import NEW, answers_of, materialise
@@ -74,20 +77,28 @@ class Server:
         return status, text, {k.lower(): v for k, v in headers.items()}.get("x-expert")
 
 
-@pytest.fixture(scope="module")
-def server(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
+@contextlib.contextmanager
+def running(world, folder):
     for name, path in tiny.experts().items():
         (folder / f"{name}.safetensors").write_bytes(path.read_bytes())
     with open(folder / "log", "w") as log:
-        running = Server(world.factors, folder, log)
+        server = Server(world.factors, folder, log)
         try:
-            running.wait()
-            yield running
+            server.wait()
+            yield server
         finally:
-            running.process.send_signal(signal.SIGTERM)
-            running.process.wait(60)
-            sys.stdout.write((folder / "log").read_text()[-3000:])
+            server.process.send_signal(signal.SIGTERM)
+            try:
+                server.process.wait(60)
+            finally:
+                server.process.kill()
+                sys.stdout.write((folder / "log").read_text()[-3000:])
+
+
+@pytest.fixture(scope="module")
+def server(world, tmp_path_factory):
+    with running(world, tmp_path_factory.mktemp("served")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +291,88 @@ def test_two_hundred_streams_while_experts_change(server, world, texts):
     wrong = [(i, p) for (i, p), text in zip(asked, answers, strict=True) if text != texts[f"e{1 + i % 5}", p]]
     assert not wrong
     assert turns >= 4
+
+
+def test_a_full_disk_and_a_corrupt_file_change_nothing_for_the_others(server, world, texts):
+    """Streams run while files are refused: the process of the server may write no byte more, as on a full disk; files that are cut, or no expert."""
+    whole, new = world.experts[1].read_bytes(), server.folder / "unlucky.safetensors"
+
+    def load(content, **more):
+        new.write_bytes(content)
+        return server.post("/v1/load_lora_adapter", lora_name="unlucky", lora_path=str(new), **more)[:2]
+
+    async def one(client, model, prompt):
+        stream = await client.completions.create(
+            model=model, prompt=prompt, max_tokens=NEW, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def refused():
+        limit = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, limit[1]))
+        try:
+            out = [await asyncio.to_thread(load, whole)]
+        finally:
+            resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limit)
+        for content in (whole[: len(whole) // 2], b"", b"\x80\x02}q\x00.", whole[:-4] + b"\xff\xff\xff\x7f"):  # the last is a NaN
+            out.append(await asyncio.to_thread(load, content))
+        return out
+
+    async def many():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+            running = [asyncio.create_task(one(client, m, p)) for m, p in asked]
+            return await refused(), await asyncio.gather(*running)
+
+    asked = [(m, p) for m in ("base", *NAMES) for p in PROMPTS] * 4
+    said, answers = asyncio.run(many())
+    assert [status for status, _ in said] == [507, 400, 400, 400, 400], said
+    assert "could not be copied" in said[0][1]
+    assert "not finite" in said[-1][1]
+    assert [(m, p) for (m, p), text in zip(asked, answers, strict=True) if text != texts[m, p]] == []
+    assert server.ask("unlucky", PROMPTS[0])[0] == 404
+    assert load(whole)[0] == 200
+    assert server.ask("unlucky", PROMPTS[0])[:2] == (200, texts["e1", PROMPTS[0]])
+    assert server.post("/v1/unload_lora_adapter", lora_name="unlucky")[0] == 200
+
+
+@pytest.mark.parametrize("title", ["VLLM::Worker", "VLLM::EngineCore"])
+def test_a_process_that_is_killed_fails_every_request_and_hangs_none(world, tmp_path, title):
+    """It is stopped first, so that all of them are running when it is killed. The server ends by itself, for whoever starts it again."""
+
+    async def stream(client):
+        out = await client.completions.create(
+            model="math", prompt=PROMPTS[0], max_tokens=100, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        return [chunk async for chunk in out]
+
+    async def many(server, victim):
+        def post(path, **body):
+            return asyncio.create_task(asyncio.to_thread(server.post, path, **body))
+
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+            victim.suspend()
+            streams = [asyncio.create_task(stream(client)) for _ in range(2)]
+            running = [post("/v1/completions", model=m, prompt=PROMPTS[0], max_tokens=9) for m in ("base", "code", "auto")]
+            # One waits for the engine, the other for that one.
+            running.append(post("/v1/load_lora_adapter", lora_name="late", lora_path=str(server.folder / "math")))
+            running.append(post("/v1/completions", model="mix:math=0.5,code=0.5", prompt=PROMPTS[0], max_tokens=9))
+            await asyncio.sleep(3)
+            assert not any(task.done() for task in (*streams, *running))
+            victim.kill()
+            new = post("/v1/completions", model="math", prompt=PROMPTS[0], max_tokens=9)
+            return await asyncio.gather(*streams, return_exceptions=True), await asyncio.gather(*running, new, return_exceptions=True)
+
+    with running(world, tmp_path) as server:
+        (victim,) = [p for p in psutil.Process(server.process.pid).children(recursive=True) if title in " ".join(p.cmdline())]
+        streams, answers = asyncio.run(many(server, victim))
+        assert all(isinstance(e, openai.APIError) for e in streams), streams
+        for answer in answers[:-1]:
+            assert answer[0] in (500, 503), answers
+            assert "ngine" in answer[1]  # what has happened is said
+        assert isinstance(answers[-1], OSError) or answers[-1][0] in (500, 503), answers  # the last one may find the server gone
+        server.process.wait(60)
+        with pytest.raises(OSError, match="refused"):
+            server.ask("math", PROMPTS[0])
 
 
 def test_it_ends_when_it_is_told_to_and_finishes_what_is_running(server, texts):

@@ -16,6 +16,11 @@ from .served import AUTO, Refused, ServedExperts
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
 HEADER = b"x-expert"
+KINDS = {
+    HTTPStatus.BAD_REQUEST: "BadRequestError",
+    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
+    HTTPStatus.NOT_FOUND: "NotFoundError",
+}
 
 
 class FrontEnd:
@@ -119,13 +124,7 @@ class Models:
 
 def error(status: HTTPStatus, message: str) -> dict:
     """An error in the form of OpenAI's API."""
-    kind = (
-        "NotFoundError"
-        if status == HTTPStatus.NOT_FOUND
-        else "BadRequestError"
-        if status == HTTPStatus.BAD_REQUEST
-        else "PermissionDeniedError"
-    )
+    kind = KINDS.get(status, "InternalServerError")
     return {"error": {"message": message, "type": kind, "param": "model", "code": int(status)}}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .spool import Spool
 
 AUTO = "auto"
 CLASSIFIER = "classify"
+DEAD_AFTER = 1.0  # seconds between two looks at whether the engine lives, while it is asked something
 MIXTURES = 256  # entries of mixtures kept: clients make them up
 
 
@@ -107,8 +108,24 @@ class ServedExperts:
             raise Refused(HTTPStatus.NOT_FOUND, str(e)) from None
         except VLLMValidationError as e:
             raise Refused(HTTPStatus.BAD_REQUEST, str(e)) from None
-        await self.engine.add_lora(request)
+        await self._answered(self.engine.add_lora(request))
         self.models.lora_requests[name] = request
+
+    async def _answered(self, asked: Awaitable[Any]) -> Any:
+        """What the engine answers. Raises Refused where it has died: vLLM then leaves calls that are no requests waiting for ever (0.32)."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        task = asyncio.ensure_future(asked)
+        try:
+            while not task.done() and not self.engine.errored:
+                await asyncio.wait([task], timeout=DEAD_AFTER)
+            if task.done():
+                return task.result()
+        except EngineDeadError:
+            pass
+        finally:
+            task.cancel()
+        raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the engine has died; the server ends, start it again")
 
     # --- names that are made up by clients
 
@@ -198,8 +215,11 @@ class ServedExperts:
         request = None if judge is None else self.models.lora_requests[judge]
         sampling = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **settings)
         name = f"auto-{uuid.uuid4().hex}"
+
+        async def outputs() -> list:
+            return [out async for out in self.engine.generate({"prompt_token_ids": tokens}, sampling, name, lora_request=request)]
+
         try:
-            outputs = [out async for out in self.engine.generate({"prompt_token_ids": tokens}, sampling, name, lora_request=request)]
+            return (await self._answered(outputs()))[-1]
         except ValueError as e:  # too long for the model, with the question around it
             raise Refused(HTTPStatus.BAD_REQUEST, f'model "auto" could not ask about this prompt: {e}') from None
-        return outputs[-1]
