@@ -105,6 +105,7 @@ def test_what_runs_goes_on_and_what_is_new_waits(tmp_path, monkeypatch):
         seen, real, answers = {}, few_shot.FewShot, {}
 
         def in_the_search(*args, **kwargs):
+            time.sleep(0.1)  # what the last step brought is still on its way to the event loop
             running = dict(service.engine.running)
             had = [g.tokens for g in running.values()]
             threads.append(threading.Thread(target=lambda: answers.update(new=complete(client))))
