@@ -12,7 +12,7 @@ from t2kernels import tiny
 pytest.importorskip("fastapi")
 from serving import served
 
-from t2kernels.serve import few_shot
+from t2kernels.serve import engine, few_shot
 
 NAMES = ["math", "code", "reason"]
 
@@ -102,7 +102,11 @@ def test_what_runs_goes_on_and_what_is_new_waits(tmp_path, monkeypatch):
     body = {"model": "code", "prompt": "1+2+3?", "max_tokens": 100, "temperature": 1.9, "seed": 1, "n": 8}
     with served(experts=tmp_path) as (client, service):
         alone = complete(client, **body).json()["choices"]
-        seen, real, answers = {}, few_shot.FewShot, {}
+        seen, real, answers, drawn = {}, few_shot.FewShot, {}, engine.draw
+
+        def slowly(*args):
+            time.sleep(0.0 if seen else 0.1)  # so that what runs has not ended when the search begins
+            return drawn(*args)
 
         def in_the_search(*args, **kwargs):
             time.sleep(0.1)  # what the last step brought is still on its way to the event loop
@@ -121,6 +125,7 @@ def test_what_runs_goes_on_and_what_is_new_waits(tmp_path, monkeypatch):
             return out
 
         monkeypatch.setattr(few_shot, "FewShot", in_the_search)
+        monkeypatch.setattr(engine, "draw", slowly)
         threads = [threading.Thread(target=lambda: answers.update(old=complete(client, **body)))]
         threads[0].start()
         until = time.monotonic() + 5
