@@ -5,7 +5,7 @@ A random W is U diag(sigma) Vᵀ with orthonormal U and V and a spectrum that fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -117,8 +117,3 @@ def materialise(model: nn.Module, factors: Mapping[str, Factor], expert: t2.Expe
             U, sigma, V = factors[name].cut(len(z))
             W = model.get_submodule(name).weight
             W.copy_(W.float() + (U.float() * (sigma * (z.to(sigma) - 1))) @ V.float().t())
-
-
-def say(report: Callable[[str], None], subject: Subject) -> None:
-    count = sum(p.numel() for p in subject.model.parameters())
-    report(f"{subject.name}: {count / 1e6:.1f} M parameters, {len(subject.factors)} matrices")
