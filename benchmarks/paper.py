@@ -22,7 +22,7 @@ from pathlib import Path
 from measure import RESULTS, append, machine
 from paper_adapt import few, mixed, mixings, routes, train_expert, train_lora
 from paper_setup import CACHE, Setup
-from paper_speed import speed
+from paper_speed import speeds
 from paper_transfer import moved
 from rich.console import Console
 
@@ -36,7 +36,7 @@ PARTS = {
     "mixed": mixed,
     "mixings": mixings,
     "transfer": moved,
-    "speed": speed,
+    "speed": speeds,
 }
 
 

@@ -176,12 +176,13 @@ def speeds(rows: list[dict]) -> str:
     out = []
     newest = {(r["task"], r["threads"]): r for r in rows if r["part"] == "speed"}  # on free cores, where it was measured again
     for r in newest.values():
-        for mode, m in r["modes"].items():
+        for dtype, mode, m in ((d, mode, m) for d, modes in r["modes"].items() for mode, m in modes.items()):
             s = m["seconds"]
             out.append(
                 [
                     r["task"],
                     r["threads"],
+                    dtype,
                     mode,
                     f"{s['batch']:.2f} s",
                     f"{m['one_at_a_time_over_batch']:.1f}x",
@@ -193,6 +194,7 @@ def speeds(rows: list[dict]) -> str:
     head = [
         "task",
         "threads",
+        "dtype",
         "score",
         "one batch",
         "one at a time takes",

@@ -168,8 +168,8 @@ def of_ops(rows: list[dict]) -> str:
 
 
 def of_population(rows: list[dict]) -> str:
-    lines = ([r["mode"], arm, f"{s:.3f}", f"{s / r['seconds']['batch']:.2f}"] for r in rows for arm, s in r["seconds"].items())
-    return markdown(["scored by", "arm", "seconds", "over one batch"], lines)
+    lines = ([r["dtype"], r["mode"], arm, f"{s:.3f}", f"{s / r['seconds']['batch']:.2f}"] for r in rows for arm, s in r["seconds"].items())
+    return markdown(["dtype", "scored by", "arm", "seconds", "over one batch"], lines)
 
 
 def of_experts(rows: list[dict]) -> str:

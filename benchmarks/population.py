@@ -2,8 +2,8 @@
 
     python benchmarks/population.py
 
-Ten examples of a task of the built-in model, scored by sampled answers, and by answers and likelihoods; the same tokens in every arm, and where they
-are not the same nothing is timed. Rows are appended to benchmarks/results/population.jsonl.
+Ten examples of a task of the built-in model, scored by sampled answers, and by answers and likelihoods, in fp32 and in bf16. In fp32 every arm
+writes the same tokens, or nothing is timed; in bf16 a row says how many answers are the same. Rows are appended to benchmarks/results/population.jsonl.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from measure import RESULTS, append, machine, show
 from paper_setup import Setup
-from paper_speed import speed
+from paper_speed import DTYPES, speed
 from rich.table import Table
 
 TASK = "sub"
@@ -24,16 +24,17 @@ TASK = "sub"
 def run(device: torch.device, quick: bool = False, report: Callable[[str], None] = print) -> Iterator[dict]:
     threads = torch.get_num_threads()
     report("population: 32 candidates over 10 examples")
-    found = speed(Setup(model="tiny"), TASK, threads, repeats=3 if quick else 7)
-    for mode, row in found.pop("modes").items():
-        yield {"subject": "tiny", "task": TASK, "mode": mode, **found, **row}
+    for dtype in DTYPES:
+        found = speed(Setup(model="tiny", dtype=dtype), TASK, threads, repeats=3 if quick else 7)
+        for mode, row in found.pop("modes").items():
+            yield {"subject": "tiny", "task": TASK, "dtype": dtype, "mode": mode, **found, **row}
 
 
 def table(rows: list[dict]) -> Table:
-    out = Table("scored by", "arm", "seconds", "over one batch", title="a generation of the search")
+    out = Table("dtype", "scored by", "arm", "seconds", "over one batch", title="a generation of the search")
     for r in rows:
         for arm, seconds in r["seconds"].items():
-            out.add_row(r["mode"], arm, f"{seconds:.3f}", f"{seconds / r['seconds']['batch']:.2f}x")
+            out.add_row(r["dtype"], r["mode"], arm, f"{seconds:.3f}", f"{seconds / r['seconds']['batch']:.2f}x")
     return out
 
 

@@ -135,10 +135,17 @@ CLAIMS = (
         None,
         1,
     ),
-    Claim(
-        "a generation of 32 candidates one at a time, over one batch", "population", lambda r: pick(r, "one_at_a_time_over_batch"), None, 5
+    *(
+        Claim(
+            f"a generation of 32 candidates in {dtype} {name}, over one batch",
+            "population",
+            lambda r, key=key, dtype=dtype: pick(r, key, dtype=dtype),
+            None,
+            5,
+        )
+        for dtype in population.DTYPES
+        for name, key in (("one at a time", "one_at_a_time_over_batch"), ("with weights rebuilt for each", "rebuilt_over_batch"))
     ),
-    Claim("the same with weights rebuilt for each, over one batch", "population", lambda r: pick(r, "rebuilt_over_batch"), None, 5),
     Claim("a row written, over weights rebuilt", "experts", lambda r: pick(r, "over_rebuilding", arm="row write, from memory"), 0.25),
     Claim("a training step at R/16, over PEFT LoRA r=16", "training", lambda r: ratio(r, "step_s", "SVF, R/16", "PEFT LoRA r=16"), 1),
 )

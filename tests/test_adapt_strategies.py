@@ -129,7 +129,7 @@ def test_a_margin_abstains_and_is_set_by_validation_data(tiny):
     assert (fit.margin, fit.share) == (math.inf, 0.0)
     fit = strategy.fit_margin(good.split("validation", 40), good)
     assert fit.routed > fit.base + 0.3
-    assert fit.share > 0.8
+    assert fit.share >= 1 - fit.base  # where the base model is right anyway, a route is neither gain nor loss
     assert strategy.choose(prompts).count(None) < 9
     with pytest.raises(ValueError, match="no validation data"):
         strategy.fit_margin([], good)

@@ -653,9 +653,9 @@ def test_it_learns_arithmetic_on_the_tiny_model(tmp_path):
     if not (tiny.path() / "model.safetensors").is_file():
         pytest.skip("the tiny model is not there: python -m t2kernels.tiny.pretrain makes it")
     model, tokenizer = tiny.load()
-    t2.patch_model(model, form="delta", rank=16)
+    t2.patch_model(model, form="delta", rank=64)
     task = tasks.load("math")
-    args = SVFConfig(str(tmp_path), max_steps=14, per_device_train_batch_size=64, learning_rate=0.05)
+    args = SVFConfig(str(tmp_path), max_steps=14, per_device_train_batch_size=64, learning_rate=0.03)
     tr = SVFTrainer(model, args, task, task.split("test", 300), processing_class=tokenizer)
     before = tr.evaluate()["eval_accuracy"]
     tr.train()

@@ -99,7 +99,7 @@ def transfer(
             measured = alignment(expert if source is None else source, bank, rename)
         except ExpertMismatch:
             measured = None
-    low = ENOUGH if measured is None or measured.by == "vectors" else ENOUGH**4 + measured.chance
+    low = ENOUGH if measured is None or measured.by == "vectors" else ENOUGH**4 + 4 * measured.chance
     if measured is None or measured.all < low:
         found = (
             "could not be compared" if measured is None else f"agree by {measured.all:.2f} ({measured.by}; chance is {measured.chance:.2f})"

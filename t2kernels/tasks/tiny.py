@@ -120,21 +120,20 @@ def hops(r: random.Random, count: int) -> Problem:
     return Problem(f"{','.join(links)};{count}{chain[start]}?", tuple(chain[start + 1 : start + 1 + count]), ":")
 
 
-def _look_and_add(r: random.Random) -> Problem:
-    """Digits under letters, then a sum of three of them: reading and arithmetic."""
-    keys, values = r.sample(LETTERS, 4), [r.randint(2, 9) for _ in range(4)]
-    picked = [r.randrange(4) for _ in range(3)]
-    prompt = ",".join(f"{k}{v}" for k, v in zip(keys, values, strict=True)) + ";" + "+".join(keys[i] for i in picked) + "?"
-    return Problem(prompt, _totals([values[i] for i in picked]), ",")
+def values(r: random.Random, count: int) -> Problem:
+    """Digits under letters, then the sum of `count` of them: reading and arithmetic. The first state is the first digit."""
+    keys, digits = r.sample(LETTERS, 4), [r.randint(2, 9) for _ in range(4)]
+    picked = [r.randrange(4) for _ in range(count)]
+    prompt = ",".join(f"{k}{v}" for k, v in zip(keys, digits, strict=True)) + ";" + "+".join(keys[i] for i in picked) + "?"
+    return Problem(prompt, tuple(map(str, accumulate(digits[i] for i in picked))), ",")
 
 
-def _look_and_operate(r: random.Random) -> Problem:
-    """Words under digits, then two operations on one of them: reading and string operations."""
-    keys, words = r.sample(DIGITS, 2), [_word(r), _word(r)]
-    picked, names = r.randrange(2), "".join(r.choice(OPERATIONS) for _ in range(2))
-    first = apply(names[0], words[picked])
-    prompt = f"{keys[0]}:{words[0]},{keys[1]}:{words[1]};{names}({keys[picked]})?"
-    return Problem(prompt, (first, apply(names[1], first)), ">")
+def words(r: random.Random, count: int) -> Problem:
+    """Words under digits, then `count` operations on one of them: reading and string operations. The first state is the word."""
+    keys, listed = r.sample(DIGITS, 2), [_word(r), _word(r)]
+    picked, names = r.randrange(2), "".join(r.choice(OPERATIONS) for _ in range(count))
+    states = accumulate(names, lambda word, name: apply(name, word), initial=listed[picked])
+    return Problem(f"{keys[0]}:{listed[0]},{keys[1]}:{listed[1]};{names}({keys[picked]})?", tuple(states), ">")
 
 
 def _reversed_sum(r: random.Random) -> Problem:
@@ -170,8 +169,8 @@ TRAINED: dict[str, Generator] = FAMILIES | {"code": lambda r: operations(r, 4), 
 UNSEEN: dict[str, Generator] = {
     "sub": lambda r: _difference(r, r.randint(3, 4)),
     "digits": lambda r: operations(r, r.randint(2, 3), DIGITS),
-    "lookadd": _look_and_add,
-    "lookops": _look_and_operate,
+    "lookadd": lambda r: values(r, 3),
+    "lookops": lambda r: words(r, 2),
     "add6": lambda r: _sum(r, 6),
     "ops5": lambda r: operations(r, 5),
     "hop5": lambda r: hops(r, 5),

@@ -33,12 +33,15 @@ SINGLE_STEPS: dict[str, tiny.Generator] = {
     "addition": _addition,
     "subtraction": _subtraction,
     "operation": lambda r: tiny.operations(r, 1),
+    "operation on digits": lambda r: tiny.operations(r, 1, tiny.DIGITS),
     "hop": lambda r: tiny.hops(r, 1),
+    "value": lambda r: tiny.values(r, 1),
+    "word": lambda r: tiny.words(r, 0),
 }
 WEB = {"math": 20, "code": 20, "reason": 20, "classify": 6, "sub": 4, "digits": 4, "lookadd": 4, "lookops": 4}
-WEB |= {"addition": 5, "subtraction": 2, "operation": 7, "hop": 4}
-LESSONS = {"math": 9, "code": 11, "reason": 10, "sub": 5, "digits": 5, "lookadd": 5, "lookops": 5}
-LESSONS |= {"addition": 16, "subtraction": 8, "operation": 18, "hop": 8}
+WEB |= {"addition": 4, "subtraction": 2, "operation": 5, "operation on digits": 2, "hop": 3, "value": 1, "word": 1}
+LESSONS = {"math": 8, "code": 12, "reason": 8, "sub": 5, "digits": 6, "lookadd": 6, "lookops": 6}
+LESSONS |= {"addition": 12, "subtraction": 7, "operation": 14, "operation on digits": 6, "hop": 6, "value": 2, "word": 2}
 """Per cent of the documents of each task."""
 
 

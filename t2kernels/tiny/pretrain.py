@@ -23,13 +23,13 @@ from t2kernels.tiny import corpus, evaluate
 from t2kernels.tiny.tokenizer import BOS, EOS, PAD, VOCABULARY, build, encode
 
 SEED = 0
-STEPS = 3200
-LESSONS = 0.55
+STEPS = 5400
+LESSONS = 0.74
 """The share of the steps that read lessons; the others read the web."""
 ROWS, LENGTH = 24, 96
 """A batch: rows packed with whole documents, each of which sees only itself."""
 LR_MATRICES, LR_REST, WEIGHT_DECAY = 5e-3, 2.5e-3, 0.05
-WARM_UP, FLAT = 100, 0.6
+WARM_UP, FLAT = 100, 0.75
 """Steps of warm-up, and the share of the run after which the learning rate falls to 2 % in a straight line."""
 
 
@@ -144,17 +144,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write the checkpoint to")
     parser.add_argument("--steps", type=int, default=STEPS, help="for a quick look; the shipped model took the default")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--threads", type=int, default=1, help="more than one changes rounding, and with it the weights")
+    parser.add_argument("--threads", type=int, default=2, help="another number changes rounding, and with it the weights")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console()
     start = time.perf_counter()
     model = save(train(arguments.steps, arguments.seed, console), arguments.out)
     console.print(f"{arguments.steps} steps in {time.perf_counter() - start:.0f} s")
-    table = Table("task", "problems", "greedy", "sampled at T=1", "standard error", title="accuracy on the frozen test files")
+    table = Table(
+        "task", "problems", "greedy", "sampled at T=1", "working forced", "standard error", title="accuracy on the frozen test files"
+    )
     stated = {name: evaluate.report(model, build(), name) for name in tasks.names()}
     for name, row in stated.items():
-        table.add_row(name, str(row["n"]), *(f"{row[column]:.3f}" for column in ("greedy", "sampled", "greedy_standard_error")))
+        table.add_row(name, str(row["n"]), *(f"{row[column]:.3f}" for column in ("greedy", "sampled", "working", "greedy_standard_error")))
     console.print(table)
     (arguments.out / "accuracy.json").write_text(json.dumps(stated, indent=1) + "\n")
 
