@@ -89,7 +89,8 @@ class Unseen:
             return fixed[name] if isinstance(fixed[name], list) else [fixed[name]]
         if name in self.mixings.get(task, {}).get("accuracy", {}):
             return [self.mixings[task]["accuracy"][name]]
-        return [r["accuracy"][name] for r in few if name in r["accuracy"]]
+        # Where the search saw no right answer there is nothing to learn from, and its mixture stays.
+        return [r["accuracy"].get(name, r["accuracy"]["cem"]) for r in few]
 
     @staticmethod
     def _worth(fact: dict, caution: float = 2.0) -> bool:
