@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..bank import ExpertBank
 from ..expert import Expert
-from ..scratch import flatten, spans, unflatten
+from ..scratch import flatten, unflatten
 
 GRANULARITIES = ("expert", "layer", "matrix")
 MIXINGS = ("delta", "z", "logits")
@@ -54,7 +54,7 @@ class Mixer:
         found = experts if isinstance(experts, Mapping) else {name: bank[name] for name in self.names}
         rows = [flatten(bank, e) for e in found.values()]
         self.vectors = torch.stack(rows).to(bank.device)  # [E, C]
-        self._spans = spans(bank)
+        self._spans = bank.spans
         if mixing != "delta":
             self._need_all_components()
         if mixing == "logits":
