@@ -160,6 +160,7 @@ def mixings(setup: Setup, task: str, seed: int) -> dict:
     configs = {
         "per layer": CEMConfig(per="layer", std=0.3, **free),
         "z": CEMConfig(mixing="z", **free),
+        "normalised": CEMConfig(mixing="normalised", **free),
         "release": CEMConfig.paper(**{"iterations": 8, **free}),
     }
     for name, config in configs.items():

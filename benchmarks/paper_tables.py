@@ -128,6 +128,7 @@ MIXINGS = {
     "deltas, an alpha an expert": "seed 0 cem",
     "deltas, an alpha an expert and layer": "per layer",
     "z": "z",
+    "z, normalised": "normalised",
     "logits, the release's settings": "release",
 }
 

@@ -110,6 +110,20 @@ def test_mixing_z_and_logits(mixing):
         Mixer(_partial(), ["e"], mixing=mixing)
 
 
+@pytest.mark.parametrize("per", ["expert", "layer"])
+def test_normalised_mixing_is_that_of_deltas_whose_weights_sum_to_one(random_bank, per):
+    names = ["e0", "e1", "e2"]
+    mixer = Mixer(random_bank, names, per, "normalised")
+    alpha = torch.randn(5, *mixer.shape)
+    alpha[:, 0] += torch.where(alpha.sum(1) < 0, -1, 1)  # sums well away from 0
+    want = Mixer(random_bank, names, per)(alpha / alpha.sum(1, keepdim=True))
+    torch.testing.assert_close(mixer(alpha), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixer(-3 * alpha), want, rtol=1e-5, atol=1e-5)
+    alpha[0, 2] = -alpha[0, :2].sum(0)
+    assert not mixer(alpha)[0].any()  # a sum of 0: the base model, not NaN
+    Mixer(_partial(), ["e"], mixing="normalised")  # needs no full support
+
+
 def _partial():
     bank = t2.patch_model(build("llama"), form="delta", rank=8)
     bank.add("e", bank.expert({n: torch.ones(k) for n, k in bank.matrices.items()}))
