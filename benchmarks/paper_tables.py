@@ -207,7 +207,8 @@ def speeds(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    rl, rows = read("rl.jsonl"), [r for r in read("paper.jsonl") if r["model"] == "tiny"]
+    rows = [r for r in read("paper.jsonl") if r["model"] == "tiny"]
+    rl = read("rl.jsonl") + [r for r in rows if r["part"] == "trained"]
     unseen = Unseen(rows)
     head = ["", *unseen.tasks, "mean"]
     text = (HERE / "paper.md.in").read_text()
