@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 from measure import RESULTS, append, machine
 from paper_adapt import few, mixed, mixings, routes, train_expert, train_lora, trained
 from paper_setup import CACHE, Setup
@@ -142,7 +143,8 @@ def work(setup: Setup, waiting: list[tuple[str, str, int]], jobs: int):
     if jobs == 1:
         yield from (run(setup, *cell) for cell in waiting)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    threads = max(1, torch.get_num_threads() // jobs)  # more would only wait for each other
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         for future in as_completed([pool.submit(run, setup, *cell) for cell in waiting]):
             yield future.result()
 
