@@ -3,11 +3,12 @@
     python benchmarks/paper.py --model tiny                                    every part, two processes; docs/paper.md holds the tables
     python benchmarks/paper.py --model meta-llama/Meta-Llama-3-8B-Instruct --jobs 1 --cache runs/llama      the same, by the release's settings
 
-Parts: lora (adapters of the trained tasks, kept in --cache), routes (each unseen task: base, every expert, every way to choose one), few
-(each unseen task and seed: CEM and its controls on the same examples), mixings (what CEM mixes), mixed (routing on mixed traffic, cost of the first pass), transfer,
-speed (a CEM generation). For another model also experts, which trains and keeps them. What RL gains on the trained tasks is
-benchmarks/rl.py's question: its rows are read, not measured again. A row for each cell is appended to benchmarks/results/paper.jsonl;
-cells that are there already, for the same model and settings, are not run again unless --again. The unseen tasks were fixed before any result.
+Parts: trained (what RL gains on the trained tasks: those cells of rl.py that rl.jsonl does not hold for as many steps), lora (adapters of the
+trained tasks, kept in --cache), routes (each unseen task: base, every expert, every way to choose one), few (each unseen task and seed: CEM and
+its controls on the same examples), mixings (what CEM mixes), mixed (routing on mixed traffic, cost of the first pass), transfer, speed (a CEM
+generation). Another model has the part experts, which trains and keeps them, in place of trained and transfer. A row for each cell is appended
+to benchmarks/results/paper.jsonl; cells that are there already, for the same model and settings, are not run again unless --again. The unseen
+tasks were fixed before any result.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 from measure import RESULTS, append, machine
-from paper_adapt import few, mixed, mixings, routes, train_expert, train_lora
+from paper_adapt import few, mixed, mixings, routes, train_expert, train_lora, trained
 from paper_setup import CACHE, Setup
 from paper_speed import speeds
 from paper_transfer import moved
@@ -30,6 +31,7 @@ from rich.console import Console
 from t2kernels.cli import models
 
 PARTS = {
+    "trained": trained,
     "experts": train_expert,
     "lora": train_lora,
     "routes": routes,
@@ -41,10 +43,16 @@ PARTS = {
 }
 
 
+ARMS = {"lora r=16": (), "svf R": (), "svf R/8": (), "svf mlp": ("code",), "svf attention": ("code",)}
+"""Arms of rl.py that the tables have, and on which tasks; (): on all."""
+
+
 def cells(setup: Setup, parts: list[str], seeds: list[int], siblings: list[str]) -> list[list[tuple[str, str, int]]]:
     """(part, task, seed) of everything to do, in stages: a stage needs what the one before it made."""
     first = [("experts", t, 0) for t in setup.experts] if not setup.is_tiny else []
     first += [("lora", t, 0) for t in setup.trained]
+    if setup.is_tiny:
+        first += [("trained", f"{t}:{arm}", s) for arm, only in ARMS.items() for t in only or setup.trained for s in seeds]
     second = [("few", t, s) for t in setup.unseen for s in seeds] + [("routes", t, 0) for t in setup.unseen] + [("mixed", "", 0)]
     second += [("mixings", t, 0) for t in setup.unseen]
     if setup.is_tiny:
@@ -63,7 +71,7 @@ def run(setup: Setup, part: str, task: str, seed: int) -> dict:
     return {
         "model": setup.model,
         "part": part,
-        "task": Path(task).stem,
+        "task": label(part, task),
         "seed": seed,
         **row,
         "seconds": round(time.perf_counter() - start, 1),
@@ -111,12 +119,16 @@ def main() -> None:
         except (ImportError, OSError, ValueError) as e:  # what is not there is said now, not after hours
             parser.error(f"task {name}: {e}")
     there = set() if given.again else {key(row) for row in read(given.out) if row["settings"] == settings(setup)}
+    if setup.is_tiny and not given.again:
+        there |= {
+            key({"model": setup.model, "part": "trained", **row}) for row in read(RESULTS / "rl.jsonl") if row["steps"] == setup.steps
+        }
     facts = machine(("torch", "transformers", "peft")) | {"settings": settings(setup), "jobs": given.jobs}
     for stage in cells(setup, given.parts, given.seeds, given.siblings):
         waiting = [
             c
             for c in stage
-            if (setup.model, c[0], Path(c[1]).stem, c[2]) not in there and not (c[0] == "lora" and setup.adapter(c[1]).is_dir())
+            if (setup.model, c[0], label(c[0], c[1]), c[2]) not in there and not (c[0] == "lora" and setup.adapter(c[1]).is_dir())
         ]
         waiting = [c for c in waiting if c[0] != "experts" or not setup.experts[c[1]].is_file()]
         jobs = 1 if stage and stage[0][0] == "speed" else given.jobs
@@ -142,7 +154,12 @@ def settings(setup: Setup) -> dict:
 
 
 def key(row: dict) -> tuple:
-    return row["model"], row["part"], row["task"], row["seed"]
+    return row["model"], row["part"], f"{row['task']}:{row['arm']}" if "arm" in row else row["task"], row["seed"]
+
+
+def label(part: str, task: str) -> str:
+    """What a cell is called in rows, which hold no directories."""
+    return task if part == "trained" else Path(task).stem
 
 
 def read(path: Path) -> list[dict]:

@@ -8,6 +8,7 @@ import time
 import torch
 from paper_setup import Bench, Setup, clock, mean
 from rl import lora, prepare
+from rl import run as run_rl
 
 from t2kernels.adapt import CEMConfig, Classifier, FewShot, Prompt, Router, ZeroShot, labelled, refine, shuffled
 from t2kernels.adapt.refine import supervise
@@ -17,6 +18,12 @@ from t2kernels.train import SVFConfig, SVFTrainer
 from t2kernels.train.rollout import Sampler
 
 LONG = {False: 128, True: 96}  # tokens of a long answer; the built-in model has 128 positions
+
+
+def trained(setup: Setup, cell: str, seed: int) -> dict:
+    """What an arm of rl.py gains on a trained task of the built-in model: "task:arm"."""
+    task, _, arm = cell.partition(":")
+    return run_rl(task, arm, seed, setup.steps, None, lambda: None)
 
 
 def train_expert(setup: Setup, task: str, seed: int) -> dict:
@@ -160,6 +167,7 @@ def mixings(setup: Setup, task: str, seed: int) -> dict:
     configs = {
         "per layer": CEMConfig(per="layer", std=0.3, **free),
         "z": CEMConfig(mixing="z", **free),
+        "normalised": CEMConfig(mixing="normalised", **free),
         "release": CEMConfig.paper(**{"iterations": 8, **free}),
     }
     for name, config in configs.items():

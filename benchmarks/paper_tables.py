@@ -129,6 +129,7 @@ MIXINGS = {
     "deltas, an alpha an expert": "seed 0 cem",
     "deltas, an alpha an expert and layer": "per layer",
     "z": "z",
+    "z, normalised": "normalised",
     "logits, the release's settings": "release",
 }
 
@@ -207,7 +208,8 @@ def speeds(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    rl, rows = read("rl.jsonl"), [r for r in read("paper.jsonl") if r["model"] == "tiny"]
+    rows = [r for r in read("paper.jsonl") if r["model"] == "tiny"]
+    rl = read("rl.jsonl") + [r for r in rows if r["part"] == "trained"]
     unseen = Unseen(rows)
     head = ["", *unseen.tasks, "mean"]
     text = (HERE / "paper.md.in").read_text()

@@ -1,12 +1,11 @@
 """`ExpertBank`: names to rows. It owns the scale table of every layer of one patched model.
 
-Which names are in the bank, which of them have a row, and what is in training; `table.py` writes the rows.
+Which names are in the bank and which of them have a row; `table.py` writes the rows, `trainables.py` keeps what is in training.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 import weakref
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .columns import flatten, spans, unflatten
 from .expert import Expert
 from .groups import find_groups
 from .layer import SVFLinear
@@ -27,6 +27,7 @@ from .routing import Route, Routing
 from .rows import Rows
 from .scratch import Scratch
 from .table import ScaleTable, Slot
+from .trainables import Trainables
 
 
 class ExpertBank:
@@ -47,7 +48,7 @@ class ExpertBank:
         self._places = {n: (s, i) for s in self._slots for i, n in enumerate(s.names)}
         self._experts: dict[str, tuple[Tensor, dict]] = {}  # name -> (z - 1 on the host [C], manifest)
         self._rows = Rows(rows)  # of names, and of mixtures as sorted (name, weight) pairs
-        self._training: dict[str, str] = {}  # name -> key of its parameters
+        self._training = Trainables(self._slots)
         self._dense: dict[object, Tensor] = {}  # experts whose dense weights are kept -> ids, which hold their row
         self._one_row = WeakIdKeyDictionary()  # ids tensor -> the row that is all of it
         self._lock = threading.RLock()
@@ -101,9 +102,9 @@ class ExpertBank:
         """The expert as it stands here: on this model's supports; one in training as it is now."""
         self._known(name)
         if name in self._training:
-            return self._trained_expert(name)
+            return self.expert(self._training.z(name))
         delta, manifest = self._experts[name]
-        return self.expert(self._unflatten(1 + delta), **manifest)
+        return self.expert(unflatten(self._slots, 1 + delta), **manifest)
 
     def __repr__(self) -> str:
         return f"ExpertBank({len(self.matrices)} matrices, {len(self)} experts, {self.rows} rows: {self.describe()})"
@@ -121,6 +122,11 @@ class ExpertBank:
         kinds = {str(s.layer.U.dtype).removeprefix("torch.") for s in self._slots if s.layer.U.dtype != s.layer.dtype}
         said = f" (factors in {' and '.join(sorted(kinds))})" if kinds else ""
         return f"{forms}; reads {reads / dense:.2f}x the dense layers{said}"
+
+    @property
+    def spans(self) -> dict[str, slice]:
+        """{matrix: its columns} in a row of `scratch`, those that an expert may rescale."""
+        return spans(self._slots)
 
     def sigma(self, name: str) -> Tensor:
         """[R] fp32, the singular values of a matrix, largest first."""
@@ -309,16 +315,7 @@ class ExpertBank:
             from p = 0.1 + 0.01 randn. init: start from this expert instead ("raw" only).
         Returns the parameters, in model order. Raises ValueError on a taken name or an unknown parametrisation.
         """
-        if parametrisation not in ("raw", "sigmoid"):
-            raise ValueError(f"parametrisation={parametrisation!r}; wanted 'raw' or 'sigmoid'")
-        if parametrisation == "sigmoid":
-            if init is not None:
-                raise ValueError("an initial expert can be trained further with parametrisation='raw' only: z fixes p only up to its trace")
-            partial = [n for s in self._slots for n in s.names if s.layer.form == "delta" or s.layer.support < s.layer.rank]
-            if partial:
-                raise ValueError(
-                    f"parametrisation='sigmoid' rescales every component, but {partial[0]} leaves some out: patch with form='factored', rank=None"
-                )
+        self._training.check(parametrisation, init)
         if name in self:
             raise ValueError(f"the bank has an expert named {name!r}; choose another name, or remove it and pass it as init")
         start = None
@@ -328,29 +325,15 @@ class ExpertBank:
         with self._lock:
             row = self._rows.take(name)
             self._rows.pin(row)  # until training stops
-            key = self._training[name] = f"e{row}"
-        parameters = []
-        for s in self._slots:
-            shape = (*s.layer.sigma.shape[:-1], s.layer.support)
-            if parametrisation == "sigmoid":
-                p = 0.1 + 0.01 * torch.randn(shape, device=s.layer.sigma.device)
-            elif start is not None:
-                p = start[s.start : s.stop].reshape(*s.layer.sigma.shape)[..., : s.layer.support].to(s.layer.sigma.device).clone()
-            else:
-                p = torch.zeros(shape, device=s.layer.sigma.device)
-            parameters.append(nn.Parameter(p))
-            s.layer.add_trained(key, row, parameters[-1], parametrisation)
-        return parameters
+            return self._training.start(name, row, parametrisation, start)
 
     def stop_training(self, name: str, /, **manifest) -> Expert:
         """End the training of `name`: it becomes an ordinary expert of the bank, which is returned."""
         if name not in self._training:
-            raise KeyError(f"{name!r} is not in training; in training are {list(self._training) or 'none'}")
-        expert = self.expert(self._trained_expert(name).z, **manifest)
+            raise KeyError(f"{name!r} is not in training; in training are {self.in_training or 'none'}")
+        expert = self.expert(self._training.z(name), **manifest)
         with self._lock:
-            key = self._training.pop(name)
-            for s in self._slots:
-                s.layer.drop_trained(key)
+            self._training.stop(name)
             self._rows.unpin([self._rows.find(name)])
             self._rows.drop(name)
         self.add(name, expert)
@@ -362,14 +345,7 @@ class ExpertBank:
 
     def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """{matrix, or module and stack: p} of an expert in training, in model order."""
-        key = self._training[name]
-        return {s.names[0] if len(s.names) == 1 else s.names[0].rpartition(".")[0]: s.layer.logits[key] for s in self._slots}
-
-    def _trained_expert(self, name: str) -> Expert:
-        key = self._training[name]
-        with torch.no_grad():
-            parts = [(s, s.layer.trained_z(key).detach().float().cpu().reshape(len(s.names), -1)) for s in self._slots]
-        return self.expert({n: z[i].clone() for s, z in parts for i, n in enumerate(s.names)})
+        return self._training.parameters(name)
 
     # --- rows
 
@@ -424,34 +400,7 @@ class ExpertBank:
         return self._places[name]
 
     def _flatten(self, expert: Expert, max_error: float, name: str) -> tuple[Tensor, float]:
-        """z - 1 over all columns [C], zero where the expert says nothing, and the worst truncation error over its matrices."""
-        delta, worst, where = torch.zeros(self.width), 0.0, ""
-        for s in self._slots:
-            part = delta[s.start : s.stop].view(s.shape)
-            k = s.layer.support
-            for i, n in enumerate(s.names):
-                z = expert.z.get(n)
-                if z is None:
-                    continue
-                kept = min(k, z.shape[0])
-                part[i, :kept] = z[:kept].float().cpu() - 1
-                error = self.origin.truncation_error(n, z, k)
-                if error > worst:
-                    worst, where = error, n
-        if worst > max_error:
-            raise ValueError(
-                f"expert {name!r} rescales components that this model's layers leave out: {worst:.1%} of its change to {where} would be lost "
-                f"(max_error={max_error:.1%}); patch with a larger rank, cut the expert, or pass max_error={math.ceil(worst * 100) / 100}"
-            )
-        return delta, worst
-
-    def _unflatten(self, z: Tensor) -> dict[str, Tensor]:
-        out = {}
-        for s in self._slots:
-            part = z[s.start : s.stop].view(s.shape)
-            for i, n in enumerate(s.names):
-                out[n] = part[i, : s.layer.support].clone()
-        return out
+        return flatten(self._slots, self.origin, expert, max_error, name)
 
     def __getstate__(self) -> dict:
         # Neither locks nor live ids tensors can be copied: a copy starts with nothing in use but what is in training.

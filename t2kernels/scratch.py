@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import columns
 from .expert import Expert
 
 if TYPE_CHECKING:
@@ -69,16 +70,6 @@ class Scratch:
         self.close()
 
 
-def spans(bank: ExpertBank) -> dict[str, slice]:
-    """{matrix: its columns in a flat row}, the part of them that an expert may rescale."""
-    out = {}
-    for s in bank._slots:
-        for i, name in enumerate(s.names):
-            start = s.start + i * s.layer.rank
-            out[name] = slice(start, start + s.layer.support)
-    return out
-
-
 def flatten(bank: ExpertBank, expert: Expert | str) -> Tensor:
     """z - 1 as a flat row [C], on the host. Raises KeyError for a name that the bank lacks, ExpertMismatch for an expert of other factors."""
     if isinstance(expert, str):
@@ -89,4 +80,4 @@ def flatten(bank: ExpertBank, expert: Expert | str) -> Tensor:
 
 def unflatten(bank: ExpertBank, delta: Tensor, **manifest) -> Expert:
     """The expert whose z - 1 is a flat row [C]."""
-    return bank.expert(bank._unflatten(1 + delta.detach().float().cpu()), **manifest)
+    return bank.expert(columns.unflatten(bank._slots, 1 + delta.detach().float().cpu()), **manifest)

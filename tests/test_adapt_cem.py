@@ -10,7 +10,7 @@ import t2kernels as t2
 from t2kernels.adapt import CEMConfig, Examples, FewShot, refine, search
 from t2kernels.adapt.mixing import Mixer
 from t2kernels.adapt.prefix import hoist, prefill
-from t2kernels.scratch import flatten, spans, unflatten
+from t2kernels.scratch import flatten, unflatten
 from t2kernels.train.rollout import Rollout, completion_logits
 
 NAMES = ["math", "code", "reason"]
@@ -77,7 +77,7 @@ def test_a_mixture_is_its_equation_and_its_row_the_experts(random_bank, per):
     ids = torch.randint(3, 60, (2, 6))
     for p in range(4):
         want = mixed(bank, alpha[p], per, "delta")
-        for name, span in spans(bank).items():
+        for name, span in bank.spans.items():
             torch.testing.assert_close(1 + rows[p, span].double(), want[name], rtol=1e-5, atol=1e-5)
     with bank.scratch(4) as scratch:
         for layer, _ in bank.layers:
@@ -101,13 +101,27 @@ def test_mixing_z_and_logits(mixing):
     mixer = Mixer(bank, ["e0", "e1", "e2"], "matrix", mixing)
     alpha = 0.5 + torch.rand(2, *mixer.shape)
     want = mixed(bank, alpha[1], "matrix", mixing)
-    for name, span in spans(bank).items():
+    for name, span in bank.spans.items():
         torch.testing.assert_close(1 + mixer(alpha)[1, span].double(), want[name], rtol=2e-4, atol=2e-4)
     if mixing == "z":  # the paper's sum; the same as deltas where the weights sum to one
         alpha /= alpha.sum(1, keepdim=True)
         torch.testing.assert_close(mixer(alpha), Mixer(bank, ["e0", "e1", "e2"], "matrix")(alpha), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="rank=None"):
         Mixer(_partial(), ["e"], mixing=mixing)
+
+
+@pytest.mark.parametrize("per", ["expert", "layer"])
+def test_normalised_mixing_is_that_of_deltas_whose_weights_sum_to_one(random_bank, per):
+    names = ["e0", "e1", "e2"]
+    mixer = Mixer(random_bank, names, per, "normalised")
+    alpha = torch.randn(5, *mixer.shape)
+    alpha[:, 0] += torch.where(alpha.sum(1) < 0, -1, 1)  # sums well away from 0
+    want = Mixer(random_bank, names, per)(alpha / alpha.sum(1, keepdim=True))
+    torch.testing.assert_close(mixer(alpha), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixer(-3 * alpha), want, rtol=1e-5, atol=1e-5)
+    alpha[0, 2] = -alpha[0, :2].sum(0)
+    assert not mixer(alpha)[0].any()  # a sum of 0: the base model, not NaN
+    Mixer(_partial(), ["e"], mixing="normalised")  # needs no full support
 
 
 def _partial():
@@ -121,7 +135,7 @@ def test_logits_that_are_known_are_mixed_as_they_are():
     bank.add("e", bank.expert({n: torch.ones(k) for n, k in bank.matrices.items()}))
     p = {n: torch.randn(k).abs() + 0.1 for n, k in bank.matrices.items()}
     mixer = Mixer(bank, ["e"], mixing="logits", logits={"e": p})
-    for name, span in spans(bank).items():
+    for name, span in bank.spans.items():
         sigma = bank.sigma(name)
         torch.testing.assert_close(1 + mixer(torch.full((1, 1, 1), 0.7))[0, span], p[name] * sigma.sum() / (sigma * p[name]).sum())
 

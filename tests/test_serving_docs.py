@@ -51,7 +51,7 @@ def test_five_commands(which, tmp_path, monkeypatch):
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
         assert {m.id for m in client.models.list()} == {model.name, "math", "code", "science"}
         for name in ("math", "code", "science", model.name):
-            answer = client.chat.completions.create(model=name, messages=[{"role": "user", "content": "47+38+59?"}], max_tokens=4)
+            answer = client.chat.completions.create(model=name, messages=[{"role": "user", "content": "47+8+6?"}], max_tokens=4)
             assert answer.usage.completion_tokens >= 1
     finally:
         server.kill()

@@ -31,7 +31,7 @@ class CEMConfig:
     population: candidates of a generation; elite: the share of it that the next distribution is fitted to
     iterations: generations at most; patience: it ends after so many in a row that found nothing better, or when std is below `tolerance`
     mean: of the first distribution; None: 1 / E for each expert. std: likewise. low, high: alphas are cut to this range
-    per: "expert", "layer" or "matrix": what an alpha holds for; mixing: "delta", "z" or "logits" (see `Mixer`)
+    per: "expert", "layer" or "matrix": what an alpha holds for; mixing: "delta", "z", "normalised" or "logits" (see `Mixer`)
     score: "reward" of the answers, ties broken by the likelihood of the right ones where those are known; "likelihood" of the right answers,
         one forward without decoding; "both": reward + likelihood_weight * likelihood
     temperature, samples: of the answers that are rewarded; 0 is greedy

@@ -2,6 +2,7 @@
 
 z' - 1 = Σ_k alpha_k (z_k - 1)            "delta": the base model is the fixed point
 z'     = Σ_k alpha_k z_k                  "z": the paper's equation (arXiv 2501.06252, section 3.2); the same where Σ alpha = 1
+z'     = Σ_k alpha_k z_k / Σ_k alpha_k    "normalised": an affine combination of experts; where Σ alpha is 0, the base model
 z'     = m Σ sigma / Σ(sigma m), m = Σ_k alpha_k p_k        "logits": what the authors' release computes, p the logits of each expert
 """
 
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from ..bank import ExpertBank
 from ..expert import Expert
-from ..scratch import flatten, spans, unflatten
+from ..scratch import flatten, unflatten
 
 GRANULARITIES = ("expert", "layer", "matrix")
-MIXINGS = ("delta", "z", "logits")
+MIXINGS = ("delta", "z", "normalised", "logits")
 RELEASE_START = 0.1  # the release's p before training, which its trace normalisation makes the base model
-EDGE = 1e-3  # z beyond what a sigmoid can be is cut to this far from its ends
+EDGE = 1e-3  # z beyond what a sigmoid can be is cut to this far from its ends; a sum closer to 0 than this divides nothing
 
 
 class Mixer:
@@ -27,7 +28,7 @@ class Mixer:
 
     experts: names in the bank, or {name: Expert}; E of them
     per: "expert", one number for each (G = 1); "layer", one for each and block; "matrix", one for each and matrix
-    mixing: "delta", "z" or "logits", as above; the last two rescale every component and need them all in the support
+    mixing: "delta", "z", "normalised" or "logits", as above; "z" and "logits" rescale every component and need them all in the support
     logits: {name: {matrix: p [R]}} for "logits", as `integrations.sakana.load_logits` reads them; for an expert without, p is taken from z, which
         fixes it up to the one factor per matrix that trace normalisation removes: p = logit(z sigmoid(.1)), the release's start being z = 1
 
@@ -54,8 +55,8 @@ class Mixer:
         found = experts if isinstance(experts, Mapping) else {name: bank[name] for name in self.names}
         rows = [flatten(bank, e) for e in found.values()]
         self.vectors = torch.stack(rows).to(bank.device)  # [E, C]
-        self._spans = spans(bank)
-        if mixing != "delta":
+        self._spans = bank.spans
+        if mixing in ("z", "logits"):
             self._need_all_components()
         if mixing == "logits":
             self._sigma = torch.cat([bank.sigma(n) for n in self._spans]).to(bank.device)
@@ -72,6 +73,9 @@ class Mixer:
         if alpha.dim() != 3 or tuple(alpha.shape[1:]) != self.shape:
             raise ValueError(f"alpha is {list(alpha.shape)}; wanted [P, {self.shape[0]}, {self.shape[1]}]")
         alpha = alpha.to(self.vectors)
+        if self.mixing == "normalised":
+            total = alpha.sum(1, keepdim=True)
+            alpha = torch.where(total.abs() > EDGE, alpha / torch.where(total.abs() > EDGE, total, 1), 0)
         out = self.vectors.new_zeros(len(alpha), self.vectors.shape[1])
         for g, parts in enumerate(self.groups):
             for part in parts:

@@ -38,13 +38,13 @@ def generate(
 ) -> None:
     """Answer prompts with experts, all in one mixed batch: every row of it has its own expert.
 
-    [dim]$[/] t2 generate "47+38+59?" --expert base --expert math --expert code
+    [dim]$[/] t2 generate "47+8+6?" --expert base --expert math --expert code
 
-    [dim]$[/] t2 generate "47+38+59?" "rsx(gcaf)?" --expert math --expert code --pair
+    [dim]$[/] t2 generate "47+8+6?" "rsxt(gcafd)?" --expert math --expert code --pair
 
-    [dim]$[/] t2 generate "47+38+59?" --mix math=.7,code=.3
+    [dim]$[/] t2 generate "47+8+6?" --mix math=.7,code=.3
 
-    [dim]$[/] t2 generate "47+38+59?" "rsx(gcaf)?" --adapt classify
+    [dim]$[/] t2 generate "47+8+6?" "rsxt(gcafd)?" --adapt classify
     """
     if adapt:
         adaptation.check(adapt, examples)
