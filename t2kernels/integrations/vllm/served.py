@@ -123,6 +123,10 @@ class ServedExperts:
                 return task.result()
         except EngineDeadError:
             pass
+        except Exception:
+            await asyncio.sleep(DEAD_AFTER)  # a call that a dying worker cuts short fails a moment before the engine knows of it
+            if not self.engine.errored:
+                raise
         finally:
             task.cancel()
         raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the engine has died; the server ends, start it again")
