@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from measure import RESULTS, append, machine
+from measure import RESULTS, append, machine, weights
 from paper_adapt import few, mixed, mixings, routes, train_expert, train_lora, trained
 from paper_setup import CACHE, Setup
 from paper_speed import speeds
@@ -118,11 +118,7 @@ def main() -> None:
             setup.task(name).split("test", 1)
         except (ImportError, OSError, ValueError) as e:  # what is not there is said now, not after hours
             parser.error(f"task {name}: {e}")
-    there = set() if given.again else {key(row) for row in read(given.out) if row["settings"] == settings(setup)}
-    if setup.is_tiny and not given.again:
-        there |= {
-            key({"model": setup.model, "part": "trained", **row}) for row in read(RESULTS / "rl.jsonl") if row["steps"] == setup.steps
-        }
+    there = set() if given.again else measured(setup, given.out)
     facts = machine(("torch", "transformers", "peft")) | {"settings": settings(setup), "jobs": given.jobs}
     for stage in cells(setup, given.parts, given.seeds, given.siblings):
         waiting = [
@@ -150,7 +146,18 @@ def work(setup: Setup, waiting: list[tuple[str, str, int]], jobs: int):
 
 
 def settings(setup: Setup) -> dict:
-    return {"n": setup.n, "shots": setup.shots, "steps": setup.steps, "iterations": setup.iterations}
+    found = {"n": setup.n, "shots": setup.shots, "steps": setup.steps, "iterations": setup.iterations}
+    return found | {"weights": weights()} if setup.is_tiny else found
+
+
+def measured(setup: Setup, out: Path) -> set[tuple]:
+    """The cells that rows hold already, for these settings and weights; what RL gains may be among the rows of rl.py."""
+    now = settings(setup)
+    there = {key(row) for row in read(out) if row["settings"] == now}
+    if setup.is_tiny:
+        rows = [r for r in read(RESULTS / "rl.jsonl") if (r["steps"], r["weights"]) == (setup.steps, now["weights"])]
+        there |= {key({"model": setup.model, "part": "trained", **row}) for row in rows}
+    return there
 
 
 def key(row: dict) -> tuple:

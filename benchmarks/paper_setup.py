@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from measure import weights
 
 import t2kernels as t2
 from t2kernels import tasks, tiny
@@ -62,7 +63,7 @@ class Setup:
         return {name: self.cache / "experts" / f"{Path(name).stem}.safetensors" for name in (*self.trained, "classify")}
 
     def adapter(self, task: str) -> Path:
-        return self.cache / f"lora-{Path(task).stem}"
+        return self.cache / f"lora-{Path(task).stem}{'-' + weights() if self.is_tiny else ''}"
 
 
 class Bench:

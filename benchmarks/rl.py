@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import peft
 import torch
-from measure import RESULTS, append, machine
+from measure import RESULTS, append, machine, weights
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
@@ -148,6 +148,7 @@ def run(task_name: str, arm_name: str, seed: int, steps: int, count: int | None,
         "accuracy": round(after["eval_accuracy"], 4),
         "standard_error": round(after["eval_accuracy_se"], 4),
         "numbers": numbers,
+        "weights": weights(),
         "learning_rate": ARMS[arm_name].lr,
         "seconds": round(wall, 1),
         "cpu_seconds": round(cpu, 1),

@@ -83,6 +83,14 @@ def test_accuracy_is_as_stated(loaded, name):
     assert abs(evaluate.accuracy(*loaded, name, rows) - p) <= 3 * math.sqrt(p * (1 - p) / len(rows)) + 1e-3
 
 
+@pytest.mark.parametrize(("name", "separator"), [("sub", ","), ("lookops", ">")])
+def test_it_is_better_by_working_than_at_once(loaded, name, separator):
+    """What adaptation can bring out: given the first character of working, it answers as well as is stated, and far better than by itself."""
+    p, rows = STATED[name]["working"], tasks.load(name).split("test", 300)
+    assert p > STATED[name]["greedy"] + 0.5
+    assert abs(evaluate.accuracy(*loaded, name, rows, begun=separator) - p) <= 3 * math.sqrt(p * (1 - p) / len(rows)) + 1e-3
+
+
 def test_a_packed_document_sees_only_itself(loaded):
     ids, labels, mask, count = next(pretrain.batches(corpus.web(7)))
     with torch.no_grad():
