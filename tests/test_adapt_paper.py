@@ -54,6 +54,34 @@ def test_the_protocol_on_a_random_model(paper, tmp_path, monkeypatch, capsys):
     assert "no file 'nowhere.jsonl'" in capsys.readouterr().err
 
 
+def test_the_rows_are_of_the_model_that_is_shipped_and_complete(paper):
+    """Other weights than today's are another model: then every cell waits to be measured, and so does each of rl.py."""
+    setup = paper.Setup()
+    wanted = {
+        ("tiny", part, paper.label(part, task), seed)
+        for stage in paper.cells(setup, list(paper.PARTS), [0, 1, 2], ["web"])
+        for part, task, seed in stage
+    }
+    assert wanted <= paper.measured(setup, paper.RESULTS / "paper.jsonl")
+    assert {row["weights"] for row in paper.read(paper.RESULTS / "rl.jsonl")} == {paper.weights()}
+
+
+def test_cells_of_other_weights_or_settings_are_measured_again(paper, tmp_path, monkeypatch):
+    setup, row = paper.Setup(), {"model": "tiny", "part": "few", "task": "sub", "seed": 1}
+    monkeypatch.setattr(paper, "RESULTS", tmp_path)
+    gain = {"task": "code", "arm": "svf R/8", "seed": 2, "steps": setup.steps, "weights": paper.weights()}
+    others = [gain | {"weights": "0" * 12, "seed": 0}, gain | {"steps": 1, "seed": 1}]
+    (tmp_path / "rl.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (gain, *others)))
+    now = paper.settings(setup)
+    rows = [
+        row | {"settings": now},
+        row | {"seed": 0, "settings": now | {"weights": "0" * 12}},
+        row | {"seed": 2, "settings": now | {"n": 5}},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert paper.measured(setup, tmp_path / "rows.jsonl") == {("tiny", "few", "sub", 1), ("tiny", "trained", "code:svf R/8", 2)}
+
+
 def test_the_unseen_tasks_are_those_that_were_fixed(paper):
     assert paper.Setup().unseen == tuple(t2.tasks.tiny.UNSEEN) == ("sub", "digits", "lookadd", "lookops", "add6", "ops5", "hop5", "revadd")
     assert len(paper.Setup().related) == 8
@@ -71,3 +99,12 @@ def test_arms_of_the_tables(paper):
     assert found.arm("sub", "best single") == [0.9, 0.9]
     assert found.line("CEM", "cem") == ["CEM", "0.850 ± 0.050", "0.850"]
     torch.testing.assert_close(found.mean("shuffled"), 0.2)
+
+
+def test_the_page_follows_from_the_rows(paper, tmp_path, monkeypatch):
+    import paper_tables
+
+    page = paper_tables.OUT.read_text()
+    monkeypatch.setattr(paper_tables, "OUT", tmp_path / "paper.md")
+    paper_tables.main()
+    assert (tmp_path / "paper.md").read_text() == page
