@@ -75,7 +75,8 @@ class Mixer:
         alpha = alpha.to(self.vectors)
         if self.mixing == "normalised":
             total = alpha.sum(1, keepdim=True)
-            alpha = torch.where(total.abs() > EDGE, alpha / torch.where(total.abs() > EDGE, total, 1), 0)
+            kept = total.abs() > EDGE
+            alpha = torch.where(kept, alpha / torch.where(kept, total, 1), 0)
         out = self.vectors.new_zeros(len(alpha), self.vectors.shape[1])
         for g, parts in enumerate(self.groups):
             for part in parts:
