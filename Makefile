@@ -39,7 +39,7 @@ $(VLLM)/.installed: $(SOURCES) scripts/install-vllm $(VLLM)/.created
 # The kernels' small tests run natively where there is a GPU. Most of the time is a compiler's: several processes.
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m gpu
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal tests/test_triton_forward.py tests/test_triton_backward.py
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal tests/ops/impls/test_triton_forward.py tests/ops/impls/test_triton_backward.py
 
 # Ten minutes: environment, correctness, compute-sanitizer, decode timings; logs and rows in gpu-check-results.
 check-gpu: $(VENV)/.installed-test

@@ -37,7 +37,10 @@ def switch(name: str) -> str:
 
 
 def compiler() -> str | None:
-    return next((found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))), None)
+    return next(
+        (found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))),
+        None,
+    )
 
 
 def ninja() -> list[str] | None:
@@ -121,7 +124,9 @@ def gencode(archs: str) -> str:
         number, plus, what = arch.replace(".", "").partition("+")
         if not number[:-1].isdigit() or (plus and what != "PTX"):
             raise SystemExit(f"T2KERNELS_CUDA_ARCHS: {arch!r} is not an architecture; wanted such as {CUDA_ARCHS!r}")
-        flags += [f"-gencode arch=compute_{number},code={kind}_{number}" for kind in (("sm", "compute") if plus else ("sm",))]
+        flags += [
+            f"-gencode arch=compute_{number},code={kind}_{number}" for kind in (("sm", "compute") if plus else ("sm",))
+        ]
     return " ".join(flags)
 
 

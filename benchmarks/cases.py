@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2kernels.int8 import round_columns
+from t2kernels.factors.int8 import round_columns
 from t2kernels.ops import planner, svf_linear_group
-from t2kernels.ops.svf_linear import shrink
+from t2kernels.ops.op import shrink
 
 # hidden, intermediate, width of k and v. Mistral-7B has the shapes of Llama-3-8B.
 MODELS = {
@@ -38,9 +38,12 @@ LORA_RANK = 16
 def shapes(model: str, group: str) -> tuple[int, tuple[int, ...]]:
     """(N, M of each member)"""
     hidden, inner, kv = MODELS[model]
-    return {"qkv": (hidden, (hidden, kv, kv)), "o": (hidden, (hidden,)), "gate+up": (hidden, (inner, inner)), "down": (inner, (hidden,))}[
-        group
-    ]
+    return {
+        "qkv": (hidden, (hidden, kv, kv)),
+        "o": (hidden, (hidden,)),
+        "gate+up": (hidden, (inner, inner)),
+        "down": (inner, (hidden,)),
+    }[group]
 
 
 def mixed(mix: str, T: int, device) -> Tensor:
@@ -72,7 +75,14 @@ class Weights(NamedTuple):
 
 
 def weights(
-    N: int, Ms: tuple[int, ...], form: str, k: int | None, format: torch.dtype, dtype: torch.dtype, device, lora: int = 0
+    N: int,
+    Ms: tuple[int, ...],
+    form: str,
+    k: int | None,
+    format: torch.dtype,
+    dtype: torch.dtype,
+    device,
+    lora: int = 0,
 ) -> Weights:
     """Random weights of the right sizes. k: components in delta form. format: of U and V; int8 with 3 % residual columns. lora: adapters."""
 
@@ -150,7 +160,9 @@ def made(w: Weights, row: int) -> list[Tensor]:
     return [W + n for W, n in zip(w.W, new, strict=True)] if w.delta else new
 
 
-def _by_expert(x: Tensor, ids: Tensor, w: Weights, Ws_of: Callable[[int], list[Tensor]], rows: dict[int, Tensor]) -> list[Tensor]:
+def _by_expert(
+    x: Tensor, ids: Tensor, w: Weights, Ws_of: Callable[[int], list[Tensor]], rows: dict[int, Tensor]
+) -> list[Tensor]:
     ys = [x.new_empty(len(x), W.shape[0]) for W in w.W]
     for row, mine in rows.items():
         for y, W in zip(ys, Ws_of(row), strict=True):
@@ -239,4 +251,6 @@ def error(ys: list[Tensor], truth: list[Tensor]) -> float:
 
 def call_of(x: Tensor, w: Weights, one: bool) -> planner.Call:
     """The same work as the planner sees it, for its counts of bytes and operations."""
-    return planner.Call(len(x), x.shape[1], tuple(U.shape[0] for U in w.U), tuple(w.parts), x.dtype, w.V.dtype, one, base=w.delta)
+    return planner.Call(
+        len(x), x.shape[1], tuple(U.shape[0] for U in w.U), tuple(w.parts), x.dtype, w.V.dtype, one, base=w.delta
+    )

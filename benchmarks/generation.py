@@ -102,7 +102,12 @@ class Field:
     def _lora(self, count: int) -> nn.Module:
         """Like every adapter that has been trained, these change something: B is not left at zero."""
         config = peft.LoraConfig(
-            r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM", init_lora_weights=False
+            r=16,
+            lora_alpha=32,
+            target_modules="all-linear",
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+            init_lora_weights=False,
         )
         model = peft.get_peft_model(sharing(self.dense), config, adapter_name="expert0")
         for i in range(1, count):
@@ -156,7 +161,11 @@ class Field:
                     worst = max(worst, ((mixed[i] - alone).norm() / alone.norm()).item())
                 return require(f"{self.subject.name}, {arm}", worst, allowed(self.ids, self.dense.dtype))
             bank = self.banks[arm] if arm in self.banks else next(iter(self.banks.values()))
-            mixed = self.ours[arm](input_ids=ids, attention_mask=mask, experts=names).logits[:, -1].double() if arm in self.ours else None
+            mixed = (
+                self.ours[arm](input_ids=ids, attention_mask=mask, experts=names).logits[:, -1].double()
+                if arm in self.ours
+                else None
+            )
             for i, name in enumerate(names):
                 truth = copy.deepcopy(self.dense)
                 subjects.materialise(truth, self.subject.factors, bank[name])
@@ -213,7 +222,15 @@ def measure(field: Field, arms: list[str], counts: list[int], repeats: int, slow
             yield row(field, arm, experts, runs, errors[arm], found.get((ARMS[0], 0)), found.get((arm, 1)))
 
 
-def row(field: Field, arm: str, experts: int, runs: list[Timed], error: float, base: list[Timed] | None, one: list[Timed] | None) -> dict:
+def row(
+    field: Field,
+    arm: str,
+    experts: int,
+    runs: list[Timed],
+    error: float,
+    base: list[Timed] | None,
+    one: list[Timed] | None,
+) -> dict:
     """Medians, and medians of the ratios run by run to the dense model and to the same arm with one expert."""
     mid = lambda key: statistics.median(getattr(r, key) for r in runs)  # noqa: E731
     out = {
@@ -237,7 +254,9 @@ def row(field: Field, arm: str, experts: int, runs: list[Timed], error: float, b
     for name, peer in (("dense", base), ("one", one)):
         if peer:
             for key, word in (("total", ""), ("first", "first_"), ("step", "step_")):
-                out[f"{word}over_{name}"] = statistics.median(getattr(r, key) / getattr(p, key) for r, p in zip(runs, peer, strict=False))
+                out[f"{word}over_{name}"] = statistics.median(
+                    getattr(r, key) / getattr(p, key) for r, p in zip(runs, peer, strict=False)
+                )
     return out
 
 
@@ -245,7 +264,9 @@ def table(rows: list[dict]) -> Table:
     out = Table("model", "batch", "experts", "arm", "first token", "a step", "tokens/s", "over dense", title="generate")
     for r in rows:
         over = f"{r['over_dense']:.2f}x" if "over_dense" in r else ""
-        name = r["arm"] + (f" (copies: {r['batch'] * r['new'] / r['copies_s']:.0f} tokens/s)" if "copies_s" in r else "")
+        name = r["arm"] + (
+            f" (copies: {r['batch'] * r['new'] / r['copies_s']:.0f} tokens/s)" if "copies_s" in r else ""
+        )
         figures = f"{1e3 * r['first_token_s']:.1f} ms", f"{1e3 * r['step_s']:.1f} ms", f"{r['tokens_per_s']:.0f}", over
         out.add_row(f"{r['subject']} {r['dtype']}", str(r["batch"]), str(r["experts"]), name, *figures)
     return out
@@ -265,11 +286,19 @@ def questions(device: torch.device, quick: bool) -> list[tuple[dict, list[str], 
         (tiny | dict(batch=64, new=24), list(ARMS), [1, 8, 64], few, 2),
         (mid | dict(batch=64, new=4), [ARMS[0], "delta R/16", *PEERS], [8] if quick else [1, 8, 64], few - 2, 1),
         (mid | dict(batch=8, new=8), [ARMS[0], "delta R/16", "factored", PEERS[1]], [1, 8], few + 2, 0),
-        (mid | dict(batch=1, length=64, new=8), [ARMS[0], "delta R/16", "factored", "factored int8", PEERS[1]], [1], few + 2, 0),
+        (
+            mid | dict(batch=1, length=64, new=8),
+            [ARMS[0], "delta R/16", "factored", "factored int8", PEERS[1]],
+            [1],
+            few + 2,
+            0,
+        ),
     ]
 
 
-def run(device: torch.device, quick: bool = False, only: list[str] | None = None, report: Callable[[str], None] = print) -> Iterator[dict]:
+def run(
+    device: torch.device, quick: bool = False, only: list[str] | None = None, report: Callable[[str], None] = print
+) -> Iterator[dict]:
     for what, arms, counts, repeats, slow in questions(device, quick):
         if only and what["name"] not in only:
             continue

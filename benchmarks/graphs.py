@@ -66,7 +66,9 @@ def _graph(run: Callable, copies: Sequence) -> Callable[[], float]:
             for i in range(calls):
                 run(copies[i % len(copies)])
         graph = candidate
-    except RuntimeError:  # an arm that looks at values on the host (a peer's) cannot be captured; it is timed as it is used, eagerly
+    except (
+        RuntimeError
+    ):  # an arm that looks at values on the host (a peer's) cannot be captured; it is timed as it is used, eagerly
         torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 

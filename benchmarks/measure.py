@@ -64,7 +64,9 @@ def reset_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    with contextlib.suppress(OSError):  # where the kernel does not let it, the peak is that of the whole process, which is no less
+    with contextlib.suppress(
+        OSError
+    ):  # where the kernel does not let it, the peak is that of the whole process, which is no less
         Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
@@ -100,7 +102,9 @@ def machine(packages: Sequence[str] = ("torch", "transformers")) -> dict:
     """Machine, versions, commit and command: what the numbers depend on."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+        ).stdout.strip()
 
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []

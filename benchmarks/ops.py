@@ -27,7 +27,7 @@ from measure import RESULTS, WrongResult, append, machine, require, show
 from rich.table import Table
 
 from t2kernels.ops import ImplUnavailableError, plan
-from t2kernels.ops.machine import machine_of
+from t2kernels.ops.device import machine_of
 from t2kernels.ops.planner import IMPLS, bytes_moved, operations, why_missing
 
 ROOM = 1.1  # over the error of plain torch
@@ -84,7 +84,20 @@ def adapters_of(w: Weights) -> int:
 
 
 def one_case(
-    model: str, group: str, T: int, mix: str, form: str, k: int | None, format, dtype, impls, peers, compiled, device, seconds, report
+    model: str,
+    group: str,
+    T: int,
+    mix: str,
+    form: str,
+    k: int | None,
+    format,
+    dtype,
+    impls,
+    peers,
+    compiled,
+    device,
+    seconds,
+    report,
 ) -> Iterator[dict]:
     """All arms on the same work, in turn."""
     N, Ms = cases.shapes(model, group)
@@ -92,7 +105,10 @@ def one_case(
     adapters = min(8, int(ids.max())) if peers else 0
     make = partial(cases.weights, N, Ms, form, k, format, dtype, device, adapters)
     copies = [make()]
-    size = sum(t.nbytes for t in ((*copies[0].W, copies[0].V, *copies[0].U) if form == "delta" else (copies[0].V, *copies[0].U)))
+    size = sum(
+        t.nbytes
+        for t in ((*copies[0].W, copies[0].V, *copies[0].U) if form == "delta" else (copies[0].V, *copies[0].U))
+    )
     copies += [make() for _ in range(min(15, 4 * last_level_cache(device) // size))]
     x = torch.randn(T, N, device=device).to(dtype)
     kept = ids.unique().numel() * sum(W.nbytes for W in copies[0].W) * len(copies)
@@ -127,7 +143,11 @@ def one_case(
             if name.startswith("dense")
             else bytes_moved(call) + (dense_weights(call) if form == "delta" else 0)
         )
-        ops = dense_ops(call) if name.startswith("dense") else operations(call) + (dense_ops(call) if form == "delta" else 0)
+        ops = (
+            dense_ops(call)
+            if name.startswith("dense")
+            else operations(call) + (dense_ops(call) if form == "delta" else 0)
+        )
         t = times.median
         yield {
             "model": model,
@@ -174,7 +194,10 @@ def backward_case(model: str, group: str, T: int, mix: str, form: str, k, dtype,
     N, Ms = cases.shapes(model, group)
     ids = cases.mixed(mix, T, device)
     w = cases.weights(N, Ms, form, k, dtype, dtype, device, lora=1)
-    x, dy = torch.randn(T, N, device=device).to(dtype).requires_grad_(), [torch.randn(T, M, device=device).to(dtype) for M in Ms]
+    x, dy = (
+        torch.randn(T, N, device=device).to(dtype).requires_grad_(),
+        [torch.randn(T, M, device=device).to(dtype) for M in Ms],
+    )
     scale = w.scale.clone().requires_grad_()
     for layer in w.lora:
         layer.lora_A.requires_grad_(True)
@@ -194,8 +217,12 @@ def backward_case(model: str, group: str, T: int, mix: str, form: str, k, dtype,
         arms_["PEFT LoRA r=16"] = step(lambda x, ids, w: [layer(x) for layer in w.lora], [x, *A_B])
     grads = [(dx[some].double(), ds.double()) for dx, ds in (arms_[n](w) for n in ("t2 auto", "two matmuls, eager"))]
     dx, dscale = exact_grads(x.detach(), dy, ids, w)
-    far = [[((g - t).norm() / t.norm()).item() for g, t in zip(pair, (dx[some], dscale), strict=True)] for pair in grads]
-    worst = max(require(f"backward {model} {group} T={T}", ours, ROOM * plain) for ours, plain in zip(*far, strict=True))
+    far = [
+        [((g - t).norm() / t.norm()).item() for g, t in zip(pair, (dx[some], dscale), strict=True)] for pair in grads
+    ]
+    worst = max(
+        require(f"backward {model} {group} T={T}", ours, ROOM * plain) for ours, plain in zip(*far, strict=True)
+    )
     for name, times in per_call(arms_, [w], device, seconds).items():
         yield {
             "model": model,
@@ -225,7 +252,9 @@ def exact_grads(x, dy, ids, w: Weights):
     return dx, dscale
 
 
-def layer_case(model: str, T: int, mix: str, form: str, k, format, dtype, impls, device, seconds, report) -> Iterator[dict]:
+def layer_case(
+    model: str, T: int, mix: str, form: str, k, format, dtype, impls, device, seconds, report
+) -> Iterator[dict]:
     """A layer without attention: norm, q k v, o, norm, gate and up, activation, down; each group's weights its own."""
     hidden, _, kv = cases.MODELS[model]
     ids = cases.mixed(mix, T, device)
@@ -240,8 +269,14 @@ def layer_case(model: str, T: int, mix: str, form: str, k, format, dtype, impls,
         gate, up = arm(F.rms_norm(h, (hidden,)), ids, ws[2])
         return [h + arm(F.silu(gate) * up, ids, ws[3])[0]]
 
-    every = {"dense, no expert": cases.dense, **{f"t2 {i}": cases.ours(i) for i in impls}, "two matmuls, eager": cases.two_matmuls}
-    truth = run(lambda x, ids, w: [y.to(dtype) for y in cases.exact(x, ids, w)], copies[0])  # only rounded between the groups
+    every = {
+        "dense, no expert": cases.dense,
+        **{f"t2 {i}": cases.ours(i) for i in impls},
+        "two matmuls, eager": cases.two_matmuls,
+    }
+    truth = run(
+        lambda x, ids, w: [y.to(dtype) for y in cases.exact(x, ids, w)], copies[0]
+    )  # only rounded between the groups
     allowed = ROOM * cases.error(run(cases.two_matmuls, copies[0]), [t.double() for t in truth])
     errors = {}
     for name in [n for n in every if n.startswith("t2")]:
@@ -295,13 +330,34 @@ def run(device: torch.device, a: argparse.Namespace, report: Callable[[str], Non
                             peers = format == formats[0] and (form == "factored" or k == a.ranks[0])
                             todo += [
                                 partial(
-                                    one_case, model, g, T, mix, form, k, format, dtype, impls, peers, a.compiled, device, a.each, report
+                                    one_case,
+                                    model,
+                                    g,
+                                    T,
+                                    mix,
+                                    form,
+                                    k,
+                                    format,
+                                    dtype,
+                                    impls,
+                                    peers,
+                                    a.compiled,
+                                    device,
+                                    a.each,
+                                    report,
                                 )
                                 for g in a.groups
                             ]
-                        todo.append(partial(layer_case, model, T, a.mixes[0], form, k, format, dtype, impls, device, a.each, report))
+                        todo.append(
+                            partial(
+                                layer_case, model, T, a.mixes[0], form, k, format, dtype, impls, device, a.each, report
+                            )
+                        )
                 if a.backward:
-                    todo += [partial(backward_case, model, g, a.backward, a.mixes[0], form, k, dtype, device, a.each) for g in a.groups[:2]]
+                    todo += [
+                        partial(backward_case, model, g, a.backward, a.mixes[0], form, k, dtype, device, a.each)
+                        for g in a.groups[:2]
+                    ]
     for i, case in enumerate(todo):
         if time.monotonic() > deadline:
             report(f"ops: out of time after {i} of {len(todo)} cases")
@@ -331,8 +387,15 @@ def parser() -> argparse.ArgumentParser:
     gpu = torch.cuda.is_available()
     p.add_argument("--models", nargs="+", choices=list(cases.MODELS), default=["llama-3-8b"])
     p.add_argument("--groups", nargs="+", choices=list(cases.GROUPS), default=list(cases.GROUPS))
-    p.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 1024, 4096, 16384] if gpu else [1, 8, 64, 512])
-    p.add_argument("--mixes", nargs="+", choices=list(cases.MIXES), default=["all distinct", "one", "8 sorted", "8 random", "half base"])
+    p.add_argument(
+        "--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 1024, 4096, 16384] if gpu else [1, 8, 64, 512]
+    )
+    p.add_argument(
+        "--mixes",
+        nargs="+",
+        choices=list(cases.MIXES),
+        default=["all distinct", "one", "8 sorted", "8 random", "half base"],
+    )
     p.add_argument("--forms", nargs="+", choices=["delta", "factored"], default=["delta", "factored"])
     p.add_argument("--ranks", nargs="+", type=int, default=[256, 64, 1024], help="components in delta form")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16" if gpu else "float32")
@@ -343,8 +406,17 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="of U and V; the first is x's by default",
     )
-    p.add_argument("--backward", type=int, metavar="T", default=4096 if gpu else 128, help="tokens of a training step; 0: none")
-    p.add_argument("--compiled", nargs="*", type=int, metavar="T", default=[8] if gpu else [], help="for which T torch.compile is a peer")
+    p.add_argument(
+        "--backward", type=int, metavar="T", default=4096 if gpu else 128, help="tokens of a training step; 0: none"
+    )
+    p.add_argument(
+        "--compiled",
+        nargs="*",
+        type=int,
+        metavar="T",
+        default=[8] if gpu else [],
+        help="for which T torch.compile is a peer",
+    )
     p.add_argument("--seconds", type=float, default=480.0, help="begin no case after this many")
     p.add_argument("--each", type=float, default=1.0, help="seconds an arm of a case may take, about")
     p.add_argument("--out", type=Path, default=RESULTS / "ops.jsonl")

@@ -52,8 +52,14 @@ def cells(setup: Setup, parts: list[str], seeds: list[int], siblings: list[str])
     first = [("experts", t, 0) for t in setup.experts] if not setup.is_tiny else []
     first += [("lora", t, 0) for t in setup.trained]
     if setup.is_tiny:
-        first += [("trained", f"{t}:{arm}", s) for arm, only in ARMS.items() for t in only or setup.trained for s in seeds]
-    second = [("few", t, s) for t in setup.unseen for s in seeds] + [("routes", t, 0) for t in setup.unseen] + [("mixed", "", 0)]
+        first += [
+            ("trained", f"{t}:{arm}", s) for arm, only in ARMS.items() for t in only or setup.trained for s in seeds
+        ]
+    second = (
+        [("few", t, s) for t in setup.unseen for s in seeds]
+        + [("routes", t, 0) for t in setup.unseen]
+        + [("mixed", "", 0)]
+    )
     second += [("mixings", t, 0) for t in setup.unseen]
     if setup.is_tiny:
         second += [("transfer", s, 0) for s in siblings]
@@ -81,18 +87,31 @@ def run(setup: Setup, part: str, task: str, seed: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="'tiny', a checkpoint's directory, or a model's id on the hub")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument(
-        "--trained", nargs="+", help="tasks with an expert, by name or .jsonl file  [tiny: math code reason; else gsm8k mbpp arc_easy]"
+        "--parts", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="PART", help=", ".join(PARTS)
     )
-    parser.add_argument("--unseen", nargs="+", help="tasks without  [tiny: its eight; else hendrycks_math humaneval arc_challenge]")
-    parser.add_argument("--related", nargs="+", help="for each unseen task the trained one whose LoRA adapter is tried on it")
+    parser.add_argument(
+        "--trained",
+        nargs="+",
+        help="tasks with an expert, by name or .jsonl file  [tiny: math code reason; else gsm8k mbpp arc_easy]",
+    )
+    parser.add_argument(
+        "--unseen", nargs="+", help="tasks without  [tiny: its eight; else hendrycks_math humaneval arc_challenge]"
+    )
+    parser.add_argument(
+        "--related", nargs="+", help="for each unseen task the trained one whose LoRA adapter is tried on it"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--n", type=int, default=1000, help="test problems of a task, at most")
     parser.add_argument("--shots", type=int, default=16)
     parser.add_argument("--steps", type=int, default=100, help="of RL, for adapters and experts")
     parser.add_argument("--iterations", type=int, help="CEM generations at most")
-    parser.add_argument("--siblings", nargs="+", default=["web"], help="where experts of the tiny model are taken: 'web', or checkpoints")
+    parser.add_argument(
+        "--siblings",
+        nargs="+",
+        default=["web"],
+        help="where experts of the tiny model are taken: 'web', or checkpoints",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes; 1 on a GPU")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where trained adapters and experts are kept")
     parser.add_argument("--chat", action="store_true", help="ask with messages, for the model's chat template")
@@ -112,7 +131,9 @@ def main() -> None:
     chosen |= {key: tuple(getattr(given, key)) for key in ("trained", "unseen", "related") if getattr(given, key)}
     setup, console = Setup(**chosen), Console()
     if len(setup.related) != len(setup.unseen):
-        parser.error(f"--related names {len(setup.related)} tasks for {len(setup.unseen)} unseen ones; one for each is wanted")
+        parser.error(
+            f"--related names {len(setup.related)} tasks for {len(setup.unseen)} unseen ones; one for each is wanted"
+        )
     for name in (*setup.trained, *setup.unseen):
         try:
             setup.task(name).split("test", 1)
@@ -124,14 +145,18 @@ def main() -> None:
         waiting = [
             c
             for c in stage
-            if (setup.model, c[0], label(c[0], c[1]), c[2]) not in there and not (c[0] == "lora" and setup.adapter(c[1]).is_dir())
+            if (setup.model, c[0], label(c[0], c[1]), c[2]) not in there
+            and not (c[0] == "lora" and setup.adapter(c[1]).is_dir())
         ]
         waiting = [c for c in waiting if c[0] != "experts" or not setup.experts[c[1]].is_file()]
         jobs = 1 if stage and stage[0][0] == "speed" else given.jobs
         for done, row in enumerate(work(setup, waiting, jobs), 1):
             append(given.out, row | facts)
             shown = {k: v for k, v in row.items() if k in ("accuracy", "modes")}
-            console.print(f"{done}/{len(waiting)} {row['part']} {row['task']} {row['seed']}: {row['seconds']} s {shown}", highlight=False)
+            console.print(
+                f"{done}/{len(waiting)} {row['part']} {row['task']} {row['seed']}: {row['seconds']} s {shown}",
+                highlight=False,
+            )
 
 
 def work(setup: Setup, waiting: list[tuple[str, str, int]], jobs: int):

@@ -13,9 +13,9 @@ from rl import run as run_rl
 from t2kernels.adapt import CEMConfig, Classifier, FewShot, Prompt, Router, ZeroShot, labelled, refine, shuffled
 from t2kernels.adapt.refine import supervise
 from t2kernels.cli import models
-from t2kernels.cli.answers import answers
+from t2kernels.evaluation import answers
+from t2kernels.rollout.generation import Sampler
 from t2kernels.train import SVFConfig, SVFTrainer
-from t2kernels.train.rollout import Sampler
 
 LONG = {False: 128, True: 96}  # tokens of a long answer; the built-in model has 128 positions
 
@@ -63,7 +63,16 @@ def train_lora(setup: Setup, task: str, seed: int) -> dict:
     data = setup.task(task)
     work = [(row["prompt"], setup.gold(row), 1.0) for row in data.split("train")]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    supervise(model, Sampler(model, loaded.tokenizer, data.max_new_tokens), parameters, work, setup.steps, 2e-4, batch=16, seed=seed)
+    supervise(
+        model,
+        Sampler(model, loaded.tokenizer, data.max_new_tokens),
+        parameters,
+        work,
+        setup.steps,
+        2e-4,
+        batch=16,
+        seed=seed,
+    )
     model.save_pretrained(setup.adapter(task))
     return {"numbers": sum(p.numel() for p in parameters), "steps": setup.steps}
 
@@ -80,7 +89,10 @@ def routes(setup: Setup, task: str, seed: int) -> dict:
     right = {name: flat[k :: len(experts)] for k, name in enumerate(experts)}
     out = {str(name or "base"): mean(right[name]) for name in experts}
     model, tokenizer = bench.model, bench.tokenizer
-    judges = {"prompt": Prompt(model, tokenizer, bench.question), "classifier": Classifier(model, tokenizer, bench.question)}
+    judges = {
+        "prompt": Prompt(model, tokenizer, bench.question),
+        "classifier": Classifier(model, tokenizer, bench.question),
+    }
     ways = {
         **judges,
         "prompt, generated": Prompt(model, tokenizer, bench.question, method="generate"),
@@ -188,13 +200,19 @@ def mixed(setup: Setup, task: str, seed: int) -> dict:
     prompts, longest = [row["prompt"] for _, _, row in pairs], max(setup.task(t).max_new_tokens for t in setup.trained)
     experts = [None, *bench.names]
     flat = answers(
-        bench.model, bench.tokenizer, [p for p in prompts for _ in experts], experts * len(prompts), longest, 512 if setup.is_tiny else 64
+        bench.model,
+        bench.tokenizer,
+        [p for p in prompts for _ in experts],
+        experts * len(prompts),
+        longest,
+        512 if setup.is_tiny else 64,
     )
     right = {}
     for k, name in enumerate(experts):
         given = flat[k :: len(experts)]
         right[name] = [
-            setup.task(t).reward([row["prompt"]], [text], **{key: [v] for key, v in row.items() if key != "prompt"})[0] > 0
+            setup.task(t).reward([row["prompt"]], [text], **{key: [v] for key, v in row.items() if key != "prompt"})[0]
+            > 0
             for (_, t, row), text in zip(pairs, given, strict=True)
         ]
     by = lambda chosen: mean([right[name][i] for i, name in enumerate(chosen)])  # noqa: E731
@@ -225,7 +243,10 @@ def mixed(setup: Setup, task: str, seed: int) -> dict:
         for name, way in ways.items():
             pass_1 = clock(lambda way=way, prompt=prompt: way.choose([prompt]))
             alone[name].append(
-                pass_1 / clock(lambda prompt=prompt, expert=expert: fixed_length(bench, [prompt], [expert], LONG[setup.is_tiny]))
+                pass_1
+                / clock(
+                    lambda prompt=prompt, expert=expert: fixed_length(bench, [prompt], [expert], LONG[setup.is_tiny])
+                )
             )
     median = statistics.median
     cost_alone = {name: round(median(shares), 4) for name, shares in alone.items()}

@@ -14,7 +14,7 @@ import t2kernels as t2
 from t2kernels import tasks, tiny
 from t2kernels.adapt import Examples, Question
 from t2kernels.cli import models
-from t2kernels.cli.answers import answers
+from t2kernels.evaluation import answers
 
 CACHE = Path(__file__).parent / "cache"
 
@@ -83,7 +83,11 @@ class Bench:
 
     @cached_property
     def question(self) -> Question:
-        return Question.tiny(self.names) if self.setup.is_tiny else Question.about(self.names, chat=bool(self.tokenizer.chat_template))
+        return (
+            Question.tiny(self.names)
+            if self.setup.is_tiny
+            else Question.about(self.names, chat=bool(self.tokenizer.chat_template))
+        )
 
     def rows(self, task: str, split: str = "test", n: int | None = None, seed: int = 0) -> list[dict]:
         """At most n problems."""
@@ -97,7 +101,9 @@ class Bench:
     def right(self, task: str, problems: list[dict], experts: list | None) -> list[bool]:
         loaded = self.setup.task(task)
         prompts = [row["prompt"] for row in problems]
-        written = answers(self.model, self.tokenizer, prompts, experts, loaded.max_new_tokens, 512 if self.setup.is_tiny else 64)
+        written = answers(
+            self.model, self.tokenizer, prompts, experts, loaded.max_new_tokens, 512 if self.setup.is_tiny else 64
+        )
         columns = {key: [row[key] for row in problems] for key in problems[0] if key != "prompt"}
         return [reward > 0 for reward in loaded.reward(prompts, written, **columns)]
 
@@ -108,7 +114,12 @@ class Bench:
         """The few labelled prompts of a seed, from the training split. The gold answer of the built-in tasks is given at once."""
         gold = (lambda row: "=" + row["answer"]) if self.setup.is_tiny else self.setup.gold
         return Examples(
-            self.model, self.tokenizer, self.rows(task, "train", self.setup.shots, 500 + seed), self.setup.task(task), gold, memory=2**33
+            self.model,
+            self.tokenizer,
+            self.rows(task, "train", self.setup.shots, 500 + seed),
+            self.setup.task(task),
+            gold,
+            memory=2**33,
         )
 
 

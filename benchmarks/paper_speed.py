@@ -13,9 +13,9 @@ from t2kernels.adapt import Examples
 from t2kernels.adapt.mixing import Mixer
 from t2kernels.adapt.transfer import factors_of
 from t2kernels.cli import models
-from t2kernels.cli.answers import answers
 from t2kernels.cli.race import rebuild
-from t2kernels.train.rollout import Rollout, completion_logits
+from t2kernels.evaluation import answers
+from t2kernels.rollout.generation import Rollout, completion_logits
 
 DTYPES = ("float32", "bfloat16")
 """What the built-in model is run in; its checkpoint is bfloat16."""
@@ -23,7 +23,10 @@ DTYPES = ("float32", "bfloat16")
 
 def speeds(setup: Setup, task: str, threads: int) -> dict:
     """`speed` in each dtype."""
-    found = {dtype: speed(replace(setup, dtype=dtype), task, threads) for dtype in (DTYPES if setup.is_tiny else (setup.dtype,))}
+    found = {
+        dtype: speed(replace(setup, dtype=dtype), task, threads)
+        for dtype in (DTYPES if setup.is_tiny else (setup.dtype,))
+    }
     shared = next(iter(found.values()))
     return {**shared, "modes": {str(dtype): row["modes"] for dtype, row in found.items()}}
 
@@ -51,13 +54,17 @@ def speed(setup: Setup, task: str, threads: int, repeats: int = 5) -> dict:
             work = {
                 "batch": lambda what=what: examples.score(rows.write(mixer(alpha)), **what).answers,
                 "batch of five experts": lambda what=what: examples.score(rows.write(five(wide)), **what).answers,
-                "one at a time": lambda what=what: [examples.score(rows.write(mixer(a)), **what).answers[0] for a in alpha.split(1)],
+                "one at a time": lambda what=what: [
+                    examples.score(rows.write(mixer(a)), **what).answers[0] for a in alpha.split(1)
+                ],
                 "rebuilt": lambda mode=mode: [rebuilt(dense, factors, mixer.expert(a), examples, mode) for a in alpha],
                 "mixing": lambda: rows.write(five(wide)),
             }
             found = {name: do() for name, do in work.items()}
             if found["batch"] != found["batch of five experts"] or (exact and found["batch"] != found["one at a time"]):
-                raise AssertionError("the same candidates answered differently in a batch and alone: their times cannot be compared")
+                raise AssertionError(
+                    "the same candidates answered differently in a batch and alone: their times cannot be compared"
+                )
             times: dict[str, list[float]] = {name: [] for name in work}
             for _ in range(repeats):  # interleaved: a busy moment falls on all of them
                 for name, do in work.items():
@@ -65,7 +72,9 @@ def speed(setup: Setup, task: str, threads: int, repeats: int = 5) -> dict:
                     do()
                     times[name].append(now() - start)
             seconds = {name: round(statistics.median(t), 4) for name, t in times.items()}
-            added = statistics.median(b / a for a, b in zip(times["batch"], times["batch of five experts"], strict=True))
+            added = statistics.median(
+                b / a for a, b in zip(times["batch"], times["batch of five experts"], strict=True)
+            )
             out[mode] = {
                 "seconds": seconds,
                 "one_at_a_time_over_batch": round(seconds["one at a time"] / seconds["batch"], 2),
@@ -93,5 +102,7 @@ def rebuilt(dense, factors: dict, expert, examples: Examples, mode: str) -> list
     if mode == "both":
         tokens, there = examples.gold
         with torch.no_grad():
-            completion_logits(dense, Rollout(torch.cat([examples.ids, tokens], 1), torch.cat([examples.mask, there.long()], 1), there))
+            completion_logits(
+                dense, Rollout(torch.cat([examples.ids, tokens], 1), torch.cat([examples.mask, there.long()], 1), there)
+            )
     return written

@@ -48,7 +48,9 @@ def trained(rl: list[dict], names: tuple[str, ...] = ("math", "code", "reason"))
         if not all(of):
             continue
         values = [[r["accuracy" if arm else "base_accuracy"] for r in cell] for cell in of]
-        rows.append([label, f"{of[0][0]['numbers']:,}" if arm else 0, *(spread(v) if arm else f"{v[0]:.3f}" for v in values)])
+        rows.append(
+            [label, f"{of[0][0]['numbers']:,}" if arm else 0, *(spread(v) if arm else f"{v[0]:.3f}" for v in values)]
+        )
     return table(["", "numbers", *names], rows)
 
 
@@ -58,7 +60,9 @@ def modules(rl: list[dict]) -> str:
         if row["task"] == "code" and row["arm"] in ("svf R", "svf mlp", "svf attention"):
             cells[row["arm"]].append(row)
     label = {"svf R": "all", "svf mlp": "MLP (the release)", "svf attention": "attention"}
-    rows = [[label[arm], f"{of[0]['numbers']:,}", spread([r["accuracy"] for r in of]), len(of)] for arm, of in cells.items()]
+    rows = [
+        [label[arm], f"{of[0]['numbers']:,}", spread([r["accuracy"] for r in of]), len(of)] for arm, of in cells.items()
+    ]
     return table(["matrices", "numbers", "code", "seeds"], rows)
 
 
@@ -72,7 +76,9 @@ class Unseen:
             self.few[r["task"]].append(r)
         self.mixings = {r["task"]: r for r in rows if r["part"] == "mixings"}
         self.tasks = [
-            t for t in ("sub", "digits", "lookadd", "lookops", "add6", "ops5", "hop5", "revadd") if t in self.routes and self.few[t]
+            t
+            for t in ("sub", "digits", "lookadd", "lookops", "add6", "ops5", "hop5", "revadd")
+            if t in self.routes and self.few[t]
         ]
 
     def arm(self, task: str, name: str) -> list[float]:
@@ -140,7 +146,10 @@ def mixed(rows: list[dict]) -> str:
         return "not measured\n"
     out = []
     for name, accuracy in found["accuracy"].items():
-        cost = [f"{found[k][name]:.1%}" if name in found[k] else "" for k in ("first_pass", "first_pass_of_long", "first_pass_of_one_long")]
+        cost = [
+            f"{found[k][name]:.1%}" if name in found[k] else ""
+            for k in ("first_pass", "first_pass_of_long", "first_pass_of_one_long")
+        ]
         right = found["routed_right"].get(name)
         out.append([name, f"{accuracy:.3f}", "" if right is None else f"{right:.3f}", *cost])
     head = [
@@ -166,17 +175,35 @@ def transfers(rows: list[dict]) -> str:
         for name, v in r["accuracy"].items():
             controls = [v[k] for k in v if k.startswith("shuffled")]
             lines.append(
-                [name, *(f"{v[k]:.3f}" for k in ("source", "base", "expert", "half")), spread(controls), f"{v['half shuffled']:.3f}"]
+                [
+                    name,
+                    *(f"{v[k]:.3f}" for k in ("source", "base", "expert", "half")),
+                    spread(controls),
+                    f"{v['half shuffled']:.3f}",
+                ]
             )
         parts.append(
-            table(["expert", "on its own model", "target base", "target with z", "half z", "shuffled z (3)", "half shuffled z"], lines)
+            table(
+                [
+                    "expert",
+                    "on its own model",
+                    "target base",
+                    "target with z",
+                    "half z",
+                    "shuffled z (3)",
+                    "half shuffled z",
+                ],
+                lines,
+            )
         )
     return "\n".join(parts) or "not measured\n"
 
 
 def speeds(rows: list[dict]) -> str:
     out = []
-    newest = {(r["task"], r["threads"]): r for r in rows if r["part"] == "speed"}  # on free cores, where it was measured again
+    newest = {
+        (r["task"], r["threads"]): r for r in rows if r["part"] == "speed"
+    }  # on free cores, where it was measured again
     for r in newest.values():
         for dtype, mode, m in ((d, mode, m) for d, modes in r["modes"].items() for mode, m in modes.items()):
             s = m["seconds"]
@@ -216,11 +243,15 @@ def main() -> None:
     blocks = {
         "trained": trained(rl),
         "modules": modules(rl),
-        "routes": table(head, [unseen.line(label, name) for label, name in ROUTES.items()]) if unseen.tasks else "not measured\n",
+        "routes": table(head, [unseen.line(label, name) for label, name in ROUTES.items()])
+        if unseen.tasks
+        else "not measured\n",
         "shots": table(head, [unseen.line(label, name) for label, name in {"base model": "base", **SHOTS}.items()])
         if unseen.tasks
         else "not measured\n",
-        "mixings": table(head, [unseen.line(label, name) for label, name in MIXINGS.items()]) if unseen.mixings else "not measured\n",
+        "mixings": table(head, [unseen.line(label, name) for label, name in MIXINGS.items()])
+        if unseen.mixings
+        else "not measured\n",
         "mixed": mixed(rows),
         "transfer": transfers(rows),
         "speed": speeds(rows),

@@ -71,7 +71,9 @@ def save(fig, name: str) -> Path:
 def generation(rows: list[dict]) -> Path:
     mine = [r for r in rows if r["subject"] == "tiny"] or rows
     fig, axes = figure(
-        f"generate, {mine[0]['subject']} model, {mine[0]['batch']} requests in a batch", "experts among them", "tokens a second"
+        f"generate, {mine[0]['subject']} model, {mine[0]['batch']} requests in a batch",
+        "experts among them",
+        "tokens a second",
     )
     for arm in dict.fromkeys(r["arm"] for r in mine):
         points = sorted((r["experts"], r["tokens_per_s"]) for r in mine if r["arm"] == arm)
@@ -87,8 +89,16 @@ def generation(rows: list[dict]) -> Path:
 
 
 def ops(rows: list[dict]) -> Path:
-    forward = [r for r in rows if not r.get("backward") and r["group"] == "gate+up" and r["form"] == "delta" and r["mix"] == "all distinct"]
-    mine = [r for r in forward if r["model"] == forward[0]["model"] and r["factors"] == r["dtype"] and r["k"] == forward[0]["k"]]
+    forward = [
+        r
+        for r in rows
+        if not r.get("backward") and r["group"] == "gate+up" and r["form"] == "delta" and r["mix"] == "all distinct"
+    ]
+    mine = [
+        r
+        for r in forward
+        if r["model"] == forward[0]["model"] and r["factors"] == r["dtype"] and r["k"] == forward[0]["k"]
+    ]
     fig, axes = figure(
         f"gate and up of {mine[0]['model']}, delta form, k = {mine[0]['k']}, {mine[0]['dtype']}; every token its own expert",
         "tokens",
@@ -105,7 +115,9 @@ def ops(rows: list[dict]) -> Path:
 
 def quality(rows: list[dict]) -> Path:
     tasks = ("math", "code", "reason")
-    fig, axes = figure("100 steps of RL on the built-in model, N = 2000; ranges over seeds", "numbers trained", "accuracy")
+    fig, axes = figure(
+        "100 steps of RL on the built-in model, N = 2000; ranges over seeds", "numbers trained", "accuracy"
+    )
     markers = dict(zip(tasks, "osD", strict=True))
     for arm in dict.fromkeys(r["arm"] for r in rows):
         for task in tasks:
@@ -115,11 +127,23 @@ def quality(rows: list[dict]) -> Path:
                 mid = statistics.mean(values)
                 # The sigmoid form trains as many numbers as "svf R"; a little to the right of it, so that both can be seen.
                 x = mine[0]["numbers"] * (1.25 if "sigmoid" in arm else 1)
-                c = COLOURS["PEFT"] if arm.startswith("lora") else COLOURS["factored"] if "sigmoid" in arm else COLOURS["delta R/16"]
-                axes.errorbar(x, mid, [[mid - min(values)], [max(values) - mid]], marker=markers[task], color=c, capsize=3)
+                c = (
+                    COLOURS["PEFT"]
+                    if arm.startswith("lora")
+                    else COLOURS["factored"]
+                    if "sigmoid" in arm
+                    else COLOURS["delta R/16"]
+                )
+                axes.errorbar(
+                    x, mid, [[mid - min(values)], [max(values) - mid]], marker=markers[task], color=c, capsize=3
+                )
     for task in tasks:
         axes.plot([], [], marker=markers[task], linestyle="", color="#444444", label=task)
-    for name, c in (("SVF: R/16, R/8, R/4, R", "delta R/16"), ("SVF, sigmoid form", "factored"), ("PEFT LoRA r=16", "PEFT")):
+    for name, c in (
+        ("SVF: R/16, R/8, R/4, R", "delta R/16"),
+        ("SVF, sigmoid form", "factored"),
+        ("PEFT LoRA r=16", "PEFT"),
+    ):
         axes.plot([], [], linestyle="-", color=COLOURS[c], label=name)
     axes.set_xscale("log")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
@@ -147,7 +171,9 @@ def of_generation(rows: list[dict]) -> str:
             *over,
         )
 
-    head = "model|batch|experts|arm|first token, ms|a step, ms|tokens/s|first token over dense|step over dense|over one expert".split("|")
+    head = "model|batch|experts|arm|first token, ms|a step, ms|tokens/s|first token over dense|step over dense|over one expert".split(
+        "|"
+    )
     return markdown(head, map(line, rows))
 
 
@@ -158,7 +184,12 @@ def of_ops(rows: list[dict]) -> str:
     cells: dict[tuple, dict[int, str]] = {}
     for r in rows:
         other = f" {r['factors']}" if r.get("factors", r["dtype"]) != r["dtype"] else ""
-        form = r["form"] + ("" if r["k"] is None else f" k={r['k']}") + other + (", with backward" if r.get("backward") else "")
+        form = (
+            r["form"]
+            + ("" if r["k"] is None else f" k={r['k']}")
+            + other
+            + (", with backward" if r.get("backward") else "")
+        )
         shown = f"{r['us']:.0f} ({r['over_dense']:.2f})"
         cells.setdefault((r["model"], r["group"], form, r["mix"], r["arm"]), {})[r["T"]] = shown
     return markdown(
@@ -168,7 +199,11 @@ def of_ops(rows: list[dict]) -> str:
 
 
 def of_population(rows: list[dict]) -> str:
-    lines = ([r["dtype"], r["mode"], arm, f"{s:.3f}", f"{s / r['seconds']['batch']:.2f}"] for r in rows for arm, s in r["seconds"].items())
+    lines = (
+        [r["dtype"], r["mode"], arm, f"{s:.3f}", f"{s / r['seconds']['batch']:.2f}"]
+        for r in rows
+        for arm, s in r["seconds"].items()
+    )
     return markdown(["dtype", "scored by", "arm", "seconds", "over one batch"], lines)
 
 
@@ -192,7 +227,11 @@ def of_experts(rows: list[dict]) -> str:
         for r in rows
         if r["question"] == "many"
     ]
-    return markdown(["model", "way", "ms", "over rebuilding", "numbers", "file, MB"], lines) + "\n\n" + "\n".join(f"- {m}" for m in many)
+    return (
+        markdown(["model", "way", "ms", "over rebuilding", "numbers", "file, MB"], lines)
+        + "\n\n"
+        + "\n".join(f"- {m}" for m in many)
+    )
 
 
 def of_training(rows: list[dict]) -> str:
@@ -202,7 +241,9 @@ def of_training(rows: list[dict]) -> str:
          f"{r['optimiser_bytes'] / 1e6:.3f}", f"{r['peak_over_before_bytes'] / 1e6:.0f}"]
         for r in rows
     )  # fmt: skip
-    return markdown("model|batch|arm|numbers|a step, ms|over LoRA|optimiser, MB|memory beyond the model, MB".split("|"), lines)
+    return markdown(
+        "model|batch|arm|numbers|a step, ms|over LoRA|optimiser, MB|memory beyond the model, MB".split("|"), lines
+    )
 
 
 def of_decomposition(rows: list[dict]) -> str:
@@ -218,7 +259,9 @@ def of_decomposition(rows: list[dict]) -> str:
         ]
         for r in rows
     )
-    return markdown("model|components|on|parameters|seconds|seconds a billion|memory beyond the weights, GB".split("|"), lines)
+    return markdown(
+        "model|components|on|parameters|seconds|seconds a billion|memory beyond the weights, GB".split("|"), lines
+    )
 
 
 def of_rl(rows: list[dict]) -> str:
@@ -228,7 +271,10 @@ def of_rl(rows: list[dict]) -> str:
         if not all(mine.values()):
             continue
         one = next(r for r in rows if r["arm"] == arm)
-        cells = [f"{statistics.mean(v):.3f} [{min(v):.3f}, {max(v):.3f}]" if len(v) > 1 else f"{v[0]:.3f}" for v in mine.values()]
+        cells = [
+            f"{statistics.mean(v):.3f} [{min(v):.3f}, {max(v):.3f}]" if len(v) > 1 else f"{v[0]:.3f}"
+            for v in mine.values()
+        ]
         seconds = statistics.mean(r["cpu_seconds"] for r in rows if r["arm"] == arm)
         lines.append([arm, f"{one['numbers']:,}", *cells, min(len(v) for v in mine.values()), f"{seconds:.0f}"])
     error = max(r["standard_error"] for r in rows)
@@ -240,7 +286,15 @@ def of_rl(rows: list[dict]) -> str:
 
 def of_cpp(rows: list[dict]) -> str:
     lines = [
-        [r["model"], r["form"], r["factors"], r["batch"], f"{r['torch_tokens_s']:.0f}", f"{r['cpp_tokens_s']:.0f}", f"{r['ratio']:.2f}"]
+        [
+            r["model"],
+            r["form"],
+            r["factors"],
+            r["batch"],
+            f"{r['torch_tokens_s']:.0f}",
+            f"{r['cpp_tokens_s']:.0f}",
+            f"{r['ratio']:.2f}",
+        ]
         for r in rows
         if "torch_tokens_s" in r
     ]

@@ -29,10 +29,10 @@ from transformers import TrainerCallback
 
 import t2kernels as t2
 from t2kernels import tasks, tiny
+from t2kernels.rollout.generation import Rollout
+from t2kernels.rollout.rewards import Scorer
 from t2kernels.train import ReinforceTrainer, SVFConfig, SVFTrainer
 from t2kernels.train.data import problems
-from t2kernels.train.rewards import Scorer
-from t2kernels.train.rollout import Rollout
 
 TASKS = ("math", "code", "reason", "classify")
 
@@ -99,7 +99,14 @@ class Advance(TrainerCallback):
         self.advance()
 
 
-def prepare(task_name: str, arm_name: str, seed: int, steps: int, test: list[dict] | None = None, advance: Callable = lambda: None):
+def prepare(
+    task_name: str,
+    arm_name: str,
+    seed: int,
+    steps: int,
+    test: list[dict] | None = None,
+    advance: Callable = lambda: None,
+):
     """(trainer, how many numbers it trains) of one cell, on a fresh model. test: what it is judged on; None: the validation split."""
     arm, task = ARMS[arm_name], tasks.load(task_name)
     model, tokenizer = tiny.load()
@@ -117,14 +124,19 @@ def prepare(task_name: str, arm_name: str, seed: int, steps: int, test: list[dic
         t2.patch_model(model, rank=arm.rank, **arm.patch)
         return arm.trainer(model, args, task, test, **shared), sum(model.t2_bank.matrices.values())
     model = lora(model, arm.rank, seed)
-    data = problems({"lora": task}, "train", "train"), problems({"lora": test or task.split("validation")}, "test", "test")
+    data = (
+        problems({"lora": task}, "train", "train"),
+        problems({"lora": test or task.split("validation")}, "test", "test"),
+    )
     trainer = arm.trainer(model, args, *data, {"lora": Scorer.of(task.reward)}, **shared)
     return trainer, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def lora(model, rank: int, seed: int):
     """The model with a PEFT adapter on every linear layer of its blocks."""
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
     torch.manual_seed(seed)  # of its first factor
     return peft.get_peft_model(model, config)
 
@@ -158,7 +170,9 @@ def run(task_name: str, arm_name: str, seed: int, steps: int, count: int | None,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=tasks.names(), metavar="TASK")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS)
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--n", type=int, help="only the first N test problems; all of them by default")
@@ -180,14 +194,22 @@ def main() -> None:
 
 def table(rows: list[dict]) -> Table:
     """Means over seeds; spread is the range between them, which the standard error does not include."""
-    out = Table("task", Column("arm", no_wrap=True), "numbers", "base", "accuracy", "standard error", "seeds", "N", "seconds")
+    out = Table(
+        "task", Column("arm", no_wrap=True), "numbers", "base", "accuracy", "standard error", "seeds", "N", "seconds"
+    )
     for task, arm in dict.fromkeys((row["task"], row["arm"]) for row in rows):
         cell = [row for row in rows if (row["task"], row["arm"]) == (task, arm)]
         accuracies = [row["accuracy"] for row in cell]
         spread = f" [{min(accuracies):.3f}, {max(accuracies):.3f}]" if len(cell) > 1 else ""
         mean = lambda key, cell=cell: sum(row[key] for row in cell) / len(cell)  # noqa: E731
         accuracy = f"{mean('accuracy'):.3f}{spread}"
-        figures = f"{mean('base_accuracy'):.3f}", accuracy, f"{mean('standard_error'):.3f}", str(len(cell)), str(cell[0]["N"])
+        figures = (
+            f"{mean('base_accuracy'):.3f}",
+            accuracy,
+            f"{mean('standard_error'):.3f}",
+            str(len(cell)),
+            str(cell[0]["N"]),
+        )
         out.add_row(task, arm, f"{cell[0]['numbers']:,}", *figures, f"{mean('seconds'):.0f}")
     return out
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerB
 
 import t2kernels as t2
 from t2kernels import tasks, tiny
-from t2kernels.factors import Factor, Factors
-from t2kernels.matrices import find_matrices
+from t2kernels.factors.matrices import find_matrices
+from t2kernels.factors.store import Factor, Factors
 
 SIZES = {
     # hidden, intermediate, layers, heads, key-value heads, vocabulary
@@ -43,7 +43,12 @@ class Subject(NamedTuple):
 
 
 def load(
-    name: str, batch: int, length: int = 16, rank: int | float | None = None, dtype=torch.float32, device: torch.device | str = "cpu"
+    name: str,
+    batch: int,
+    length: int = 16,
+    rank: int | float | None = None,
+    dtype=torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Subject:
     """A subject with `batch` prompts: of the built-in tasks (tiny), or of `length` random tokens. rank: of the factors that are kept."""
     torch.manual_seed(0)
@@ -51,9 +56,13 @@ def load(
         model, tokenizer = tiny.load()
         tokenizer.padding_side = "left"
         problems = [tasks.load(task).split("test", batch) for task in ("math", "code", "reason")]
-        encoded = tokenizer([problems[i % 3][i]["prompt"] for i in range(batch)], padding=True, return_tensors="pt").to(device)
+        encoded = tokenizer([problems[i % 3][i]["prompt"] for i in range(batch)], padding=True, return_tensors="pt").to(
+            device
+        )
         model = model.to(device, dtype)
-        return Subject(name, model, t2.decompose(model, rank=rank), encoded["input_ids"], encoded["attention_mask"], tokenizer)
+        return Subject(
+            name, model, t2.decompose(model, rank=rank), encoded["input_ids"], encoded["attention_mask"], tokenizer
+        )
     hidden, inner, layers, heads, kv, vocabulary = SIZES[name]
     config = LlamaConfig(
         hidden_size=hidden,
@@ -89,7 +98,9 @@ def _made(model: nn.Module, rank: int | float | None) -> Factors:
         m.module.weight.data.copy_((U * sigma) @ V.t())
         k = t2.factors.resolve_rank(rank, R)
         kept[name] = Factor(
-            U[:, :k].to(m.module.weight.dtype).contiguous(), sigma[:k].clone(), V[:, :k].t().to(m.module.weight.dtype).contiguous().t()
+            U[:, :k].to(m.module.weight.dtype).contiguous(),
+            sigma[:k].clone(),
+            V[:, :k].t().to(m.module.weight.dtype).contiguous().t(),
         )
         prints[name] = {"fingerprint": f"random {i}"}
     return Factors(kept, {"matrices": prints})
@@ -97,7 +108,9 @@ def _made(model: nn.Module, rank: int | float | None) -> Factors:
 
 def patched(subject: Subject, form: str, rank: int | float | None = None, rows: int = 72, factors=None):
     """Patch the subject's model in place; returns its bank."""
-    return t2.patch_model(subject.model, rank=rank, form=form, rows=rows, factors=subject.factors if factors is None else factors)
+    return t2.patch_model(
+        subject.model, rank=rank, form=form, rows=rows, factors=subject.factors if factors is None else factors
+    )
 
 
 def add_experts(bank, count: int, strength: float = 0.5, seed: int = 0) -> list[str]:

@@ -44,14 +44,18 @@ def quick_ops(device: torch.device, seconds: float) -> Iterator[dict]:
     a = ops.arguments([*(word.replace("_", " ") for word in given), "--seconds", str(seconds)])
     yield from ops.run(device, a)
     if device.type == "cpu":
-        big = "--models llama-3-8b --groups o --tokens 1 8 --ranks 256 --each 0.5 --backward 0 --formats float32".split()
+        big = (
+            "--models llama-3-8b --groups o --tokens 1 8 --ranks 256 --each 0.5 --backward 0 --formats float32".split()
+        )
         yield from ops.run(device, ops.arguments([*big, "--mixes", "all distinct", "--seconds", str(seconds)]))
 
 
 PARTS = {
     "ops": Part(quick_ops, ops.table, ("torch", "peft")),
     "generation": Part(lambda device, s: generation.run(device, quick=True), generation.table),
-    "population": Part(lambda device, s: population.run(device, quick=True), population.table, ("torch", "transformers")),
+    "population": Part(
+        lambda device, s: population.run(device, quick=True), population.table, ("torch", "transformers")
+    ),
     "experts": Part(lambda device, s: experts.run(device, quick=True), experts.table),
     "training": Part(lambda device, s: training.run(device, quick=True), training.table),
     "decomposition": Part(lambda device, s: decomposition.run(device, quick=True), decomposition.table, ("torch",)),
@@ -76,12 +80,20 @@ class Claim(NamedTuple):
             return wanted, "", "not measured"
         worst = max(found) if self.at_most is not None else min(found)
         holds = worst <= self.at_most if self.at_most is not None else worst >= self.at_least
-        spread = f"{worst:.2f}x" if len(found) == 1 else f"{worst:.2f}x (of {len(found)}: {min(found):.2f} to {max(found):.2f})"
+        spread = (
+            f"{worst:.2f}x"
+            if len(found) == 1
+            else f"{worst:.2f}x (of {len(found)}: {min(found):.2f} to {max(found):.2f})"
+        )
         return wanted, spread, "holds" if holds else "DOES NOT HOLD"
 
 
 def pick(rows: list[dict], key: str, **where) -> list[float]:
-    return [r[key] for r in rows if key in r and all(r.get(k) in v if isinstance(v, tuple) else r.get(k) == v for k, v in where.items())]
+    return [
+        r[key]
+        for r in rows
+        if key in r and all(r.get(k) in v if isinstance(v, tuple) else r.get(k) == v for k, v in where.items())
+    ]
 
 
 def ratio(rows: list[dict], key: str, above: str, below: str, **where) -> list[float]:
@@ -122,7 +134,9 @@ CLAIMS = (
         Claim(
             f"{subject}: weights rebuilt for each of {experts}, over one batch",
             "generation",
-            lambda r, subject=subject, experts=experts: ratio(r, "seconds", generation.PEERS[0], OURS, experts=experts, subject=subject),
+            lambda r, subject=subject, experts=experts: ratio(
+                r, "seconds", generation.PEERS[0], OURS, experts=experts, subject=subject
+            ),
             None,
             4,
         )
@@ -144,10 +158,23 @@ CLAIMS = (
             5,
         )
         for dtype in population.DTYPES
-        for name, key in (("one at a time", "one_at_a_time_over_batch"), ("with weights rebuilt for each", "rebuilt_over_batch"))
+        for name, key in (
+            ("one at a time", "one_at_a_time_over_batch"),
+            ("with weights rebuilt for each", "rebuilt_over_batch"),
+        )
     ),
-    Claim("a row written, over weights rebuilt", "experts", lambda r: pick(r, "over_rebuilding", arm="row write, from memory"), 0.25),
-    Claim("a training step at R/16, over PEFT LoRA r=16", "training", lambda r: ratio(r, "step_s", "SVF, R/16", "PEFT LoRA r=16"), 1),
+    Claim(
+        "a row written, over weights rebuilt",
+        "experts",
+        lambda r: pick(r, "over_rebuilding", arm="row write, from memory"),
+        0.25,
+    ),
+    Claim(
+        "a training step at R/16, over PEFT LoRA r=16",
+        "training",
+        lambda r: ratio(r, "step_s", "SVF, R/16", "PEFT LoRA r=16"),
+        1,
+    ),
 )
 
 
@@ -184,7 +211,10 @@ def main() -> int:
         if found:
             show(PARTS[name].table(found))
     show(verdicts(rows))
-    print(f"{time.monotonic() - begun:.0f} s on {machine()['machine']}: " + ", ".join(f"{n} {s:.0f} s" for n, s in spent.items()))
+    print(
+        f"{time.monotonic() - begun:.0f} s on {machine()['machine']}: "
+        + ", ".join(f"{n} {s:.0f} s" for n, s in spent.items())
+    )
     if broken:
         print(f"NOT DONE, see above: {', '.join(broken)}")
     return 1 if broken else 0

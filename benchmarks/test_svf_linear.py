@@ -23,7 +23,9 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 @pytest.mark.parametrize("T", [1, 8, 256])
 @pytest.mark.parametrize("mix", ["one", "all distinct"])
 @pytest.mark.parametrize(
-    "form, factors", [("delta", DTYPE), ("factored", DTYPE), ("factored", torch.int8)], ids=["delta", "factored", "int8"]
+    "form, factors",
+    [("delta", DTYPE), ("factored", DTYPE), ("factored", torch.int8)],
+    ids=["delta", "factored", "int8"],
 )
 @pytest.mark.parametrize("group", ["o", "gate+up"])
 def test_forward(benchmark, group, form, factors, mix, T):
@@ -48,7 +50,10 @@ def test_forward(benchmark, group, form, factors, mix, T):
 def test_backward(benchmark, form):
     torch.manual_seed(0)
     w = cases.weights(*cases.shapes(MODEL, "qkv"), form, 64 if form == "delta" else None, DTYPE, DTYPE, DEVICE)
-    x, ids = torch.randn(256, w.V.shape[0], device=DEVICE).to(DTYPE).requires_grad_(), cases.mixed("8 sorted", 256, DEVICE)
+    x, ids = (
+        torch.randn(256, w.V.shape[0], device=DEVICE).to(DTYPE).requires_grad_(),
+        cases.mixed("8 sorted", 256, DEVICE),
+    )
     scale = w.scale.clone().requires_grad_()
     dys = [torch.randn(256, U.shape[0], device=DEVICE).to(DTYPE) for U in w.U]
 

@@ -26,7 +26,12 @@ from rich.table import Table
 
 import t2kernels as t2
 
-ARMS = {"SVF, every component": ("delta", None), "SVF, R/16": ("delta", 1 / 16), "SVF factored": ("factored", None), "PEFT LoRA r=16": None}
+ARMS = {
+    "SVF, every component": ("delta", None),
+    "SVF, R/16": ("delta", 1 / 16),
+    "SVF factored": ("factored", None),
+    "PEFT LoRA r=16": None,
+}
 BATCH = {"nano": (2, 8), "tiny": (32, 64), "mid": (4, 128), "llama-3-8b": (4, 1024)}
 
 
@@ -48,7 +53,9 @@ def one(name: str, arm: str, dtype, device, seconds: float) -> dict:
         if dtype == torch.float32:
             error = gradient_error(bank, model, parameters, ids)
     else:
-        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+        config = peft.LoraConfig(
+            r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+        )
         model = peft.get_peft_model(model, config)
         parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
@@ -79,7 +86,9 @@ def one(name: str, arm: str, dtype, device, seconds: float) -> dict:
         "step_s": statistics.median(times),
         "low_s": min(times),
         "steps": len(times),
-        "optimiser_bytes": sum(t.nbytes for state in optimiser.state.values() for t in state.values() if torch.is_tensor(t)),
+        "optimiser_bytes": sum(
+            t.nbytes for state in optimiser.state.values() for t in state.values() if torch.is_tensor(t)
+        ),
         "peak_over_before_bytes": after - before,
         "first_loss": losses[0],
         "last_loss": losses[-1],
@@ -106,12 +115,16 @@ def gradient_error(bank, model, parameters, ids) -> float:
     return require("gradient of z against a finite difference", abs(slope - found) / max(abs(found), 1e-2), 0.05)
 
 
-def run(device: torch.device, quick: bool = False, only: list[str] | None = None, report: Callable[[str], None] = print) -> Iterator[dict]:
+def run(
+    device: torch.device, quick: bool = False, only: list[str] | None = None, report: Callable[[str], None] = print
+) -> Iterator[dict]:
     for name in only or (["llama-3-8b"] if device.type == "cuda" else ["tiny", "mid"]):
         for arm in [a for a in ARMS if not quick or a != "SVF factored"]:
             report(f"training: {name}, {arm}")
             done = subprocess.run(
-                [sys.executable, __file__, "--one", name, arm, "--seconds", "3" if quick else "10"], capture_output=True, text=True
+                [sys.executable, __file__, "--one", name, arm, "--seconds", "3" if quick else "10"],
+                capture_output=True,
+                text=True,
             )
             if done.returncode:
                 raise RuntimeError(f"training, {name}, {arm} failed: {done.stderr[-2000:]}")
@@ -119,12 +132,26 @@ def run(device: torch.device, quick: bool = False, only: list[str] | None = None
 
 
 def table(rows: list[dict]) -> Table:
-    out = Table("model", "arm", "numbers", "a step", "over LoRA", "optimiser", "memory beyond the model", title="a training step")
+    out = Table(
+        "model",
+        "arm",
+        "numbers",
+        "a step",
+        "over LoRA",
+        "optimiser",
+        "memory beyond the model",
+        title="a training step",
+    )
     for r in rows:
         peer = next((p for p in rows if p["subject"] == r["subject"] and p["arm"].startswith("PEFT")), r)
         size = f"{r['optimiser_bytes'] / 1e6:.2f} MB", f"{r['peak_over_before_bytes'] / 1e6:.0f} MB"
         out.add_row(
-            r["subject"], r["arm"], f"{r['numbers']:,}", f"{1e3 * r['step_s']:.0f} ms", f"{r['step_s'] / peer['step_s']:.2f}x", *size
+            r["subject"],
+            r["arm"],
+            f"{r['numbers']:,}",
+            f"{1e3 * r['step_s']:.0f} ms",
+            f"{r['step_s'] / peer['step_s']:.2f}x",
+            *size,
         )
     return out
 

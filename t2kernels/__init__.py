@@ -9,34 +9,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from t2kernels.experts.bank import ExpertBank
+    from t2kernels.experts.expert import Expert, ExpertError, ExpertMismatch
+    from t2kernels.factors.decomposition import decompose
+    from t2kernels.factors.store import Factor, Factors
+    from t2kernels.patching.counting import ParameterCount, count_parameters
+    from t2kernels.patching.explain import Explanation, explain
+    from t2kernels.patching.patch import patch_model, unpatch_model
+
     from . import adapt, tasks, tiny, train
-    from .bank import ExpertBank
-    from .counting import ParameterCount, count_parameters
-    from .decomposition import decompose
-    from .expert import Expert, ExpertError, ExpertMismatch
-    from .explain import Explanation, explain
-    from .factors import Factor, Factors
     from .ops import svf_linear, svf_linear_group, svf_linear_ref
-    from .patch import patch_model, unpatch_model
 
 _HOME = {
-    "Expert": "expert",
-    "ExpertBank": "bank",
-    "ExpertError": "expert",
-    "ExpertMismatch": "expert",
-    "Factor": "factors",
-    "Factors": "factors",
-    "ParameterCount": "counting",
-    "count_parameters": "counting",
-    "decompose": "decomposition",
-    "Explanation": "explain",
-    "explain": "explain",
-    "patch_model": "patch",
+    "Expert": "experts.expert",
+    "ExpertBank": "experts.bank",
+    "ExpertError": "experts.expert",
+    "ExpertMismatch": "experts.expert",
+    "Factor": "factors.store",
+    "Factors": "factors.store",
+    "ParameterCount": "patching.counting",
+    "count_parameters": "patching.counting",
+    "decompose": "factors.decomposition",
+    "Explanation": "patching.explain",
+    "explain": "patching.explain",
+    "patch_model": "patching.patch",
     "svf_linear": "ops",
     "svf_linear_group": "ops",
     "svf_linear_ref": "ops",
-    "unpatch_model": "patch",
+    "unpatch_model": "patching.patch",
 }
+
+
+class T2Error(Exception):
+    """Base of the errors that are meant to be read: they say what was given, what was expected and what to do."""
+
+
 _SUBPACKAGES = ("adapt", "tasks", "tiny", "train")
 
 __all__ = [
@@ -48,6 +55,7 @@ __all__ = [
     "Factor",
     "Factors",
     "ParameterCount",
+    "T2Error",
     "adapt",
     "count_parameters",
     "decompose",

@@ -71,7 +71,10 @@ def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
         code = getattr(e, "errno", None) or (errno.ENOSPC if "No space left" in str(e) else errno.EIO)
-        raise OSError(code, f"could not write {path} ({e}); what was there before is untouched. Free space or choose another place") from e
+        raise OSError(
+            code,
+            f"could not write {path} ({e}); what was there before is untouched. Free space or choose another place",
+        ) from e
     finally:
         temporary.unlink(missing_ok=True)
     return path

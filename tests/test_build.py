@@ -13,17 +13,28 @@ import pytest
 import setuptools
 import torch
 
-from t2kernels.ops import cpp_kernels
+from t2kernels.ops.impls import cpp_kernels
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file() or not (ROOT / "csrc").is_dir(), reason="not a checkout")
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").is_file() or not (ROOT / "csrc").is_dir(), reason="not a checkout"
+)
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """A copy of what setuptools looks at, with a space in its path."""
     copy = tmp_path_factory.mktemp("a copy")
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "CHANGELOG.md", "CONTRIBUTING.md"):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "Makefile",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+    ):
         shutil.copy(ROOT / name, copy)
     for name in ("csrc", "docs"):
         shutil.copytree(ROOT / name, copy / name)
@@ -37,7 +48,18 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def wheel(sources, out, **env: str) -> tuple[Path, str]:
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), "--verbose"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(out),
+        "--verbose",
+    ]
     run = subprocess.run(command, cwd=sources, env=environment(**env), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     (found,) = Path(out).glob("*.whl")
@@ -71,8 +93,10 @@ def test_a_wheel_has_the_extension_and_it_runs_from_there(sources, tmp_path):
     assert [n for n in names if n.startswith("t2kernels/_C.")]
     assert "t2kernels/py.typed" in names
     assert not [n for n in names if n.startswith(("csrc", "tests", "docs"))]
-    code = "import t2kernels._C as c; from t2kernels.ops import cpp_kernels; print(c.__file__, c.has_cuda, cpp_kernels.isa())"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "in", capture_output=True, text=True, check=True).stdout
+    code = "import t2kernels._C as c; from t2kernels.ops.impls import cpp_kernels; print(c.__file__, c.has_cuda, cpp_kernels.isa())"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "in", capture_output=True, text=True, check=True
+    ).stdout
     assert ran.startswith(str(tmp_path / "in"))
     assert "False" in ran
 
@@ -89,13 +113,15 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_one_line_says_why(sourc
 
 def test_an_sdist_has_the_sources(sources, tmp_path):
     code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
-    subprocess.run([sys.executable, "-c", code], cwd=sources, env=environment(T2KERNELS_BUILD="0"), capture_output=True, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=sources, env=environment(T2KERNELS_BUILD="0"), capture_output=True, check=True
+    )
     (found,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(found) as t:
         names = {n.partition("/")[2] for n in t.getnames()}
     wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     assert wanted <= names
-    assert {"setup.py", "pyproject.toml", "docs/building.md", "t2kernels/ops/svf_linear.py"} <= names
+    assert {"setup.py", "pyproject.toml", "docs/building.md", "t2kernels/ops/op.py"} <= names
     assert not [n for n in names if n.endswith((".so", ".pyc"))]
 
 
@@ -122,7 +148,12 @@ def test_architectures():
     gencode = settings()["gencode"]
     assert gencode("90a") == "-gencode arch=compute_90a,code=sm_90a"
     assert gencode("8.0+PTX 9.0a") == gencode("80+PTX;90a")
-    assert gencode("80+PTX").split() == ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_80,code=compute_80"]
+    assert gencode("80+PTX").split() == [
+        "-gencode",
+        "arch=compute_80,code=sm_80",
+        "-gencode",
+        "arch=compute_80,code=compute_80",
+    ]
     for bad in ("hopper", "90+SASS", "+PTX"):
         with pytest.raises(SystemExit, match="is not an architecture"):
             gencode(bad)
@@ -170,7 +201,13 @@ def test_when_the_cuda_part_is_built(tmp_path, monkeypatch):
 def test_an_editable_install_goes_on_where_the_compiler_fails_and_a_wheel_does_not(sources, tmp_path):
     def build(hook: str, **env: str):
         code = f"from setuptools import build_meta; build_meta.{hook}({str(tmp_path)!r})"
-        run = subprocess.run([sys.executable, "-c", code], cwd=sources, env=environment(CXX="false", **env), capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=sources,
+            env=environment(CXX="false", **env),
+            capture_output=True,
+            text=True,
+        )
         return run.returncode, run.stdout + run.stderr
 
     code, said = build("build_editable")

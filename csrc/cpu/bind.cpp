@@ -1,4 +1,4 @@
-// Addresses, sizes and strides come from ops/cpp_kernels.py, which looks at shapes and dtypes; here it is seen to that no row is read or written
+// Addresses, sizes and strides come from ops/impls/cpp_kernels.py, which looks at shapes and dtypes; here it is seen to that no row is read or written
 // that is not there.
 #include <pybind11/pybind11.h>
 

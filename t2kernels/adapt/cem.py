@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..expert import Expert
+from t2kernels.experts.expert import Expert
+
 from .examples import Examples, Scores
 from .mixing import Mixer
 
@@ -65,8 +66,18 @@ class CEMConfig:
         _require(self.score in SCORES, "score", self.score, ", ".join(map(repr, SCORES)))
         _require(self.take in ("mean", "best"), "take", self.take, "'mean' or 'best'")
         _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
-        _require(self.samples == 1 or self.temperature > 0, "samples", self.samples, "1 where answers are greedy: they are all the same")
-        _require(self.low is None or self.high is None or self.low < self.high, "low", self.low, f"less than high={self.high!r}")
+        _require(
+            self.samples == 1 or self.temperature > 0,
+            "samples",
+            self.samples,
+            "1 where answers are greedy: they are all the same",
+        )
+        _require(
+            self.low is None or self.high is None or self.low < self.high,
+            "low",
+            self.low,
+            f"less than high={self.high!r}",
+        )
 
     @classmethod
     def paper(cls, **changes) -> CEMConfig:
@@ -127,9 +138,13 @@ def search(
     config = config or CEMConfig()
     mixer = Mixer(examples.bank, experts, config.per, config.mixing, logits)
     if config.score != "likelihood" and examples.scorer is None:
-        raise ValueError(f"score={config.score!r} needs a reward, which these examples lack; use score='likelihood', or give them one")
+        raise ValueError(
+            f"score={config.score!r} needs a reward, which these examples lack; use score='likelihood', or give them one"
+        )
     if config.score != "reward" and examples.gold is None:
-        raise ValueError(f"score={config.score!r} needs gold answers, which these examples lack; use score='reward', or give them some")
+        raise ValueError(
+            f"score={config.score!r} needs gold answers, which these examples lack; use score='reward', or give them some"
+        )
     chunk = min(config.population, examples.chunk(config.samples))
     if chunk > examples.bank.rows - 1:
         raise ValueError(
@@ -139,10 +154,17 @@ def search(
 
         def score(alpha: Tensor) -> Iterable[Scores]:
             for part in alpha.split(chunk):
-                yield examples.score(rows.write(mixer(part)), config.temperature, config.samples, reward=config.score != "likelihood")
+                yield examples.score(
+                    rows.write(mixer(part)), config.temperature, config.samples, reward=config.score != "likelihood"
+                )
 
         return cross_entropy_method(
-            score, mixer.shape, len(examples), lambda *of, **facts: mixer.expert(*of, name=name, **facts), config, progress
+            score,
+            mixer.shape,
+            len(examples),
+            lambda *of, **facts: mixer.expert(*of, name=name, **facts),
+            config,
+            progress,
         )
 
 
@@ -163,7 +185,14 @@ def cross_entropy_method(
     E, G = shape
     mean = torch.full((E, G), 1 / E if config.mean is None else config.mean)
     std = torch.full((E, G), float(config.std))
-    best, best_key, since, history, candidates, stopped = mean.clone(), None, 0, [], 0, f"{config.iterations} generations"
+    best, best_key, since, history, candidates, stopped = (
+        mean.clone(),
+        None,
+        0,
+        [],
+        0,
+        f"{config.iterations} generations",
+    )
     answers: list[dict[str, None]] = [{} for _ in range(examples)]
     for step in range(config.iterations):
         alpha = mean + std * torch.randn(config.population, E, G, generator=generator)
@@ -198,7 +227,15 @@ def cross_entropy_method(
         "stopped": stopped,
         "candidates": candidates,
     }
-    return Found(chosen, make(chosen, **facts), history, stopped, candidates, time.perf_counter() - start, [list(a) for a in answers])
+    return Found(
+        chosen,
+        make(chosen, **facts),
+        history,
+        stopped,
+        candidates,
+        time.perf_counter() - start,
+        [list(a) for a in answers],
+    )
 
 
 def _fitness(batches: Iterable[Scores], config: CEMConfig, answers: list[dict]) -> list[tuple[float, float]]:
@@ -218,7 +255,9 @@ def _keys(scores: Scores, config: CEMConfig) -> list[tuple[float, float]]:
     zero = torch.zeros(len(scores.rewards if scores.rewards is not None else scores.likelihood))
     reward = zero if scores.reward is None else scores.reward
     likelihood = zero if scores.likelihood is None else scores.likelihood
-    first = {"reward": reward, "likelihood": likelihood, "both": reward + config.likelihood_weight * likelihood}[config.score]
+    first = {"reward": reward, "likelihood": likelihood, "both": reward + config.likelihood_weight * likelihood}[
+        config.score
+    ]
     return [(round(a, 6), b) for a, b in zip(first.tolist(), likelihood.tolist(), strict=True)]
 
 

@@ -15,13 +15,19 @@ class Classifier(Prompt):
     Raises ValueError: no such expert, no question, a label whose expert is not in the bank.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, question: Question | None = None, classifier: str = "classify", **settings):
+    def __init__(
+        self, model: nn.Module, tokenizer, question: Question | None = None, classifier: str = "classify", **settings
+    ):
         bank = getattr(model, "t2_bank", None)
         if question is None and bank is not None and classifier in bank:
             recorded = bank[classifier].manifest.get("question")
             if recorded is None:
-                raise ValueError(f"the manifest of expert {classifier!r} holds no question: pass question=, the one that it was trained on")
+                raise ValueError(
+                    f"the manifest of expert {classifier!r} holds no question: pass question=, the one that it was trained on"
+                )
             question = Question(**recorded)
         if question is None:
-            raise ValueError(f"no expert {classifier!r} in the bank to take the question from; add it, or pass question=")
+            raise ValueError(
+                f"no expert {classifier!r} in the bank to take the question from; add it, or pass question="
+            )
         super().__init__(model, tokenizer, question, asked=classifier, **settings)

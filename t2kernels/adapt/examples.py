@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..train.data import is_task
-from ..train.loss import log_probs
-from ..train.rewards import Reward, Scorer
-from ..train.rollout import Rollout, Sampler, completion_logits
-from .prefix import forward, hoist, prefill
+from t2kernels.rollout.generation import Rollout, Sampler, completion_logits
+from t2kernels.rollout.prefix import forward, hoist, prefill
+from t2kernels.rollout.rewards import Reward, Scorer
+from t2kernels.train.data import is_task
+from t2kernels.train.loss import log_probs
 
 MEMORY = 4 * 2**30
 """Bytes of keys, values and logits that a batch may hold, unless said otherwise."""
@@ -49,7 +49,14 @@ class Examples:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer, rows: Sequence[Mapping], reward=None, gold=None, max_new_tokens: int | None = None, memory=MEMORY
+        self,
+        model: nn.Module,
+        tokenizer,
+        rows: Sequence[Mapping],
+        reward=None,
+        gold=None,
+        max_new_tokens: int | None = None,
+        memory=MEMORY,
     ):
         if getattr(model, "t2_bank", None) is None:
             raise ValueError("the model is not patched: bank = t2kernels.patch_model(model) first")
@@ -73,7 +80,9 @@ class Examples:
         """The reward function, as it was given."""
         return None if self.scorer is None else self.scorer.rewards[0]
 
-    def score(self, ids: Tensor, temperature: float = 0.0, samples: int = 1, reward: bool = True, likelihood: bool = True) -> Scores:
+    def score(
+        self, ids: Tensor, temperature: float = 0.0, samples: int = 1, reward: bool = True, likelihood: bool = True
+    ) -> Scores:
         """What the experts in these rows of the bank make of the examples; as many as `memory` allows at once.
 
         ids: [P] int32, one for each candidate. temperature, samples: of the answers that are rewarded; 0 is greedy
@@ -82,10 +91,16 @@ class Examples:
         rewards, likelihoods, answers = [], [], []
         reward, likelihood = reward and self.scorer is not None, likelihood and self.gold is not None
         if not (reward or likelihood):
-            raise ValueError("nothing to score by: these examples have no reward or no gold answer, and the other was not asked for")
+            raise ValueError(
+                "nothing to score by: these examples have no reward or no gold answer, and the other was not asked for"
+            )
         for chunk in ids.split(self.chunk(samples if reward else 1)):
             # Both read the prompts, and both change the cache they are given; one alone reads them in its own first forward.
-            cache = self._read_prompts(chunk) if reward and likelihood else prefill(self.model, self.prefix, chunk, len(self))
+            cache = (
+                self._read_prompts(chunk)
+                if reward and likelihood
+                else prefill(self.model, self.prefix, chunk, len(self))
+            )
             if reward:
                 drawn = self._answers(chunk, copy.deepcopy(cache) if likelihood else cache, temperature, samples)
                 got, written = rewarded(self.scorer, self.rows, drawn, samples)
@@ -119,7 +134,9 @@ class Examples:
         if cache is not None:
             cache.batch_repeat_interleave(samples)
         each = chunk.repeat_interleave(len(self))
-        drawn = self.sampler.draw(self.model, *self._rows(chunk, self.ids, self.mask), temperature, samples, cache=cache, expert_ids=each)
+        drawn = self.sampler.draw(
+            self.model, *self._rows(chunk, self.ids, self.mask), temperature, samples, cache=cache, expert_ids=each
+        )
         return self.sampler.decode(drawn, [p for p in self.prompts for _ in range(samples)] * len(chunk))
 
     @torch.no_grad()
@@ -144,7 +161,9 @@ class Examples:
 def check_rows(rows: Sequence[Mapping]) -> list[Mapping]:
     """Labelled prompts as a list. Raises ValueError for what is none, or none at all, and for a row without a prompt."""
     if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__len__") or is_task(rows):
-        raise ValueError(f"examples are a {type(rows).__name__}; wanted a list of dicts with a prompt; task.split('train', 16) gives one")
+        raise ValueError(
+            f"examples are a {type(rows).__name__}; wanted a list of dicts with a prompt; task.split('train', 16) gives one"
+        )
     if not len(rows):
         raise ValueError("there are no examples: few-shot adaptation needs at least one labelled prompt")
     for i, row in enumerate(rows):

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from ..expert import Expert
-from ..names import Name
+from t2kernels.experts.expert import Expert
+from t2kernels.experts.names import Name
+
 from .cem import CEMConfig, Found, search
 from .examples import Examples, Scores
 from .strategy import Strategy

@@ -13,14 +13,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..bank import ExpertBank
-from ..expert import Expert
-from ..scratch import flatten, unflatten
+from t2kernels.experts.bank import ExpertBank
+from t2kernels.experts.expert import Expert
+from t2kernels.experts.scratch import flatten, unflatten
 
 GRANULARITIES = ("expert", "layer", "matrix")
 MIXINGS = ("delta", "z", "normalised", "logits")
 RELEASE_START = 0.1  # the release's p before training, which its trace normalisation makes the base model
-EDGE = 1e-3  # z beyond what a sigmoid can be is cut to this far from its ends; a sum closer to 0 than this divides nothing
+EDGE = (
+    1e-3  # z beyond what a sigmoid can be is cut to this far from its ends; a sum closer to 0 than this divides nothing
+)
 
 
 class Mixer:
@@ -47,7 +49,9 @@ class Mixer:
             if value not in allowed:
                 raise ValueError(f"{what}={value!r}; wanted {', '.join(map(repr, allowed))}")
         if isinstance(experts, str) or not len(experts):
-            raise ValueError(f"experts={experts!r}; wanted a list of names in the bank, or {{name: Expert}}, with at least one")
+            raise ValueError(
+                f"experts={experts!r}; wanted a list of names in the bank, or {{name: Expert}}, with at least one"
+            )
         self.names = list(experts)
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"experts={self.names}: a name occurs twice")
@@ -60,7 +64,9 @@ class Mixer:
             self._need_all_components()
         if mixing == "logits":
             self._sigma = torch.cat([bank.sigma(n) for n in self._spans]).to(bank.device)
-            self.vectors = torch.stack([self._logits(row, (logits or {}).get(n)) for n, row in zip(self.names, self.vectors, strict=True)])
+            self.vectors = torch.stack(
+                [self._logits(row, (logits or {}).get(n)) for n, row in zip(self.names, self.vectors, strict=True)]
+            )
         self.groups = self._group()
 
     @property
@@ -89,19 +95,25 @@ class Mixer:
             for span in self._spans.values():
                 m, sigma = out[:, span], self._sigma[span]
                 total = (sigma * m).sum(1, keepdim=True)
-                kept = total.abs() > EDGE * sigma.sum()  # all alphas 0: the release divides 0 by 0; here that is the base model
+                kept = (
+                    total.abs() > EDGE * sigma.sum()
+                )  # all alphas 0: the release divides 0 by 0; here that is the base model
                 out[:, span] = torch.where(kept, m * (sigma.sum() / torch.where(kept, total, 1)) - 1, 0)
         return out
 
     def expert(self, alpha: Tensor, **manifest) -> Expert:
         """The one expert of alpha [E, G], whose manifest says what it is made of."""
-        return unflatten(self.bank, self(alpha[None])[0], **recorded(self.names, alpha, self.per, self.mixing), **manifest)
+        return unflatten(
+            self.bank, self(alpha[None])[0], **recorded(self.names, alpha, self.per, self.mixing), **manifest
+        )
 
     def _group(self) -> list[list[slice]]:
         """The columns that each of the G alphas of an expert holds for, as few slices as can be."""
         keys: dict[object, list[slice]] = {}
         for name, span in self._spans.items():
-            key = {"expert": 0, "matrix": name, "layer": next((p for p in name.split(".") if p.isdigit()), "")}[self.per]
+            key = {"expert": 0, "matrix": name, "layer": next((p for p in name.split(".") if p.isdigit()), "")}[
+                self.per
+            ]
             parts = keys.setdefault(key, [])
             if parts and parts[-1].stop == span.start:
                 parts[-1] = slice(parts[-1].start, span.stop)
@@ -124,7 +136,9 @@ class Mixer:
         out = torch.full_like(row, RELEASE_START)
         for name, p in known.items():
             if name not in self._spans or self.bank.matrices[name] != p.numel():
-                raise ValueError(f"logits of {name} are {list(p.shape)}; wanted one for each component of a matrix of this model")
+                raise ValueError(
+                    f"logits of {name} are {list(p.shape)}; wanted one for each component of a matrix of this model"
+                )
             out[self._spans[name]] = p.to(out)
         return out
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..names import Name
-from ..train.data import is_task
-from ..train.rewards import Scorer
-from ..train.rollout import Sampler
-from .prefix import forward, hoist, prefill
+from t2kernels.experts.names import Name
+from t2kernels.rollout.generation import Sampler
+from t2kernels.rollout.prefix import forward, hoist, prefill
+from t2kernels.rollout.rewards import Scorer
+from t2kernels.train.data import is_task
+
 from .question import Question
 from .strategy import Strategy
 
@@ -35,7 +36,13 @@ class Prompt(Strategy):
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer, question: Question, margin: float = 0.0, method: str = "likelihood", asked: str | None = None
+        self,
+        model: nn.Module,
+        tokenizer,
+        question: Question,
+        margin: float = 0.0,
+        method: str = "likelihood",
+        asked: str | None = None,
     ):
         super().__init__(model, tokenizer, max_new_tokens=8 if method == "likelihood" else 16)
         if method not in METHODS:
@@ -44,7 +51,9 @@ class Prompt(Strategy):
         self._in_bank([asked], "the question shall be answered by")
         self.question, self.margin, self.method, self.asked = question, margin, method, asked
         self.experts = list(question.labels.values())
-        self._labels = [self.sampler.tokenizer(label, add_special_tokens=False)["input_ids"] for label in question.labels]
+        self._labels = [
+            self.sampler.tokenizer(label, add_special_tokens=False)["input_ids"] for label in question.labels
+        ]
 
     def choose_batch(self, prompts: Sequence) -> list[Name]:
         if self.method == "generate":
@@ -76,7 +85,9 @@ class Prompt(Strategy):
             part = list(range(i, min(i + self.batch, len(prompts))))
             ids, mask = sampler.encode([prompts[j] for j in part] * 2, self.bank.device)
             routed = self.bank.ids([None] * len(part) + [leads[j][0] for j in part])
-            written = sampler.decode(sampler.draw(self.model, ids, mask, 0.0, expert_ids=routed), [prompts[j] for j in part] * 2)
+            written = sampler.decode(
+                sampler.draw(self.model, ids, mask, 0.0, expert_ids=routed), [prompts[j] for j in part] * 2
+            )
             both.append(scorer([rows[j] for j in part] * 2, written).reshape(2, -1))
         base, routed = torch.cat(both, 1)
         order = sorted(range(len(rows)), key=lambda i: -leads[i][1])
@@ -122,7 +133,9 @@ class MarginFit:
 
 
 @torch.no_grad()
-def label_log_likelihoods(model: nn.Module, ids: Tensor, mask: Tensor, labels: Sequence[Sequence[int]], row: Tensor) -> Tensor:
+def label_log_likelihoods(
+    model: nn.Module, ids: Tensor, mask: Tensor, labels: Sequence[Sequence[int]], row: Tensor
+) -> Tensor:
     """[B, L] fp32: log p(label | prompt), less the log-likelihood of the tokens that all labels begin with, which decides nothing.
 
     ids, mask: [B, S], left-padded; labels: token ids of each; row: the expert's, 0-dim int32

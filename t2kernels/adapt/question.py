@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..tasks.base import Task, whole
+from t2kernels.tasks.base import Task, whole
 
 ASK = (
     "Sort a task into a category. The categories are: {categories}. Take {other} if none of them fits.\n"
@@ -32,13 +32,19 @@ class Question:
         if "{prompt}" not in self.template:
             raise ValueError(f"the question {self.template[:60]!r} has no {{prompt}} in it")
         if len(self.labels) < 2 or not all(isinstance(k, str) and k.strip() for k in self.labels):
-            raise ValueError(f"labels={dict(self.labels)!r}; wanted at least two answers that are not empty, each with its expert or None")
+            raise ValueError(
+                f"labels={dict(self.labels)!r}; wanted at least two answers that are not empty, each with its expert or None"
+            )
         for a, b in pairwise(sorted(self.labels)):
             if b.startswith(a):
-                raise ValueError(f"the label {a!r} begins the label {b!r}: the likelihood of the first includes the second; rename one")
+                raise ValueError(
+                    f"the label {a!r} begins the label {b!r}: the likelihood of the first includes the second; rename one"
+                )
 
     @classmethod
-    def about(cls, categories: Mapping[str, str | None] | Sequence[str], other: str | None = "other", chat: bool = False) -> Question:
+    def about(
+        cls, categories: Mapping[str, str | None] | Sequence[str], other: str | None = "other", chat: bool = False
+    ) -> Question:
         """The question in English for any instruction-tuned model.
 
         categories: {category: expert}, or experts that are called what they are for; other: the answer that keeps the base model, or None
@@ -55,7 +61,9 @@ class Question:
     def tiny(cls, experts: Sequence[str] = ("math", "code", "reason")) -> Question:
         """The built-in model's own: kind(47+8+6)? -> =m, the first letter of a family. Raises ValueError for two with one first letter."""
         if len({e[:1] for e in experts}) < len(experts):
-            raise ValueError(f"the built-in model names a family by its first letter, and two of {', '.join(experts)} share one")
+            raise ValueError(
+                f"the built-in model names a family by its first letter, and two of {', '.join(experts)} share one"
+            )
         return cls("kind({prompt})?", {f"={e[0]}": e for e in experts}, strip="?")
 
     def ask(self, prompt):
@@ -99,7 +107,9 @@ def labelled(tasks: Mapping[str, Task], question: Question, name: str = "classif
         return [{"prompt": question.ask(row["prompt"]), "answer": label.strip()} for label, row in drawn[:n]]
 
     longest = max(map(len, question.labels))
-    return Task(name, rows, extract=lambda text: (question.parse(text) or whole(text)).strip(), max_new_tokens=longest + 2)
+    return Task(
+        name, rows, extract=lambda text: (question.parse(text) or whole(text)).strip(), max_new_tokens=longest + 2
+    )
 
 
 def _some(task: Task, split: str, n: int | None, seed: int) -> list[dict]:

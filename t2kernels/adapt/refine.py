@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..expert import Expert
-from ..train.loss import log_probs
-from ..train.rollout import Rollout, Sampler, completion_logits
+from t2kernels.experts.expert import Expert
+from t2kernels.rollout.generation import Rollout, Sampler, completion_logits
+from t2kernels.train.loss import log_probs
+
 from .examples import Examples, encode_completions
 
 
@@ -58,7 +59,9 @@ def refine(
     finally:
         for p, needed in frozen.items():
             p.requires_grad_(needed)
-    made = bank.stop_training(name, name=name, refined={"steps": steps, "learning_rate": lr, "completions": len(pairs), "seed": seed})
+    made = bank.stop_training(
+        name, name=name, refined={"steps": steps, "learning_rate": lr, "completions": len(pairs), "seed": seed}
+    )
     bank.remove(name)
     return Expert(made.z, {**(start.manifest if start is not None else {}), **made.manifest}, made.sketch)
 

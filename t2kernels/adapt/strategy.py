@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..names import Name
-from ..train.rollout import Sampler
+from t2kernels.experts.names import Name
+from t2kernels.rollout.generation import Sampler
 
 
 class Strategy:
@@ -40,7 +40,9 @@ class Strategy:
         if getattr(model, "t2_bank", None) is not self.bank:
             raise ValueError("this strategy was made for another model: it names experts of that model's bank")
         if input_ids is None or input_ids.dim() != 2:
-            raise ValueError("a strategy chooses by the prompt: generate needs input_ids [B, S] with it, not inputs_embeds alone")
+            raise ValueError(
+                "a strategy chooses by the prompt: generate needs input_ids [B, S] with it, not inputs_embeds alone"
+            )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = [row[there.bool()] for row, there in zip(input_ids, mask, strict=True)]
         return self.choose(self.sampler.tokenizer.batch_decode(rows, skip_special_tokens=True))

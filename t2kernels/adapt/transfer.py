@@ -14,9 +14,9 @@ from math import pi, sqrt
 import torch
 from torch import Tensor
 
-from ..bank import ExpertBank
-from ..expert import Expert, ExpertMismatch
-from ..factors import Factor
+from t2kernels.experts.bank import ExpertBank
+from t2kernels.experts.expert import Expert, ExpertMismatch
+from t2kernels.factors.store import Factor
 
 LEADING = 16
 ENOUGH = 0.3
@@ -68,8 +68,16 @@ def alignment(
         matrices[name] = every[-1].item()
         chance += [sqrt(2 / (pi * n)) for n in (a.U.shape[0], a.V.shape[0])]
     if not every:
-        raise ExpertMismatch("the two models have no matrix of one name and shape: nothing to compare; pass rename= where names differ")
-    return Alignment(torch.stack(leading).mean().item(), torch.stack(every).mean().item(), sum(chance) / len(chance), matrices, "vectors")
+        raise ExpertMismatch(
+            "the two models have no matrix of one name and shape: nothing to compare; pass rename= where names differ"
+        )
+    return Alignment(
+        torch.stack(leading).mean().item(),
+        torch.stack(every).mean().item(),
+        sum(chance) / len(chance),
+        matrices,
+        "vectors",
+    )
 
 
 def transfer(
@@ -102,7 +110,9 @@ def transfer(
     low = ENOUGH if measured is None or measured.by == "vectors" else ENOUGH**4 + 4 * measured.chance
     if measured is None or measured.all < low:
         found = (
-            "could not be compared" if measured is None else f"agree by {measured.all:.2f} ({measured.by}; chance is {measured.chance:.2f})"
+            "could not be compared"
+            if measured is None
+            else f"agree by {measured.all:.2f} ({measured.by}; chance is {measured.chance:.2f})"
         )
         warnings.warn(
             f"the singular vectors of the two models {found}: z rescales other components here than those it was trained on, and may well hurt; "
@@ -115,11 +125,17 @@ def transfer(
         here = v if len(v) == _full(expert, source, name, wanted) == wanted else resample(v, wanted)
         unlike += len(here) != len(v)
         z[name] = (1 + strength * (here - 1))[: bank.matrices[name]]
-    facts = {"transferred_from": expert.manifest.get("base_model"), "name": expert.manifest.get("name"), "interpolated": unlike}
+    facts = {
+        "transferred_from": expert.manifest.get("base_model"),
+        "name": expert.manifest.get("name"),
+        "interpolated": unlike,
+    }
     if measured is not None:
         facts["alignment"] = {"leading": round(measured.leading, 4), "all": round(measured.all, 4), "by": measured.by}
     left = len(expert.z) - len(moved)
-    return bank.expert(z, **{k: v for k, v in facts.items() if v is not None}, **({"left_out": left} if left else {}), **manifest)
+    return bank.expert(
+        z, **{k: v for k, v in facts.items() if v is not None}, **({"left_out": left} if left else {}), **manifest
+    )
 
 
 def shuffled(expert: Expert, seed: int = 0) -> Expert:
@@ -174,7 +190,9 @@ def _by_sketches(expert: Expert, target: ExpertBank, rename: Callable[[str], str
         leading.append(correlation(a[:LEADING], b[:LEADING]))
         sizes.append(len(mine))
     if not found:
-        raise ExpertMismatch("the expert has no sketch of a matrix of this model: pass source=, the factors of the model it was trained on")
+        raise ExpertMismatch(
+            "the expert has no sketch of a matrix of this model: pass source=, the factors of the model it was trained on"
+        )
     return Alignment(sum(leading) / len(leading), sum(found) / len(found), 1 / sqrt(sum(sizes)), matrices, "sketches")
 
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..names import Name
-from ..train.loss import log_probs
-from ..train.rollout import Rollout, completion_logits
+from t2kernels.experts.names import Name
+from t2kernels.rollout.generation import Rollout, completion_logits
+from t2kernels.train.loss import log_probs
+
 from .prompt import Prompt
 from .strategy import Strategy
 
@@ -29,7 +30,9 @@ class ZeroShot(Strategy):
     def __init__(self, model: nn.Module, tokenizer, experts: Sequence[str], by: str = "likelihood"):
         super().__init__(model, tokenizer, max_new_tokens=1)
         if by not in ("likelihood", "confidence"):
-            raise ValueError(f"by={by!r}; wanted 'likelihood' or 'confidence' (the mixture by a classifier is `Router`)")
+            raise ValueError(
+                f"by={by!r}; wanted 'likelihood' or 'confidence' (the mixture by a classifier is `Router`)"
+            )
         if isinstance(experts, str) or not len(experts):
             raise ValueError(f"experts={experts!r}; wanted a list of names in the bank, at least one")
         self._in_bank(experts, "to choose from are")
@@ -84,7 +87,11 @@ class Router(Strategy):
                 if name is not None:
                     weights[name] = weights.get(name, 0.0) + p
             chosen.append(
-                tuple((name, round(self.step * round(p / self.step), 6)) for name, p in sorted(weights.items()) if round(p / self.step))
+                tuple(
+                    (name, round(self.step * round(p / self.step), 6))
+                    for name, p in sorted(weights.items())
+                    if round(p / self.step)
+                )
             )
         kept = {mixture for mixture, _ in Counter(c for c in chosen if len(c) > 1).most_common(self.most)}
         out: list[Name] = []

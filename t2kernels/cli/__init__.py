@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from t2kernels.cli import decompose, demo, env, evaluate, generate, inspect, serve, train, tune
-from t2kernels.cli.console import Commands, verb
+from .console import Commands, verb
+from .verbs import decompose, demo, env, evaluate, generate, inspect, serve, train, tune
 
 app = typer.Typer(
     cls=Commands,
@@ -29,9 +29,13 @@ for name, function in {
     app.command(name)(verb(function))
 
 
-@app.callback(epilog="[dim]Start with[/] t2 demo[dim]; it needs nothing but two CPU cores and takes less than three minutes.[/]")
+@app.callback(
+    epilog="[dim]Start with[/] t2 demo[dim]; it needs nothing but two CPU cores and takes less than three minutes.[/]"
+)
 def main(
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error, not only its message. May stand anywhere."),
+    debug: bool = typer.Option(
+        False, "--debug", help="Show the traceback of an error, not only its message. May stand anywhere."
+    ),
 ) -> None:
     """SVF experts of Transformer²: train them by RL, keep many in a table, and batch them in one forward.
 

@@ -66,7 +66,13 @@ def one_line(e: BaseException) -> str:
 
 def bar(*fields: str) -> Progress:
     """A progress bar on stderr; `fields` are further columns, as format strings of a rich task ("{task.fields[kl]:.2f}")."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, *map(TextColumn, fields), console=err)
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from t2kernels.cli.console import bar, comma_list, is_missing
-from t2kernels.cli.decompose import parse_dtype, parse_rank
+from t2kernels.cli.verbs.decompose import parse_dtype, parse_rank
+
+from .console import bar, comma_list, is_missing
 
 if TYPE_CHECKING:
     from t2kernels import ExpertBank
@@ -20,16 +21,22 @@ BASE = "base"
 TINY = "tiny"
 
 # Options that several verbs share.
-ModelOption = typer.Option(TINY, "--model", "-m", help="'tiny' (built in), a checkpoint's directory, or a model's id on the hub.")
+ModelOption = typer.Option(
+    TINY, "--model", "-m", help="'tiny' (built in), a checkpoint's directory, or a model's id on the hub."
+)
 TargetsOption = typer.Option("all", help="'all', 'mlp', 'attention', or a regular expression on matrix names.")
-RankOption = typer.Option("all", help="Components that an expert may rescale: 'all', a number, or a fraction of min(M, N).")
+RankOption = typer.Option(
+    "all", help="Components that an expert may rescale: 'all', a number, or a fraction of min(M, N)."
+)
 FormOption = typer.Option("auto", help="'auto', 'factored' or 'delta'; docs/patching.md says which is for what.")
 FactorsOption = typer.Option(
     None,
     help="Directory that 't2 decompose' wrote; or int8, fp16, bf16: decompose now, into that.  \\[default: decompose now]",
     show_default=False,
 )
-DtypeOption = typer.Option(None, help="Of the model's weights.  \\[default: float32 for tiny, else as saved]", show_default=False)
+DtypeOption = typer.Option(
+    None, help="Of the model's weights.  \\[default: float32 for tiny, else as saved]", show_default=False
+)
 DeviceOption = typer.Option(None, help="Where to run.  \\[default: a GPU if there is one]", show_default=False)
 
 
@@ -52,7 +59,9 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = None if dtype is None else parse_dtype(dtype)
     if name == TINY:
-        torch.set_num_threads(min(torch.get_num_threads(), 4))  # its matrices are 128 wide: more threads would only wait for each other
+        torch.set_num_threads(
+            min(torch.get_num_threads(), 4)
+        )  # its matrices are 128 wide: more threads would only wait for each other
         with _no_bars():
             model, tokenizer = tiny.load(wanted or torch.float32)
     else:
@@ -82,7 +91,12 @@ def _no_bars() -> Iterator[None]:
 
 
 def patch(
-    loaded: Loaded, targets: str = "all", rank: str = "all", form: str = "auto", factors: str | None = None, rows: int = 64
+    loaded: Loaded,
+    targets: str = "all",
+    rank: str = "all",
+    form: str = "auto",
+    factors: str | None = None,
+    rows: int = 64,
 ) -> ExpertBank:
     """`patch_model` with a progress bar."""
     import t2kernels as t2
@@ -96,7 +110,9 @@ def patch(
             form=form,
             factors=factors,
             rows=rows,
-            progress=lambda name, done, total: progress.update(task, completed=done, total=total, name=name if done < total else ""),
+            progress=lambda name, done, total: progress.update(
+                task, completed=done, total=total, name=name if done < total else ""
+            ),
         )
 
 

@@ -10,9 +10,10 @@ import random
 import time
 from typing import Any
 
-from t2kernels.cli import models
-from t2kernels.cli.answers import answers
-from t2kernels.cli.console import bar, show, table
+from t2kernels.evaluation import answers
+
+from . import models
+from .console import bar, show, table
 
 REQUESTS, LIMIT = 32, 28
 """Prompts, and tokens of an answer."""
@@ -73,7 +74,9 @@ def one_by_one(
         rebuild(dense, factors, z_of(bank, expert))
         rebuilding += time.perf_counter() - before
         mine = [i for i, e in enumerate(experts) if e == expert]
-        for i, text in zip(mine, answers(dense, loaded.tokenizer, [prompts[i] for i in mine], None, LIMIT), strict=True):
+        for i, text in zip(
+            mine, answers(dense, loaded.tokenizer, [prompts[i] for i in mine], None, LIMIT), strict=True
+        ):
             written[i] = text
     return time.perf_counter() - start, written, rebuilding
 
@@ -95,7 +98,9 @@ def z_of(bank: Any, expert: Any) -> dict:
 
     if expert is None:
         return {}
-    return (bank[expert] if isinstance(expert, str) else t2.Expert.mix([(bank[name], a) for name, a in expert.items()])).z
+    return (
+        bank[expert] if isinstance(expert, str) else t2.Expert.mix([(bank[name], a) for name, a in expert.items()])
+    ).z
 
 
 def rebuild(dense: Any, factors: Any, z: dict) -> None:

@@ -68,7 +68,9 @@ class SVFLM(HFLM):
             None  # lm-eval says max_length, and the model's own max_new_tokens would count instead
         )
         rank = None if rank in (None, "all") else rank
-        self.bank = t2.patch_model(self.model, targets=targets, form=form, factors=factors, **({} if rank is None else {"rank": rank}))
+        self.bank = t2.patch_model(
+            self.model, targets=targets, form=form, factors=factors, **({} if rank is None else {"rank": rank})
+        )
         for name, path in files.items():
             self.bank.add(name, _file(path))
         self.expert, self.expert_column = expert, expert_column
@@ -126,7 +128,9 @@ def register() -> None:
     from lm_eval.api.registry import model_registry
 
     if NAME not in model_registry:
-        model_registry.register(NAME, target=f"{__name__ if __name__ != '__main__' else 't2kernels.integrations.lm_eval'}:SVFLM")
+        model_registry.register(
+            NAME, target=f"{__name__ if __name__ != '__main__' else 't2kernels.integrations.lm_eval'}:SVFLM"
+        )
 
 
 def main() -> None:

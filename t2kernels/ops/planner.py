@@ -137,7 +137,9 @@ def bytes_moved(call: Call, path: str = "mm") -> int:
     factors = w * (C * call.N + sum(m * c for m, c in zip(call.M, call.C, strict=True)))
     around = a * call.T * (call.N + M * (2 if call.base else 1))
     # h is written by one matmul, read and written by the scaling and read by the other; the pair writes and reads g once, the stream in fp32.
-    between = {"mm": 4 * a * call.T * C, "dense": 2 * a * M * call.N, "stream": 8 * call.T * C}.get(path, 2 * a * call.T * C)
+    between = {"mm": 4 * a * call.T * C, "dense": 2 * a * M * call.N, "stream": 8 * call.T * C}.get(
+        path, 2 * a * call.T * C
+    )
     return factors + around + between
 
 
@@ -149,7 +151,9 @@ def choose(call: Call, machine: Machine, impl: str = "auto") -> Choice:
         return Choice("torch", "a library matmul", "kept", "W' of this expert is kept")
     if impl == "cuda":
         unfit = why_no_decode(call)
-        return Choice(impl, why, *(("refused", unfit) if unfit else ("decode", f"{_tokens(call.T)}: each factor streamed once")))
+        return Choice(
+            impl, why, *(("refused", unfit) if unfit else ("decode", f"{_tokens(call.T)}: each factor streamed once"))
+        )
     if impl == "cpp":
         return Choice(impl, why, "stream", "factors read once, widened in registers")
     dense = _worth_a_dense_weight(call)
@@ -164,7 +168,9 @@ def choose(call: Call, machine: Machine, impl: str = "auto") -> Choice:
     return Choice(impl, why, "mm", "two matmuls around a row scaling")
 
 
-def cheaper_form(M: int, N: int, k: int, weight: float = 2, factors: float = 2, C: int | None = None) -> tuple[str, str]:
+def cheaper_form(
+    M: int, N: int, k: int, weight: float = 2, factors: float = 2, C: int | None = None
+) -> tuple[str, str]:
     """("factored" or "delta", why): whichever reads fewer bytes for a token.
 
     Factored reads U and V, factors * C (M + N) bytes; delta the weight and k components, weight * M N + factors * k (M + N).
@@ -236,7 +242,12 @@ def _implementation(call: Call, machine: Machine) -> tuple[str, str]:
         kept_off["cpp"] = why
     for impl in ("cuda", "triton", "cpp"):
         if impl not in kept_off:
-            return impl, f"measured to be faster than torch on {machine.name}" if impl == "cpp" else f"checked on {machine.name}"
+            return (
+                impl,
+                f"measured to be faster than torch on {machine.name}"
+                if impl == "cpp"
+                else f"checked on {machine.name}",
+            )
     reasons = "; ".join(f"no {impl}: {kept_off[impl]}" for impl in ("cpp", "triton", "cuda")[machine.kind != "cpu" :])
     return "torch", f"{machine.name}; {reasons}"
 
@@ -258,5 +269,7 @@ def _worth_a_dense_weight(call: Call) -> tuple[int, ...] | None:
 
 def _say_dense(call: Call, rows: Iterable[int]) -> str:
     rows = list(rows)
-    of = f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))}" if rows else f"one expert with {call.T} tokens"
+    of = (
+        f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))}" if rows else f"one expert with {call.T} tokens"
+    )
     return f"W' is made once for {of}"

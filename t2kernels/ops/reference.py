@@ -7,7 +7,13 @@ from torch import Tensor
 
 
 def svf_linear_ref(
-    x: Tensor, V: Tensor, U: Tensor, scale: Tensor, expert_ids: Tensor, base: Tensor | None = None, bias: Tensor | None = None
+    x: Tensor,
+    V: Tensor,
+    U: Tensor,
+    scale: Tensor,
+    expert_ids: Tensor,
+    base: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """y = base + ((x V) * scale[expert_ids]) Uᵀ + bias, token by token in at least fp32, rounded once at the end.
 

@@ -14,11 +14,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from ..storage import TEMPORARY
-from .errors import APIError, bad
-from .experts import Experts, Version
-from .few_shot import FewShotRequest, FewShots
-from .limits import discard
+from t2kernels.serve.http.errors import APIError, bad
+from t2kernels.serve.http.limits import discard
+from t2kernels.storage import TEMPORARY
+
+from .registry import Experts, Version
+from .searches import FewShotRequest, FewShots
 
 if TYPE_CHECKING:
     from .app import Service
@@ -34,7 +35,10 @@ def add_routes(app: FastAPI, service: Service) -> None:
         experts.check_new(name, replace)
         if place.exists() and name not in experts.current and not replace:
             raise APIError(
-                409, f"the experts folder holds a file {place.name!r}; add replace=true to overwrite it", "expert_exists", "name"
+                409,
+                f"the experts folder holds a file {place.name!r}; add replace=true to overwrite it",
+                "expert_exists",
+                "name",
             )
         return place
 
@@ -80,7 +84,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
         temporary = place.with_name(f".{uuid.uuid4().hex}{TEMPORARY}")
         try:
             await _receive(http, temporary)
-            version = await publish(name, replace, lambda: _read(experts, name, temporary), lambda: os.replace(temporary, place))
+            version = await publish(
+                name, replace, lambda: _read(experts, name, temporary), lambda: os.replace(temporary, place)
+            )
         finally:
             temporary.unlink(missing_ok=True)
         return JSONResponse(_shown(version), 201)
@@ -146,7 +152,10 @@ async def _receive(http: Request, place: Path) -> None:
     except OSError as error:
         raise _not_stored(error) from None
     if not size:
-        raise bad("the body is empty: send the expert's .safetensors file, as with curl --data-binary @math.safetensors", code="bad_expert")
+        raise bad(
+            "the body is empty: send the expert's .safetensors file, as with curl --data-binary @math.safetensors",
+            code="bad_expert",
+        )
 
 
 def _not_stored(error: OSError) -> APIError:

@@ -15,16 +15,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from t2kernels.serve.engine.batching import BatchSettings
+from t2kernels.serve.engine.engine import Engine
+from t2kernels.serve.http.errors import APIError, bad
+from t2kernels.serve.http.limits import LimitBody, RequireKey
+from t2kernels.serve.http.metrics import Metrics
+from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
+
 from .admin import add_routes
-from .answering import Answer, while_connected
-from .batching import BatchSettings
-from .engine import Engine
-from .errors import APIError, bad
-from .experts import AUTO, Chosen, Experts
-from .limits import LimitBody, RequireKey
-from .metrics import Metrics
-from .protocol import ChatRequest, CompletionRequest
-from .routing import Router
+from .auto import Router
+from .completions import Answer, while_connected
+from .registry import AUTO, Chosen, Experts
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ class Service:
             raise bad("the prompt is empty: it has no token to begin with", "prompt")
         if room < 1 or (asked is not None and asked > room):
             wanted = f"{len(prompt)} tokens of prompt" + (f" and {asked} more" if asked is not None else "")
-            raise bad(f"this server's context is {self.context} tokens; the request asks for {wanted}", code="context_length_exceeded")
+            raise bad(
+                f"this server's context is {self.context} tokens; the request asks for {wanted}",
+                code="context_length_exceeded",
+            )
         return room if asked is None else asked
 
     async def choose(self, model: str, prompt: Any) -> Chosen:
@@ -169,7 +173,8 @@ class Service:
         }
         of = {"object": "model", "owned_by": "t2kernels", "parent": self.settings.name, "max_model_len": self.context}
         experts = [
-            {"id": name, "created": v.created, "root": v.digest, "numbers": v.numbers, **of} for name, v in self.experts.current.items()
+            {"id": name, "created": v.created, "root": v.digest, "numbers": v.numbers, **of}
+            for name, v in self.experts.current.items()
         ]
         auto = [{"id": AUTO, "created": self.started, **of}] if self.router else []
         return [base, *experts, *auto]
@@ -233,7 +238,9 @@ def make_app(service: Service) -> FastAPI:
         engine = service.engine
         state = "dead" if engine.failure and not engine.draining else "draining" if engine.draining else "ready"
         body = {"status": state, "running": len(engine.running), "waiting": len(engine.waiting)}
-        return JSONResponse({**body, **({"reason": engine.failure} if engine.failure else {})}, 200 if state == "ready" else 503)
+        return JSONResponse(
+            {**body, **({"reason": engine.failure} if engine.failure else {})}, 200 if state == "ready" else 503
+        )
 
     @app.get("/metrics")
     async def metrics() -> Response:

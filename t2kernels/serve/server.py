@@ -60,7 +60,8 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         made.close()
         raise OSError(
-            error.errno, f"cannot listen on {host} port {port} ({error.strerror}); choose another with --host and --port"
+            error.errno,
+            f"cannot listen on {host} port {port} ({error.strerror}); choose another with --host and --port",
         ) from None
     return made
 

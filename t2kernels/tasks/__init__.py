@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from t2kernels.tasks import tiny
-from t2kernels.tasks.base import Task, from_jsonl
+from . import tiny
+from .base import Task, from_jsonl
 
 __all__ = ["Task", "from_jsonl", "hub_names", "load", "names"]
 
@@ -65,15 +65,24 @@ def load(
 
 
 def _from_hub(name: str, path: str | Path | Mapping[str, str | Path] | None, checker: str, holdout: int) -> Task:
-    from t2kernels.tasks import arc, competition_math, gsm8k, python_code, textvqa
-    from t2kernels.tasks.source import Rows
+    from t2kernels.tasks.hub.source import Rows
+
+    from .hub import arc, competition_math, gsm8k, python_code, textvqa
 
     match name:
         case "gsm8k":
             make, source = Task, gsm8k.SOURCE
-            kind = {"extract": gsm8k.extract, "max_new_tokens": 512, "stop": gsm8k.STOP, "checker": "equality of numbers"}
+            kind = {
+                "extract": gsm8k.extract,
+                "max_new_tokens": 512,
+                "stop": gsm8k.STOP,
+                "checker": "equality of numbers",
+            }
         case "math500" | "hendrycks_math":
-            make, source = Task, {"math500": competition_math.MATH500, "hendrycks_math": competition_math.HENDRYCKS_MATH}[name]
+            make, source = (
+                Task,
+                {"math500": competition_math.MATH500, "hendrycks_math": competition_math.HENDRYCKS_MATH}[name],
+            )
             judge, words = competition_math.judge(checker)
             kind = {
                 "extract": competition_math.extract,
@@ -84,7 +93,11 @@ def _from_hub(name: str, path: str | Path | Mapping[str, str | Path] | None, che
             }
         case "mbpp" | "humaneval":
             make, source = python_code.CodeTask, {"mbpp": python_code.MBPP, "humaneval": python_code.HUMANEVAL}[name]
-            kind = {"max_new_tokens": 512, "checker": "tests, in a sandbox", "stop": python_code.STOP if name == "humaneval" else ()}
+            kind = {
+                "max_new_tokens": 512,
+                "checker": "tests, in a sandbox",
+                "stop": python_code.STOP if name == "humaneval" else (),
+            }
         case "arc_easy" | "arc_challenge":
             make, source = Task, {"arc_easy": arc.EASY, "arc_challenge": arc.CHALLENGE}[name]
             kind = {"judge": arc.judge, "max_new_tokens": 32, "stop": arc.STOP, "checker": "the option named"}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from t2kernels.tasks.records import json_lines, text
+from .records import json_lines, text
 
 SPLITS = ("train", "validation", "test")
 
@@ -58,7 +58,9 @@ class Task:
             raise ValueError(f"n is {n}; ask for at least one problem")
         rows = self.rows(split, n, seed)
         if not rows or (n is not None and len(rows) < n):
-            raise ValueError(f"task {self.name!r} has {len(rows)} problems in its {split} split; {n or 'at least one'} wanted")
+            raise ValueError(
+                f"task {self.name!r} has {len(rows)} problems in its {split} split; {n or 'at least one'} wanted"
+            )
         return [self._styled(row) for row in rows]
 
     def _styled(self, row: dict) -> dict:
@@ -78,7 +80,9 @@ class Task:
         Raises ValueError if the lengths differ.
         """
         if not len(prompts) == len(completions) == len(answer):
-            raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions and {len(answer)} answers; one of each is wanted")
+            raise ValueError(
+                f"{len(prompts)} prompts, {len(completions)} completions and {len(answer)} answers; one of each is wanted"
+            )
         kept = {k: v for k, v in columns.items() if isinstance(v, (list, tuple)) and len(v) == len(answer)}
         rows = [{"answer": a, **{k: v[i] for k, v in kept.items()}} for i, a in enumerate(answer)]
         return [1.0 if right else -1.0 for right in self.verdicts([text_of(c) for c in completions], rows)]

@@ -20,7 +20,7 @@ from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from t2kernels.tasks.base import Task, bucket
+from .base import Task, bucket
 
 LETTERS = "abcdefghij"
 DIGITS = "0123456789"
@@ -124,7 +124,9 @@ def values(r: random.Random, count: int) -> Problem:
     """Digits under letters, then the sum of `count` of them: reading and arithmetic. The first state is the first digit."""
     keys, digits = r.sample(LETTERS, 4), [r.randint(2, 9) for _ in range(4)]
     picked = [r.randrange(4) for _ in range(count)]
-    prompt = ",".join(f"{k}{v}" for k, v in zip(keys, digits, strict=True)) + ";" + "+".join(keys[i] for i in picked) + "?"
+    prompt = (
+        ",".join(f"{k}{v}" for k, v in zip(keys, digits, strict=True)) + ";" + "+".join(keys[i] for i in picked) + "?"
+    )
     return Problem(prompt, tuple(map(str, accumulate(digits[i] for i in picked))), ",")
 
 

@@ -41,7 +41,15 @@ SINGLE_STEPS: dict[str, tiny.Generator] = {
 WEB = {"math": 20, "code": 20, "reason": 20, "classify": 6, "sub": 4, "digits": 4, "lookadd": 4, "lookops": 4}
 WEB |= {"addition": 4, "subtraction": 2, "operation": 5, "operation on digits": 2, "hop": 3, "value": 1, "word": 1}
 LESSONS = {"math": 8, "code": 12, "reason": 8, "sub": 5, "digits": 6, "lookadd": 6, "lookops": 6}
-LESSONS |= {"addition": 12, "subtraction": 7, "operation": 14, "operation on digits": 6, "hop": 6, "value": 2, "word": 2}
+LESSONS |= {
+    "addition": 12,
+    "subtraction": 7,
+    "operation": 14,
+    "operation on digits": 6,
+    "hop": 6,
+    "value": 2,
+    "word": 2,
+}
 """Per cent of the documents of each task."""
 
 

@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from t2kernels import tasks
-from t2kernels.tiny import corpus, evaluate
-from t2kernels.tiny.tokenizer import BOS, EOS, PAD, VOCABULARY, build, encode
+
+from . import accuracy as evaluate
+from . import corpus
+from .tokenizer import BOS, EOS, PAD, VOCABULARY, build, encode
 
 SEED = 0
 STEPS = 5400
@@ -56,7 +58,13 @@ def initialise(model: LlamaForCausalLM, seed: int) -> None:
     width = 0.04 * math.sqrt(192 / 128)
     for name, p in model.named_parameters():
         if p.ndim == 2:
-            std = 0.02 if "embed" in name else width / math.sqrt(8) if name.endswith(("o_proj.weight", "down_proj.weight")) else width
+            std = (
+                0.02
+                if "embed" in name
+                else width / math.sqrt(8)
+                if name.endswith(("o_proj.weight", "down_proj.weight"))
+                else width
+            )
             p.data.copy_(torch.randn(p.shape, generator=generator) * std)
 
 
@@ -101,12 +109,21 @@ def train(steps: int = STEPS, seed: int = SEED, console: Console | None = None) 
     blocks = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
     optimisers = {
-        torch.optim.Muon(blocks, lr=LR_MATRICES, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"): LR_MATRICES,
+        torch.optim.Muon(
+            blocks, lr=LR_MATRICES, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+        ): LR_MATRICES,
         torch.optim.AdamW(rest, lr=LR_REST, betas=(0.9, 0.98), weight_decay=0): LR_REST,
     }
     lessons, web = batches(corpus.lessons(1000 + seed)), batches(corpus.web(2000 + seed))
     text = TextColumn("loss {task.fields[loss]:.3f} · {task.fields[documents]:,} documents")
-    columns = (TextColumn("pre-training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), text)
+    columns = (
+        TextColumn("pre-training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        text,
+    )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=steps, loss=float("nan"), documents=0)
         documents, mean = 0, None
@@ -133,7 +150,9 @@ def train(steps: int = STEPS, seed: int = SEED, console: Console | None = None) 
 def save(model: LlamaForCausalLM, out: Path) -> LlamaForCausalLM:
     """Write model and tokenizer in bf16; what comes back holds the rounded weights in fp32."""
     model = model.to(torch.bfloat16)
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=32, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=32, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD
+    )
     model.save_pretrained(out)
     build().save_pretrained(out)
     return model.float()
@@ -144,7 +163,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write the checkpoint to")
     parser.add_argument("--steps", type=int, default=STEPS, help="for a quick look; the shipped model took the default")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--threads", type=int, default=2, help="another number changes rounding, and with it the weights")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="another number changes rounding, and with it the weights"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console()
@@ -152,11 +173,21 @@ def main() -> None:
     model = save(train(arguments.steps, arguments.seed, console), arguments.out)
     console.print(f"{arguments.steps} steps in {time.perf_counter() - start:.0f} s")
     table = Table(
-        "task", "problems", "greedy", "sampled at T=1", "working forced", "standard error", title="accuracy on the frozen test files"
+        "task",
+        "problems",
+        "greedy",
+        "sampled at T=1",
+        "working forced",
+        "standard error",
+        title="accuracy on the frozen test files",
     )
     stated = {name: evaluate.report(model, build(), name) for name in tasks.names()}
     for name, row in stated.items():
-        table.add_row(name, str(row["n"]), *(f"{row[column]:.3f}" for column in ("greedy", "sampled", "working", "greedy_standard_error")))
+        table.add_row(
+            name,
+            str(row["n"]),
+            *(f"{row[column]:.3f}" for column in ("greedy", "sampled", "working", "greedy_standard_error")),
+        )
     console.print(table)
     (arguments.out / "accuracy.json").write_text(json.dumps(stated, indent=1) + "\n")
 

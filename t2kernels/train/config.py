@@ -46,48 +46,85 @@ class SVFConfig(TrainingArguments):
     """
 
     parametrisation: str = field(default="raw", metadata={"help": "raw or sigmoid"})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest completion; by default what the task says, else 64."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest completion; by default what the task says, else 64."}
+    )
     num_generations: int = field(default=1, metadata={"help": "Completions a prompt."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampling and of the log-probabilities; 0 is greedy."})
-    reward_range: list[float] | None = field(default_factory=lambda: [0.0, 1.0], metadata={"help": "Rewards are cut to [low, high]."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Of the sampling and of the log-probabilities; 0 is greedy."}
+    )
+    reward_range: list[float] | None = field(
+        default_factory=lambda: [0.0, 1.0], metadata={"help": "Rewards are cut to [low, high]."}
+    )
     advantage: str = field(default="none", metadata={"help": "none, batch, group or leave_one_out"})
     advantage_clip: float | None = field(default=None, metadata={"help": "Advantages are cut to [-clip, clip]."})
     kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the base model."})
-    kl_direction: str = field(default="reverse", metadata={"help": "reverse, KL(pi || base), or forward, KL(base || pi)"})
+    kl_direction: str = field(
+        default="reverse", metadata={"help": "reverse, KL(pi || base), or forward, KL(base || pi)"}
+    )
     loss_batch_size: int | None = field(default=32, metadata={"help": "Rows of one forward and backward."})
 
-    learning_rate: float = field(default=0.02, metadata={"help": "Adam's; for raw z, about the most that a component moves in a step."})
+    learning_rate: float = field(
+        default=0.02, metadata={"help": "Adam's; for raw z, about the most that a component moves in a step."}
+    )
     max_steps: int = field(default=150, metadata={"help": "Updates; -1: num_train_epochs decides."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Prompts a step."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Prompts generated for at once in evaluation."})
+    per_device_eval_batch_size: int = field(
+        default=256, metadata={"help": "Prompts generated for at once in evaluation."}
+    )
     lr_scheduler_type: str = field(default="warmup_stable_decay", metadata={"help": "Any scheduler of transformers."})
     warmup_steps: float = field(default=0.07, metadata={"help": "Steps, or a share of all steps if below 1."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "The norm of an expert's gradient is cut to this."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    save_strategy: str = field(default="no", metadata={"help": "no, steps, epoch or best; the experts come back in memory either way."})
+    save_strategy: str = field(
+        default="no", metadata={"help": "no, steps, epoch or best; the experts come back in memory either way."}
+    )
     metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "accuracy or reward"})
     disable_tqdm: bool | None = field(default=True, metadata={"help": "False for the progress bar of transformers."})
-    use_cache: bool = field(default=True, metadata={"help": "Rollouts use a KV cache; forwards with gradients never do."})
+    use_cache: bool = field(
+        default=True, metadata={"help": "Rollouts use a KV cache; forwards with gradients never do."}
+    )
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Batches are text: there is nothing to pin."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns go to the reward."})
 
     def __post_init__(self):
-        for name, allowed in (("parametrisation", PARAMETRISATIONS), ("advantage", ADVANTAGES), ("kl_direction", KL_DIRECTIONS)):
+        for name, allowed in (
+            ("parametrisation", PARAMETRISATIONS),
+            ("advantage", ADVANTAGES),
+            ("kl_direction", KL_DIRECTIONS),
+        ):
             _require(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(map(repr, allowed)))
         for name in ("max_new_tokens", "num_generations", "loss_batch_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
-        _require(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "0 (greedy) or more")
+        _require(
+            self.temperature >= 0 and math.isfinite(self.temperature),
+            "temperature",
+            self.temperature,
+            "0 (greedy) or more",
+        )
         _require(self.kl_coef >= 0 and math.isfinite(self.kl_coef), "kl_coef", self.kl_coef, "0 or more")
-        _require(self.advantage_clip is None or self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "more than 0, or None")
+        _require(
+            self.advantage_clip is None or self.advantage_clip > 0,
+            "advantage_clip",
+            self.advantage_clip,
+            "more than 0, or None",
+        )
         if self.reward_range is not None:
             self.reward_range = [float(v) for v in self.reward_range]
             good = len(self.reward_range) == 2 and self.reward_range[0] < self.reward_range[1]
             _require(good, "reward_range", self.reward_range, "[low, high], or None")
         if self.advantage in ("group", "leave_one_out"):
-            _require(self.num_generations > 1, "num_generations", self.num_generations, f"at least 2 for advantage={self.advantage!r}")
+            _require(
+                self.num_generations > 1,
+                "num_generations",
+                self.num_generations,
+                f"at least 2 for advantage={self.advantage!r}",
+            )
             if self.temperature == 0:
-                raise ValueError(f"advantage={self.advantage!r} compares samples of a prompt, and at temperature=0 they are all the same")
+                raise ValueError(
+                    f"advantage={self.advantage!r} compares samples of a prompt, and at temperature=0 they are all the same"
+                )
         self._checkpointing()
         super().__post_init__()
         if self.push_to_hub:
@@ -100,7 +137,9 @@ class SVFConfig(TrainingArguments):
         on = getattr(self, new) or self.gradient_checkpointing
         kwargs = dict(getattr(self, f"{new}_kwargs") or self.gradient_checkpointing_kwargs or {})
         if on and kwargs.setdefault("use_reentrant", False):
-            raise ValueError("use_reentrant=True would recompute with the wrong experts: leave it out, or set it to False")
+            raise ValueError(
+                "use_reentrant=True would recompute with the wrong experts: leave it out, or set it to False"
+            )
         if on:
             self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
             setattr(self, new, True)

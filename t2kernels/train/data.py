@@ -34,7 +34,9 @@ class Problems(Dataset):
                 raise ValueError(f"{what}[{i}] is a {type(row).__name__}; wanted a dict with a prompt")
             for column in ("prompt", "expert") if by_column else ("prompt",):
                 if column not in row:
-                    raise ValueError(f"{what}[{i}] has no {column!r}; its columns are {', '.join(map(repr, row)) or 'none'}")
+                    raise ValueError(
+                        f"{what}[{i}] has no {column!r}; its columns are {', '.join(map(repr, row)) or 'none'}"
+                    )
 
     def __len__(self) -> int:
         return self.ends[-1]

@@ -25,7 +25,12 @@ def kl_divergence(log_pi: Tensor, log_base: Tensor, direction: str = "reverse") 
 
 
 def reinforce_loss(
-    token_log_probs: Tensor, mask: Tensor, advantages: Tensor, weights: Tensor, kl: Tensor | None = None, kl_coef: float = 0.0
+    token_log_probs: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.0,
 ) -> Tensor:
     """Σ_i weights_i (-A_i Σ_t log pi(y_it) + kl_coef Σ_t KL_it), the paper's objective (arXiv 2501.06252, section 3.1, equation 2).
 

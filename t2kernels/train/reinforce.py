@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
+from t2kernels.rollout.generation import Rollout, Sampler, completion_logits
+from t2kernels.rollout.rewards import Scorer, advantages
+
 from .config import SVFConfig
 from .data import Problems
 from .loss import kl_divergence, log_probs, reinforce_loss
-from .rewards import Scorer, advantages
-from .rollout import Rollout, Sampler, completion_logits
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,12 @@ class ReinforceTrainer(Trainer):
         )
         if use_cache is not None:
             config.use_cache = use_cache  # Trainer sets it from its arguments
-        self.args._n_gpu = min(self.args.n_gpu, 1)  # one process a device: replicas of nn.DataParallel have no experts in training
-        self.remove_callback(PrinterCallback)  # which Trainer adds where there is no progress bar, and which writes to stdout
+        self.args._n_gpu = min(
+            self.args.n_gpu, 1
+        )  # one process a device: replicas of nn.DataParallel have no experts in training
+        self.remove_callback(
+            PrinterCallback
+        )  # which Trainer adds where there is no progress bar, and which writes to stdout
         self.loss_is_scaled_for_ga = False
         self._measured: dict[str, list[float]] = defaultdict(list)
         self._equal: Counter[str | None] = Counter()
@@ -105,7 +110,9 @@ class ReinforceTrainer(Trainer):
         prompts = [row["prompt"] for row in rows]
         ids, mask = self.sampler.encode(prompts, args.device)
         routing = self.routing([row.get("expert") for row in rows])
-        out = self.sampler.draw(self.accelerator.unwrap_model(self.model), ids, mask, args.temperature, samples, **routing)
+        out = self.sampler.draw(
+            self.accelerator.unwrap_model(self.model), ids, mask, args.temperature, samples, **routing
+        )
         rows = [row for row in rows for _ in range(samples)]
         out.experts = [row.get("expert") for row in rows]
         rewards = self.score(rows, self.sampler.decode(out, [row["prompt"] for row in rows]))
@@ -127,7 +134,9 @@ class ReinforceTrainer(Trainer):
             rewards[at] = self.scorers[expert]([rows[i] for i in at], [completions[i] for i in at])
         return rewards
 
-    def compute_loss(self, model: nn.Module, inputs: Rollout, return_outputs: bool = False, num_items_in_batch=None) -> Tensor:
+    def compute_loss(
+        self, model: nn.Module, inputs: Rollout, return_outputs: bool = False, num_items_in_batch=None
+    ) -> Tensor:
         """`reinforce_loss` of a rollout."""
         temperature = self.args.temperature
         log_base = None
@@ -166,7 +175,9 @@ class ReinforceTrainer(Trainer):
 
     def _advantages(self, rewards: Tensor, experts: Sequence[str | None]) -> Tensor:
         if self.args.advantage != "batch":
-            return advantages(rewards, experts, self.args.num_generations, self.args.advantage, self.args.advantage_clip)
+            return advantages(
+                rewards, experts, self.args.num_generations, self.args.advantage, self.args.advantage_clip
+            )
         everyone = self._gather(list(zip(experts, rewards.tolist(), strict=True)))
         names, values = zip(*everyone, strict=True)
         out = advantages(torch.tensor(values), names, 1, "batch", self.args.advantage_clip)
@@ -247,7 +258,13 @@ class ReinforceTrainer(Trainer):
                 if bool((rewards[at] == rewards[at][0]).all())
                 else f"; they do differ before the cut to reward_range={self.args.reward_range}"
             )
-            logger.warning("every reward%s in the last %d batches was %g: there is nothing to learn from%s", who, PATIENCE, cut[at][0], why)
+            logger.warning(
+                "every reward%s in the last %d batches was %g: there is nothing to learn from%s",
+                who,
+                PATIENCE,
+                cut[at][0],
+                why,
+            )
 
     def _probe(self, data: Problems | None) -> None:
         """Find out before any long work that a reward cannot be called: on two rows of each expert with empty completions."""
@@ -256,8 +273,12 @@ class ReinforceTrainer(Trainer):
             rows = rows if name is None else [{**row, "expert": name} for row in rows]
             for row in rows:
                 if row.get("expert") not in self.scorers:
-                    raise ValueError(f"no reward for rows of expert {row.get('expert')!r}; there are rewards for {list(self.scorers)}")
-            self.score(rows, ["" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": ""}] for row in rows])
+                    raise ValueError(
+                        f"no reward for rows of expert {row.get('expert')!r}; there are rewards for {list(self.scorers)}"
+                    )
+            self.score(
+                rows, ["" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": ""}] for row in rows]
+            )
 
 
 def _collate(rows: list[dict]) -> dict:

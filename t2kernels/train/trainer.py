@@ -16,13 +16,14 @@ from transformers import set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..expert import Expert
-from ..storage import write_json
-from . import checkpoint
+from t2kernels.experts.expert import Expert
+from t2kernels.rollout.rewards import Reward, Scorer
+from t2kernels.storage import write_json
+
+from . import trainer_state as checkpoint
 from .config import SVFConfig
 from .data import is_task, problems
 from .reinforce import ReinforceTrainer
-from .rewards import Reward, Scorer
 
 STATE, ARGUMENTS = "trainer_state.json", "svf_config.json"
 SPECIAL = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -72,7 +73,9 @@ class SVFTrainer(ReinforceTrainer):
         if bank is None:
             raise ValueError("the model is not patched: bank = t2kernels.patch_model(model) first")
         if "optimizers" in kwargs:
-            raise ValueError("optimizers cannot be given: the parameters are made by train(); use optim=, or optimizer_cls_and_kwargs=")
+            raise ValueError(
+                "optimizers cannot be given: the parameters are made by train(); use optim=, or optimizer_cls_and_kwargs="
+            )
         self.bank = bank
         args = SVFConfig() if args is None else args
         data, tasks = _by_expert(train_dataset, experts)
@@ -86,7 +89,9 @@ class SVFTrainer(ReinforceTrainer):
             if not isinstance(name, str) or not name:
                 raise ValueError(f"an expert's name is a non-empty string, not {name!r}")
             if name in bank:
-                raise ValueError(f"the bank has an expert named {name!r}; choose another name, or remove it and pass it as init")
+                raise ValueError(
+                    f"the bank has an expert named {name!r}; choose another name, or remove it and pass it as init"
+                )
         self.init = dict.fromkeys(names, init) if isinstance(init, Expert) or init is None else dict(init)
         if unknown := set(self.init) - set(names):
             raise ValueError(f"init has {sorted(unknown)}, but the experts in training are {names}")
@@ -100,7 +105,9 @@ class SVFTrainer(ReinforceTrainer):
         self.tasks = {name: getattr(task, "name", None) for name, task in tasks.items()}
         evaluation = problems(eval_dataset, "validation", "eval_dataset")
         if evaluation is not None and (unknown := set(evaluation.experts) - set(names)):
-            raise ValueError(f"eval_dataset has problems of {sorted(map(str, unknown))}, but the experts in training are {names}")
+            raise ValueError(
+                f"eval_dataset has problems of {sorted(map(str, unknown))}, but the experts in training are {names}"
+            )
         super().__init__(model, args, train, evaluation, scorers, processing_class, **kwargs)
         self.experts: dict[str, Expert] = {}
         self._names, self._seen = names, set()
@@ -119,7 +126,9 @@ class SVFTrainer(ReinforceTrainer):
         self.optimizer = self.lr_scheduler = None  # of parameters that are no more
         set_seed(self.args.seed)  # again: what ran since the trainer was made must not decide where it starts
         finished, at_start = False, self.args.eval_on_start
-        self.args.eval_on_start = at_start and not resume_from_checkpoint  # a run that goes on has been evaluated at its start
+        self.args.eval_on_start = (
+            at_start and not resume_from_checkpoint
+        )  # a run that goes on has been evaluated at its start
         with self._only_experts_train():
             try:
                 for name in self._names:
@@ -139,7 +148,11 @@ class SVFTrainer(ReinforceTrainer):
         """Freeze every weight there is, and leave the model as it was found afterwards."""
         model, training = self.model, self.model.training
         grads = {p: p.requires_grad for p in model.parameters()}
-        configs = [c for c in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)) if c is not None]
+        configs = [
+            c
+            for c in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+            if c is not None
+        ]
         before = [{k: getattr(c, k) for k in SPECIAL if hasattr(c, k)} for c in configs]
         checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         model.requires_grad_(False)
@@ -152,7 +165,9 @@ class SVFTrainer(ReinforceTrainer):
                 for k, v in values.items():
                     setattr(config, k, v)
             if self.args.gradient_checkpointing and not checkpointing:
-                getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()  # the name since 5.23
+                getattr(
+                    model, "activation_checkpointing_disable", model.gradient_checkpointing_disable
+                )()  # the name since 5.23
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             vars(model).pop("_is_accelerate_prepared", None)
             self.model_wrapped = self.model = model
@@ -212,7 +227,10 @@ class SVFTrainer(ReinforceTrainer):
             "reward": self.scorers[name].name,
             "parametrisation": args.parametrisation,
             "steps": step,
-            "batch": args.per_device_train_batch_size * args.num_generations * args.gradient_accumulation_steps * args.world_size,
+            "batch": args.per_device_train_batch_size
+            * args.num_generations
+            * args.gradient_accumulation_steps
+            * args.world_size,
             "learning_rate": args.learning_rate,
             "kl_coef": args.kl_coef,
             "seed": args.seed,
@@ -235,7 +253,9 @@ class SVFTrainer(ReinforceTrainer):
         folder = Path(output_dir or self.args.output_dir)
         training = [n for n in self._names if n in self.bank.in_training]
         parameters = {n: self.bank.trained_parameters(n) for n in training}
-        checkpoint.save(folder, {n: self._expert(n) for n in training or self.experts}, parameters, self.args.parametrisation)
+        checkpoint.save(
+            folder, {n: self._expert(n) for n in training or self.experts}, parameters, self.args.parametrisation
+        )
         write_json(folder / ARGUMENTS, self.args.to_dict())
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
@@ -283,7 +303,9 @@ class SVFTrainer(ReinforceTrainer):
             self._load_expert(resume_from_checkpoint, name)
 
     def _load_expert(self, folder: str | os.PathLike, name: str) -> None:
-        checkpoint.load(folder, name, self.bank.trained_parameters(name), self.args.parametrisation, self.bank.origin.check)
+        checkpoint.load(
+            folder, name, self.bank.trained_parameters(name), self.args.parametrisation, self.bank.origin.check
+        )
 
     def _load_best_model(self) -> None:
         """Each expert from the checkpoint that was best for it, among those that are still there."""

@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from worlds import World, make
+
+from tests.vllm.worlds import World, make
 
 
 def _installed(name: str) -> bool:

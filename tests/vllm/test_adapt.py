@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from worlds import engine
 
 import t2kernels as t2
 from t2kernels import tiny
 from t2kernels.adapt import CEMConfig, Examples, FewShot
 from t2kernels.integrations.vllm import engine_args, expert, few_shot
+from tests.vllm.worlds import engine
 
 NAMES = ("math", "code", "reason")
 FILES = {n: tiny.experts()[n] for n in NAMES}
@@ -50,7 +50,9 @@ def test_it_finds_what_the_library_finds_and_serves_it_at_once(llm, patched, tmp
     model, tokenizer = patched
     for who, name in ((got.request, "mine"), (expert("again", tmp_path / "mine"), "mine"), (None, None)):
         batch = tokenizer(test, padding=True, padding_side="left", return_tensors="pt")
-        out = model.generate(**batch, experts=name, max_new_tokens=22, do_sample=False)[:, batch["input_ids"].shape[1] :]
+        out = model.generate(**batch, experts=name, max_new_tokens=22, do_sample=False)[
+            :, batch["input_ids"].shape[1] :
+        ]
         answers = llm.generate(test, sampling, lora_request=who, use_tqdm=False)
         assert [a.outputs[0].text for a in answers] == tokenizer.batch_decode(out, skip_special_tokens=True)
 
@@ -64,7 +66,13 @@ def test_answers_are_sampled(llm, tmp_path):
         return task.reward(prompts=prompts, completions=completions, answer=answer)
 
     few_shot(
-        llm, FILES, rows, reward, tmp_path / "mine", **{**SETTINGS, "iterations": 1, "samples": 3, "temperature": 1.5}, max_new_tokens=22
+        llm,
+        FILES,
+        rows,
+        reward,
+        tmp_path / "mine",
+        **{**SETTINGS, "iterations": 1, "samples": 3, "temperature": 1.5},
+        max_new_tokens=22,
     )
     generation = seen[1]  # the first is the trial on empty answers
     assert [three[0][0] for three in generation] == [row["prompt"] for row in rows] * 6

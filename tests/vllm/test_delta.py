@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from worlds import LONG, PROMPTS, answers_of, ask, engine, materialise, wrong
 
 import t2kernels as t2
 from t2kernels.integrations.vllm import engine_args, expert
+from tests.vllm.worlds import LONG, PROMPTS, answers_of, ask, engine, materialise, wrong
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,9 @@ def test_bad_experts_are_refused_and_the_engine_goes_on(llm, world, tmp_path):
     with pytest.raises(t2.ExpertError, match="is not an expert"):
         expert("cut", cut)
     good = t2.Expert.load(world.experts[1])
-    other = t2.Expert({n.replace("model.layers.0", "model.layers.9"): z for n, z in good.z.items()}).save(tmp_path / "other")
+    other = t2.Expert({n.replace("model.layers.0", "model.layers.9"): z for n, z in good.z.items()}).save(
+        tmp_path / "other"
+    )
     refused(other, VLLMValidationError, "for another model")
     foreign = {n: s.flip(0) for n, s in good.sketch.items()}
     strange = t2.Expert(good.z, {"name": "strange"}, foreign).save(tmp_path / "strange")
@@ -100,7 +102,7 @@ def test_a_truncated_rank_is_refused_beyond_its_bound(world, tmp_path):
 
     from vllm.exceptions import VLLMValidationError
 
-    from t2kernels.integrations.vllm.check import check_request
+    from t2kernels.integrations.vllm.engine.check import check_request
 
     arguments = engine_args(factors=world.factors, rows=3, rank=16)
     config = SimpleNamespace(additional_config=arguments["additional_config"])
@@ -108,4 +110,6 @@ def test_a_truncated_rank_is_refused_beyond_its_bound(world, tmp_path):
         check_request(config, expert("e1", world.experts[1]))
     short = t2.Expert.load(world.experts[1]).truncate(16)
     check_request(config, expert("short", short.save(tmp_path / "short")))
-    assert torch.equal(short.z["model.layers.0.mlp.up_proj"], t2.Expert.load(world.experts[1]).z["model.layers.0.mlp.up_proj"][:16])
+    assert torch.equal(
+        short.z["model.layers.0.mlp.up_proj"], t2.Expert.load(world.experts[1]).z["model.layers.0.mlp.up_proj"][:16]
+    )

@@ -1,10 +1,10 @@
 """Factored form: a checkpoint that `t2 decompose --format vllm` wrote, alone and over two processes in both layouts."""
 
 import pytest
-from worlds import LONG, ask, engine, wrong
 
 from t2kernels.integrations.vllm import engine_args
-from t2kernels.integrations.vllm.checkpoint import write_checkpoint
+from t2kernels.integrations.vllm.engine.model_folder import write_checkpoint
+from tests.vllm.worlds import LONG, ask, engine, wrong
 
 
 @pytest.fixture(scope="module")

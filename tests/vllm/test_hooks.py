@@ -28,11 +28,19 @@ def test_the_hooks_are_those_that_were_tested(monkeypatch):
 
     hooks.check_hooks()
     changes = {
-        "set_active_adapters takes": (WorkerLoRAManager, "set_active_adapters", lambda self, requests, mapping, more: None),
+        "set_active_adapters takes": (
+            WorkerLoRAManager,
+            "set_active_adapters",
+            lambda self, requests, mapping, more: None,
+        ),
         "pin_adapter takes None": (WorkerLoRAManager, "pin_adapter", None),
         "makes another manager": (mixin.LoRAModelRunnerMixin, "load_lora_model", lambda self, model: None),
         "calls another method": (mixin.LoRAModelRunnerMixin, "_set_active_loras", lambda self: None),
-        "prefix cache does not tell": (cache, "_gen_lora_extra_hash_keys", lambda request: [request.lora_request.lora_name]),
+        "prefix cache does not tell": (
+            cache,
+            "_gen_lora_extra_hash_keys",
+            lambda request: [request.lora_request.lora_name],
+        ),
     }
     for match, (owner, name, other) in changes.items():
         with monkeypatch.context() as patch:

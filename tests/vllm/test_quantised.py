@@ -7,12 +7,12 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from worlds import PROMPTS, answers_of, ask, checkpoint_with, engine
 
 import t2kernels as t2
 from t2kernels import tiny
-from t2kernels.expert import make_scale
+from t2kernels.experts.expert import make_scale
 from t2kernels.integrations.vllm import engine_args
+from tests.vllm.worlds import PROMPTS, answers_of, ask, checkpoint_with, engine
 
 SCHEME = {"num_bits": 8, "type": "int", "symmetric": True}
 CONFIG = {
@@ -86,14 +86,20 @@ def checkpoint_of(world, out, tensors_of, config):
     tensors = {}
     for name, t in load_file(out / "model.safetensors").items():
         whole = not name.endswith("_proj.weight")
-        tensors |= {name: t} if whole else {name.removesuffix("weight") + ending: new for ending, new in tensors_of(t.float()).items()}
+        tensors |= (
+            {name: t}
+            if whole
+            else {name.removesuffix("weight") + ending: new for ending, new in tensors_of(t.float()).items()}
+        )
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     checkpoint_with(out, quantization_config=config)
     return out
 
 
 def test_every_prompt_with_every_expert_on_int8_weights(world, tmp_path):
-    checkpoint = checkpoint_of(world, tmp_path, lambda W: dict(zip(("weight", "weight_scale"), rounded(W), strict=True)), CONFIG)
+    checkpoint = checkpoint_of(
+        world, tmp_path, lambda W: dict(zip(("weight", "weight_scale"), rounded(W), strict=True)), CONFIG
+    )
     factors, models, wanted = t2.Factors.load(world.factors), {}, {}
     for e in (0, 1, 2, 3):
         model, tokenizer = tiny.load()
@@ -101,7 +107,11 @@ def test_every_prompt_with_every_expert_on_int8_weights(world, tmp_path):
         z = t2.Expert.load(world.experts[e]).z if e else {n: torch.ones(f) for n, f in factors.ranks.items()}
         for name in factors:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, Reference(model.get_submodule(name).weight.detach(), factors[name], z[name]))
+            setattr(
+                model.get_submodule(parent),
+                leaf,
+                Reference(model.get_submodule(name).weight.detach(), factors[name], z[name]),
+            )
         for p, answer in zip(PROMPTS, answers_of(model, tokenizer), strict=True):
             wanted[p, e] = answer
     unrounded = [pair for pair, answer in wanted.items() if answer == world.answers[pair[1], pair[0]]]
@@ -145,7 +155,11 @@ def packed(W):
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
     whole, step = int4(W)
-    return {"weight_packed": pack_to_int32(whole.to(torch.int8), 4), "weight_scale": step, "weight_shape": torch.tensor(W.shape)}
+    return {
+        "weight_packed": pack_to_int32(whole.to(torch.int8), 4),
+        "weight_scale": step,
+        "weight_shape": torch.tensor(W.shape),
+    }
 
 
 def test_every_prompt_with_every_expert_on_int4_weights(world, tmp_path):
@@ -161,8 +175,12 @@ def test_every_prompt_with_every_expert_on_int4_weights(world, tmp_path):
                 whole, step = int4(weight)
                 weight.copy_(whole * step.float().repeat_interleave(GROUP, 1))
                 if e:
-                    weight += (factors[name].U * make_scale(z[name], factors[name].sigma, "delta")) @ factors[name].V.t()
-    wanted = {(p, e): answer for e in models for p, answer in zip(PROMPTS, answers_of(models[e], tokenizer), strict=True)}
+                    weight += (factors[name].U * make_scale(z[name], factors[name].sigma, "delta")) @ factors[
+                        name
+                    ].V.t()
+    wanted = {
+        (p, e): answer for e in models for p, answer in zip(PROMPTS, answers_of(models[e], tokenizer), strict=True)
+    }
     unrounded = [pair for pair, answer in wanted.items() if answer == world.answers[pair[1], pair[0]]]
     assert len(unrounded) < len(wanted) // 2, "rounding changes little here: that would not show which base was served"
     arguments = engine_args(factors=world.factors, rows=3, dtype="bfloat16")

@@ -18,11 +18,11 @@ import openai
 import psutil
 import pytest
 import torch
-from worlds import NEW, answers_of, materialise
 
 import t2kernels as t2
 from t2kernels import tiny
 from t2kernels.adapt import Classifier, Question
+from tests.vllm.worlds import NEW, answers_of, materialise
 
 PROMPTS = ["47+38+59?", "rsx(gcaf)?", "12+7?", "a"]
 NAMES = ("math", "code", "reason")
@@ -46,8 +46,18 @@ class Server:
         template = folder / "template.jinja"
         template.write_text("<s>{% for message in messages %}{{ message.content }}{% endfor %}")
         options += ["--chat-template", str(template)]
-        settings = dict(model=str(tiny.path()), experts=experts, port=self.port, api_key=KEY, rows=4, factors=str(factors), options=options)
-        self.process = subprocess.Popen([sys.executable, script, json.dumps(settings)], stdout=log, stderr=subprocess.STDOUT)
+        settings = dict(
+            model=str(tiny.path()),
+            experts=experts,
+            port=self.port,
+            api_key=KEY,
+            rows=4,
+            factors=str(factors),
+            options=options,
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, script, json.dumps(settings)], stdout=log, stderr=subprocess.STDOUT
+        )
         self.url = f"http://127.0.0.1:{self.port}"
 
     def wait(self):
@@ -62,7 +72,9 @@ class Server:
 
     def post(self, path, **body):
         request = urllib.request.Request(
-            f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+            f"{self.url}{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"},
         )
         try:
             with urllib.request.urlopen(request, timeout=60) as r:
@@ -72,7 +84,9 @@ class Server:
 
     def ask(self, model, prompt):
         """(status, text, the expert that answered where that was chosen)"""
-        status, body, headers = self.post("/v1/completions", model=model, prompt=prompt, max_tokens=NEW, temperature=0, ignore_eos=True)
+        status, body, headers = self.post(
+            "/v1/completions", model=model, prompt=prompt, max_tokens=NEW, temperature=0, ignore_eos=True
+        )
         text = body["choices"][0]["text"] if status == 200 else body
         return status, text, {k.lower(): v for k, v in headers.items()}.get("x-expert")
 
@@ -123,7 +137,9 @@ def texts(world):
 
 
 def complete(client, model, prompt, **more):
-    out = client.completions.create(model=model, prompt=prompt, max_tokens=NEW, temperature=0, extra_body={"ignore_eos": True}, **more)
+    out = client.completions.create(
+        model=model, prompt=prompt, max_tokens=NEW, temperature=0, extra_body={"ignore_eos": True}, **more
+    )
     return out.choices[0].text
 
 
@@ -219,7 +235,12 @@ def test_auto_chooses_as_the_library_does(server, texts):
 
 
 def test_auto_with_labels_of_several_tokens(server, texts):
-    question = {"template": "kind({prompt})?", "labels": {"=ma": "math", "=co": "code", "=re": "reason"}, "strip": "?", "chat": False}
+    question = {
+        "template": "kind({prompt})?",
+        "labels": {"=ma": "math", "=co": "code", "=re": "reason"},
+        "strip": "?",
+        "chat": False,
+    }
     model, tokenizer = tiny.load()
     bank = t2.patch_model(model, form="delta")
     for name, path in tiny.experts().items():
@@ -237,7 +258,11 @@ def test_auto_with_labels_of_several_tokens(server, texts):
 def test_chats(client, texts):
     def chat(model, content):
         out = client.chat.completions.with_raw_response.create(
-            model=model, messages=[{"role": "user", "content": content}], max_tokens=NEW, temperature=0, extra_body={"ignore_eos": True}
+            model=model,
+            messages=[{"role": "user", "content": content}],
+            max_tokens=NEW,
+            temperature=0,
+            extra_body={"ignore_eos": True},
         )
         return out.parse().choices[0].message.content, out.headers.get("x-expert")
 
@@ -314,7 +339,12 @@ def test_a_full_disk_and_a_corrupt_file_change_nothing_for_the_others(server, wo
             out = [await asyncio.to_thread(load, whole)]
         finally:
             resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limit)
-        for content in (whole[: len(whole) // 2], b"", b"\x80\x02}q\x00.", whole[:-4] + b"\xff\xff\xff\x7f"):  # the last is a NaN
+        for content in (
+            whole[: len(whole) // 2],
+            b"",
+            b"\x80\x02}q\x00.",
+            whole[:-4] + b"\xff\xff\xff\x7f",
+        ):  # the last is a NaN
             out.append(await asyncio.to_thread(load, content))
         return out
 
@@ -352,7 +382,9 @@ def test_a_process_that_is_killed_fails_every_request_and_hangs_none(world, tmp_
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
             victim.suspend()
             streams = [asyncio.create_task(stream(client)) for _ in range(2)]
-            running = [post("/v1/completions", model=m, prompt=PROMPTS[0], max_tokens=9) for m in ("base", "code", "auto")]
+            running = [
+                post("/v1/completions", model=m, prompt=PROMPTS[0], max_tokens=9) for m in ("base", "code", "auto")
+            ]
             # One waits for the engine, the other for that one.
             running.append(post("/v1/load_lora_adapter", lora_name="late", lora_path=str(server.folder / "math")))
             running.append(post("/v1/completions", model="mix:math=0.5,code=0.5", prompt=PROMPTS[0], max_tokens=9))
@@ -360,16 +392,22 @@ def test_a_process_that_is_killed_fails_every_request_and_hangs_none(world, tmp_
             assert not any(task.done() for task in (*streams, *running))
             victim.kill()
             new = post("/v1/completions", model="math", prompt=PROMPTS[0], max_tokens=9)
-            return await asyncio.gather(*streams, return_exceptions=True), await asyncio.gather(*running, new, return_exceptions=True)
+            return await asyncio.gather(*streams, return_exceptions=True), await asyncio.gather(
+                *running, new, return_exceptions=True
+            )
 
     with running(world, tmp_path) as server:
-        (victim,) = [p for p in psutil.Process(server.process.pid).children(recursive=True) if title in " ".join(p.cmdline())]
+        (victim,) = [
+            p for p in psutil.Process(server.process.pid).children(recursive=True) if title in " ".join(p.cmdline())
+        ]
         streams, answers = asyncio.run(many(server, victim))
         assert all(isinstance(e, openai.APIError) for e in streams), streams
         for answer in answers[:-1]:
             assert answer[0] in (500, 503), answers
             assert "ngine" in answer[1]  # what has happened is said
-        assert isinstance(answers[-1], OSError) or answers[-1][0] in (500, 503), answers  # the last one may find the server gone
+        assert isinstance(answers[-1], OSError) or answers[-1][0] in (500, 503), (
+            answers
+        )  # the last one may find the server gone
         server.process.wait(60)
         with pytest.raises(OSError, match="refused"):
             server.ask("math", PROMPTS[0])
@@ -381,7 +419,12 @@ def test_it_ends_when_it_is_told_to_and_finishes_what_is_running(server, texts):
     async def last():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
             stream = await client.completions.create(
-                model="math", prompt=PROMPTS[0], max_tokens=NEW, temperature=0, stream=True, extra_body={"ignore_eos": True}
+                model="math",
+                prompt=PROMPTS[0],
+                max_tokens=NEW,
+                temperature=0,
+                stream=True,
+                extra_body={"ignore_eos": True},
             )
             parts = [(await anext(stream)).choices[0].text]
             os.kill(server.process.pid, signal.SIGTERM)

@@ -19,7 +19,13 @@ PROMPTS = ["47+38+59?", "rsx(gcaf)?", "hello world", "a", "zz 12345", LONG]
 EXPERTS = 5
 # Engines of this tier: eager, fp32, two slots for five experts, prompts prefilled in chunks, blocks of the prefix cache shorter than a prompt.
 SMALL = dict(
-    dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=32, block_size=32, disable_log_stats=True
+    dtype="float32",
+    enforce_eager=True,
+    max_model_len=128,
+    max_num_seqs=8,
+    max_num_batched_tokens=32,
+    block_size=32,
+    disable_log_stats=True,
 )
 
 
@@ -61,13 +67,17 @@ def make(folder: Path) -> World:
         model, tokenizer = tiny.load()
         if e:
             g = torch.Generator().manual_seed(100 + e)
-            expert = t2.Expert.trained_on(factors, {n: 1 + 0.5 * torch.randn(r, generator=g) for n, r in factors.ranks.items()})
+            expert = t2.Expert.trained_on(
+                factors, {n: 1 + 0.5 * torch.randn(r, generator=g) for n, r in factors.ranks.items()}
+            )
             made.experts[e] = expert.save(folder / f"e{e}")
             materialise(model, factors, expert)
         for prompt, answer in zip(PROMPTS, answers_of(model, tokenizer), strict=True):
             made.answers[e, prompt] = answer
     for prompt in PROMPTS:
-        assert len({tuple(made.answers[e, prompt]) for e in range(EXPERTS + 1)}) == EXPERTS + 1, f"{prompt}: experts are not told apart"
+        assert len({tuple(made.answers[e, prompt]) for e in range(EXPERTS + 1)}) == EXPERTS + 1, (
+            f"{prompt}: experts are not told apart"
+        )
     return made
 
 
@@ -96,7 +106,11 @@ def ask(llm, world, pairs, **settings):
 
 def wrong(outputs, world, pairs) -> list:
     """The pairs that were not answered as the materialised model does."""
-    return [(p, e) for (p, e), out in zip(pairs, outputs, strict=True) if list(out.outputs[0].token_ids) != world.answers[e, p]]
+    return [
+        (p, e)
+        for (p, e), out in zip(pairs, outputs, strict=True)
+        if list(out.outputs[0].token_ids) != world.answers[e, p]
+    ]
 
 
 def checkpoint_with(folder: Path, **config) -> None:

@@ -14,7 +14,7 @@ from .requests import expert
 from .settings import engine_args
 
 if TYPE_CHECKING:
-    from .adapt import few_shot
+    from .search import few_shot
 
 __all__ = ["engine_args", "expert", "few_shot", "register"]
 
@@ -23,6 +23,6 @@ def __getattr__(name: str) -> Any:
     # vLLM imports this package in each of its processes, and few need what a search needs.
     if name != "few_shot":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .adapt import few_shot
+    from .search import few_shot
 
     return few_shot

@@ -50,7 +50,7 @@ def register() -> None:
     except (ImportError, AttributeError) as e:
         logger.error("t2kernels could not hook this vLLM (%s): SVF experts will not work", e)
         return
-    from . import quantization
+    from .engine import quantization
 
     quantization.register()
 
@@ -68,18 +68,22 @@ def check_version() -> None:
     low, high = (".".join(map(str, v)) for v in TESTED)
     release = tuple(int(p) if p.isdigit() else 0 for p in found.split("+")[0].split(".")[:2])
     if not TESTED[0] <= release < TESTED[1]:
-        raise UnsupportedVllm(f"vLLM {found} was not tested with SVF experts: wanted {low} or later, below {high}; install such a one")
+        raise UnsupportedVllm(
+            f"vLLM {found} was not tested with SVF experts: wanted {low} or later, below {high}; install such a one"
+        )
 
 
 def check_plugin() -> None:
     """That vLLM will load this plugin. Raises UnsupportedVllm: without it an engine would start, and fail at its first expert."""
     named = [p.name for p in metadata.entry_points(group=GROUP) if p.value.startswith(__name__.rpartition(".")[0])]
     if not named:
-        raise UnsupportedVllm("vLLM does not find the plugin: this installation of t2kernels has no entry points; install it with pip")
+        raise UnsupportedVllm(
+            "vLLM does not find the plugin: this installation of t2kernels has no entry points; install it with pip"
+        )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and not set(named) & {p.strip() for p in allowed.split(",")}:
         raise UnsupportedVllm(
-            f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading {named[0]!r}: add it, or pass worker_cls='t2kernels.integrations.vllm.worker.ExpertWorker'"
+            f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading {named[0]!r}: add it, or pass worker_cls='t2kernels.integrations.vllm.engine.worker.ExpertWorker'"
         )
 
 
@@ -103,7 +107,10 @@ def check_hooks() -> None:
         given = None if method is None else tuple(inspect.signature(method).parameters)[1:]
         if given != wanted:
             wrong.append(f"WorkerLoRAManager.{name} takes {given}, not {wanted}")
-    for cls, names in ((LoRAMapping, ("index_mapping",)), (LoRARequest, ("lora_name", "lora_int_id", "lora_path", "load_inplace"))):
+    for cls, names in (
+        (LoRAMapping, ("index_mapping",)),
+        (LoRARequest, ("lora_name", "lora_int_id", "lora_path", "load_inplace")),
+    ):
         have = set(getattr(cls, "__struct_fields__", ())) | set(getattr(cls, "__dataclass_fields__", ()))
         wrong += [f"{cls.__name__} has no {n}" for n in names if n not in have]
     probe = type("Request", (), {"lora_request": LoRARequest("name", 1, "path#digest")})
@@ -126,7 +133,8 @@ def refuse(config: Any) -> None:
         "micro-batch overlap (enable_dbo, ubatch_size)": parallel.use_ubatching,
         "speculative decoding (speculative_config)": config.speculative_config is not None,
         "pipeline parallelism (pipeline_parallel_size)": parallel.pipeline_parallel_size > 1,
-        "context parallelism (prefill_context_parallel_size, decode_context_parallel_size)": parallel.prefill_context_parallel_size > 1
+        "context parallelism (prefill_context_parallel_size, decode_context_parallel_size)": parallel.prefill_context_parallel_size
+        > 1
         or parallel.decode_context_parallel_size > 1,
         "sequence parallelism (enable_sp, or of mixture-of-experts layers)": bool(getattr(passes, "enable_sp", False))
         or parallel.use_sequence_parallel_moe,
@@ -148,7 +156,7 @@ def _hook_manager(mixin: Any) -> None:
     def make(vllm_config, device, *args, **kwargs):
         if not asks_for_experts(vllm_config):
             return original(vllm_config, device, *args, **kwargs)
-        from .engine import EngineManager
+        from t2kernels.integrations.vllm.engine.engine_manager import EngineManager
 
         return EngineManager(vllm_config, device)
 
@@ -164,7 +172,7 @@ def _hook_validation(processor: type) -> None:
     def validate(self, lora_request):
         original(self, lora_request)
         if lora_request is not None and asks_for_experts(self.vllm_config):
-            from .check import check_request
+            from t2kernels.integrations.vllm.engine.check import check_request
 
             check_request(self.vllm_config, lora_request)
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...expert import Expert, ExpertError, find_file
+from t2kernels.experts.expert import Expert, ExpertError, find_file
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -106,10 +106,14 @@ def load(where: str) -> Expert:
         wanted = DIGEST.search(part)
         path = Path(DIGEST.sub("", part))
         if (path / "adapter_config.json").is_file():
-            raise ExpertError(f"{path} is a LoRA adapter; an engine that serves SVF experts serves no LoRA adapters beside them")
+            raise ExpertError(
+                f"{path} is a LoRA adapter; an engine that serves SVF experts serves no LoRA adapters beside them"
+            )
         found = Expert.load(path)
         if wanted and (now := digest(find_file(path))) != wanted[1]:
-            raise ExpertError(f"{path} was replaced since it was asked for (sha256 {now}, then {wanted[1]}); ask for it again")
+            raise ExpertError(
+                f"{path} was replaced since it was asked for (sha256 {now}, then {wanted[1]}); ask for it again"
+            )
         if stacks := [n for n in found.z if STACK in n]:
             raise ExpertError(
                 f"{path} changes weights of mixture-of-experts layers ({stacks[0]}{', ...' if len(stacks) > 1 else ''}), which vLLM's fused kernels "
@@ -130,4 +134,6 @@ def _parts(where: str) -> list[tuple[str, float]]:
 
 def _content(where: str) -> str:
     """An address without the places of the files: the same on every machine."""
-    return "\n".join(f"{weight} {found[1] if (found := DIGEST.search(part)) else part}" for part, weight in _parts(where))
+    return "\n".join(
+        f"{weight} {found[1] if (found := DIGEST.search(part)) else part}" for part, weight in _parts(where)
+    )

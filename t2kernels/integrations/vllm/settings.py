@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ...factors import Factors, resolve_rank
+from t2kernels.factors.store import Factors, resolve_rank
 
 KEY = "t2kernels"
 FORMS = ("delta", "factored")
@@ -43,7 +43,9 @@ class Settings:
             return None
         known = {f.name for f in fields(cls)}
         if not isinstance(given[KEY], Mapping) or not known.issuperset(given[KEY]):
-            raise ValueError(f"additional_config[{KEY!r}] is {given[KEY]!r}; wanted a mapping with {', '.join(sorted(known))}")
+            raise ValueError(
+                f"additional_config[{KEY!r}] is {given[KEY]!r}; wanted a mapping with {', '.join(sorted(known))}"
+            )
         return cls(**given[KEY])
 
 
@@ -78,13 +80,26 @@ def engine_args(
     if form not in FORMS:
         raise ValueError(f"form={form!r}; wanted 'delta' or 'factored'")
     if (form == "delta") != (factors is not None):
-        need = "needs the directory of factors" if form == "delta" else "has its factors in the checkpoint; leave factors out"
+        need = (
+            "needs the directory of factors"
+            if form == "delta"
+            else "has its factors in the checkpoint; leave factors out"
+        )
         raise ValueError(f"form={form!r} with factors={factors!r}: this form {need}")
     if rows < 2:
         raise ValueError(f"rows={rows}: row 0 is the base model, so at least 2 are needed")
     place, fingerprint = None, None
     if factors is not None:
-        place, fingerprint = str(Path(factors).expanduser().resolve()), Factors.load(Path(factors).expanduser()).fingerprint
+        place, fingerprint = (
+            str(Path(factors).expanduser().resolve()),
+            Factors.load(Path(factors).expanduser()).fingerprint,
+        )
     settings = Settings(place, rank, max_error, layout, fingerprint)
     extra = {KEY: asdict(settings), **others.pop("additional_config", {})}
-    return {"enable_lora": True, "max_loras": rows - 1, "max_cpu_loras": max(host, rows - 1), "additional_config": extra, **others}
+    return {
+        "enable_lora": True,
+        "max_loras": rows - 1,
+        "max_cpu_loras": max(host, rows - 1),
+        "additional_config": extra,
+        **others,
+    }

@@ -100,7 +100,13 @@ def run(job: Job, limits: Limits | None = None) -> Result:
         if found["verdict"] != "refused":
             if auto:
                 _works[:] = [layer]
-            return Result(found["verdict"], found["detail"], found.get("output", ""), time.monotonic() - start, tuple(found["layers"]))
+            return Result(
+                found["verdict"],
+                found["detail"],
+                found.get("output", ""),
+                time.monotonic() - start,
+                tuple(found["layers"]),
+            )
         refused.append(f"{layer}: {found['detail']}")
     raise SandboxError(
         f"this machine cannot confine sampled code with isolation={limits.isolation!r} ({'; '.join(refused)}). Allow unprivileged user "
@@ -138,7 +144,12 @@ def _run(job: Job, limits: Limits) -> dict:
     return found or {"verdict": "timeout", "detail": "out of CPU time or memory while the tests ran", "layers": []}
 
 
-def run_many(jobs: Sequence[Job], limits: Limits | None = None, workers: int | None = None, done: Callable[[int], object] | None = None):
+def run_many(
+    jobs: Sequence[Job],
+    limits: Limits | None = None,
+    workers: int | None = None,
+    done: Callable[[int], object] | None = None,
+):
     """The result of each job, in order; `workers` at a time, by default one for each core. `done` is called with 1 after each."""
     workers = workers or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
@@ -155,7 +166,7 @@ def report(limits: Limits | None = None) -> dict:
 
     True means that the attempt failed. Raises SandboxError.
     """
-    from t2kernels.tasks.sandbox import probes
+    from . import probes
 
     limits = replace(limits or Limits(), cpu_seconds=1, wall_seconds=30.0)
     return probes.report(limits)

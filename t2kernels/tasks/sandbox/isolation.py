@@ -151,7 +151,9 @@ def readable() -> list[str]:
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
-    made = _libc.mount(source.encode(), target.encode(), kind.encode() if kind else None, ctypes.c_ulong(flags), data.encode())
+    made = _libc.mount(
+        source.encode(), target.encode(), kind.encode() if kind else None, ctypes.c_ulong(flags), data.encode()
+    )
     if made < 0:
         raise OSError(ctypes.get_errno(), f"mount on {target}: {os.strerror(ctypes.get_errno())}")
 
@@ -217,12 +219,8 @@ def lock_files(scratch: str) -> None:
 
 # --- seccomp
 
-_PROCESSES = (
-    "fork vfork execve execveat ptrace process_vm_readv process_vm_writev process_madvise kcmp pidfd_open pidfd_getfd pidfd_send_signal"
-)
-_SIGNALS = (
-    "tkill rt_sigqueueinfo rt_tgsigqueueinfo setpriority sched_setaffinity sched_setattr sched_setparam sched_setscheduler ioprio_set"
-)
+_PROCESSES = "fork vfork execve execveat ptrace process_vm_readv process_vm_writev process_madvise kcmp pidfd_open pidfd_getfd pidfd_send_signal"
+_SIGNALS = "tkill rt_sigqueueinfo rt_tgsigqueueinfo setpriority sched_setaffinity sched_setattr sched_setparam sched_setscheduler ioprio_set"
 _NETWORK = "socket connect bind listen accept accept4"
 _KERNEL = (
     "mount umount2 pivot_root chroot unshare setns mount_setattr move_mount open_tree fsopen bpf perf_event_open keyctl add_key request_key "
@@ -253,10 +251,16 @@ def filter_program(pid: int) -> bytes:
     for name in DENIED:
         if CALLS[name][_COLUMN] is not None:
             steps += [(_EQUAL, 0, 1, number(name)), (_RETURN, 0, 0, _NOT_ALLOWED)]
-    steps += [(_EQUAL, 0, 1, number("clone3")), (_RETURN, 0, 0, _NO_SUCH_CALL)]  # its flags lie in memory; libc goes on with clone
+    steps += [
+        (_EQUAL, 0, 1, number("clone3")),
+        (_RETURN, 0, 0, _NO_SUCH_CALL),
+    ]  # its flags lie in memory; libc goes on with clone
     own, thread = (_EQUAL, pid), (_BITS, 0x10000)
     for name, (test, value) in {"clone": thread, "kill": own, "tgkill": own, "prlimit64": (_EQUAL, 0)}.items():
-        steps += [(_EQUAL, 0, 4, number(name)), (_LOAD, 0, 0, 16)]  # 16: the low half of the first argument, a pid or flags
+        steps += [
+            (_EQUAL, 0, 4, number(name)),
+            (_LOAD, 0, 0, 16),
+        ]  # 16: the low half of the first argument, a pid or flags
         steps += [(test, 1, 0, value), (_RETURN, 0, 0, _NOT_ALLOWED), (_RETURN, 0, 0, _ALLOW)]
     steps.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(struct.pack("=HBBI", *step) for step in steps)

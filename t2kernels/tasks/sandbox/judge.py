@@ -124,5 +124,7 @@ def how_it_ended(pid: int) -> str:
         return ""
     if os.WIFSIGNALED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
-        return {"SIGKILL": "killed: out of CPU time or memory", "SIGXCPU": "killed: out of CPU time"}.get(name, f"killed by {name}")
+        return {"SIGKILL": "killed: out of CPU time or memory", "SIGXCPU": "killed: out of CPU time"}.get(
+            name, f"killed by {name}"
+        )
     return f"exited with {os.WEXITSTATUS(status)}"

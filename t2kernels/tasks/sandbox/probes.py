@@ -6,7 +6,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-from t2kernels.tasks.sandbox import Job, Limits, SandboxError, run, run_many
+from . import Job, Limits, SandboxError, run, run_many
 
 # What each probe does with `at`, the thing outside that it is given; anything but an exception means that it got through.
 ATTEMPTS = {
@@ -33,9 +33,17 @@ def report(limits: Limits) -> dict:
     with socket.create_server(("127.0.0.1", 0)) as server, tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "outside")
         file.write_text(secrets.token_hex())
-        at = {"port": server.getsockname()[1], "file": str(file), "memory": limits.memory_bytes, "size": limits.file_bytes}
+        at = {
+            "port": server.getsockname()[1],
+            "file": str(file),
+            "memory": limits.memory_bytes,
+            "size": limits.file_bytes,
+        }
         at["variables"] = sorted(os.environ)
-        jobs = [Job(f"def attempt(at):\n    {code}", f"assert attempt({at!r}) is None", ("attempt",)) for code in ATTEMPTS.values()]
+        jobs = [
+            Job(f"def attempt(at):\n    {code}", f"assert attempt({at!r}) is None", ("attempt",))
+            for code in ATTEMPTS.values()
+        ]
         got_through = {name: result.passed for name, result in zip(ATTEMPTS, run_many(jobs, limits), strict=True)}
     spins = run(Job("while True: pass", "", ()), limits)
     return {

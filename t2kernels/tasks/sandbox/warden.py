@@ -51,7 +51,9 @@ def main(settings: dict) -> None:
         else:
             signal.sigtimedwait({signal.SIGCHLD}, left if bounded else min(left, 0.05))
     if not done:
-        os.kill(child, signal.SIGKILL)  # with the first process of a process namespace, the kernel kills all others in it
+        os.kill(
+            child, signal.SIGKILL
+        )  # with the first process of a process namespace, the kernel kills all others in it
         os.waitpid(child, 0)
     if "namespaces" not in layers:
         kill_all()
@@ -175,7 +177,9 @@ def kill_all() -> None:
                     parent, group = map(int, file.read().rpartition(")")[2].split()[1:3])
                     if parent == os.getpid():
                         if group != os.getpgid(0):
-                            os.killpg(group, signal.SIGKILL)  # all of it at once: processes that multiply are faster than this loop
+                            os.killpg(
+                                group, signal.SIGKILL
+                            )  # all of it at once: processes that multiply are faster than this loop
                         os.kill(int(name), signal.SIGKILL)
         time.sleep(0.002)
 

@@ -1,0 +1,164 @@
+"""`t2 serve`: an OpenAI-compatible server with an expert for each request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from t2kernels.cli import models
+from t2kernels.cli.console import err
+
+ENGINES = ("auto", "transformers", "vllm")
+
+
+OF_BOTH = ("model", "experts", "host", "port", "api_key", "rows", "factors", "engine", "option", "rank", "form")
+"""Options that both engines take. rank and form go with factors, which say as much themselves."""
+
+
+def serve(
+    context: typer.Context,
+    model: str = typer.Argument(
+        help="'tiny' (built in), a checkpoint's directory, or a model's id on the hub.", show_default=False
+    ),
+    experts: Path = typer.Option(
+        None,
+        help="Folder of experts: every .safetensors file in it is served by its name.  \\[default for tiny: its own]",
+        show_default=False,
+    ),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on."),
+    port: int = typer.Option(8000, help="Port to listen on."),
+    api_key: str = typer.Option(
+        None, envvar="T2_API_KEY", help="What clients must send; everybody may ask without one.", show_default=False
+    ),
+    name: str = typer.Option(
+        None, help="Of the base model in the API.  \\[default: the last part of MODEL]", show_default=False
+    ),
+    rows: int = typer.Option(
+        None,
+        min=2,
+        help="Rows of the tables, row 0 (the base model) included; more experts take turns.  \\[default: 64]",
+        show_default=False,
+    ),
+    route: str = typer.Option(
+        None,
+        help="How model='auto' chooses: 'prompt' asks the base model, EXPERT a classification expert.",
+        show_default=False,
+    ),
+    margin: float = typer.Option(
+        0.0, help="Nats by which --route must prefer an expert; below it the base model answers."
+    ),
+    chat_template: Path = typer.Option(
+        None, help="File with a chat template, in place of the tokenizer's.", show_default=False
+    ),
+    engine: str = typer.Option("auto", help="transformers, vllm, or auto: vllm where it is installed."),
+    option: list[str] = typer.Option(
+        [], help="An option for vLLM, such as --option=--max-model-len=4096. May be repeated."
+    ),
+    kv_tokens: int = typer.Option(16384, min=64, help="Tokens that the KV cache holds, over all requests."),
+    page_size: int = typer.Option(16, min=4, help="Tokens of a block of the KV cache."),
+    batch_tokens: int = typer.Option(512, min=16, help="Most tokens of one step; longer prompts are read in pieces."),
+    max_running: int = typer.Option(64, min=1, help="Most requests that are generated at once."),
+    max_waiting: int = typer.Option(512, min=0, help="Most requests that wait; further ones are answered 429."),
+    max_upload: int = typer.Option(256, min=1, help="MiB that an uploaded expert may have."),
+    drain: float = typer.Option(
+        30.0, min=0, help="Seconds that running requests have when the server is told to stop."
+    ),
+    targets: str = models.TargetsOption,
+    rank: str = models.RankOption,
+    form: str = models.FormOption,
+    factors: str = models.FactorsOption,
+    dtype: str = models.DtypeOption,
+    device: str = models.DeviceOption,
+) -> None:
+    """Serve a model with its experts over OpenAI's API: the request's model is an expert's name.
+
+    [dim]$[/] t2 serve tiny
+
+    [dim]$[/] t2 serve meta-llama/Llama-3.1-8B-Instruct --experts experts --rank 256 --form delta --route prompt
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"--engine {engine}: wanted one of {', '.join(ENGINES)}")
+    if experts is not None and not experts.is_dir():
+        raise FileNotFoundError(f"--experts {experts}: no such directory")
+    if engine == "vllm" or (engine == "auto" and vllm_is_installed()):
+        for other in context.params.keys() - set(OF_BOTH):
+            if context.get_parameter_source(other).name == "COMMANDLINE":
+                raise ValueError(
+                    f"--{other.replace('_', '-')} is for --engine transformers; vLLM's own options are passed as --option=--NAME=VALUE"
+                )
+        if form not in ("auto", "delta" if factors else "factored"):
+            raise ValueError(
+                f"--form {form} with --engine vllm: with --factors it is delta, without it the checkpoint is a factored one"
+            )
+        _serve_vllm(model, experts, host, port, api_key, rows, factors, option)
+        return
+    if option:
+        raise ValueError("--option is for --engine vllm")
+    try:
+        from t2kernels.serve.app import Service, Settings
+        from t2kernels.serve.engine.batching import BatchSettings, check_transformers
+        from t2kernels.serve.server import listen, run
+    except ImportError as e:
+        raise ImportError(f"t2 serve needs a web server: pip install 't2kernels[serve]' ({e})") from e
+    check_transformers()
+    at = listen(host, port)
+    template = None if chat_template is None else chat_template.read_text()
+    tiny = model == models.TINY
+    loaded = models.load(model, dtype, device)
+    if template is not None:
+        loaded.tokenizer.chat_template = template
+    bank = models.patch(loaded, targets, rank, form, factors, rows or 64)
+    settings = Settings(
+        name=name or Path(model).name,
+        experts=experts,
+        api_key=api_key,
+        route=route,
+        margin=margin,
+        tiny=tiny,
+        batch=BatchSettings(page_size, kv_tokens, batch_tokens, min(max_running, batch_tokens)),
+        max_running=max_running,
+        max_waiting=max_waiting,
+        upload=max_upload << 20,
+    )
+    service = Service(loaded.model, loaded.tokenizer, settings, _shipped() if tiny and experts is None else None)
+    names = ", ".join(service.experts.current) or "none yet"
+    row = sum(layer.scale[0].numel() * layer.scale.element_size() for layer, _ in bank.layers)
+    err.print(f"{settings.name} on http://{host}:{port}/v1, experts: {names}", soft_wrap=True)
+    err.print(f"{bank.rows} rows of {row / 1e3:,.0f} kB; {bank.describe()}", soft_wrap=True)
+    run(service, at, drain)
+
+
+def vllm_is_installed() -> bool:
+    from t2kernels.integrations.vllm.hooks import installed
+
+    return installed() is not None
+
+
+def _shipped() -> dict[str, Path]:
+    from t2kernels import tiny
+
+    return tiny.experts()
+
+
+def _serve_vllm(
+    model: str,
+    experts: Path | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    rows: int | None,
+    factors: str | None,
+    option: list[str],
+) -> None:
+    if not vllm_is_installed():
+        raise ImportError("--engine vllm: vllm is not installed here; install it, or take --engine transformers")
+    from t2kernels import tiny
+    from t2kernels.integrations.vllm.server import launch as vllm
+
+    named = _shipped() if model == models.TINY and experts is None else {}
+    if experts is not None:
+        named |= {path.stem: path for path in sorted(experts.glob("*.safetensors"))}
+    model = str(tiny.path()) if model == models.TINY else model
+    more = {} if rows is None else {"rows": rows}
+    vllm.serve(model, named, host=host, port=port, api_key=api_key, factors=factors, options=tuple(option), **more)

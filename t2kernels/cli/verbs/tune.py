@@ -1,0 +1,99 @@
+"""`t2 tune`: check the kernels on this GPU and time them for a model's shapes, once, so that `auto` may use them."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from t2kernels.cli.console import bar, comma_list, is_missing, out
+
+from .decompose import parse_dtype
+
+if TYPE_CHECKING:
+    from t2kernels.ops.tuning.tuner import Shape
+
+
+def tune(
+    model: str = typer.Argument(help="A checkpoint's directory or a model's id on the hub; only its config is read."),
+    ranks: str = typer.Option(
+        "128,256", help="Components of the delta form to tune for, comma-separated; '' for none."
+    ),
+    factored: bool = typer.Option(True, help="Tune the factored form, with all components, as well."),
+    dtype: str = typer.Option("bfloat16", help="Of the model."),
+    factors: str = typer.Option(
+        "same,int8", help="Formats of the factors, comma-separated: 'same' as the model, 'int8', or a dtype."
+    ),
+    tokens: str = typer.Option("1,8,32,128", help="Tokens of a forward to tune for, comma-separated."),
+    device: str = typer.Option("cuda", help="Which GPU."),
+    folder: Path = typer.Option(
+        None, help="Where to keep the table.  \\[default: the user's cache directory]", show_default=False
+    ),
+) -> None:
+    """Check the Triton and CUDA kernels on this GPU against fp64, then time them for a model's shapes. Takes minutes; a model tunes nothing.
+
+    [dim]$[/] t2 tune meta-llama/Llama-3.1-8B
+
+    [dim]$[/] t2 tune ./checkpoint --ranks 64 --no-factored --factors same
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from t2kernels.ops.impls import cuda_kernels
+    from t2kernels.ops.impls import triton as triton_kernels
+    from t2kernels.ops.tuning.tuner import tune as run
+    from t2kernels.ops.tuning.tuner import tune_cuda
+
+    if is_missing(model):
+        raise FileNotFoundError(f"{model}: no such directory")
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"t2 tune measures a GPU, and torch {torch.__version__} finds none here")
+    x = parse_dtype(dtype)
+    formats = [x if f == "same" else torch.int8 if f == "int8" else parse_dtype(f) for f in comma_list(factors)]
+    wanted = shapes(AutoConfig.from_pretrained(model), [int(k) for k in comma_list(ranks)], factored, x, formats)
+    triton, cuda = (k.why_not(torch.device(device)) is None for k in (triton_kernels, cuda_kernels))
+    paths = []
+    with bar("[dim]{task.fields[name]}[/]") as progress:
+        task = progress.add_task("checking, then timing", total=None, name="")
+        if triton or not cuda:  # where neither runs, this says why
+            paths.append(
+                run(
+                    wanted,
+                    device,
+                    [int(t) for t in comma_list(tokens)],
+                    folder,
+                    progress=lambda name, done, total: progress.update(task, completed=done, total=total, name=name),
+                )
+            )
+        if cuda:
+            progress.update(task, total=None, name="the CUDA kernel")
+            paths.append(tune_cuda(wanted, device, folder))
+    for path in paths:
+        out.print(f"checked and tuned: {path}", soft_wrap=True)
+
+
+def shapes(config, ranks: list[int], factored: bool, x, formats: list) -> list[Shape]:
+    """The distinct calls that a patched model of this config makes, in either form: matrices that read the same input are one call."""
+    from t2kernels.factors.checkpoint import meta_model
+    from t2kernels.factors.matrices import find_matrices
+    from t2kernels.layers.groups import shared_input
+    from t2kernels.ops.tuning.tuner import Shape
+
+    found: dict[Shape, None] = {}
+    matrices = [m for m in find_matrices(meta_model(config)).values() if m.index is None]
+    for _, run in groupby(matrices, lambda m: (shared_input(m.name) or m.name, m.shape[1])):
+        members = list(run)
+        N, M = members[0].shape[1], tuple(m.shape[0] for m in members)
+        for f in formats:
+            if factored:
+                found[Shape(N, M, tuple(m.rank for m in members), False, x, f)] = None
+            for k in ranks:
+                C = tuple(min(k, m.rank) for m in members)
+                found[Shape(N, M, C, True, x, f)] = None
+                for m, c in zip(
+                    members, C, strict=True
+                ):  # where the base is another library's, members expand one by one
+                    found[Shape(N, (m.shape[0],), (c,), True, x, f)] = None
+    return list(found)

@@ -1,0 +1,1 @@
+"""An expert as a file, and many experts as rows of tables."""

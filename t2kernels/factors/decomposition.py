@@ -1,0 +1,225 @@
+"""Decompose a model, or a checkpoint on disk one matrix at a time, into frozen factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from t2kernels.storage import header
+
+from . import linalg
+from .checkpoint import Checkpoint, name_of
+from .formats import FORMATS, check_format, convert
+from .int8 import Int8Factor
+from .matrices import Matrix, Targets, find_matrices
+from .store import (
+    FORMAT,
+    Factor,
+    Factors,
+    file_of,
+    fingerprint,
+    finish_directory,
+    keep,
+    reconstruction_error,
+    resolve_rank,
+    sketch,
+    weight_hash,
+    write_matrix,
+)
+
+Progress = Callable[[str, int, int], None]
+
+
+def decompose(
+    model_or_path: nn.Module | str | Path,
+    out: str | Path | None = None,
+    rank: int | float | None = None,
+    targets: Targets = "all",
+    device: torch.device | str | None = None,
+    workers: int | None = None,
+    dtype: torch.dtype | None = None,
+    format: str | None = None,
+    max_error: float | None = None,
+    progress: Progress | None = None,
+) -> Factors:
+    """W = U diag(sigma) Vᵀ for every matrix that `targets` selects, computed in fp64.
+
+    model_or_path: a model; or the directory of a checkpoint, or its id on the hub, which is read matrix by matrix, never whole
+    out: a directory to write to, one file per matrix; the result then reads from there. A run that was cut short goes on where it stopped:
+        a matrix whose file is there, from the same weight (by hash), rank and dtype, is not computed again. None: the result is in memory,
+        on the device of a model's weights
+    rank: as in `resolve_rank`: the leading components only
+    device: where to compute; None: a GPU if there is one
+    workers: matrices at a time; None: one for each core, as far as half of the free memory lasts; 1 on a GPU
+    dtype: of U and V as they are kept (None: fp32); float64 too
+    format: the same by name, or "int8": "fp32", "bf16", "fp16" or "int8"
+    max_error: with a format: the largest relative error that it may add to a matrix. int8 spends residual columns until it holds; None: about
+        the error of an int8 weight with one step a row (`t2kernels.factors.quantise`)
+    progress: called as progress(name, matrices done, matrices in all), on the calling thread
+
+    Raises ValueError that names the matrix for a weight that is not finite, not floating point or not loaded; FileNotFoundError or
+    ValueError for a path without a readable checkpoint; OSError where `out` cannot be written, with what is finished kept.
+    """
+    if format is not None:
+        check_format(format, max_error)
+        if dtype is not None and dtype != FORMATS[format]:
+            raise ValueError(f"format={format!r} and dtype={dtype}: give one of them")
+        dtype = torch.float32 if format == "int8" else FORMATS[format]
+    elif max_error is not None:
+        raise ValueError(
+            f"max_error={max_error}: it bounds what a format loses; give format='int8', 'fp16' or 'bf16' with it"
+        )
+    dtype = dtype or torch.float32
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(
+            f"dtype={dtype}: factors are kept in torch.float32, bfloat16, float16 or float64, or in format='int8'"
+        )
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers}: wanted at least 1, or None")
+    resolve_rank(rank, 1)
+    if isinstance(model_or_path, nn.Module):
+        base = name_of(model_or_path)
+        matrices, read = find_matrices(model_or_path, targets), Matrix.read
+    else:
+        source = Checkpoint(model_or_path, targets)
+        base, matrices, read = (source.name, source.revision), source.matrices, source.read
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    out = None if out is None else Path(out)
+    job = _Job(read, rank, dtype, device, out, format, max_error)
+    done = _map(job, matrices, *_share(matrices, device, workers), progress)
+    manifest = {
+        "base_model": base[0],
+        "revision": base[1],
+        "rank": rank,
+        "dtype": job.kind,
+        "algorithm": sorted({d.record["algorithm"] for d in done.values()}),
+        "matrices": {n: d.record for n, d in done.items()},
+    }
+    sketches = {n: d.sketch for n, d in done.items()}
+    if out is None:
+        return Factors({n: d.factor for n, d in done.items()}, manifest, sketches)
+    finish_directory(out, manifest, {n: d.sigma for n, d in done.items()}, sketches)
+    return Factors.load(out)
+
+
+@dataclass
+class _Done:
+    record: dict
+    sigma: Tensor
+    sketch: Tensor
+    factor: Factor | Int8Factor | None
+
+
+@dataclass
+class _Job:
+    """What is done with one matrix."""
+
+    read: Callable[[Matrix], Tensor]
+    rank: int | float | None
+    dtype: torch.dtype
+    device: torch.device
+    out: Path | None
+    format: str | None
+    max_error: float | None
+
+    @property
+    def kind(self) -> str:
+        return str(FORMATS[self.format] if self.format else self.dtype).removeprefix("torch.")
+
+    def __call__(self, m: Matrix) -> _Done:
+        W = self.read(m)
+        k = resolve_rank(self.rank, m.rank)
+        record = {"weight_hash": weight_hash(W), "asked": k, "dtype": self.kind}
+        if self.format:
+            record["max_error"] = self.max_error
+        if self.out is not None and (found := self._finished(m.name, record)):
+            return found
+        if not torch.isfinite(W).all():
+            raise ValueError(f"{m.name}: the weight {list(W.shape)} holds NaN or infinity; it has no decomposition")
+        A = W.to(self.device)
+        found = linalg.svd(A, k)
+        if not found.residual <= linalg.TOLERANCE:
+            raise ValueError(
+                f"{m.name}: the decomposition came out with residual {found.residual:.1e} (wanted {linalg.TOLERANCE}); is the device sound?"
+            )
+        exact = keep(found)
+        kept = exact if self.dtype == torch.float32 else keep(found, self.dtype)
+        if self.format:
+            kept, facts = convert(m.name, exact, self.format, self.max_error)
+            record |= facts
+        record |= {"algorithm": found.algorithm, "residual": found.residual}
+        del found
+        record["error"] = reconstruction_error(A.to(kept.U.device), kept)
+        sketched = sketch(exact).cpu()  # before rounding to dtype, so that it does not depend on it
+        if self.out is not None:
+            return _Done(write_matrix(self.out, m.name, kept, sketched, record), kept.sigma.cpu(), sketched, None)
+        record |= {"shape": list(m.shape), "rank": k, "fingerprint": fingerprint(kept)}
+        return _Done(record, kept.sigma.cpu(), sketched, kept.to(W.device))
+
+    def _finished(self, name: str, record: dict) -> _Done | None:
+        path = self.out / file_of(name)
+        if not path.is_file():
+            return None
+        try:
+            old = header(path)
+            if (
+                old is None
+                or old.pop("format") != FORMAT
+                or old.pop("name") != name
+                or any(old.get(k) != v for k, v in record.items())
+            ):
+                return None
+            with safe_open(path, framework="pt") as f:
+                return _Done(old, f.get_tensor(f"{name}.sigma"), f.get_tensor(f"{name}.sketch"), None)
+        except (SafetensorError, ValueError, KeyError, AttributeError):  # not one of ours, or damaged: made again
+            return None
+
+
+def _share(matrices: dict[str, Matrix], device: torch.device, workers: int | None) -> tuple[int, int]:
+    """Matrices at a time, and threads for each."""
+    cores = torch.get_num_threads()
+    if workers is None and device.type != "cpu":
+        workers = 1
+    elif workers is None:
+        # One thread for each matrix is faster than many threads for one: eigh is half made of steps that wait for memory. Two cores, two
+        # 1024 x 4096 matrices: 1.0 s with 2 workers of 1 thread, 2.3 s with 1 worker of 2 threads.
+        most = psutil.virtual_memory().available / 2 / max(_working_set(m) for m in matrices.values())
+        workers = max(1, min(cores, int(most)))
+    workers = min(workers, len(matrices))
+    return workers, max(1, cores // workers)
+
+
+def _working_set(m: Matrix) -> int:
+    """Bytes that one decomposition holds at its height: the weight and U in fp64, each with a copy, and squares of the smaller side."""
+    return 8 * (4 * m.shape[0] * m.shape[1] + 4 * m.rank * m.rank)
+
+
+def _map(
+    job: _Job, matrices: dict[str, Matrix], workers: int, threads: int, progress: Progress | None
+) -> dict[str, _Done]:
+    report = progress or (lambda name, done, total: None)
+    if workers == 1:
+        done = {}
+        for i, (name, m) in enumerate(matrices.items()):
+            done[name] = job(m)
+            report(name, i + 1, len(matrices))
+        return done
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
+    try:
+        futures = {pool.submit(job, m): name for name, m in matrices.items()}
+        done = {}
+        for future in as_completed(futures):
+            done[futures[future]] = future.result()
+            report(futures[future], len(done), len(matrices))
+        return {name: done[name] for name in matrices}
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # MKL keeps one number for the process

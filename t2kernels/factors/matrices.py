@@ -1,0 +1,229 @@
+"""Which weights of a model are adapted, what they are called, and how to read one as a dense [M, N] matrix.
+
+One walk serves every model family; what differs between families is the tables below, not code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# Path components that say what a block is for. The last one found in a module's path decides.
+ATTENTION = frozenset(
+    "attn attention self_attn self_attention cross_attn encoder_attn EncDecAttention SelfAttention linear_attn".split()
+)
+MLP = frozenset(
+    "mlp mlps ffn feed_forward feedforward experts shared_expert shared_experts block_sparse_moe DenseReluDense fc1 fc2 intermediate".split()
+)
+# Never patched by name alone: heads, routers, and matrices that models read through `.weight` instead of calling.
+SKIP_LEAF = frozenset("lm_head embed_out score classifier qa_outputs router gate shared_expert_gate dt_proj".split())
+# Towers and projectors see other rows than the text does (images, audio frames), so one row index per request does not fit them; and the
+# small matrices of other adapters are trained, not factored.
+SKIP_PART = frozenset(
+    "vision_tower vision_model visual vision_encoder image_encoder audio_tower audio_encoder multi_modal_projector "
+    "mm_projector embed_vision embed_audio connector lora_A lora_B".split()
+)
+# Tensors of a stack of mixture-of-experts weights: [experts, M, N], or [experts, N, M] where the class says it is transposed.
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
+
+Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One adapted matrix W [M, N] (out_features, in_features) of a model: y = x Wᵀ.
+
+    name: what experts and factors call it: the module's path; with `.{tensor}.{index}` behind it in a mixture-of-experts stack
+    tensor: the parameter's key in the model's state dict
+    index: which slice of a stack, or None
+    transposed: the parameter is stored [N, M] (Conv1D, gpt-oss)
+    kind: "attention", "mlp" or "other"
+    """
+
+    name: str
+    tensor: str
+    shape: tuple[int, int]
+    kind: str
+    module: nn.Module = field(repr=False, compare=False)
+    index: int | None = None
+    transposed: bool = False
+
+    @property
+    def path(self) -> str:
+        """The module's path in the model."""
+        return self.tensor.rpartition(".")[0]
+
+    @property
+    def rank(self) -> int:
+        """R = min(M, N), the number of singular components."""
+        return min(self.shape)
+
+    def orient(self, stored: Tensor) -> Tensor:
+        """The stored parameter (or checkpoint tensor) as W [M, N]."""
+        w = stored if self.index is None else stored[self.index]
+        return w.t() if self.transposed else w
+
+    def read(self) -> Tensor:
+        """W [M, N] in floating point, dequantised where the module holds another format. Raises ValueError where there are no numbers."""
+        stored = getattr(self.module, self.tensor.rpartition(".")[2], None)
+        if not isinstance(stored, Tensor):
+            raise ValueError(
+                f"{self.name}: {type(self.module).__name__} has no readable weight; pass factors decomposed from the original checkpoint"
+            )
+        if stored.is_meta:
+            raise ValueError(
+                f"{self.name}: its weight is on the meta device (not loaded, or offloaded); load it, or pass factors of the checkpoint"
+            )
+        with torch.no_grad():
+            return self.orient(_dense(stored, self.module))
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether the module's weight is something else than a plain floating-point tensor."""
+    w = getattr(module, "weight", None)
+    return not (type(w) in (nn.Parameter, Tensor) and w.is_floating_point() and w.element_size() > 1)
+
+
+def stored_bytes(t: Tensor) -> int:
+    """Bytes of a weight as it is kept: of the packed numbers and their scales where it is a quantised tensor made of others."""
+    if hasattr(t, "__tensor_flatten__"):
+        return sum(stored_bytes(getattr(t, part)) for part in t.__tensor_flatten__()[0])
+    return t.numel() * t.element_size()
+
+
+def find_matrices(model: nn.Module, targets: Targets = "all") -> dict[str, Matrix]:
+    """The matrices that `targets` selects, by name, in model order.
+
+    targets: "all" (every linear layer of the blocks), "mlp", "attention"; a regular expression that is searched in names;
+        a list of last path components ("q_proj"); or `callable(name, module) -> bool`.
+        Heads, embeddings, routers, vision and audio towers are left out, unless a regular expression matches nothing else,
+        or a list or callable asks for them.
+    Raises ValueError if nothing is selected (with names that exist), or if a head tied to the embedding is.
+    """
+    every = dict(_walk(model))
+    usual = {n: m for n, m in every.items() if _usual(n, m, model)}
+    if callable(targets):
+        chosen = {n: m for n, m in every.items() if targets(n, m.module)}
+    elif not isinstance(targets, str):
+        leaves = frozenset(targets)
+        chosen = {n: m for n, m in every.items() if m.path.rpartition(".")[2] in leaves or _leaf(n) in leaves}
+    elif targets == "all":
+        chosen = usual
+    elif targets in ("mlp", "attention"):
+        chosen = {n: m for n, m in usual.items() if m.kind == targets}
+    else:
+        try:
+            pattern = re.compile(targets)
+        except re.error as e:
+            raise ValueError(
+                f"targets={targets!r} is neither 'all', 'mlp', 'attention' nor a valid regular expression: {e}"
+            ) from None
+        chosen = {n: m for n, m in usual.items() if pattern.search(n)} or {
+            n: m for n, m in every.items() if pattern.search(n)
+        }
+    if not chosen:
+        some = ", ".join(list(every)[:6]) or "no linear layer at all"
+        raise ValueError(
+            f"targets={targets!r} selects no matrix of {type(model).__name__}; it has {some}{', ...' if len(every) > 6 else ''}"
+        )
+    tied = _tied_head(model)
+    for n, m in chosen.items():
+        if m.module is tied:
+            raise ValueError(
+                f"targets={targets!r} selects {n}, which is tied to the input embedding: adapting it would cut the tie"
+            )
+    return chosen
+
+
+def _walk(model: nn.Module):
+    for path, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            n, m = module.weight.shape
+            yield path, Matrix(path, f"{path}.weight", (m, n), kind_of(path), module, transposed=True)
+        elif _linear_like(module):
+            yield path, Matrix(path, f"{path}.weight", (module.out_features, module.in_features), kind_of(path), module)
+        elif is_expert_stack(module):
+            for tensor in STACKS:
+                stack = getattr(module, tensor, None)
+                if not isinstance(stack, Tensor) or stack.dim() != 3:
+                    continue
+                count, a, b = stack.shape
+                transposed = bool(getattr(module, "is_transposed", False))
+                for e in range(count):
+                    name = f"{path}.{tensor}.{e}"
+                    yield (
+                        name,
+                        Matrix(
+                            name, f"{path}.{tensor}", (b, a) if transposed else (a, b), "mlp", module, e, transposed
+                        ),
+                    )
+
+
+def is_expert_stack(module: nn.Module) -> bool:
+    """A mixture-of-experts module in transformers' own layout: 3-D weights, dispatched through `ALL_EXPERTS_FUNCTIONS`."""
+    return all(hasattr(module, a) for a in ("down_proj", "is_transposed", "has_gate", "_apply_gate"))
+
+
+def kind_of(path: str) -> str:
+    """ "attention", "mlp" or "other", from the path alone."""
+    for part in reversed(path.split(".")):
+        if part in ATTENTION:
+            return "attention"
+        if part in MLP:
+            return "mlp"
+    return "other"
+
+
+def _linear_like(module: nn.Module) -> bool:
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (
+        all(isinstance(s, int) for s in sizes)
+        and not hasattr(module, "base_layer")
+        and not isinstance(module, nn.Bilinear)
+    )
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _usual(name: str, m: Matrix, model: nn.Module) -> bool:
+    parts = m.path.split(".")
+    in_block = any(p.isdigit() for p in parts)
+    return (
+        in_block and parts[-1] not in SKIP_LEAF and not SKIP_PART.intersection(parts) and m.module is not _head(model)
+    )
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get else None
+
+
+def _tied_head(model: nn.Module) -> nn.Module | None:
+    head, get = _head(model), getattr(model, "get_input_embeddings", None)
+    embedding = get() if get else None
+    if head is None or embedding is None or getattr(head, "weight", None) is not getattr(embedding, "weight", 0):
+        return None
+    return head
+
+
+def _dense(stored: Tensor, module: nn.Module) -> Tensor:
+    if stored.is_floating_point() and type(stored) in (nn.Parameter, Tensor) and stored.element_size() > 1:
+        return stored.detach()
+    if type(stored).__module__.startswith("bitsandbytes"):
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+        return dequantize_bnb_weight(stored, getattr(module, "state", None)).detach()
+    if type(stored) not in (nn.Parameter, Tensor) and hasattr(
+        stored, "dequantize"
+    ):  # torchao and other tensor subclasses
+        return stored.dequantize().detach()
+    raise ValueError(
+        f"{type(module).__name__}: cannot turn its {stored.dtype} weight into floating point; pass factors of the original checkpoint"
+    )

@@ -1,0 +1,94 @@
+"""From a model that vLLM has loaded to a bank: factors at its layers, tables, and what experts are checked against."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2kernels.experts.bank import ExpertBank
+from t2kernels.experts.origin import Origin
+from t2kernels.factors.store import Factors
+from t2kernels.integrations.vllm.requests import STACK
+from t2kernels.integrations.vllm.settings import Settings
+from t2kernels.layers.active import Routing
+from t2kernels.layers.linear import SVFLinear
+
+from .lora_layers import ExpertPath, Member, adapt, check_weights, delta_member, members_of
+
+logger = logging.getLogger(__name__)
+
+
+def origin_of(factors: Factors) -> Origin:
+    """What experts are checked against, from spectra and manifest alone: the matrices that are served, all but mixture-of-experts stacks."""
+    names, facts = [n for n in factors if STACK not in n], factors.manifest
+    kept = ({n: of[n] for n in names} for of in (factors.sigmas, factors.sketches, factors.fingerprints))
+    return Origin(facts.get("base_model"), facts.get("revision"), *kept, {n: min(factors.shape(n)) for n in names})
+
+
+def build_delta(
+    model: nn.Module, factors: Factors, settings: Settings, rows: int, token_rows: Tensor, dtype: torch.dtype
+) -> ExpertBank:
+    """Wrap every linear layer of `model` that the factors know, in delta form. Returns the bank.
+
+    Raises ValueError: factors of matrices that the model does not have, of other shapes, or of other weights.
+    """
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    if settings.fingerprint not in (None, factors.fingerprint):
+        raise ValueError(
+            f"{settings.factors}: its factors are not those that the engine was configured with; make engine_args again"
+        )
+    device, cut = token_rows.device, factors.cut(settings.rank)
+    names = checkpoint_names(model, factors)
+    packed, routing = getattr(model, "packed_modules_mapping", {}), Routing()
+    found: list[tuple[nn.Module, list[Member], list[SVFLinear]]] = []
+    pairs: list[tuple[SVFLinear, tuple[str, ...]]] = []
+    with torch.no_grad():
+        for path, layer in model.named_modules():
+            if not isinstance(layer, LinearBase) or not any(n in names for n in _all_names(path, packed)):
+                continue
+            members = [m for m in members_of(path, layer, packed) if m.name in names]
+            made = []
+            for m in members:
+                name = names.pop(m.name)
+                if factors.shape(name) != m.shape:
+                    raise ValueError(
+                        f"{name}: the factors are of a matrix {list(factors.shape(name))}, the model has {list(m.shape)}"
+                    )
+                factor = cut[name]
+                check_weights(
+                    layer, m, factor, dtype, device, not isinstance(layer.quant_method, UnquantizedLinearMethod)
+                )
+                made.append(delta_member(factor, m, rows, dtype, routing, device))
+                pairs.append((made[-1], (name,)))
+            found.append((layer, members, made))
+    left = [n for n in names.values() if STACK not in n]
+    if left or not pairs:
+        some = ", ".join(left[:4]) or "none at all"
+        raise ValueError(
+            f"{len(left)} matrices of the factors at {settings.factors} are not linear layers of {type(model).__name__}: {some}; decompose the "
+            "checkpoint that is served, with targets that it has"
+        )
+    bank = ExpertBank(pairs, rows, origin_of(factors), routing, {n: ("delta", "vLLM") for _, (n,) in pairs})
+    for layer, members, made in found:
+        adapt(layer, ExpertPath(members, made, layer.output_partition_sizes, token_rows))
+    logger.info("SVF experts at %d layers: %s", len(found), bank.describe())
+    return bank
+
+
+def checkpoint_names(model: nn.Module, factors: Factors) -> dict[str, str]:
+    """{name of a matrix in vLLM's model: its name in the checkpoint}."""
+    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
+    mapper = None if mapper is None else mapper.get_rename_mapper()
+    return {
+        (name if mapper is None else mapper.map_name(f"{name}.weight").removesuffix(".weight")): name
+        for name in factors
+    }
+
+
+def _all_names(path: str, packed: dict) -> list[str]:
+    parent, _, leaf = path.rpartition(".")
+    return [f"{parent}.{n}" for n in packed.get(leaf, [leaf])]

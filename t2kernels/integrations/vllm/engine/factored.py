@@ -1,0 +1,114 @@
+"""Factored form in vLLM: layers without weights, whose factors stand beside the checkpoint (`checkpoint.py` writes it, `quantization.py` reads it).
+
+A factored layer has nothing to load: when the rest has been loaded it reads its rank's part of its factors, cut and laid out as in delta form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2kernels.experts.bank import ExpertBank
+from t2kernels.factors.int8 import Int8Factor
+from t2kernels.factors.store import Factor
+from t2kernels.integrations.vllm.hooks import QUANTIZATION
+from t2kernels.layers.active import Routing
+from t2kernels.layers.linear import SVFLinear
+
+from .build import origin_of
+from .lora_layers import SHARD_BYTES, ExpertPath, FactoredMember, Member, ShardedPath, members_of
+
+FORMAT = 1
+
+
+class Factored:
+    """The members of one factored layer on this rank, and how they are laid out."""
+
+    def __init__(self, method: Any, layer: nn.Module, rows: int, device: torch.device):
+        names = method.quantization.names
+        self.members = members_of(method.prefix, layer, method.quantization.packed_modules_mapping)
+        if missing := [m.name for m in self.members if m.name not in names]:
+            raise ValueError(
+                f"{missing[0]} is not among the factored matrices, and vLLM merges it with some that are; decompose with targets that hold both"
+            )
+        self.factors, self.rows, self.method = method.factors, rows, method
+        self.row_parallel = type(layer).__name__ == "RowParallelLinear"
+        self.ranks = layer.tp_size if type(layer).__name__ != "ReplicatedLinear" else 1
+        found = [self.factors[names[m.name]] for m in self.members]
+        for m, factor in zip(self.members, found, strict=True):
+            if tuple(self.factors.shape(names[m.name])) != m.shape:
+                raise ValueError(
+                    f"{m.name}: the factors are of a matrix {list(self.factors.shape(names[m.name]))}, the model has {list(m.shape)}"
+                )
+            _check_whole(m, factor)
+        self.shard = self._shards(found)
+        routing = Routing()
+        self.pairs: list[tuple[SVFLinear, tuple[str, ...]]] = []
+        for m, factor in zip(self.members, found, strict=True):
+            local = m.cut(factor)
+            if self.shard:
+                local = share(local.to(method.dtype), layer.tp_rank, layer.tp_size, self.row_parallel)
+            support = self.factors.cut(method.settings.rank).ranks[names[m.name]]
+            self.pairs.append(
+                (FactoredMember(local.to(device), support, rows, method.dtype, routing), (names[m.name],))
+            )
+
+    def path(self, layer: nn.Module, token_rows: Tensor) -> ExpertPath:
+        arguments = self.members, [made for made, _ in self.pairs], layer.output_partition_sizes, token_rows
+        return (
+            ShardedPath(*arguments, row_parallel=self.row_parallel, ranks=self.ranks)
+            if self.shard
+            else ExpertPath(*arguments)
+        )
+
+    def _shards(self, found: list[Factor | Int8Factor]) -> bool:
+        """Whether R is divided over the ranks too: where asked for, or where what would be replicated is large."""
+        layout, parts = self.method.settings.layout, [m for m in self.members if len(m.parts) > 1]
+        able = (
+            self.ranks > 1
+            and not parts
+            and all(not isinstance(f, Int8Factor) and f.rank % self.ranks == 0 for f in found)
+        )
+        if layout == "shard" and self.ranks > 1 and not able:
+            raise ValueError(
+                f"{self.members[0].name}: layout='shard' needs floating-point factors whose rank {self.ranks} divides; use 'auto'"
+            )
+        copied = sum((f.U if self.row_parallel else f.V).numel() for f in found) * self.method.dtype.itemsize
+        return able and (layout == "shard" or (layout == "auto" and copied >= SHARD_BYTES))
+
+
+def _check_whole(member: Member, factor: Factor | Int8Factor) -> None:
+    if factor.rank < min(member.shape):
+        raise ValueError(
+            f"{member.name}: its factors have {factor.rank} of {min(member.shape)} components; the factored form needs all of them"
+        )
+
+
+def share(local: Factor, rank: int, ranks: int, row_parallel: bool) -> Factor | Int8Factor:
+    """This rank's components: of U for a row-parallel layer, whose g is scaled before it is shared out; else of V, with their scale."""
+    width = local.rank // ranks
+    mine = slice(rank * width, (rank + 1) * width)
+    if row_parallel:
+        return local._replace(U=local.U[:, mine].contiguous())
+    # Columns that belong to some of the components, which is what int8 factors have; here with steps of 1.
+    source = torch.arange(rank * width, (rank + 1) * width)
+    return Int8Factor(local.U, local.sigma, local.V[:, mine].t().contiguous().t(), source, torch.ones(width), (width,))
+
+
+def build_factored(model: nn.Module, rows: int, token_rows: Tensor) -> ExpertBank:
+    """One bank over the factored layers of a loaded model, with one buffer of rows for all. Raises ValueError where there is none."""
+    found = [layer for layer in model.modules() if hasattr(layer, "svf_made")]
+    if not found:
+        raise ValueError(
+            f"the checkpoint of {type(model).__name__} names quantization {QUANTIZATION!r}, but no layer of it is factored"
+        )
+    made = [layer.svf_made for layer in found]
+    pairs = [pair for m in made for pair in m.pairs]
+    origin = origin_of(made[0].factors)
+    bank = ExpertBank(pairs, rows, origin, Routing(), {n: ("factored", "vLLM") for _, (n,) in pairs})
+    for layer, m in zip(found, made, strict=True):
+        layer.svf = m.path(layer, token_rows)
+        del layer.svf_made
+    return bank

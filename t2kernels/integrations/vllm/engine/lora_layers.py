@@ -1,0 +1,251 @@
+"""Factors at vLLM's linear layers: which matrices a layer holds, this rank's part of them, and the forward in both forms.
+
+    delta     y = base(x) + ((x V) * scale[rows]) Uᵀ        base: the layer's own quant method, in whatever format it holds its weight
+    factored  y = ((x V) * scale[rows]) Uᵀ + bias
+
+vLLM merges matrices that share their input (q, k, v; gate, up) into one layer; here they are a group of the op.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2kernels.factors.int8 import Int8Factor
+from t2kernels.factors.store import Factor
+from t2kernels.layers.groups import Group
+from t2kernels.layers.linear import DeltaLinear, SVFLinear
+from t2kernels.ops.op import call, call_group, expand, shrink
+
+# Replicated factors cost no communication, sharded ones a collective of T x R numbers a layer and 1/tp of the bytes. Estimated, not measured: a
+# bf16 factor of 4096 x 4096 takes an H200 about 7 us to read, about what a small collective takes; twice as wide, it takes 28 us.
+SHARD_BYTES = 64 << 20
+
+KINDS = (
+    "ReplicatedLinear",
+    "ColumnParallelLinear",
+    "MergedColumnParallelLinear",
+    "QKVParallelLinear",
+    "RowParallelLinear",
+)
+
+
+class FactoredMember(SVFLinear):
+    """One matrix of a layer in factored form."""
+
+    form = "factored"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One matrix W [M, N] of a layer. name: its name; out: the rows of W that this rank has; parts: which of the layer's outputs it makes
+    take: the columns of W that this rank has
+    """
+
+    name: str
+    shape: tuple[int, int]
+    out: tuple[slice, ...]
+    take: slice
+    parts: tuple[int, ...]
+
+    def cut(self, factor: Factor | Int8Factor) -> Factor | Int8Factor:
+        """This rank's part of the factors: rows of U (column-parallel layers), rows of V (row-parallel ones)."""
+        U = factor.U[self.out[0]] if len(self.out) == 1 else torch.cat([factor.U[s] for s in self.out])
+        return factor._replace(U=U.contiguous(), V=factor.V[self.take].t().contiguous().t())
+
+
+def members_of(name: str, layer: nn.Module, packed: Mapping[str, Sequence[str]]) -> list[Member]:
+    """The matrices of a vLLM linear layer by the names that a checkpoint gives them, and this rank's part of each.
+
+    packed: {merged layer: names of its matrices}, `packed_modules_mapping` of the model
+    Raises ValueError for a kind of layer whose partition is not known here.
+    """
+    kind = type(layer).__name__
+    if kind not in KINDS:
+        raise ValueError(
+            f"{name} is a {kind}, whose partition over ranks is not known; known are {', '.join(KINDS)}. Leave it out of the factors"
+        )
+    parent, _, leaf = name.rpartition(".")
+    names = [f"{parent}.{n}" if parent else n for n in packed.get(leaf, [leaf])]
+    rank, ranks, sizes = layer.tp_rank, layer.tp_size, list(layer.output_partition_sizes)
+    if kind == "RowParallelLinear":
+        width = layer.input_size // ranks
+        return [
+            Member(
+                names[0],
+                (layer.output_size, layer.input_size),
+                (slice(None),),
+                slice(rank * width, (rank + 1) * width),
+                (0,),
+            )
+        ]
+    replicas = [1, *[layer.num_kv_head_replicas] * 2] if kind == "QKVParallelLinear" else [1] * len(sizes)
+    ranks = 1 if kind == "ReplicatedLinear" else ranks
+    rank = 0 if kind == "ReplicatedLinear" else rank
+    whole = [size * ranks // r for size, r in zip(sizes, replicas, strict=True)]
+    local = [slice(rank // r * size, (rank // r + 1) * size) for size, r in zip(sizes, replicas, strict=True)]
+    every = slice(None)
+    if len(names) == len(sizes):
+        return [
+            Member(n, (m, layer.input_size), (s,), every, (i,))
+            for i, (n, m, s) in enumerate(zip(names, whole, local, strict=True))
+        ]
+    if len(names) == 1:  # the checkpoint holds them merged as well: one matrix, whose rows lie in several places
+        starts = [sum(whole[:i]) for i in range(len(whole))]
+        rows = tuple(slice(a + s.start, a + s.stop) for a, s in zip(starts, local, strict=True))
+        return [Member(names[0], (sum(whole), layer.input_size), rows, every, tuple(range(len(sizes))))]
+    raise ValueError(
+        f"{name} has {len(sizes)} parts for the matrices {', '.join(names)}; which is which is not known. Leave it out of the factors"
+    )
+
+
+class ExpertPath(nn.Module):
+    """((x V) * scale[rows]) Uᵀ of the members of one layer. A child of the layer; its tensors are in no state dict.
+
+    sizes: of the layer's outputs on this rank; token_rows: the manager's buffer
+    Built from the members' `SVFLinear`s after the bank has laid their tables side by side.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], layers: Sequence[SVFLinear], sizes: Sequence[int], token_rows: Tensor
+    ):
+        super().__init__()
+        found = Group(layers).tensors()
+        if found is None:
+            raise ValueError(
+                f"{members[0].name}: the factors of its layer are of several dtypes; decompose them in one format"
+            )
+        Vt, scale = found[0].t(), found[1]
+        self.register_buffer("Vt", Vt, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("token_rows", token_rows, persistent=False)
+        self.count = len(layers)
+        for i, layer in enumerate(layers):
+            self.register_buffer(f"U{i}", layer.U, persistent=False)
+        self.sizes, self.parts = list(sizes), [m.parts for m in members]
+        self.whole = [p for parts in self.parts for p in parts] == list(range(len(self.sizes)))
+        self.step: Any = None  # the manager, which knows how many tokens the step has
+
+    @property
+    def Us(self) -> list[Tensor]:
+        return [getattr(self, f"U{i}") for i in range(self.count)]
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The row of each token of x [T, N]. Raises RuntimeError where x cannot be the tokens of this step."""
+        T = x.shape[0]
+        if not torch.compiler.is_compiling() and not (0 if self.step is None else self.step.tokens) <= T <= len(
+            self.token_rows
+        ):
+            raise RuntimeError(
+                f"a layer was given {T} tokens in a step of {self.step.tokens}: it sees other tokens than the step's, whose experts are not known; "
+                "leave its matrices out of the factors"
+            )
+        return self.token_rows[:T]
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + ((x V) * scale[rows]) Uᵀ of y [..., sum of sizes] and x [..., N]."""
+        x, y2 = x.reshape(-1, x.shape[-1]).to(y.dtype), y.reshape(-1, y.shape[-1])
+        rows, V = self.rows_of(x), self.Vt.t()
+        if self.count == 1 and self.whole:
+            return call(x, V, self.U0, self.scale, rows, y2).reshape(y.shape)
+        outputs = list(y2.split(self.sizes, -1))
+        bases = [outputs[p[0]] if len(p) == 1 else torch.cat([outputs[i] for i in p], -1) for p in self.parts]
+        made = call_group(x, V, self.Us, self.scale, rows, bases, [])
+        for parts, new in zip(self.parts, made, strict=True):
+            for i, piece in zip(parts, new.split([self.sizes[i] for i in parts], -1), strict=True):
+                outputs[i] = piece
+        return torch.cat(outputs, -1).reshape(y.shape)
+
+    def make(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """((x V) * scale[rows]) Uᵀ + bias, [..., sum of sizes]."""
+        lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        rows, V = self.rows_of(x), self.Vt.t()
+        if self.count == 1:
+            y = call(x, V, self.U0, self.scale, rows, None, bias)
+        else:
+            y = torch.cat(call_group(x, V, self.Us, self.scale, rows, [], []), -1)
+            y = y if bias is None else y.add_(bias)
+        return y.reshape(*lead, y.shape[-1])
+
+
+class ShardedPath(ExpertPath):
+    """`ExpertPath` in factored form with R divided over the ranks as well (S-LoRA, arXiv 2311.03285, section 6).
+
+    Column-parallel: V [N, R/tp] and its scale, all-gather of g, U [M/tp, R]. Row-parallel: V [N/tp, R], reduce-scatter of g, U [M, R/tp]; the
+    layer's own all-reduce adds up what the ranks made.
+    """
+
+    def __init__(self, *args, row_parallel: bool, ranks: int):
+        super().__init__(*args)
+        self.row_parallel, self.ranks = row_parallel, ranks
+
+    def make(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_reduce_scatter
+
+        lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        g = shrink(x, self.Vt.t(), self.scale, self.rows_of(x))
+        if self.row_parallel:
+            g = tensor_model_parallel_reduce_scatter(g.contiguous(), -1)
+        else:
+            # Ranks lie behind each other, each with its share of every member: put the shares of a member together.
+            g = tensor_model_parallel_all_gather(g.contiguous(), -1).reshape(x.shape[0], self.ranks, -1)
+            shares = g.split([U.shape[1] // self.ranks for U in self.Us], -1)
+            g = torch.cat([s.reshape(x.shape[0], -1) for s in shares], -1)
+        y = torch.cat(expand(g, self.Us, [None] * self.count, [None] * self.count, x.dtype, x.shape[:-1]), -1)
+        y = y if bias is None else y.add_(bias)
+        return y.reshape(*lead, y.shape[-1])
+
+
+def adapt(layer: nn.Module, path: ExpertPath) -> None:
+    """Make a layer add an expert's path to what its own quant method computes, in its own format."""
+    base = layer.quant_method
+    # A copy of the method, of its own class: what asks for the class or for other methods finds what was there.
+    method = copy.copy(base)
+
+    def apply(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return layer.svf.add(base.apply(layer, x, bias), x)
+
+    method.apply = apply
+    layer.svf = path
+    layer.quant_method = method
+
+
+def delta_member(
+    factor: Factor | Int8Factor, member: Member, rows: int, dtype: torch.dtype, routing: Any, device: torch.device
+) -> DeltaLinear:
+    """The table and this rank's factors of a matrix in delta form."""
+    local = member.cut(factor)
+    return DeltaLinear(local.to(device), factor.rank, rows, dtype, routing)
+
+
+def check_weights(
+    layer: nn.Module,
+    member: Member,
+    factor: Factor | Int8Factor,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantised: bool,
+) -> None:
+    """W v_1 = sigma_1 u_1, by the layer itself, in whatever format it holds W. Raises ValueError where the factors are of other weights."""
+    v, u = factor.V[:, 0].float(), factor.U[:, 0].float()
+    if isinstance(factor, Int8Factor):
+        v, u = v / v.norm(), u / u.norm()
+    y = layer.quant_method.apply(layer, v[member.take].to(device, dtype)[None], None)
+    if type(layer).__name__ == "RowParallelLinear" and layer.tp_size > 1:
+        from vllm.distributed import tensor_model_parallel_all_reduce
+
+        y = tensor_model_parallel_all_reduce(y)
+    mine = torch.cat([y[0].split(list(layer.output_partition_sizes))[i] for i in member.parts]).float().cpu()
+    wanted = torch.cat([u[s] for s in member.out])
+    # Against sigma_1 as a whole, which a rank's part of u_1 may be little of. As in `patch_model`: rounding to bf16 moves it by 2e-3, to 4 bits by
+    # 0.15; foreign factors by about 1.
+    off = ((mine / factor.sigma[0] - wanted).norm() / wanted.norm().clamp_min(0.05)).item()
+    if not off <= (0.3 if quantised or isinstance(factor, Int8Factor) else 0.02):
+        raise ValueError(
+            f"{member.name}: these factors are of other weights (||W v_1 - sigma_1 u_1|| = {off:.2g} sigma_1); decompose the checkpoint that is served"
+        )

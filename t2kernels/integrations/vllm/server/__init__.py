@@ -1,0 +1,1 @@
+"""Inside vLLM's API server: names, uploads, `t2 serve --engine vllm`."""

@@ -1,0 +1,172 @@
+"""vLLM's server with experts: an endpoint plugin (`vllm.endpoint_plugins`), which vLLM loads where VLLM_PLUGINS names it.
+
+It takes the places of `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, and looks at the model that a request names before vLLM does.
+"""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from t2kernels.integrations.vllm.hooks import asks_for_experts
+from t2kernels.integrations.vllm.requests import MIX
+
+from .served import AUTO, Refused, ServedExperts
+
+PATHS = ("/v1/completions", "/v1/chat/completions")
+HEADER = b"x-expert"
+KINDS = {
+    HTTPStatus.BAD_REQUEST: "BadRequestError",
+    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
+    HTTPStatus.NOT_FOUND: "NotFoundError",
+}
+
+
+class FrontEnd:
+    """What the entry point names; see `vllm.plugins.endpoint_plugins.interface`."""
+
+    name = "t2kernels"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        from fastapi import Request
+        from fastapi.responses import JSONResponse
+
+        async def answer(request: Request, do) -> Any:
+            try:
+                body = await request.json()
+                if not isinstance(body, dict):
+                    raise ValueError("wanted a JSON object")
+                return JSONResponse({"message": await do(app.state.t2_experts, body)})
+            except (ValueError, KeyError, TypeError) as e:
+                return JSONResponse(
+                    error(HTTPStatus.BAD_REQUEST, f"the body does not fit: {e!r}"), HTTPStatus.BAD_REQUEST
+                )
+            except Refused as e:
+                return JSONResponse(error(e.status, str(e)), e.status)
+
+        async def load(served: ServedExperts, body: dict) -> str:
+            await served.load(str(body["lora_name"]), str(body["lora_path"]), bool(body.get("load_inplace")))
+            return f"expert {body['lora_name']!r} is being served"
+
+        async def unload(served: ServedExperts, body: dict) -> str:
+            await served.unload(str(body["lora_name"]))
+            return f"expert {body['lora_name']!r} is not served any more"
+
+        async def load_route(request: Request):
+            return await answer(request, load)
+
+        async def unload_route(request: Request):
+            return await answer(request, unload)
+
+        # The annotation must be the class itself: this module's are strings, and FastAPI would look for Request among the module's names.
+        for route in (load_route, unload_route):
+            route.__annotations__["request"] = Request
+        app.post("/v1/load_lora_adapter")(load_route)
+        app.post("/v1/unload_lora_adapter")(unload_route)
+        app.add_middleware(Models)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        from t2kernels import tiny
+
+        config = engine_client.vllm_config
+        if not asks_for_experts(config) or config.lora_config is None:
+            raise ValueError(
+                "VLLM_PLUGINS names t2kernels, but the engine was not configured with experts: engine_args(...), or `t2 serve`"
+            )
+        given = getattr(args, "t2kernels_roots", None)
+        modules = [Path(m.path).parent for m in args.lora_modules or []]
+        built_in = Path(config.model_config.model).resolve() == tiny.path().resolve()
+        state.t2_experts = ServedExperts(
+            engine_client, state.openai_serving_models, config, modules if given is None else given, built_in
+        )
+        for name, path in getattr(args, "t2kernels_experts", {}).items():
+            try:
+                await state.t2_experts.load(name, path)
+            except Refused as e:
+                raise ValueError(f"expert {name!r}: {e}") from None
+
+
+class Models:
+    """ASGI middleware: a request for "auto" or for a mixture goes on as one for an expert that is served; the answer's x-expert says which."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if (
+            scope["type"] != "http"
+            or scope["method"] != "POST"
+            or scope["path"].removeprefix(scope.get("root_path", "")) not in PATHS
+        ):
+            return await self.app(scope, receive, send)
+        body = await _whole(receive)
+        if body is None:
+            return None  # the client has gone
+        # Most requests name an expert outright: their bodies are not parsed twice.
+        if AUTO.encode() not in body and MIX.encode() not in body:
+            return await self.app(scope, _again(body, receive), send)
+        try:
+            data = json.loads(body)
+            model = data.get("model") if isinstance(data, dict) else None
+        except ValueError:
+            model = None  # vLLM says what is wrong with it
+        if not isinstance(model, str) or not (model == AUTO or model.startswith(MIX)):
+            return await self.app(scope, _again(body, receive), send)
+        try:
+            chosen = await scope["app"].state.t2_experts.resolve(model, data.get("messages", data.get("prompt")))
+        except Refused as e:
+            return await _respond(send, e.status, error(e.status, str(e)))
+        body = json.dumps({**data, "model": chosen}).encode()
+        headers = [(k, v) for k, v in scope["headers"] if k.lower() != b"content-length"]
+        scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+
+        async def tell(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {
+                    **message,
+                    "headers": [*message.get("headers", []), (HEADER, chosen.encode("ascii", "replace"))],
+                }
+            await send(message)
+
+        return await self.app(scope, _again(body, receive), tell)
+
+
+def error(status: HTTPStatus, message: str) -> dict:
+    """An error in the form of OpenAI's API."""
+    kind = KINDS.get(status, "InternalServerError")
+    return {"error": {"message": message, "type": kind, "param": "model", "code": int(status)}}
+
+
+async def _whole(receive: Any) -> bytes | None:
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _again(body: bytes, receive: Any) -> Any:
+    """`receive` that gives a body which was read already, and then what comes: a client that leaves."""
+    given = False
+
+    async def again() -> Any:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+async def _respond(send: Any, status: HTTPStatus, content: dict) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": int(status), "headers": headers})
+    await send({"type": "http.response.body", "body": body})

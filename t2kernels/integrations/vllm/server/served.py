@@ -1,0 +1,248 @@
+"""`ServedExperts`: the experts of a running server by the names that clients use: files, mixtures on first use, and "auto".
+
+All of them end as vLLM's own entries of adapters, so that whatever vLLM's server does with an adapter it does with them. An entry is never changed: an
+expert that is replaced is a new entry with a new id, and requests that are running end with the one they began with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import OrderedDict
+from collections.abc import Awaitable, Mapping, Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from t2kernels.adapt.question import Question
+from t2kernels.experts.expert import Expert, ExpertError, find_file
+from t2kernels.integrations.vllm import requests
+from t2kernels.integrations.vllm.engine.check import check_request
+
+from .spool import Spool
+
+AUTO = "auto"
+CLASSIFIER = "classify"
+DEAD_AFTER = 1.0  # seconds between two looks at whether the engine lives, while it is asked something
+MIXTURES = 256  # entries of mixtures kept: clients make them up
+
+
+class Refused(Exception):
+    """What a client is answered: status and message."""
+
+    def __init__(self, status: HTTPStatus, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+def parse_mixture(name: str) -> dict[str, float]:
+    """ "mix:math=0.5,code=0.5" -> {"math": 0.5, "code": 0.5}. Raises Refused."""
+    weights: dict[str, float] = {}
+    for part in name.removeprefix(requests.MIX).split(","):
+        expert, _, weight = part.strip().rpartition("=")
+        try:
+            weights[expert] = weights.get(expert, 0.0) + float(weight)
+        except ValueError:
+            expert = ""
+        if not expert:
+            raise Refused(
+                HTTPStatus.BAD_REQUEST,
+                f"model {name!r}: wanted mix:NAME=WEIGHT,NAME=WEIGHT, such as mix:math=0.7,code=0.3",
+            )
+    return weights
+
+
+def last_text(chat: Any) -> str:
+    """What the last message of a chat says. Raises Refused for what is no chat, or has no text there."""
+    content = chat[-1].get("content") if isinstance(chat, list) and chat and isinstance(chat[-1], Mapping) else None
+    if isinstance(content, list):
+        content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    if not isinstance(content, str) or not content:
+        raise Refused(
+            HTTPStatus.BAD_REQUEST, 'model "auto" chooses by one prompt in text, or by a chat that ends in text'
+        )
+    return content
+
+
+class ServedExperts:
+    """engine: vLLM's engine client; models: its `OpenAIServingModels`; roots: directories that expert files may lie in; tiny: the built-in model"""
+
+    def __init__(self, engine: Any, models: Any, config: Any, roots: Sequence[Path], tiny: bool = False):
+        self.engine, self.models, self.config, self.tiny = engine, models, config, tiny
+        self.roots = [Path(r).expanduser().resolve() for r in roots]
+        self.spool = Spool()
+        self._mixtures: OrderedDict[str, str] = (
+            OrderedDict()
+        )  # name -> address it was made from, least recently used first
+        self._lock = asyncio.Lock()
+
+    # --- files
+
+    async def load(self, name: str, path: str, replace: bool = False) -> None:
+        """Serve the expert in a file under a name. Raises Refused, with nothing changed."""
+        if not name or name == AUTO or name.startswith(requests.MIX) or self.models.is_base_model(name):
+            raise Refused(
+                HTTPStatus.BAD_REQUEST, f"an expert cannot be called {name!r}: the name has a meaning already"
+            )
+        async with self._lock:
+            if name in self.models.lora_requests and not replace:
+                raise Refused(
+                    HTTPStatus.BAD_REQUEST, f"expert {name!r} is being served already; pass load_inplace to replace it"
+                )
+            await self._serve(name, await asyncio.to_thread(self._address, path))
+
+    async def unload(self, name: str) -> None:
+        """Stop serving an expert; requests that are running end with it. Raises Refused."""
+        async with self._lock:
+            if self.models.lora_requests.pop(name, None) is None:
+                raise Refused(HTTPStatus.NOT_FOUND, f"no expert {name!r} is being served")
+            self._mixtures.pop(name, None)
+
+    def _address(self, path: str) -> str:
+        try:
+            file = find_file(Path(path).expanduser()).resolve()
+            if not any(file.is_relative_to(root) for root in self.roots):
+                raise Refused(HTTPStatus.FORBIDDEN, f"{path} is not under a directory that experts are served from")
+            return self.spool.take(file, {r.lora_path for r in self.models.lora_requests.values()})
+        except ExpertError as e:
+            raise Refused(HTTPStatus.NOT_FOUND, str(e)) from None
+        except OSError as e:
+            raise Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"{path} could not be copied: {e}") from None
+
+    async def _serve(self, name: str, where: str) -> None:
+        from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(name, self.models.lora_id_counter.inc(1), where)
+        try:
+            await asyncio.to_thread(check_request, self.config, request)
+        except LoRAAdapterNotFoundError as e:
+            raise Refused(HTTPStatus.NOT_FOUND, str(e)) from None
+        except VLLMValidationError as e:
+            raise Refused(HTTPStatus.BAD_REQUEST, str(e)) from None
+        await self._answered(self.engine.add_lora(request))
+        self.models.lora_requests[name] = request
+
+    async def _answered(self, asked: Awaitable[Any]) -> Any:
+        """What the engine answers. Raises Refused where it has died: vLLM then leaves calls that are no requests waiting for ever (0.32)."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        task = asyncio.ensure_future(asked)
+        try:
+            while not task.done() and not self.engine.errored:
+                await asyncio.wait([task], timeout=DEAD_AFTER)
+            if task.done():
+                return task.result()
+        except EngineDeadError:
+            pass
+        except Exception:
+            await asyncio.sleep(
+                DEAD_AFTER
+            )  # a call that a dying worker cuts short fails a moment before the engine knows of it
+            if not self.engine.errored:
+                raise
+        finally:
+            task.cancel()
+        raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the engine has died; the server ends, start it again")
+
+    # --- names that are made up by clients
+
+    async def resolve(self, model: str, prompt: Any = None) -> str:
+        """The served name that a request for `model` is to have: a mixture is made into an entry, "auto" chooses by the prompt. Raises Refused."""
+        if model.startswith(requests.MIX):
+            return await self._mix(model)
+        return await self.choose(prompt) if model == AUTO else model
+
+    async def _mix(self, asked: str) -> str:
+        weights = parse_mixture(asked)
+        name = requests.MIX + ",".join(f"{n}={w:g}" for n, w in sorted(weights.items()))
+        async with self._lock:
+            missing = [n for n in weights if n not in self.models.lora_requests or n.startswith(requests.MIX)]
+            if missing:
+                raise Refused(HTTPStatus.NOT_FOUND, f"model {asked!r}: no expert {missing[0]!r} is being served")
+            parts = sorted((self.models.lora_requests[n].lora_path, w) for n, w in weights.items())
+            where = requests.mixture(parts)
+            if self._mixtures.get(name) != where:  # new, or an expert in it was replaced
+                await self._serve(name, where)
+            self._mixtures[name] = where
+            self._mixtures.move_to_end(name)
+            while len(self._mixtures) > MIXTURES:
+                self.models.lora_requests.pop(self._mixtures.popitem(last=False)[0], None)
+        return name
+
+    async def choose(self, prompt: Any) -> str:
+        """The expert of the label that is likeliest after the question (arXiv 2501.06252, section 3.2), or the base model's name.
+
+        prompt: text, or a chat. An expert whose file holds a question answers it; else one that is called "classify"; else the base model
+        """
+        if not isinstance(prompt, str):
+            prompt = [{"role": "user", "content": last_text(prompt)}]
+        base = self.models.base_model_paths[0].name
+        judge, question = self.question()
+        labels = list(question.labels)
+        scores = await self.log_likelihoods(question.ask(prompt), labels, judge)
+        chosen = question.labels[labels[max(range(len(labels)), key=scores.__getitem__)]]
+        return chosen if chosen in self.models.lora_requests else base
+
+    def question(self) -> tuple[str | None, Question]:
+        """Who is asked (None: the base model), and what. Raises Refused where there is nothing to choose from."""
+        names = [n for n in self.models.lora_requests if n not in self._mixtures]
+        for name in names:
+            if recorded := self._manifest(name).get("question"):
+                return name, Question(**recorded)
+        experts = [n for n in names if n != CLASSIFIER]
+        if not experts:
+            raise Refused(HTTPStatus.BAD_REQUEST, 'model "auto" has no experts to choose from')
+        judge = CLASSIFIER if CLASSIFIER in names else None
+        if self.tiny:
+            return judge, Question.tiny(experts)
+        return judge, Question.about(experts, chat=bool(getattr(self.engine.get_tokenizer(), "chat_template", None)))
+
+    def _manifest(self, name: str) -> dict:
+        (file,) = requests.files(self.models.lora_requests[name].lora_path)
+        return Expert.load(file).manifest
+
+    async def log_likelihoods(self, asked: Any, labels: Sequence[str], judge: str | None) -> list[float]:
+        """log p(label | asked) of each label by requests to the engine; 0 and -inf where one token decides, and only the best is needed."""
+        tokenizer = self.engine.get_tokenizer()
+        if not isinstance(asked, str) and not getattr(tokenizer, "chat_template", None):
+            asked = asked[-1]["content"]  # the server was given a template of its own, or has none: asked as text
+        if isinstance(asked, str):
+            prompt = tokenizer(asked)["input_ids"]
+        else:
+            text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
+        common = 0
+        while all(len(i) > common + 1 for i in ids) and len({i[common] for i in ids}) == 1:
+            common += 1
+        rest = [i[common:] for i in ids]
+        prompt = prompt + ids[0][:common]
+        if all(len(r) == 1 for r in rest):
+            out = await self._ask(prompt, judge, allowed_token_ids=sorted({r[0] for r in rest}))
+            return [0.0 if r[0] == out.outputs[0].token_ids[0] else float("-inf") for r in rest]
+        outs = await asyncio.gather(*[self._ask(prompt + r, judge, prompt_logprobs=0) for r in rest])
+        return [
+            sum(places[t].logprob for places, t in zip(out.prompt_logprobs[-len(r) :], r, strict=True))
+            for out, r in zip(outs, rest, strict=True)
+        ]
+
+    async def _ask(self, tokens: list[int], judge: str | None, **settings: Any) -> Any:
+        from vllm import SamplingParams
+
+        request = None if judge is None else self.models.lora_requests[judge]
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **settings)
+        name = f"auto-{uuid.uuid4().hex}"
+
+        async def outputs() -> list:
+            return [
+                out
+                async for out in self.engine.generate(
+                    {"prompt_token_ids": tokens}, sampling, name, lora_request=request
+                )
+            ]
+
+        try:
+            return (await self._answered(outputs()))[-1]
+        except ValueError as e:  # too long for the model, with the question around it
+            raise Refused(HTTPStatus.BAD_REQUEST, f'model "auto" could not ask about this prompt: {e}') from None

@@ -1,0 +1,1 @@
+"""Layers in which each token picks a row."""

@@ -1,0 +1,216 @@
+"""impl="torch": two matmuls around a row scaling, on any device that torch has. Deterministic on the CPU.
+
+A group of matrices that share x is the general case: V's side by side along C, one U per member. A single matrix is a group of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from t2kernels.ops.precision import backward_precision, forward_precision
+
+ScaleRows = Callable[..., Tensor]
+"""(h [T, C], scale [E, C], expert_ids, x's leading sizes, times, out) -> h * scale[expert_ids] * times, to `out` if that is a tensor."""
+
+
+def forward(
+    x: Tensor,
+    V: Tensor,
+    Us: list[Tensor],
+    scale: Tensor,
+    expert_ids: Tensor,
+    bases: list[Tensor | None],
+    biases: list[Tensor | None],
+    keep_h: bool = True,
+    scale_rows: ScaleRows | None = None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]; and h = x V [T, C] for `backward`, if that is wanted.
+
+    scale_rows: another implementation of the row scaling between the two products
+    """
+    g, h = shrink(x, V, scale, expert_ids, keep_h, scale_rows)
+    return expand(g, Us, bases, biases, x.dtype, x.shape[:-1]), h
+
+
+def shrink(
+    x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor, keep_h: bool = False, scale_rows: ScaleRows | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """g = (x V) * scale[expert_ids] [T, C], in the dtype and units of `forward_precision`, and h = x V if it is to be kept."""
+    h, times = through_V(x, V), forward_precision(x.dtype, V.dtype).scale
+    g = (scale_rows or _scale_rows)(h, scale, expert_ids, x.shape[:-1], times, out=None if keep_h else h)
+    return g, h if keep_h else None
+
+
+def through_V(x: Tensor, V: Tensor) -> Tensor:
+    """h = x V [T, C], in the dtype and units of `forward_precision`."""
+    how = forward_precision(x.dtype, V.dtype)
+    return _floats(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), how.dtype, how.x) @ _floats(V, how.dtype, how.V)
+
+
+def through_U(dys: list[Tensor], Us: list[Tensor]) -> Tensor:
+    """p = dy U [T, C], in the dtype and units of `backward_precision`."""
+    how = backward_precision(dys[0].dtype, Us[0].dtype)
+    ps = [dy.reshape(-1, U.shape[0]) @ _floats(U, how.dtype, how.V) for dy, U in zip(dys, Us, strict=True)]
+    return ps[0] if len(ps) == 1 else torch.cat(ps, dim=1)
+
+
+def back_through_V(q: Tensor, V: Tensor, shape: torch.Size) -> Tensor:
+    """dx = q Vᵀ, from q = p * scale[expert_ids]."""
+    return (q @ _floats(V, q.dtype).t()).reshape(shape)
+
+
+def unit_of_dscale(x: torch.dtype, factors: torch.dtype) -> float:
+    """What sums of `through_V` times `through_U` must be multiplied by."""
+    there, back = forward_precision(x, factors), backward_precision(x, factors)
+    return 1 / (there.x * there.V * back.V)
+
+
+def expand(
+    g: Tensor,
+    Us: list[Tensor],
+    bases: list[Tensor | None],
+    biases: list[Tensor | None],
+    dtype: torch.dtype,
+    lead: torch.Size,
+) -> list[Tensor]:
+    """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, x's, from what `shrink` returned."""
+    how = forward_precision(dtype, Us[0].dtype)
+    columns = (slice(None),) if len(Us) == 1 else _columns(Us)
+    ys = [
+        _product(g if len(Us) == 1 else g[:, c], _floats(U, how.dtype), how.y, base, bias, dtype)
+        for c, U, base, bias in zip(columns, Us, bases, biases, strict=True)
+    ]
+    return ys if len(lead) == 1 else [y.reshape(*lead, y.shape[-1]) for y in ys]
+
+
+def materialised(
+    x: Tensor,
+    V: Tensor,
+    Us: list[Tensor],
+    scale: Tensor,
+    expert_ids: Tensor,
+    bases: list[Tensor | None],
+    biases: list[Tensor | None],
+    experts: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """The same with W' = U diag(scale[e]) Vᵀ made once for an expert of many tokens, then x W'ᵀ: fewer operations from max(M, N) tokens on.
+
+    experts: the rows to do so for; tokens of other experts go through `forward`. None: all tokens have one expert, whichever it is.
+    """
+    x_, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    bases = [b if b is None else b.reshape(-1, b.shape[-1]) for b in bases]
+    if experts is None:
+        ys = _through_dense(x_, V, Us, scale.index_select(0, expert_ids.reshape(1)), bases, biases)
+    else:
+        ids = expert_ids.reshape(-1).repeat_interleave(tokens_per_id(expert_ids, lead))  # [T]
+        ys = [x.new_empty(x_.shape[0], U.shape[0]) for U in Us]
+        rest = torch.ones_like(ids, dtype=torch.bool)
+        for e in [*experts, None]:
+            mine = rest.nonzero()[:, 0] if e is None else (ids == e).nonzero()[:, 0]
+            rest[mine] = False
+            part = x_[mine], V, Us, scale
+            added = [b if b is None else b[mine] for b in bases], biases
+            found = (
+                forward(*part, ids[mine], *added, keep_h=False)[0]
+                if e is None
+                else _through_dense(*part[:3], scale[e : e + 1], *added)
+            )
+            for y, y_e in zip(ys, found, strict=True):
+                y[mine] = y_e
+    return [y.reshape(*lead, y.shape[-1]) for y in ys]
+
+
+def _through_dense(
+    x: Tensor, V: Tensor, Us: list[Tensor], row: Tensor, bases: list[Tensor | None], biases: list[Tensor | None]
+) -> list[Tensor]:
+    how, ys = forward_precision(x.dtype, V.dtype), []
+    row, x_ = row * how.scale, _floats(x, how.dtype, how.x)
+    for c, U, base, bias in zip(_columns(Us), Us, bases, biases, strict=True):
+        W = (U * row[:, c]).to(how.dtype) @ _floats(V[:, c], how.dtype, how.V).t()  # [M, N]
+        ys.append(_product(x_, W, how.y, base, bias, x.dtype))
+    return ys
+
+
+def backward(
+    dys: list[Tensor],
+    x: Tensor,
+    V: Tensor,
+    Us: list[Tensor],
+    scale: Tensor,
+    expert_ids: Tensor,
+    need_dx: bool,
+    need_dscale: bool,
+    h: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """p = dy U;  dx = (p * scale[expert_ids]) Vᵀ;  dscale[e] = sum over the tokens of e of (x V) * p, in fp32. Not needed: empty [0].
+
+    h: x V as `forward` returned it, or None: computed again
+    """
+    lead, p = x.shape[:-1], through_U(dys, Us)
+    dx, dscale = x.new_empty(0), scale.new_empty(0)
+    if need_dx:
+        dx = back_through_V(
+            _scale_rows(p, scale, expert_ids, lead, backward_precision(x.dtype, V.dtype).scale), V, x.shape
+        )
+    if need_dscale:
+        product = (through_V(x, V) if h is None else h).to(scale.dtype) * p.to(scale.dtype)  # [T, C]
+        rows, repeat = expert_ids.numel(), tokens_per_id(expert_ids, lead)
+        per_id = product if repeat == 1 else product.reshape(rows, repeat, product.shape[1]).sum(1)
+        dscale = torch.zeros_like(scale).index_add_(
+            0, expert_ids.reshape(-1), per_id, alpha=unit_of_dscale(x.dtype, V.dtype)
+        )
+    return dx, dscale
+
+
+def tokens_per_id(expert_ids: Tensor, lead: torch.Size) -> int:
+    """How many tokens in a row share one id, where x is [*lead, N] and the shape of the ids is a leading part of `lead`."""
+    count = 1
+    for size in lead[expert_ids.dim() :]:
+        count *= size
+    return count
+
+
+def _scale_rows(
+    h: Tensor, scale: Tensor, expert_ids: Tensor, lead: torch.Size, times: float, out: Tensor | None = None
+) -> Tensor:
+    """h [T, C] * scale[expert_ids] * times, multiplied in scale's precision and rounded once to h's; into `out` where one is given."""
+    rows = _floats(
+        scale.index_select(0, expert_ids if expert_ids.dim() == 1 else expert_ids.reshape(-1)), scale.dtype, times
+    )  # [ids, C]
+    out = torch.empty_like(h) if out is None else out
+    if rows.shape[0] in (1, h.shape[0]):
+        return torch.mul(h, rows, out=out)
+    by_id = (rows.shape[0], -1, h.shape[1]) if h.numel() else (rows.shape[0], 0, h.shape[1])
+    torch.mul(h.view(by_id), rows[:, None], out=out.view(by_id))
+    return out
+
+
+def _product(
+    g: Tensor, U: Tensor, times: float, base: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """base + g Uᵀ * times + bias [T, M] in `dtype`. g = 0 leaves base's bits alone."""
+    if times != 1:
+        y = (g @ U.t()).float() * times
+        for added in (base, bias):
+            y = y if added is None else y + added.reshape(-1, U.shape[0])
+        return y.to(dtype)
+    if base is None:
+        return g @ U.t() if bias is None else torch.addmm(bias, g, U.t())
+    y = torch.addmm(base if base.dim() == 2 else base.reshape(-1, U.shape[0]), g, U.t())  # one rounding
+    return y if bias is None else y.add_(bias)
+
+
+def _floats(t: Tensor, dtype: torch.dtype, times: float = 1.0) -> Tensor:
+    if t.dtype == dtype:
+        return t if times == 1 else t * times
+    return t.to(dtype) if times == 1 else (t.float() * times).to(dtype)
+
+
+def _columns(Us: list[Tensor]) -> Iterator[slice]:
+    start = 0
+    for U in Us:
+        yield slice(start, start + U.shape[1])
+        start += U.shape[1]

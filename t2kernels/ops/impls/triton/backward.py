@@ -1,0 +1,222 @@
+"""What stands between two matmuls: g = h * scale[e] on the way forward; on the way back, from p = dy U and h = x V, in one pass over [T, C],
+
+    q[t] = p[t] * scale[e(t)]                  for dx = q Vᵀ
+    dscale[e] = sum over the tokens t of e of h[t] * p[t]
+
+`scale` is never gathered as a tile: a loop over the experts of the tile, smallest first, takes one row vector each. A tile of a sequence has one.
+
+dscale is summed in fp32, in a fixed order, without atomics: tokens are taken in the stable order of their experts, every tile of BT of them
+writes one partial sum for each of its experts, and a second kernel adds an expert's partial sums up. Tile i's sum for the expert of rank j among
+those present goes to slot i + j: since experts come in order, slots are distinct, and an expert's slots follow one another.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from t2kernels.ops.tuning.tiles import Tiles, cdiv, tiles
+
+from .common import INTERPRETED, Launch, capability, options, put
+
+NO_EXPERT = tl.constexpr(2**31 - 1)
+
+
+@triton.jit(do_not_specialize=["T", "repeat"])
+def scale_rows_kernel(
+    h_ptr, scale_ptr, ids_ptr, out_ptr, T, C, h_row, scale_row, out_row, repeat,
+    BR: tl.constexpr, BT: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """out[t] = h[t] * scale[ids[t // repeat]]; out may be h."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    inside = (t < T)[:, None] & (r < C)[None, :]
+    h = tl.load(h_ptr + t[:, None].to(tl.int64) * h_row + r[None, :], mask=inside, other=0.0).to(tl.float32)
+    e = tl.load(ids_ptr + tl.minimum(t, T - 1) // repeat).to(tl.int32)
+    g = h
+    now = tl.min(e, 0)
+    last = tl.max(e, 0)
+    while now <= last:
+        row = tl.load(scale_ptr + now.to(tl.int64) * scale_row + r, mask=r < C, other=0.0)
+        g = tl.where((e == now)[:, None], h * row[None, :], g)
+        now = tl.min(tl.where(e > now, e, NO_EXPERT), 0)
+    put(out_ptr + t[:, None].to(tl.int64) * out_row + r[None, :], g, inside, INTERPRETED)
+
+
+@triton.jit(do_not_specialize=["T", "repeat"])
+def backward_kernel(
+    p_ptr, h_ptr, scale_ptr, ids_ptr, order_ptr, rank_ptr, q_ptr, sums_ptr, T, C, p_row, h_row, scale_row, repeat,
+    BR: tl.constexpr, BT: tl.constexpr, DETERMINISTIC: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """q[t] = p[t] * scale[e(t)], if q_ptr is given (it may be p_ptr), and sums of h[t] * p[t]: to slots [tiles + experts, C], or, where not
+    DETERMINISTIC, added to dscale [E, C] by atomics, tokens in the order they come in."""
+    tile = tl.program_id(0)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    place = tile * BT + tl.arange(0, BT)
+    live = place < T
+    place = tl.minimum(place, T - 1)  # the places past the end repeat the last expert, with nothing to add
+    at = place // repeat
+    if DETERMINISTIC:
+        at = tl.load(order_ptr + at)
+    t = at.to(tl.int64) * repeat + place % repeat
+    e = tl.load(ids_ptr + at).to(tl.int32)
+    inside = live[:, None] & (r < C)[None, :]
+    p = tl.load(p_ptr + t[:, None] * p_row + r[None, :], mask=inside, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + t[:, None] * h_row + r[None, :], mask=inside, other=0.0).to(tl.float32)
+    product = p * h
+    q = p
+    now = tl.min(e, 0)
+    last = tl.max(e, 0)
+    slot = tile
+    if DETERMINISTIC:
+        slot += tl.load(rank_ptr + tile * BT // repeat)
+    while now <= last:
+        mine = (e == now)[:, None]
+        total = tl.sum(tl.where(mine, product, 0.0), 0)
+        if DETERMINISTIC:
+            tl.store(sums_ptr + slot.to(tl.int64) * C + r, total, mask=r < C)
+            slot += 1
+        else:
+            tl.atomic_add(sums_ptr + now.to(tl.int64) * C + r, total, mask=r < C, sem="relaxed")
+        if q_ptr is not None:
+            row = tl.load(scale_ptr + now.to(tl.int64) * scale_row + r, mask=r < C, other=0.0)
+            q = tl.where(mine, p * row[None, :], q)
+        now = tl.min(tl.where(e > now, e, NO_EXPERT), 0)
+    if q_ptr is not None:
+        put(q_ptr + t[:, None] * p_row + r[None, :], q, inside, INTERPRETED)
+
+
+@triton.jit(do_not_specialize=["repeat"])
+def sum_slots_kernel(
+    slots_ptr, starts_ptr, rank_ptr, dscale_ptr, C, repeat, BT: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr
+):
+    """dscale[e] = the sum of the slots of e, BS at a time; an expert without tokens gets 0."""
+    e = tl.program_id(0)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    start = tl.load(starts_ptr + e).to(tl.int64) * repeat
+    end = tl.load(starts_ptr + e + 1).to(tl.int64) * repeat
+    rank = tl.load(rank_ptr + e)
+    slot = start // BT + rank
+    stop = tl.where(end > start, (end - 1) // BT + 1 + rank, slot)
+    total = tl.zeros((BR,), tl.float32)
+    while slot < stop:
+        s = slot + tl.arange(0, BS)
+        total += tl.sum(
+            tl.load(slots_ptr + s[:, None] * C + r[None, :], mask=(s < stop)[:, None] & (r < C)[None, :], other=0.0), 0
+        )
+        slot += BS
+    tl.store(dscale_ptr + e.to(tl.int64) * C + r, total, mask=r < C)
+
+
+class Segments(NamedTuple):
+    """Where the tokens of each expert are, in the stable order of their experts. Made on the device, once a step, for all layers."""
+
+    order: Tensor  # [ids] the places of expert_ids, sorted by expert
+    rank: Tensor  # [ids] rank of each of them among the experts present
+    starts: Tensor  # [E + 1] where an expert's places begin in `order`
+    expert_rank: Tensor  # [E] rank of an expert among those present
+
+
+def segments(expert_ids: Tensor, E: int) -> Segments:
+    ids, order = torch.sort(expert_ids.reshape(-1), stable=True)
+    starts = torch.searchsorted(ids, torch.arange(E + 1, dtype=ids.dtype, device=ids.device), out_int32=True)
+    present = (starts[1:] > starts[:-1]).int()
+    expert_rank = (present.cumsum(0) - present).int()
+    return Segments(order.int(), expert_rank.index_select(0, ids), starts, expert_rank)
+
+
+# --- launches ----------------------------------------------------------------------------------------------------------------------
+
+
+def scale_rows_launch(
+    h: Tensor, scale: Tensor, ids: Tensor, repeat: int, out: Tensor, tile: Tiles, arch: tuple[int, int]
+) -> Launch:
+    T, C = h.shape
+    return Launch(
+        scale_rows_kernel,
+        (cdiv(T, tile.BT), cdiv(C, tile.BR)),
+        dict(
+            h_ptr=h, scale_ptr=scale, ids_ptr=ids, out_ptr=out, T=T, C=C, h_row=h.stride(0), scale_row=scale.stride(0), out_row=out.stride(0),
+            repeat=repeat,
+        ),
+        dict(BR=tile.BR, BT=tile.BT, INTERPRETED=INTERPRETED),
+        options(tile, arch, pdl=False),
+    )  # fmt: skip
+
+
+def backward_launch(
+    p: Tensor, h: Tensor, scale: Tensor, ids: Tensor, repeat: int, parts: Segments | None, q: Tensor | None, sums: Tensor, tile: Tiles,
+    arch: tuple[int, int],
+) -> Launch:  # fmt: skip
+    T, C = p.shape
+    return Launch(
+        backward_kernel,
+        (cdiv(T, tile.BT), cdiv(C, tile.BR)),
+        dict(
+            p_ptr=p, h_ptr=h, scale_ptr=scale, ids_ptr=ids, order_ptr=parts and parts.order, rank_ptr=parts and parts.rank, q_ptr=q,
+            sums_ptr=sums, T=T, C=C, p_row=p.stride(0), h_row=h.stride(0), scale_row=scale.stride(0), repeat=repeat,
+        ),
+        dict(BR=tile.BR, BT=tile.BT, DETERMINISTIC=parts is not None, INTERPRETED=INTERPRETED),
+        options(tile, arch, pdl=False),
+    )  # fmt: skip
+
+
+def sum_slots_launch(
+    slots: Tensor, parts: Segments, repeat: int, dscale: Tensor, BT: int, arch: tuple[int, int]
+) -> Launch:
+    E, C = dscale.shape
+    tile = Tiles(BR=64, BT=BT, BK=1, split=1, warps=4, stages=1)
+    return Launch(
+        sum_slots_kernel,
+        (E, cdiv(C, tile.BR)),
+        dict(
+            slots_ptr=slots, starts_ptr=parts.starts, rank_ptr=parts.expert_rank, dscale_ptr=dscale, C=C, repeat=repeat
+        ),
+        dict(BT=BT, BR=tile.BR, BS=32),  # 32 slots are 1024 tokens: one trip to memory for each
+        options(tile, arch, pdl=False),
+    )
+
+
+# --- what the matmul paths call ----------------------------------------------------------------------------------------------------
+
+
+def scale_rows(h: Tensor, scale: Tensor, expert_ids: Tensor, repeat: int, out: Tensor | None = None) -> Tensor:
+    """g[t] = h[t] * scale[expert_ids[t // repeat]], [T, C] in h's dtype; out=h works in place."""
+    h = h if h.stride(1) == 1 else h.contiguous()
+    out = torch.empty_like(h) if out is None else out
+    arch, scale = capability(h), scale if scale.stride(1) == 1 else scale.contiguous()
+    tile = tiles("scale_rows", h.shape[0], h.shape[1], 1, h.dtype, h.dtype, arch)
+    scale_rows_launch(h, scale, expert_ids.reshape(-1), repeat, out, tile, arch).run()
+    return out
+
+
+def scale_and_sum(
+    p: Tensor,
+    h: Tensor,
+    scale: Tensor,
+    expert_ids: Tensor,
+    repeat: int,
+    q: Tensor | None,
+    parts: Segments | None,
+    deterministic: bool,
+) -> Tensor:
+    """q[t] = p[t] * scale[e(t)] written to q, if given (it may be p), and dscale [E, C] fp32, returned: one pass over p and h."""
+    (T, C), E = p.shape, scale.shape[0]
+    if q is not None and q.stride() != p.stride():
+        raise ValueError(f"q's strides are {q.stride()}, wanted p's, {p.stride()}")
+    arch, scale, ids = capability(p), scale if scale.stride(1) == 1 else scale.contiguous(), expert_ids.reshape(-1)
+    tile = tiles("backward", T, C, 1, p.dtype, p.dtype, arch)
+    if not deterministic or T == 0:
+        dscale = p.new_zeros(E, C, dtype=torch.float32)
+        backward_launch(p, h, scale, ids, repeat, None, q, dscale, tile, arch).run()
+        return dscale
+    parts = segments(ids, E) if parts is None else parts
+    slots = p.new_empty(cdiv(T, tile.BT) + min(E, ids.numel()), C, dtype=torch.float32)
+    backward_launch(p, h, scale, ids, repeat, parts, q, slots, tile, arch).run()
+    dscale = p.new_empty(E, C, dtype=torch.float32)
+    sum_slots_launch(slots, parts, repeat, dscale, tile.BT, arch).run()
+    return dscale

@@ -1,0 +1,137 @@
+"""What the Triton kernels share: the dtype of the products, conversions, one launch as data.
+
+Imported only where a kernel is wanted: it needs Triton. `INTERPRETED` says whether the kernels of this process run in Triton's interpreter
+(TRITON_INTERPRET=1 when Triton was imported), on the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from t2kernels.ops.precision import forward_precision
+from t2kernels.ops.tuning.tiles import Tiles, read_table
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as data, so that what is launched and what is compiled ahead of time are the same thing."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    args: dict[str, object]  # tensors, sizes, None
+    meta: dict[str, object]  # constexprs
+    options: dict[str, object] = field(default_factory=dict)  # num_warps, num_stages, launch_pdl
+
+    def run(self) -> None:
+        if 0 in self.grid:
+            return
+        device = next(a.device for a in self.args.values() if isinstance(a, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid](**self.args, **self.meta, **self.options)
+
+
+def products(x_dtype: torch.dtype, w_dtype: torch.dtype) -> tuple[torch.dtype, float]:
+    """The dtype in which x meets the factors, and the power of two that x is multiplied by first."""
+    if x_dtype not in _TL:
+        raise ValueError(f"the Triton kernels take x in float32, bfloat16 or float16; got {x_dtype}: use impl='torch'")
+    if w_dtype not in (*_TL, torch.int8):
+        raise ValueError(f"the Triton kernels take factors in float32, bfloat16, float16 or int8; got {w_dtype}")
+    how = forward_precision(x_dtype, w_dtype)
+    return how.dtype, how.x
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return _TL[dtype]
+
+
+def capability(t: Tensor) -> tuple[int, int]:
+    """(major, minor) of t's GPU. The interpreter, and tensors without data, count as sm_90 without dependent launches."""
+    return torch.cuda.get_device_capability(t.device) if t.device.type == "cuda" else (9, 0)
+
+
+@functools.cache
+def table_of(device: torch.device) -> dict | None:
+    """The tiles tuned for this GPU, where there are any."""
+    return read_table(torch.cuda.get_device_name(device), triton.__version__) if device.type == "cuda" else None
+
+
+def options(tiles: Tiles, capability: tuple[int, int], pdl: bool) -> dict[str, object]:
+    """The launch options of a kernel; dependent launch (PDL) exists from sm_90 on."""
+    made: dict[str, object] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    if pdl and capability >= (9, 0) and not INTERPRETED:
+        made["launch_pdl"] = True
+    return made
+
+
+def rows_2d(x: Tensor) -> Tensor:
+    """x [..., N] as [T, N] with its last size contiguous: a view where that is possible, else a copy."""
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def repeat_of(x: Tensor, expert_ids: Tensor) -> int:
+    """How many consecutive tokens of x [..., N] one entry of expert_ids covers."""
+    return max(1, x.shape[:-1][expert_ids.dim() :].numel())
+
+
+# --- device functions --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def int8_as_bf16(a):
+    """Bits of two bf16 with difference a: 128 + (a & 127), and 128 or, for negative a, 256, which is one bit away."""
+    a = a.to(tl.int16)
+    return (a & 0x7F) | 0x4300, (a & 0x80) | 0x4300
+
+
+@triton.jit
+def cast(a, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """a rounded to nearest in DTYPE. The interpreter keeps the rounded values in fp32: its own bf16 casts truncate, its bf16 products and
+    its int8 to bf16 casts are wrong (numpy has no bf16)."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        if DTYPE == tl.bfloat16:
+            bits = a.to(tl.int32, bitcast=True)
+            a = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        elif DTYPE == tl.float16:
+            a = a.to(tl.float16).to(tl.float32)
+        return a
+    elif a.dtype == tl.int8 and DTYPE == tl.float16:
+        # 1024 + (a + 128) is the fp16 whose last bits are a + 128. A conversion would be one weight a lane at a quarter of the rate.
+        return ((a.to(tl.int16) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+    elif a.dtype == tl.int8 and DTYPE == tl.bfloat16:
+        low, high = int8_as_bf16(a)
+        return low.to(tl.bfloat16, bitcast=True) - high.to(tl.bfloat16, bitcast=True)
+    elif a.dtype == tl.bfloat16 and DTYPE == tl.float16:
+        return a.to(tl.float32).to(tl.float16)  # packed conversion; the direct one is done one weight at a time
+    else:
+        return a.to(DTYPE)
+
+
+@triton.jit
+def put(ptrs, a, mask, INTERPRETED: tl.constexpr):
+    """Store a with one rounding to the nearest."""
+    tl.store(ptrs, cast(a, ptrs.dtype.element_ty, INTERPRETED).to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def choose(i, a0, a1, a2, a3, MEMBERS: tl.constexpr):
+    """Member i of up to four: pointers or sizes."""
+    a = a0
+    if MEMBERS > 1:
+        a = tl.where(i == 1, a1, a)
+    if MEMBERS > 2:
+        a = tl.where(i == 2, a2, a)
+    if MEMBERS > 3:
+        a = tl.where(i == 3, a3, a)
+    return a

@@ -1,0 +1,1 @@
+"""Tile sizes, where they are kept, and how they are found."""

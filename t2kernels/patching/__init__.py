@@ -1,0 +1,1 @@
+"""Patch a transformers model in place, and take the patch back."""

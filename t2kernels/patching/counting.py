@@ -1,0 +1,47 @@
+"""How many numbers an expert trains, and how many LoRA would, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from t2kernels.factors.checkpoint import meta_model
+from t2kernels.factors.matrices import Targets, find_matrices
+from t2kernels.factors.store import resolve_rank
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """matrices: how many are adapted · dense: numbers in them, Σ M N · svf: numbers of one expert, Σ k with k <= R = min(M, N) ·
+    lora: numbers of one LoRA adapter of rank `lora_rank` on the same matrices, Σ lora_rank (M + N)."""
+
+    matrices: int
+    dense: int
+    svf: int
+    lora: int
+    lora_rank: int
+
+
+def count_parameters(
+    model: nn.Module | PretrainedConfig, targets: Targets = "all", rank: int | float | None = None, lora_rank: int = 16
+) -> ParameterCount:
+    """Σ k numbers of an SVF expert (Transformer², arXiv 2501.06252, section 3.1) beside Σ r (M + N) of a LoRA adapter.
+
+    model: a model on any device, meta included; or its config, of which the model is made on the meta device
+    targets, rank: as in `patch_model`
+    Raises ValueError if nothing is selected, if transformers makes no model of the config, or on a rank that is none.
+    """
+    if isinstance(model, PretrainedConfig):
+        model = meta_model(model)
+    if isinstance(lora_rank, bool) or not isinstance(lora_rank, int) or lora_rank < 1:
+        raise ValueError(f"lora_rank={lora_rank!r}; wanted an int of at least 1")
+    shapes = [m.shape for m in find_matrices(model, targets).values()]
+    return ParameterCount(
+        matrices=len(shapes),
+        dense=sum(M * N for M, N in shapes),
+        svf=sum(resolve_rank(rank, min(shape)) for shape in shapes),
+        lora=sum(lora_rank * (M + N) for M, N in shapes),
+        lora_rank=lora_rank,
+    )

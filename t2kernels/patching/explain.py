@@ -1,0 +1,200 @@
+"""What a patched model runs for a batch, layer by layer, and why: the planner's decisions, asked instead of timed."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from t2kernels.experts.bank import ExpertBank
+from t2kernels.factors.matrices import stored_bytes
+from t2kernels.layers.linear import SVFLinear
+from t2kernels.ops.device import machine_of
+from t2kernels.ops.planner import Call, Choice, Machine, bytes_moved, choose
+
+
+@dataclass(frozen=True)
+class Line:
+    """Calls that run alike: of one matrix, or of a group of matrices that read the same input.
+
+    count calls for `kind`, shapes [M_i, N], in `form` with C_i columns, factors in `factors`; choice: implementation, path and why
+    moved: bytes that one call is predicted to read and write, base layers included; dense: the same of the layers that were there
+    """
+
+    kind: str
+    count: int
+    form: str
+    M: tuple[int, ...]
+    N: int
+    C: tuple[int, ...]
+    factors: torch.dtype
+    choice: Choice
+    moved: int
+    dense: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """title: what was asked; lines, in model order; advice: what would be cheaper, if anything. `str` is a table."""
+
+    title: str
+    lines: tuple[Line, ...]
+    advice: tuple[str, ...] = ()
+
+    @property
+    def moved(self) -> int:
+        """Bytes that all layers read and write, predicted."""
+        return sum(line.count * line.moved for line in self.lines)
+
+    @property
+    def dense(self) -> int:
+        """The same for the dense layers."""
+        return sum(line.count * line.dense for line in self.lines)
+
+    def __str__(self) -> str:
+        head = ("matrices", "form", "M x N", "columns", "factors", "runs", "each moves", "each dense", "why")
+        rows = [
+            (
+                f"{line.count} {line.kind}",
+                line.form,
+                f"{'+'.join(map(str, line.M))} x {line.N}",
+                "+".join(map(str, line.C)),
+                str(line.factors).removeprefix("torch."),
+                f"{line.choice.impl} {line.choice.path}",
+                _size(line.moved),
+                _size(line.dense),
+                line.choice.why_path,
+            )
+            for line in self.lines
+        ]
+        widths = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
+        table = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in (head, *rows)]
+        ratio = f"all layers: {_size(self.moved)} predicted to move, {self.moved / self.dense:.2f}x what dense layers would ({_size(self.dense)})"
+        impls = [
+            f"{impl}: {why}"
+            for impl, why in dict.fromkeys((line.choice.impl, line.choice.why_impl) for line in self.lines)
+        ]
+        return "\n".join((self.title, "", *table, "", ratio, *impls, *self.advice))
+
+    __repr__ = __str__
+
+
+def explain(
+    model: nn.Module,
+    batch: int | Mapping | torch.Tensor = 1,
+    experts: str | Mapping | Sequence | None = (),
+    machine: Machine | None = None,
+) -> Explanation:
+    """What every layer of a patched model runs for a forward of `batch`, why, and the bytes that it is predicted to move.
+
+    batch: a number of tokens; or input_ids [B, S], or what a tokenizer returned: B * S tokens
+    experts: as `bank.ids` takes them: one name (or None, the base model) for all, or a list with one for each sequence; (): not known yet
+    machine: for another device than the model's
+    Raises ValueError if the model is not patched, or on a batch that says no number of tokens; KeyError on an expert that is not there.
+    """
+    bank: ExpertBank | None = getattr(model, "t2_bank", None)
+    if bank is None:
+        raise ValueError("explain wants a patched model: patch_model(model) first")
+    B, S = _sizes(batch)
+    machine = machine or machine_of(bank.device)
+    dtype = getattr(model, "dtype", None) or torch.get_default_dtype()
+    one, tokens = _shares(experts, B, S)
+    kept = one and bank.keeps_dense(experts if experts is None or isinstance(experts, (str, Mapping)) else experts[0])
+    counts: dict[tuple, Counter] = defaultdict(Counter)
+    for layers in _together(bank):
+        first, _ = layers[0]
+        M, C = tuple(layer.U.shape[-2] for layer, _ in layers), tuple(layer.Vt.shape[-2] for layer, _ in layers)
+        N, delta = first.Vt.shape[-1], first.form == "delta"
+        call = Call(
+            B * S, N, M, C, dtype, first.Vt.dtype, one, tokens, delta, bool(bank.in_training), kept and not delta
+        )
+        choice = choose(call, machine)
+        weights = sum(_weight_bytes(model, layer, names, dtype) for layer, names in layers)
+        dense = weights + dtype.itemsize * B * S * (N * len(layers) + sum(M))
+        moved = bytes_moved(call, choice.path) + (dense if delta else 0)
+        kind = " + ".join(_kind(names) for _, names in layers)
+        counts[first.form, M, N, C, first.Vt.dtype, choice, moved, dense][kind] += len(layers[0][1])
+    lines = tuple(Line(", ".join(kinds), sum(kinds.values()), *rest) for rest, kinds in counts.items())
+    asked = f"{_some(B, 'sequence')} of {_some(S, 'token')}" if S > 1 else _some(B, "token")
+    title = f"{type(model).__name__} on {machine.name}: {asked}, {_say(experts)}"
+    return Explanation(title, lines, tuple(_advice(lines, one, bank)))
+
+
+def _together(bank: ExpertBank) -> Iterator[list[tuple[SVFLinear, tuple[str, ...]]]]:
+    """The bank's layers with their names, those of a group in one list; none are together while experts train."""
+    for layer, names in bank.layers:
+        group = None if bank.in_training else layer.group
+        if group is None or layer is group.layers[0]:
+            found = [(layer, names)]
+        else:
+            found.append((layer, names))
+        if group is None or layer is group.layers[-1]:
+            yield found
+
+
+def _advice(lines: Sequence[Line], one: bool, bank: ExpertBank) -> Iterator[str]:
+    factored = [line for line in lines if line.form == "factored"]
+    if one and not bank.in_training:
+        yield "one expert for everything: unpatch_model(model, expert=...) merges it, and the dense weights are all that is read"
+        if any(line.form == "factored" and line.choice.path != "kept" for line in lines):
+            yield "one expert for most: bank.keep_dense(name) keeps its dense weights beside the factors"
+    if sum(x.count * x.moved for x in factored) > sum(x.count * x.dense for x in factored):
+        yield "factored layers move more than dense ones would: form='delta' with a rank, or factors='int8', reads less"
+
+
+def _kind(names: Sequence[str]) -> str:
+    """The last part of a matrix's name; of a stack's slices, of the stack."""
+    return (names[0] if len(names) == 1 else names[0].rpartition(".")[0]).rpartition(".")[2]
+
+
+def _weight_bytes(model: nn.Module, layer: SVFLinear, names: Sequence[str], dtype: torch.dtype) -> int:
+    """Bytes of one dense weight: as it is kept under a layer in delta form, as it was in the model's dtype where it was dropped."""
+    if layer.form == "factored":
+        return layer.U.shape[-2] * layer.Vt.shape[-1] * dtype.itemsize
+    if len(names) == 1:
+        return stored_bytes(model.get_submodule(names[0]).weight)
+    path, tensor, _ = names[0].rsplit(".", 2)
+    return stored_bytes(getattr(model.get_submodule(path), tensor)) // len(names)
+
+
+def _sizes(batch: int | Mapping | torch.Tensor) -> tuple[int, int]:
+    if isinstance(batch, int) and not isinstance(batch, bool) and batch > 0:
+        return batch, 1
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if isinstance(ids, torch.Tensor) and ids.dim() == 2:
+        return ids.shape[0], ids.shape[1]
+    raise ValueError(
+        f"batch is {type(batch).__name__}; wanted a number of tokens, input_ids [B, S], or what the tokenizer returned"
+    )
+
+
+def _shares(experts, B: int, S: int) -> tuple[bool, tuple[tuple[int, int], ...] | None]:
+    """(whether all tokens have one expert, tokens by expert as far as that is known)."""
+    if experts is None or isinstance(experts, (str, Mapping)):
+        return True, None
+    experts = [repr(e) for e in experts]
+    if experts and len(experts) != B:
+        raise ValueError(f"{len(experts)} experts for {B} sequences; wanted one for each, one name for all, or none")
+    counts = Counter(experts)
+    return len(counts) == 1, tuple((i, n * S) for i, n in enumerate(counts.values())) or None
+
+
+def _say(experts) -> str:
+    if experts is None or isinstance(experts, (str, Mapping)):
+        return "the base model" if experts is None else f"all with expert {experts!r}"
+    return f"{_some(len({repr(e) for e in experts}), 'distinct expert')}" if len(experts) else "any experts"
+
+
+def _some(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} GB"

@@ -1,0 +1,1 @@
+"""Generate, score and read log-probabilities: what training, adaptation and evaluation share."""

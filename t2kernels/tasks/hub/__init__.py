@@ -1,0 +1,1 @@
+"""Tasks whose problems are a dataset on the Hugging Face hub."""

@@ -1,0 +1,245 @@
+"""MATH (arXiv 2103.03874): competition problems, whose answer is an expression in LaTeX.
+
+Two checkers of equality, and a task says which one it has:
+
+    plain         this file's: notation is made uniform, numbers, lists and sets are compared by value. 2\\sqrt{2} is not \\sqrt{8}.
+    math-verify   where the plain one says no, the package of that name compares with sympy, in a process that is killed if it takes too long
+"""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from t2kernels.tasks.records import text
+
+from .gsm8k import before_next, numbers, written
+from .source import INSTALL, Source
+
+STOP = ("\nProblem:",)
+CHECKERS = ("auto", "plain", "math-verify")
+
+
+def problem(raw: dict) -> dict:
+    """A row of MATH-500 (problem, solution, answer, subject, level) or of hendrycks_math (problem, solution, type, level). Raises ValueError."""
+    asked, solution = text(raw, "problem"), text(raw, "solution")
+    answer = text(raw, "answer") if raw.get("answer") is not None else boxed(solution)
+    if not answer:
+        raise ValueError(
+            f"'solution' ends in {solution[-60:]!r}; wanted is an answer in \\boxed{{}}, or a column 'answer'"
+        )
+    ask = "Think step by step, and put the final answer in \\boxed{}."
+    return {
+        "prompt": f"Problem: {asked}\nSolution:",
+        "messages": [{"role": "user", "content": f"{asked}\n\n{ask}"}],
+        "answer": answer.strip(),
+        "target": f" {solution}",
+        "chat_target": solution,
+        "category": str(raw.get("subject") or raw.get("type") or "MATH"),
+        "level": str(raw.get("level", "")).removeprefix("Level "),
+    }
+
+
+SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+MATH500 = Source("HuggingFaceH4/MATH-500", problem, train=None)
+HENDRYCKS_MATH = Source("EleutherAI/hendrycks_math", problem, SUBJECTS)
+
+
+def judge(checker: str) -> tuple[Callable[[str, dict], bool], str]:
+    """(completion, row) -> whether it is right; and what decides that, in words. "auto" is math-verify where it is installed.
+
+    Raises ValueError for another name, ImportError for math-verify without the package.
+    """
+    if checker not in CHECKERS:
+        raise ValueError(f"checker={checker!r}; it must be one of {', '.join(CHECKERS)}")
+    version = None if checker == "plain" else _installed()
+    if checker == "math-verify" and version is None:
+        raise ImportError(f"checker='math-verify' needs the package math-verify: {INSTALL}; or checker='plain'")
+    if version is None:
+        why = "" if checker == "plain" else " (math-verify is not installed)"
+        return (lambda completion, row: equal(extract(completion), row["answer"])), f"plain comparison of LaTeX{why}"
+    from .mathverify import Verifier
+
+    verify = Verifier()
+
+    def right(completion: str, row: dict) -> bool:
+        given = extract(completion)
+        return equal(given, row["answer"]) or verify(row["answer"], given)
+
+    return right, f"math-verify {version}, after a plain comparison of LaTeX"
+
+
+def _installed() -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("math-verify")
+    except PackageNotFoundError:
+        return None
+
+
+# --- the answer in a completion
+
+
+def boxed(text: str) -> str:
+    """What is in the last \\boxed{} or \\fbox{}, nested braces included; nothing if there is none, or if it is not closed."""
+    for found in list(re.finditer(r"\\(?:boxed|fbox)\s*(?=[{\s\w\\-])", text))[
+        :-20:-1
+    ]:  # each looks for its end: not thousands of them
+        rest = text[found.end() :]
+        if not rest.startswith("{"):
+            word = re.match(r"[^\s$.,]+", rest)  # \boxed 5
+            return word[0] if word else ""
+        inside = braced(rest)
+        if inside is not None:
+            return inside.strip()
+    return ""
+
+
+def braced(text: str) -> str | None:
+    """What is between the brace that `text` starts with and the one that closes it."""
+    depth = 0
+    for i, c in enumerate(text):
+        escaped = i > 0 and text[i - 1] == "\\" and (i < 2 or text[i - 2] != "\\")
+        if c in "{}" and not escaped:
+            depth += 1 if c == "{" else -1
+            if not depth:
+                return text[1:i]
+    return None
+
+
+def extract(completion: str) -> str:
+    """The expression that a completion gives as its answer: in the last \\boxed{}, after the last "answer is", between the last dollar
+    signs, else the last number. What follows the next problem does not count."""
+    completion = before_next(completion)
+    if (found := boxed(completion)) or re.search(r"\\(?:boxed|fbox)\s*\{", completion):
+        return found  # nothing, where the completion was cut short within the box
+    stated = re.split(r"(?i)answer(?:\s+is\b|\s*[:=])[ \t]*:?", completion)[1:]
+    for rest in (re.sub(r"[*_]{2}", "", part.split("\n")[0]).strip() for part in reversed(stated)):
+        if math := re.match(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", rest):
+            return next(g for g in math.groups() if g).strip()
+        if rest:
+            return re.split(r"\.(?:\s|$)|;|\s(?:because|since|so|and|as)\s", rest)[0].strip()
+    if formulas := re.findall(r"\$([^$]+)\$", completion):
+        return formulas[-1].strip()
+    found = numbers(completion)
+    return written(found[-1]) if found else ""
+
+
+# --- equality
+
+
+def equal(given: str, wanted: str) -> bool:
+    """Whether two expressions are the same but for notation."""
+    if not given.strip() or len(given) > 500:
+        return False
+    a, b = normal(given), normal(wanted)
+    return a == b or _same(a, b)
+
+
+def _same(a: str, b: str) -> bool:
+    x, y = value(a), value(b)
+    if x is not None and y is not None:
+        return x == y
+    one, other = _parts(a), _parts(b)
+    if one is None or other is None or one[0] != other[0] or len(one[1]) != len(other[1]):
+        return False
+    if one[0] in ("{}", ""):  # a set, or solutions side by side: the order says nothing
+        left = list(other[1])
+        for part in one[1]:
+            match = next((i for i, o in enumerate(left) if part == o or _same(part, o)), None)
+            if match is None:
+                return False
+            del left[match]
+        return True
+    return all(p == q or _same(p, q) for p, q in zip(one[1], other[1], strict=True))
+
+
+_DROPPED = re.compile(
+    r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits|,|;|:|!|>|quad|qquad|\$|%| )(?![a-zA-Z])|[$~%°]|\\(?:deg|degree)(?![a-z])"
+)
+_UNIT = r"\\(?:text|mathrm|mbox|textrm|textbf)\s*\{[^{}]*\}(?:\^\{?\d\}?)?"
+
+
+def normal(expression: str) -> str:
+    """An expression in uniform notation: without spaces, dollar signs, units, degrees and sizes, with \\frac{a}{b} and \\sqrt{a} written out."""
+    s = expression.strip().strip("$").strip().rstrip(".,;").strip()
+    s = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", s, flags=re.DOTALL)
+    s = s.replace("\u2212", "-").replace("\\{", "⟨").replace("\\}", "⟩").replace("{,}", "").replace("\\\\", " ")
+    s = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", "", s)
+    s = re.sub(r"(?<=\d),\\!(?=\d{3})", "", s)
+    s = _DROPPED.sub("", s)
+    s = re.sub(rf"(?<=[\d}}])\s*{_UNIT}$", "", s)  # a number's unit
+    s = re.sub(r"(?<=\d)\s+[a-zA-Z]{2,}(?:\s+[a-zA-Z]+)*$", "", s)  # the same, in plain words
+    s = re.sub(r"\\(?:text|mathrm|mbox|textrm|textbf|mathbf|operatorname)\s*\{([^{}]*)\}", r"\1", s)
+    s = re.sub(r"\\[dtc]frac", r"\\frac", s)
+    s = re.sub(r"\s+", "", s)
+    s = re.sub(r"\\frac([^{\\])([^{\\])", r"\\frac{\1}{\2}", s)  # \frac12
+    s = re.sub(r"\\frac(\d)\{", r"\\frac{\1}{", s)
+    s = re.sub(r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}", s)
+    s = re.sub(r"\\sqrt([^{\[\\])", r"\\sqrt{\1}", s)
+    s = re.sub(r"([_^])\{([^{}])\}", r"\1\2", s)
+    s = re.sub(r"^[a-zA-Z](?:=|\\in)(?=[^=]+$)", "", s)  # x = 5
+    if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", s):
+        s = s.replace(",", "")
+    if letter := re.fullmatch(r"\(([A-Z])\)", s):
+        s = letter[1]
+    return s.casefold() if re.fullmatch(r"[a-zA-Z]{2,}", s) else s
+
+
+def value(s: str) -> Fraction | None:
+    """The number that a normal expression is: an integer, a decimal, a fraction, a mixed number; None for anything else."""
+    match = re.fullmatch(r"([-+]?)(\d+(?=\\frac))?(.+)", s)
+    if not match or len(s) > 100:
+        return None
+    sign, whole, rest = match.groups()
+    fraction = re.fullmatch(r"\\frac\{(-?\d+)\}\{(-?\d+)\}|(\d+)/(\d+)", rest)
+    if fraction:
+        top, bottom = (int(g) for g in fraction.groups() if g is not None)
+        if not bottom:
+            return None
+        number = Fraction(top, bottom) + int(whole or 0)
+    elif not whole and re.fullmatch(r"\d+(?:\.\d*)?|\.\d+", rest):
+        number = Fraction(rest.rstrip("."))
+    else:
+        return None
+    return -number if sign == "-" else number
+
+
+def _parts(s: str) -> tuple[str, list[str]] | None:
+    """("()", parts) of a tuple or interval, ("{}", parts) of a set, ("", parts) of several solutions; None for a single expression."""
+    ends = s[:1] + s[-1:]
+    ends = {"⟨⟩": "{}"}.get(ends, ends)
+    inner = s[1:-1] if ends in ("()", "[]", "(]", "[)", "{}") else s
+    if inner is not s and _closes_early(inner):  # (1,2),(3,4): the outer brackets do not belong together
+        inner = s
+    parts = _split(inner)
+    if inner is s:
+        return ("", parts) if len(parts) > 1 else None
+    return (ends, parts) if len(parts) > 1 or ends == "{}" else None
+
+
+def _closes_early(s: str) -> bool:
+    depth = 0
+    for c in s:
+        depth += (c in "([{⟨") - (c in ")]}⟩")
+        if depth < 0:
+            return True
+    return False
+
+
+def _split(s: str) -> list[str]:
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(s):
+        depth += (c in "([{⟨") - (c in ")]}⟩")
+        if c == "," and not depth:
+            parts.append(s[start:i])
+            start = i + 1
+    return [*parts, s[start:]]

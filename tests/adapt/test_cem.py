@@ -1,0 +1,499 @@
+"""Few-shot adaptation: mixtures as rows, a population in one batch, the search, gradient steps."""
+
+import math
+
+import pytest
+import torch
+
+import t2kernels as t2
+from t2kernels.adapt import CEMConfig, Examples, FewShot, refine, search
+from t2kernels.adapt.mixing import Mixer
+from t2kernels.experts.scratch import flatten, unflatten
+from t2kernels.rollout.generation import Rollout, completion_logits
+from t2kernels.rollout.prefix import hoist, prefill
+from tests.helpers.families import build
+
+NAMES = ["math", "code", "reason"]
+
+
+def gold(row):
+    return "=" + row["answer"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, tokenizer = t2.tiny.load()
+    bank = t2.patch_model(model)
+    for name in NAMES:
+        bank.add(name, t2.tiny.experts()[name])
+    return model, tokenizer, bank
+
+
+@pytest.fixture
+def examples(tiny):
+    model, tokenizer, _ = tiny
+    task = t2.tasks.load("sub")
+    return Examples(model, tokenizer, task.split("train", 4), task, gold)
+
+
+@pytest.fixture(params=["delta", "factored"])
+def random_bank(request):
+    model = build("llama")
+    bank = t2.patch_model(model, form=request.param, rank=8 if request.param == "delta" else 12)
+    bank.model = model
+    for i in range(3):
+        bank.add(f"e{i}", bank.expert({n: 1 + 0.4 * torch.randn(k) for n, k in bank.matrices.items()}))
+    return bank
+
+
+# --- mixtures
+
+
+def mixed(bank, alpha, per, mixing):
+    """{matrix: z'} in fp64, by the equations."""
+    layers = list(dict.fromkeys(n.split(".")[2] for n in bank.matrices))
+    out = {}
+    for i, name in enumerate(bank.matrices):
+        g = {"expert": 0, "layer": layers.index(name.split(".")[2]), "matrix": i}[per]
+        zs = [bank[f"e{k}"].z[name].double() for k in range(3)]
+        a = alpha[:, g].double()
+        if mixing == "delta":
+            out[name] = 1 + sum(a[k] * (zs[k] - 1) for k in range(3))
+        elif mixing == "z":
+            out[name] = sum(a[k] * zs[k] for k in range(3))
+        else:
+            m = sum(a[k] * torch.logit((zs[k] / (1 + math.exp(-0.1))).clamp(1e-3, 1 - 1e-3)) for k in range(3))
+            sigma = bank.sigma(name).double()
+            out[name] = m * sigma.sum() / (sigma * m).sum()
+    return out
+
+
+@pytest.mark.parametrize("per", ["expert", "layer", "matrix"])
+def test_a_mixture_is_its_equation_and_its_row_the_experts(random_bank, per):
+    bank = random_bank
+    mixer = Mixer(bank, ["e0", "e1", "e2"], per)
+    alpha = torch.randn(4, *mixer.shape)
+    rows = mixer(alpha)
+    ids = torch.randint(3, 60, (2, 6))
+    for p in range(4):
+        want = mixed(bank, alpha[p], per, "delta")
+        for name, span in bank.spans.items():
+            torch.testing.assert_close(1 + rows[p, span].double(), want[name], rtol=1e-5, atol=1e-5)
+    with bank.scratch(4) as scratch:
+        for layer, _ in bank.layers:
+            layer.scale[scratch.ids.long()] = math.nan  # what is not written shows
+        got = scratch.write(rows)
+        for p in range(4):
+            bank.add("one", mixer.expert(alpha[p]), replace=True)
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    bank.model(ids, expert_ids=got[p]).logits,
+                    bank.model(ids, experts="one").logits,
+                    rtol=1e-4,
+                    atol=1e-4,
+                )
+    assert bank[("one")].manifest["mixed"].keys() == {"e0", "e1", "e2"}
+
+
+@pytest.mark.parametrize("mixing", ["z", "logits"])
+def test_mixing_z_and_logits(mixing):
+    model = build("llama")
+    bank = t2.patch_model(model, form="factored")
+    for i in range(3):
+        bank.add(f"e{i}", bank.expert({n: 1 + 0.2 * torch.randn(k) for n, k in bank.matrices.items()}))
+    mixer = Mixer(bank, ["e0", "e1", "e2"], "matrix", mixing)
+    alpha = 0.5 + torch.rand(2, *mixer.shape)
+    want = mixed(bank, alpha[1], "matrix", mixing)
+    for name, span in bank.spans.items():
+        torch.testing.assert_close(1 + mixer(alpha)[1, span].double(), want[name], rtol=2e-4, atol=2e-4)
+    if mixing == "z":  # the paper's sum; the same as deltas where the weights sum to one
+        alpha /= alpha.sum(1, keepdim=True)
+        torch.testing.assert_close(mixer(alpha), Mixer(bank, ["e0", "e1", "e2"], "matrix")(alpha), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="rank=None"):
+        Mixer(_partial(), ["e"], mixing=mixing)
+
+
+@pytest.mark.parametrize("per", ["expert", "layer"])
+def test_normalised_mixing_is_that_of_deltas_whose_weights_sum_to_one(random_bank, per):
+    names = ["e0", "e1", "e2"]
+    mixer = Mixer(random_bank, names, per, "normalised")
+    alpha = torch.randn(5, *mixer.shape)
+    alpha[:, 0] += torch.where(alpha.sum(1) < 0, -1, 1)  # sums well away from 0
+    want = Mixer(random_bank, names, per)(alpha / alpha.sum(1, keepdim=True))
+    torch.testing.assert_close(mixer(alpha), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixer(-3 * alpha), want, rtol=1e-5, atol=1e-5)
+    alpha[0, 2] = -alpha[0, :2].sum(0)
+    assert not mixer(alpha)[0].any()  # a sum of 0: the base model, not NaN
+    Mixer(_partial(), ["e"], mixing="normalised")  # needs no full support
+
+
+def _partial():
+    bank = t2.patch_model(build("llama"), form="delta", rank=8)
+    bank.add("e", bank.expert({n: torch.ones(k) for n, k in bank.matrices.items()}))
+    return bank
+
+
+def test_logits_that_are_known_are_mixed_as_they_are():
+    bank = t2.patch_model(build("llama"), form="factored")
+    bank.add("e", bank.expert({n: torch.ones(k) for n, k in bank.matrices.items()}))
+    p = {n: torch.randn(k).abs() + 0.1 for n, k in bank.matrices.items()}
+    mixer = Mixer(bank, ["e"], mixing="logits", logits={"e": p})
+    for name, span in bank.spans.items():
+        sigma = bank.sigma(name)
+        torch.testing.assert_close(
+            1 + mixer(torch.full((1, 1, 1), 0.7))[0, span], p[name] * sigma.sum() / (sigma * p[name]).sum()
+        )
+
+
+def test_flat_rows_come_back(random_bank):
+    e = random_bank["e1"]
+    assert unflatten(random_bank, flatten(random_bank, "e1")) == e
+
+
+def test_scratch_rows_are_lent_and_given_back(random_bank):
+    bank = random_bank
+    before = bank.ids(["e0", "e1"])
+    with pytest.raises(RuntimeError, match="rows are in use"):
+        bank.scratch(bank.rows - 2)  # two are held by `before`
+    held = [layer.scale[before.long()].clone() for layer, _ in bank.layers]
+    with bank.scratch(bank.rows - 3) as scratch:
+        scratch.write(torch.randn(bank.rows - 3, bank.width))
+        assert 0 not in scratch.ids.tolist()
+        with pytest.raises(RuntimeError, match="rows are in use"):
+            bank.ids("e2")
+        with pytest.raises(ValueError, match="not finite"):
+            scratch.write(torch.full((1, bank.width), math.nan))
+        with pytest.raises(ValueError, match="wanted"):
+            scratch.write(torch.zeros(1, bank.width + 1))
+    for (layer, _), rows in zip(bank.layers, held, strict=True):
+        assert torch.equal(layer.scale[before.long()], rows)
+    after = bank.ids("e2")
+    for layer, (name,) in bank.layers:
+        z = bank["e2"].z[name]
+        want = layer.sigma[: len(z)] * (z if layer.form == "factored" else z - 1)
+        torch.testing.assert_close(layer.scale[int(after), : len(z)], want, rtol=1e-5, atol=1e-6)
+
+
+# --- the prompts' common beginning
+
+
+@pytest.mark.parametrize("common", [0, 3, 20])
+def test_a_hoisted_prefix_changes_no_logit(common):
+    model = build("llama")
+    bank = t2.patch_model(model)
+    for i in range(2):
+        bank.add(f"e{i}", bank.expert({n: 1 + 0.3 * torch.randn(k) for n, k in bank.matrices.items()}))
+    start = torch.randint(3, 60, (common,))
+    lengths, S = (5, 2, 7), common + 7
+    ids, mask = torch.zeros(3, S, dtype=torch.long), torch.zeros(3, S, dtype=torch.long)
+    for i, n in enumerate(lengths):
+        ids[i, S - common - n :] = torch.cat([start, torch.randint(3, 60, (n,))])
+        mask[i, S - common - n :] = 1
+        ids[i, S - n] = 3 + i  # no longer a common beginning than that
+    completion = torch.ones(6, 2, dtype=torch.bool)
+    tokens = torch.randint(3, 60, (6, 2))
+    rows = bank.ids(["e0", "e1"])
+
+    def logits(ids, mask, cache):
+        rollout = Rollout(
+            torch.cat([ids.repeat(2, 1), tokens], 1), torch.cat([mask.repeat(2, 1), completion.long()], 1), completion
+        )
+        with torch.no_grad():
+            return completion_logits(model, rollout, cache=cache, expert_ids=rows.repeat_interleave(3))
+
+    prefix, hoisted, seen = hoist(ids, mask)
+    assert len(prefix) == (common if common >= 16 else 0)
+    if len(prefix):
+        assert (hoisted[:, :common] == start).all()
+    torch.testing.assert_close(
+        logits(hoisted, seen, prefill(model, prefix, rows, 3)), logits(ids, mask, None), rtol=1e-4, atol=1e-4
+    )
+
+
+# --- scores
+
+
+def test_candidates_in_one_batch_score_as_each_alone(tiny, examples):
+    model, _, bank = tiny
+    mixer = Mixer(bank, NAMES)
+    alpha = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0.4, 0.2, -0.3]])[..., None]
+    with bank.scratch(3) as rows:
+        together = examples.score(rows.write(mixer(alpha)))
+    alone = [examples.score(bank.ids(name)) for name in ("math", None, dict(zip(NAMES, (0.4, 0.2, -0.3), strict=True)))]
+    assert together.answers == [a.answers[0] for a in alone]
+    torch.testing.assert_close(together.reward, torch.cat([a.reward for a in alone]))
+    torch.testing.assert_close(together.likelihood, torch.cat([a.likelihood for a in alone]), rtol=1e-4, atol=1e-4)
+    # The likelihood, from the log-probabilities of each example alone and unpadded.
+    total = 0.0
+    for row in examples.rows:
+        tokens = examples.sampler.tokenizer([row["prompt"] + gold(row)], return_tensors="pt").input_ids
+        tokens = torch.cat([tokens, torch.tensor([[examples.sampler.tokenizer.eos_token_id]])], 1)
+        with torch.no_grad():
+            logp = (
+                model(tokens, experts="math")
+                .logits.double()
+                .log_softmax(-1)[0, :-1]
+                .gather(-1, tokens[0, 1:, None])[:, 0]
+            )
+        total += logp[-len(gold(row)) - 1 :].sum().item()
+    assert together.likelihood[0].item() == pytest.approx(total / len(examples), rel=1e-4)
+
+
+def count_forwards(model):
+    calls = []
+    handle = model.register_forward_pre_hook(
+        lambda m, args, kwargs: calls.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    return calls, handle
+
+
+def test_a_generation_is_one_batch_and_memory_cuts_it(tiny, examples):
+    model, tokenizer, _ = tiny
+    calls, handle = count_forwards(model)
+    config = {"population": 8, "iterations": 1, "score": "likelihood"}
+    try:
+        search(examples, NAMES, config=CEMConfig(**config))
+        assert calls == [8 * 4, 4]  # all candidates with all examples at once; then the centre
+        calls.clear()
+        small = Examples(model, tokenizer, examples.rows, gold=gold, memory=examples.memory)
+        small.memory = small.memory / small.chunk() * 3
+        assert small.chunk() == 3
+        search(small, NAMES, config=CEMConfig(**config))
+        assert calls == [3 * 4, 3 * 4, 2 * 4, 4]
+        calls.clear()
+        search(examples, NAMES, config=CEMConfig(population=8, iterations=1))
+        # one batch's decoding, not eight: forwards for the longest answer of any, and one for the likelihood
+        assert len(calls) <= 2 * (examples.sampler.max_new_tokens + 1)
+    finally:
+        handle.remove()
+
+
+def test_more_experts_cost_no_forward(tiny, examples):
+    model, _, bank = tiny
+    counts = []
+    many = {f"e{i}": bank[NAMES[i % 3]] for i in range(12)}
+    for count in (2, 12):
+        calls, handle = count_forwards(model)
+        search(
+            examples, dict(list(many.items())[:count]), config=CEMConfig(population=4, iterations=2, score="likelihood")
+        )
+        handle.remove()
+        counts.append(calls)
+    assert counts[0] == counts[1]
+
+
+# --- the search
+
+
+def test_search_finds_what_the_reward_wants(tiny, examples):
+    """A fitness that depends on alpha alone, through the likelihood's place: the search must reach its peak."""
+    _, _, bank = tiny
+    peak = torch.tensor([0.8, -0.4, 0.3])
+    deltas = torch.stack([flatten(bank, n) for n in NAMES])
+    basis = torch.linalg.pinv(deltas.double())
+
+    class Peak:
+        scorer, gold, rows = object(), object(), None
+
+        def __init__(self):
+            self.bank = bank
+
+        def __len__(self):
+            return 1
+
+        def chunk(self, samples=1):
+            return 16
+
+        def score(self, ids, *args, reward=True):
+            from t2kernels.adapt.examples import Scores
+
+            table, sigma, base, _ = next(iter(bank.table._arrays.values()))
+            alpha = ((table[ids.long()] - base) / sigma).double() @ basis
+            return Scores(-(alpha - peak).square().sum(1, keepdim=True).float(), None, [[""]] * len(ids))
+
+    found = search(
+        Peak(),
+        NAMES,
+        config=CEMConfig(population=64, iterations=30, score="reward", seed=1, patience=30, tolerance=1e-3),
+    )
+    torch.testing.assert_close(found.alpha[:, 0], peak, atol=0.02, rtol=0)
+    assert found.scores[-1] > found.scores[0]
+    assert "converged" in found.stopped
+    again = search(
+        Peak(),
+        NAMES,
+        config=CEMConfig(population=64, iterations=30, score="reward", seed=1, patience=30, tolerance=1e-3),
+    )
+    assert torch.equal(again.alpha, found.alpha)
+    kept = search(
+        Peak(), NAMES, config=CEMConfig(population=16, iterations=6, score="reward", low=0.0, high=1.0, take="best")
+    )
+    assert kept.scores == sorted(kept.scores)  # the best one stays in
+    assert 0 <= kept.alpha.min() <= kept.alpha.max() <= 1
+
+
+def test_few_shot_beats_the_base_on_a_task_without_an_expert(tiny, tmp_path):
+    model, tokenizer, bank = tiny
+    task = t2.tasks.load("sub")
+    examples = Examples(model, tokenizer, task.split("train", 8, seed=3), task, gold)
+    strategy = FewShot(model, tokenizer, examples, NAMES, CEMConfig(population=12, iterations=2, seed=2), name="sub")
+    test = task.split("validation", 40)
+    batch = tokenizer([row["prompt"] for row in test], padding=True, return_tensors="pt")
+    right = {}
+    for who, experts in (("base", None), ("found", strategy)):
+        out = model.generate(**batch, experts=experts, max_new_tokens=22)[:, batch.input_ids.shape[1] :]
+        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+        right[who] = sum(task.right(t, row["answer"]) for t, row in zip(texts, test, strict=True))
+    assert right["found"] >= right["base"] + 8  # of 40; .41 against .8 to .9 on 300
+    manifest = bank["sub"].manifest
+    assert manifest["mixed"].keys() == set(NAMES)
+    assert manifest["search"]["seed"] == 2
+    assert manifest["examples"] == 8
+    bank["sub"].save(tmp_path / "sub")
+    assert t2.Expert.load(tmp_path / "sub").manifest["score"] == manifest["score"]
+    bank.remove("sub")
+
+
+def test_an_expert_that_gains_nothing_keeps_the_base_model(tiny, examples):
+    model, tokenizer, bank = tiny
+    nothing = {"same": bank.expert({n: torch.ones(k) for n, k in bank.matrices.items()})}
+    config = CEMConfig(population=2, iterations=1)
+    found = FewShot(model, tokenizer, examples, nothing, config, name="none")
+    assert (found.gain, found.name, found.choose(["1+1?"])) == (0.0, None, [None])
+    assert FewShot(model, tokenizer, examples, nothing, config, name="none", replace=True, caution=None).name == "none"
+    with pytest.raises(ValueError, match="replace=True"):
+        FewShot(model, tokenizer, examples, nothing, config, name="none")
+    bank.remove("none")
+    # One example more of four is within two standard errors, four of four is not.
+    for right, kept in ((1, None), (4, "math")):
+        counted = examples.prompts[:right]
+
+        def reward(
+            prompts, completions, answer, counted=counted
+        ):  # the math expert shows its working, the base model does not
+            return [float("," in c and p in counted) for p, c in zip(prompts, completions, strict=True)]
+
+        few = Examples(model, tokenizer, examples.rows, reward, max_new_tokens=6)
+        one = FewShot(
+            model,
+            tokenizer,
+            few,
+            {"m": bank["math"]},
+            CEMConfig(population=1, iterations=1, mean=1.0, score="reward"),
+            name="one",
+        )
+        assert one.gain == right / 4
+        assert (one.name is None) == (kept is None)
+        bank.remove("one")
+
+
+def test_refine_makes_right_answers_likelier_and_moves_nothing_else(tiny, examples):
+    model, _, bank = tiny
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    start = bank["math"]
+    one = refine(examples, [[gold(row)] for row in examples.rows], start, steps=6, lr=0.02)
+    bank.add("refined", one)
+    likelihood = examples.score(bank.ids(["math", "refined"]), reward=False).likelihood
+    bank.remove("refined")
+    assert likelihood[1] > likelihood[0] + 0.3
+    assert all(torch.equal(weights[n], p) for n, p in model.named_parameters())
+    assert "refined" not in bank
+    assert not bank.in_training
+    assert one == refine(examples, [[gold(row)] for row in examples.rows], start, steps=6, lr=0.02)
+    with pytest.raises(ValueError, match="lists of completions"):
+        refine(examples, [["=1"]])
+    with pytest.raises(ValueError, match="no example has a right completion"):
+        refine(examples, [[] for _ in examples.rows])
+
+
+# --- refused before any work
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rows": []}, "there are no examples"),
+        ({"rows": "sub"}, "wanted a list of dicts"),
+        ({"rows": [{"answer": "1"}]}, "example 0"),
+        ({"rows": [{"prompt": "1+1?", "answer": "2"}, {"prompt": "", "answer": "2"}]}, "example 1"),
+        ({"rows": [{"prompt": "1+1?"}]}, "its gold answer|answer"),
+        ({"reward": None, "gold": None}, "a reward, a gold answer, or both"),
+        ({"reward": lambda prompts, completions, **columns: [0.5] * 7}, "7 values for"),
+        ({"gold": "solution"}, "'solution' is None"),
+        ({"rows": [{"prompt": "1+" * 200, "answer": "2"}]}, "positions"),
+    ],
+)
+def test_examples_that_cannot_be_used(tiny, change, message):
+    model, tokenizer, _ = tiny
+    task = t2.tasks.load("sub")
+    calls, handle = count_forwards(model)
+    settings = {
+        "rows": task.split("train", 2),
+        "reward": task,
+        "gold": lambda row: "=" + row.get("answer", ""),
+    } | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        Examples(model, tokenizer, **settings)
+    handle.remove()
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "experts, config, message",
+    [
+        ([], {}, "at least one"),
+        ("math", {}, "wanted a list"),
+        (["math", "math"], {}, "occurs twice"),
+        (["nobody"], {}, "no expert named 'nobody'"),
+        (NAMES, {"population": 80}, "rows"),
+        (NAMES, {"per": "head"}, "'matrix'"),
+        (NAMES, {"mixing": "sum"}, "'logits'"),
+    ],
+)
+def test_searches_that_cannot_work(tiny, examples, experts, config, message):
+    model = tiny[0]
+    calls, handle = count_forwards(model)
+    with pytest.raises((ValueError, KeyError), match=message):
+        search(examples, experts, config=CEMConfig(**config))
+    handle.remove()
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"population": 0},
+        {"elite": 0},
+        {"std": 0},
+        {"score": "x"},
+        {"samples": 2},
+        {"low": 1.0, "high": 0.0},
+        {"take": "x"},
+    ],
+)
+def test_settings_that_cannot_be(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        CEMConfig(**setting)
+
+
+def test_the_papers_settings():
+    c = CEMConfig.paper(iterations=2)
+    assert (c.population, c.elites, c.low, c.high, c.std, c.per, c.mixing, c.iterations) == (
+        32,
+        6,
+        0.0,
+        1.0,
+        0.5,
+        "matrix",
+        "logits",
+        2,
+    )
+
+
+def test_a_score_needs_what_it_needs(tiny, examples):
+    model, tokenizer, _ = tiny
+    task = t2.tasks.load("sub")
+    with pytest.raises(ValueError, match="needs gold"):
+        search(Examples(model, tokenizer, examples.rows, task), NAMES)
+    with pytest.raises(ValueError, match="needs a reward"):
+        search(Examples(model, tokenizer, examples.rows, gold=gold), NAMES)

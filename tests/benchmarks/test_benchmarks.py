@@ -1,0 +1,154 @@
+"""benchmarks/: every arm runs and is right on small sizes, a wrong result gets no time, claims are judged, and docs follow from rows."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_the_arms_of_the_op(capsys):
+    import ops
+
+    a = ops.arguments([])
+    a.models, a.tokens, a.ranks, a.each, a.groups, a.mixes, a.backward = (
+        ["nano"],
+        [1, 9],
+        [8],
+        0.0,
+        ["qkv", "down"],
+        ["all distinct", "half base"],
+        24,
+    )
+    rows = list(ops.run(CPU, a))
+    arms = {r["arm"] for r in rows}
+    assert {
+        "dense, no expert",
+        "t2 auto",
+        "two matmuls, eager",
+        "W' rebuilt an expert",
+        "W' kept an expert",
+        "PEFT LoRA r=16",
+    } <= arms
+    assert {r["group"] for r in rows} == {"qkv", "down", "layer"}
+    assert all(r["us"] > 0 for r in rows)
+    assert all(r["error"] < 1e-5 for r in rows if r["arm"] == "t2 auto" and r["dtype"] == r.get("factors"))
+    assert "wrong" not in capsys.readouterr().out
+    assert ops.table(rows).row_count > 10
+
+
+def test_a_wrong_result_gets_no_time(capsys, monkeypatch):
+    import cases
+    import ops
+
+    right = cases.ours
+    monkeypatch.setattr(cases, "ours", lambda impl: lambda x, ids, w: [y * 1.01 for y in right(impl)(x, ids, w)])
+    a = ops.arguments([])
+    a.models, a.tokens, a.ranks, a.each, a.groups, a.mixes, a.backward, a.forms = (
+        ["nano"],
+        [5],
+        [8],
+        0.0,
+        ["o"],
+        ["one"],
+        0,
+        ["delta"],
+    )
+    rows = list(ops.run(CPU, a))
+    assert rows
+    assert not any(r["arm"].startswith("t2") for r in rows)
+    assert "not timed" in capsys.readouterr().out
+
+
+def test_generate_with_every_arm():
+    import generation
+    import measure
+
+    arms = list(generation.ARMS)
+    field = generation.Field("nano", 4, 6, 3, arms, 4, torch.float32, CPU)
+    rows = list(generation.measure(field, arms, [1, 4], 1, 1))
+    assert len(rows) == 1 + 2 * (len(arms) - 1)
+    assert all(r["error"] < (0.2 if "int8" in r["arm"] else 1e-4) for r in rows)
+    assert all(r["over_dense"] > 0 for r in rows)
+    # The same tokens as weights that were rebuilt for each expert.
+    assert field.run("delta R/16", 4).tokens.equal(field.run(generation.PEERS[0], 4).tokens)
+    with torch.no_grad():
+        next(iter(field.banks["delta R"].layers))[0].scale[1:] += 0.5
+    with pytest.raises(measure.WrongResult, match="delta R"):
+        field.check("delta R")
+
+
+def test_rows_are_loaded_and_take_turns():
+    import experts
+
+    rows = [*experts.switching("nano", torch.float32, CPU, 2), experts.many("nano", 40, 8, torch.float32, CPU)]
+    assert {r["question"] for r in rows} == {"switch", "many"}
+    assert experts.table(rows).row_count == len(rows)
+
+
+@pytest.mark.parametrize("arm", ["SVF, R/16", "PEFT LoRA r=16"])
+def test_a_training_step(arm):
+    import training
+
+    row = training.one("nano", arm, torch.float32, CPU, 0.0)
+    assert row["last_loss"] < row["first_loss"] + 1e-3
+    assert row["optimiser_bytes"] >= 8 * row["numbers"]
+
+
+@pytest.mark.parametrize("rank", [None, 16])
+def test_decomposing_a_layer(rank):
+    import decomposition
+
+    row = decomposition.one("nano", 1, rank, torch.float32, CPU)
+    assert row["error"] < 1e-6
+    assert row["matrices"] == 7
+
+
+def test_claims_are_judged():
+    import suite
+
+    rows = [{"arm": "delta R/16", "experts": 8, "over_one": v} for v in (1.0, 1.3)]
+    wanted, found, verdict = suite.CLAIMS[0].judge(rows)
+    assert (wanted, verdict) == ("at most 1.15x", "DOES NOT HOLD")
+    assert "1.30x" in found
+    assert suite.CLAIMS[0].judge(rows[:1])[2] == "holds"
+    assert suite.CLAIMS[0].judge([])[2] == "not measured"
+    peer = [
+        {"arm": "PEFT LoRA r=16", "subject": "s", "batch": 8, "experts": 8, "step_s": 3.0},
+        {"arm": "delta R/16", "subject": "s", "batch": 8, "experts": 8, "step_s": 1.0},
+    ]
+    claim = next(c for c in suite.CLAIMS if c.what.startswith("PEFT"))
+    assert claim.judge(peer)[1:] == ("3.00x", "holds")
+    assert {c.part for c in suite.CLAIMS} <= set(suite.PARTS)
+
+
+def test_the_page_follows_from_the_rows(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    import plot
+
+    before = (plot.DOCS / "benchmarks.md").read_text()
+    monkeypatch.setattr(plot, "DOCS", tmp_path)
+    monkeypatch.setattr(plot, "HERE", BENCHMARKS)
+    monkeypatch.setattr(sys, "argv", ["plot.py"])
+    (tmp_path / "figures").mkdir()
+    monkeypatch.setattr(plot, "save", lambda fig, name: BENCHMARKS.parent / name)
+    plot.main()
+    assert (tmp_path / "benchmarks.md").read_text() == before, "run python benchmarks/plot.py"
+
+
+def test_committed_rows_say_where_they_are_from():
+    for path in (BENCHMARKS / "results").glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            assert {"machine", "versions", "commit", "command"} <= row.keys(), path
+            assert not {"/work", "/tmp", "/home"} & set(row["command"].split()), path

@@ -1,0 +1,79 @@
+"""`t2 serve`: which engine it starts with what, and what it refuses before it loads a model."""
+
+import socket
+import sys
+from types import ModuleType
+
+import pytest
+
+from t2kernels import tiny
+from t2kernels.cli.verbs import serve
+from tests.helpers.commandline import t2_, wide  # noqa: F401
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """A vLLM that is installed, and what its server was started with."""
+    calls = []
+    module = ModuleType("t2kernels.integrations.vllm.server.launch")
+    module.serve = lambda *args, **kwargs: calls.append((args, kwargs))
+    package = ModuleType("t2kernels.integrations.vllm")
+    package.serve = module
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(serve, "vllm_is_installed", lambda: True)
+    return calls
+
+
+@pytest.mark.parametrize("engine", [(), ("--engine", "vllm")])
+def test_vllm_is_taken_where_it_is(vllm, engine, tmp_path):
+    tiny_experts = tiny.experts()
+    (tmp_path / "math.safetensors").write_bytes(tiny_experts["math"].read_bytes())
+    t2_("serve", "tiny", *engine)
+    t2_(
+        "serve",
+        "some/model",
+        "--experts",
+        tmp_path,
+        "--factors",
+        "f",
+        "--rank",
+        8,
+        "--form",
+        "delta",
+        "--rows",
+        5,
+        "--option=--x=1",
+        "--port",
+        7,
+        *engine,
+    )
+    common = {"host": "127.0.0.1", "api_key": None}
+    assert vllm[0] == ((str(tiny.path()), tiny_experts), {**common, "port": 8000, "factors": None, "options": ()})
+    named = {"math": tmp_path / "math.safetensors"}
+    assert vllm[1] == (("some/model", named), {**common, "port": 7, "factors": "f", "options": ("--x=1",), "rows": 5})
+
+
+@pytest.mark.parametrize(
+    "option", ["--kv-tokens=500", "--route=prompt", "--drain=3", "--dtype=bf16", "--max-upload=2", "--targets=mlp"]
+)
+def test_vllm_is_not_given_what_it_would_ignore(vllm, option):
+    assert f"{option.partition('=')[0]} is for --engine transformers" in t2_("serve", "tiny", option, code=1)
+    assert not vllm
+
+
+def test_what_cannot_be_served_is_said_at_once(tmp_path):
+    for args, words in (
+        (["--engine", "other"], "wanted one of auto, transformers, vllm"),
+        (["--engine", "vllm"], "vllm is not installed"),
+        (["--experts", tmp_path / "nowhere"], "no such directory"),
+        (["--option=--x"], "--option is for --engine vllm"),
+        (["--chat-template", tmp_path / "nothing"], "No such file"),
+    ):
+        assert words in t2_("serve", "tiny", *args, code=1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "choose another with --host and --port" in t2_("serve", "tiny", "--port", taken.getsockname()[1], code=1)
+    (tmp_path / "bad.safetensors").write_bytes(b"no expert")
+    assert "bad.safetensors" in t2_("serve", "tiny", "--port", 0, "--experts", tmp_path, code=1)

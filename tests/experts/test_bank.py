@@ -1,0 +1,471 @@
+"""Rows: who is in which, who gives one up, and that what a row holds is what its name says."""
+
+import copy
+import pickle
+import random
+import threading
+
+import pytest
+import torch
+
+import t2kernels as t2
+from tests.helpers.families import build
+
+
+@pytest.fixture
+def bank():
+    model = build("llama")
+    bank = t2.patch_model(model, rank=8, form="delta", rows=4)
+    bank.model = model
+    return bank
+
+
+def draw(bank, size=0.4):
+    return bank.expert({n: 1 + size * torch.randn(k) for n, k in bank.matrices.items()})
+
+
+def holds(bank, row, expert):
+    """Whether a row of every table is sigma * (z - 1) of the expert, in fp64."""
+    for layer, (name,) in bank.layers:
+        z = expert.z.get(name, torch.ones(0)).double()
+        want = torch.zeros(layer.rank, dtype=torch.float64)
+        want[: len(z)] = layer.sigma[: len(z)].double() * (z - 1)
+        if not torch.allclose(layer.scale[row].double(), want, rtol=1e-6, atol=1e-7):
+            return False
+    return True
+
+
+def test_row_zero_is_the_base_and_stays_it(bank):
+    for i in range(9):
+        bank.add(f"e{i}", draw(bank))
+        bank.ids(f"e{i}")
+    assert all((layer.scale[0] == 0).all() for layer, _ in bank.layers)
+    assert bank.ids([None, None]).tolist() == [0, 0]
+
+
+def test_more_experts_than_rows_take_turns(bank):
+    experts = {f"e{i}": draw(bank) for i in range(20)}
+    for name, e in experts.items():
+        bank.add(name, e)
+    tables = [layer.scale.data_ptr() for layer, _ in bank.layers]
+    rng = random.Random(0)
+    for _ in range(60):
+        names = rng.sample(list(experts), rng.randint(1, 3))
+        ids = bank.ids(names)
+        assert len(set(ids.tolist())) == len(names)
+        assert all(holds(bank, row, experts[n]) for n, row in zip(names, ids.tolist(), strict=True))
+        del ids  # while it lives its rows are held
+    assert [
+        layer.scale.data_ptr() for layer, _ in bank.layers
+    ] == tables  # written in place, so captured graphs stay valid
+    assert bank.evictions > 20
+
+
+def test_the_least_recently_used_goes_first(bank):
+    for name in "abc":
+        bank.add(name, draw(bank))
+    for name in "abcab":
+        bank.ids(name)
+    bank.add("d", draw(bank))
+    bank.ids("d")  # "c" was used longest ago
+    loads = bank.loads
+    bank.ids(["a", "b", "d"])
+    assert bank.loads == loads
+    bank.ids("c")
+    assert bank.loads == loads + 1
+
+
+def test_who_is_loaded_and_who_gives_up_a_row_is_told(bank):
+    """Three rows; a copy is not watched."""
+    loaded, evicted = [], []
+    for name in "abc":
+        bank.add(name, draw(bank))
+    loads, evictions = bank.loads, bank.evictions
+    bank.watch(loaded.append, evicted.append)
+    mixture = {"b": 0.5, "c": 0.25}
+    for name in ("a", mixture, "b", "a", {"c": 1.0}, None, "c"):
+        bank.ids(name)
+    assert loaded == [mixture, "b", {"c": 1.0}, "c"]
+    assert evicted == ["b", "c", mixture, "b"]
+    assert (len(loaded), len(evicted)) == (bank.loads - loads, bank.evictions - evictions)
+    other = copy.deepcopy(bank)
+    for name in "abc":
+        other.ids(name)
+    assert len(loaded) == 4
+    bank.remove("a")  # gives its row to nobody
+    with bank.scratch(3):
+        pass
+    assert evicted[4:] == [{"c": 1.0}, "c"]
+    bank.watch(None, None)
+    bank.ids("b")
+    assert len(loaded) == 4
+
+
+def test_a_row_that_a_live_tensor_names_is_never_given_away(bank):
+    experts = {n: draw(bank) for n in "abcde"}
+    for n, e in experts.items():
+        bank.add(n, e)
+    held = bank.ids(["a", "b"])
+    for n in "cdecde":
+        bank.ids(n)
+        assert all(holds(bank, row, experts[m]) for m, row in zip("ab", held.tolist(), strict=True))
+    with pytest.raises(RuntimeError, match=r"all 3 rows are in use.*rows=8"):
+        bank.ids(["c", "d"])
+    alive = bank.ids("c")
+    with pytest.raises(RuntimeError, match="rows are in use"):
+        bank.ids("d")
+    del held, alive
+    bank.ids(["c", "d", "e"])  # a failed call holds nothing, and dead tensors neither
+
+
+def test_whether_there_is_room(bank):
+    for name in "abcd":
+        bank.add(name, draw(bank))
+    held = [bank.ids(name) for name in "abb"]
+    assert bank.rows_in_use == 2
+    assert all(bank.has_room_for(name) for name in (*"abcd", None, {"a": 0.5}))
+    held.append(bank.ids("d"))
+    assert bank.rows_in_use == 3
+    assert [bank.has_room_for(name) for name in ("a", "c", None, {"a": 0.5})] == [True, False, True, False]
+    with pytest.raises(KeyError):
+        bank.has_room_for("nobody")
+    with pytest.raises(RuntimeError):
+        bank.ids("c")
+    del held[1]  # another tensor still holds b
+    assert not bank.has_room_for("c")
+    held.clear()
+    assert (bank.rows_in_use, bank.has_room_for("c")) == (0, True)
+
+
+def test_replace_and_remove(bank):
+    old, new = draw(bank), draw(bank)
+    bank.add("a", old)
+    row = int(bank.ids("a"))
+    with pytest.raises(ValueError, match="replace=True"):
+        bank.add("a", new)
+    bank.add("a", new, replace=True)
+    assert int(bank.ids("a")) == row  # the same row, so an index that a captured graph holds stays right
+    assert holds(bank, row, new)
+    held = bank.ids("a")
+    bank.add("a", old, replace=True)
+    assert holds(bank, row, new)  # whoever is in the middle of it ends with what it began with
+    assert int(bank.ids("a")) != row
+    assert holds(bank, int(bank.ids("a")), old)
+    bank.remove("a")
+    assert "a" not in bank
+    assert holds(bank, row, new)
+    with pytest.raises(KeyError, match="none yet"):
+        bank.ids("a")
+    del held
+    for n in "xyz":
+        bank.add(n, draw(bank))
+    bank.ids(["x", "y", "z"])  # all three rows are free again
+
+
+def test_mixtures_follow_their_experts(bank):
+    a, b = draw(bank), draw(bank)
+    bank.add("a", a)
+    bank.add("b", b)
+    mix = {"a": 0.7, "b": -0.3}
+    row = int(bank.ids(mix))
+    assert holds(bank, row, t2.Expert.mix([(a, 0.7), (b, -0.3)]))
+    assert int(bank.ids({"b": -0.3, "a": 0.7})) == row  # the order does not matter, so it is one row
+    assert bank.ids({"a": 0.0}).item() == 0
+    bank.add("b", a, replace=True)
+    assert holds(bank, int(bank.ids(mix)), t2.Expert.mix([(a, 0.4)]))
+    bank.remove("b")
+    with pytest.raises(KeyError, match="'b'"):
+        bank.ids(mix)
+    with pytest.raises(ValueError, match="finite"):
+        bank.ids({"a": float("nan")})
+
+
+def test_shapes_of_ids_and_bad_names(bank):
+    bank.add("a", draw(bank))
+    assert bank.ids("a").shape == ()
+    assert bank.ids(["a", None, "a"]).shape == (3,)
+    assert bank.ids([["a", None], [None, None]]).shape == (2, 2)
+    assert bank.ids("a").dtype == torch.int32
+    with pytest.raises(ValueError, match="same length"):
+        bank.ids([["a"], ["a", None]])
+    with pytest.raises(KeyError, match="no expert named 'b' in the bank; it has 'a'"):
+        bank.ids(["a", "b"])
+    for bad in (3, ["a", 3], 1.5):
+        with pytest.raises(TypeError, match="mixture"):
+            bank.ids(bad)
+    with pytest.raises(ValueError, match="non-empty"):
+        bank.add("", draw(bank))
+
+
+def test_threads_share_the_rows(bank):
+    experts = {f"e{i}": draw(bank) for i in range(12)}
+    for n, e in experts.items():
+        bank.add(n, e)
+    wrong = []
+
+    def work(seed):
+        rng = random.Random(seed)
+        for _ in range(60):
+            n = rng.choice(list(experts))
+            try:
+                ids = bank.ids(n)
+                wrong.extend([n] * (not holds(bank, int(ids), experts[n])))
+            except RuntimeError:
+                pass  # three others hold the three rows at this moment
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+    bank.ids(["e0", "e1", "e2"])  # nothing is held any more
+
+
+def test_an_expert_comes_back_as_it_went_in(bank, tmp_path):
+    e = draw(bank)
+    e.manifest["note"] = "kept"
+    bank.add("a", e)
+    back = bank["a"]
+    assert back.manifest["note"] == "kept"
+    assert back.z.keys() == e.z.keys()
+    for n in e.z:
+        torch.testing.assert_close(back.z[n], e.z[n], rtol=0, atol=1e-7)
+    (path,) = bank.save(tmp_path / "experts")
+    assert path.name == "a.safetensors"
+    bank.add("again", tmp_path / "experts" / "a")
+    assert holds(bank, int(bank.ids("again")), e)
+    with pytest.raises(KeyError, match="no expert named 'z'"):
+        bank["z"]
+
+
+def test_files_and_values_that_are_no_expert_are_refused(bank, tmp_path):
+    good = draw(bank)
+    path = good.save(tmp_path / "good")
+    whole = path.read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "evil.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    for name, said in (("short", "short.safetensors"), ("evil", "pickle"), ("missing", "does not exist")):
+        with pytest.raises(t2.ExpertError, match=said):
+            bank.add("x", tmp_path / name)
+    first = next(iter(bank.matrices))
+    with pytest.raises(t2.ExpertError, match=first):
+        t2.Expert({first: torch.tensor([1.0, float("nan")])})
+    with pytest.raises(t2.ExpertMismatch, match=r"other\.layer"):
+        bank.add("x", t2.Expert({"other.layer": torch.ones(4)}))
+    with pytest.raises(t2.ExpertMismatch, match="components"):
+        bank.add("x", t2.Expert({first: torch.ones(4000)}))
+    foreign = t2.patch_model(build("llama"), rank=8)
+    with pytest.raises(t2.ExpertMismatch, match="trained on"):
+        bank.add("x", draw(foreign))
+    assert bank.names == []
+    with pytest.raises(ValueError, match="no matrix"):
+        bank.expert({"nowhere": torch.ones(3)})
+
+
+def test_truncation_is_stated_and_refused(bank):
+    name, k = next(iter(bank.matrices.items()))
+    full = bank.origin.ranks[name]
+    z = torch.ones(full)
+    z[2], z[k + 1] = 1.5, 1.2
+    sigma = torch.linalg.svdvals(bank.model.get_submodule(name).weight.double())
+    change = sigma * (z.double() - 1).abs()
+    want = float(change[k:].max() / change.max())
+    expert = t2.Expert({name: z})
+    assert want > 0.1
+    known = len(
+        bank.origin.sigmas[name]
+    )  # a model patched at rank k knows the head of the spectrum only: an upper bound is stated
+    bound = max(want, float(sigma[min(known, full) - 1] * 0.2 / change.max()))
+    with pytest.raises(ValueError, match=rf"{bound:.1%} of its change to {name} would be lost \(max_error=10.0%\)"):
+        bank.add("a", expert)
+    bank.add("a", expert, max_error=1.0)
+    assert holds(bank, int(bank.ids("a")), t2.Expert({name: z[:k]}))
+    assert bank["a"].manifest["lost"] == pytest.approx(bound, rel=1e-5)
+    z[k + 1] = 1
+    bank.add("b", t2.Expert({name: z}))  # one outside the support: nothing is lost
+    assert "lost" not in bank["b"].manifest
+
+
+def test_the_bank_finds_its_tables_again_after_a_move(bank):
+    a = draw(bank)
+    bank.add("a", a)
+    bank.model.to(torch.bfloat16)
+    for layer, _ in bank.layers:
+        assert layer.U.dtype == torch.bfloat16
+        assert layer.scale.dtype == layer.sigma.dtype == torch.float32  # the table is not rounded with the model
+        layer.scale = layer.scale.clone()  # what a move to another device does
+    assert holds(bank, int(bank.ids("a")), a)
+    b = draw(bank)
+    bank.add("b", b)
+    assert holds(bank, int(bank.ids("b")), b)
+    assert holds(bank, int(bank.ids("a")), a)
+
+
+def test_an_expert_in_training_is_a_row_that_moves(bank):
+    model, x = bank.model, torch.randint(3, 60, (2, 5))
+    bank.add("a", draw(bank))
+    parameters = bank.start_training("t")
+    assert len(parameters) == len(bank.layers)
+    assert sum(p.numel() for p in parameters) == sum(bank.matrices.values())
+    assert bank.in_training == ["t"]
+    with torch.no_grad():
+        assert torch.equal(model(x, experts="t").logits, model(x).logits)  # p = 0 is the base model
+        for p in parameters:
+            p.normal_(std=0.3)
+        snapshot = bank["t"]
+        assert torch.equal(model(x, experts="t").logits, model(x, experts=["t", "t"]).logits)
+    t = int(bank.ids("t"))
+    assert holds(bank, t, snapshot)  # a forward without gradients wrote the row
+    out = model(x, experts=["t", "a"]).logits
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(x, experts=["t", "a"]).logits, out
+        )  # with and without gradients, the same function
+    out.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in parameters)
+    for n in "wxyz":  # others come and go
+        bank.add(n, draw(bank))
+        bank.ids(n)
+    assert holds(bank, t, snapshot)
+    with pytest.raises(ValueError, match="has an expert"):
+        bank.start_training("t")
+    with pytest.raises(ValueError, match="in training"):
+        bank.remove("t")
+    with pytest.raises(ValueError, match="mixture"):
+        bank.ids({"t": 1.0})
+    expert = bank.stop_training("t", steps=3)
+    assert expert == bank["t"]
+    assert expert.manifest["steps"] == 3
+    assert bank.in_training == []
+    assert not any(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, experts=["t", "a"]).logits, out)
+    parameters = bank.start_training("u", init=expert)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, experts=["u", "a"]).logits, out)
+
+
+def test_the_releases_parametrisation():
+    model = build("llama")
+    bank = t2.patch_model(model, form="factored")
+    with pytest.raises(ValueError, match="'raw' or 'sigmoid'"):
+        bank.start_training("t", "exp")
+    p = bank.start_training("t", "sigmoid")
+    assert abs(torch.cat(p).mean() - 0.1) < 0.01
+    expert = bank["t"]
+    for (layer, (name,)), q in zip(bank.layers, p, strict=True):
+        m = torch.sigmoid(q.detach().double())
+        s = layer.sigma.double()
+        torch.testing.assert_close(expert.z[name].double(), m * s.sum() / (s * m).sum(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="rescales every component"):
+        t2.patch_model(build("llama"), rank=4).start_training("t", "sigmoid")
+
+
+@pytest.fixture
+def factored():
+    model = build("llama")
+    bank = t2.patch_model(model, form="factored", rows=4)
+    for name in "ab":
+        bank.add(name, draw(bank))
+    return model, bank
+
+
+def kept_rows(bank):
+    return {tuple(sorted(layer.dense_rows)) for layer, _ in bank.layers}
+
+
+def test_dense_weights_kept_for_one_expert_are_used_for_it_alone(factored):
+    model, bank = factored
+    ids = torch.randint(0, 60, (3, 7))
+    with torch.no_grad():
+        want = {str(e): model(ids, experts=e).logits for e in ("a", None, {"a": 0.5, "b": 0.5}, ["a", "b", "a"])}
+    size = bank.keep_dense("a")
+    assert size == sum(4 * layer.U.shape[0] * layer.Vt.shape[1] for layer, _ in bank.layers)
+    row = int(bank.ids("a"))
+    assert kept_rows(bank) == {(row,)}
+    calls = []
+    for layer, _ in bank.layers:
+        layer.table = lambda layer=layer: (
+            calls.append(layer) or layer.scale
+        )  # only the factored path asks for the table
+    with torch.no_grad():
+        for experts in ("a", ["a", "a", "a"]):
+            calls.clear()
+            torch.testing.assert_close(model(ids, experts=experts).logits, want["a"], rtol=1e-4, atol=1e-4)
+            assert not calls
+        for experts in (None, {"a": 0.5, "b": 0.5}, ["a", "b", "a"]):
+            torch.testing.assert_close(model(ids, experts=experts).logits, want[str(experts)], rtol=1e-4, atol=1e-4)
+            assert calls
+        torch.testing.assert_close(model(ids, expert_ids=torch.tensor(row)).logits, want["a"], rtol=1e-4, atol=1e-4)
+        bank.keep_dense(None)
+        calls.clear()
+        torch.testing.assert_close(model(ids).logits, want["None"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model.generate(ids, experts="a", max_new_tokens=3),
+            model.generate(ids, expert_ids=torch.tensor([row] * 3), max_new_tokens=3),
+        )
+    bank.drop_dense("a")
+    assert kept_rows(bank) == {(0,)}
+    with pytest.raises(KeyError, match="no dense weights are kept for 'a'"):
+        bank.drop_dense("a")
+
+
+def test_kept_dense_weights_follow_their_expert(factored):
+    model, bank = factored
+    ids = torch.randint(0, 60, (1, 5))
+    bank.keep_dense("a")
+    bank.keep_dense({"a": 0.5, "b": 0.5})
+    new = draw(bank)
+    bank.add("a", new, replace=True)
+    assert bank.keeps_dense("a")
+    assert not bank.keeps_dense({"a": 0.5, "b": 0.5})
+    with torch.no_grad():
+        got = model(ids, experts="a").logits
+        bank.drop_dense("a")
+        torch.testing.assert_close(got, model(ids, experts="a").logits, rtol=1e-4, atol=1e-4)
+        bank.keep_dense("a")
+        model.double()
+        assert {W.dtype for layer, _ in bank.layers for W in layer.dense_rows.values()} == {torch.float64}
+        torch.testing.assert_close(model(ids, experts="a").logits.float(), got, rtol=1e-4, atol=1e-4)
+    for name in "cde":
+        bank.add(name, draw(bank))
+        bank.ids(name)
+    assert bank.row_of(bank.ids("a")) == int(bank.ids("a"))
+    assert bank.keeps_dense("a")  # its row is never given away
+    bank.remove("a")
+    assert kept_rows(bank) == {()}
+
+
+def test_a_copy_keeps_no_dense_weights(factored):
+    model, bank = factored
+    bank.keep_dense("a")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert kept_rows(other.t2_bank) == {()}
+        assert not other.t2_bank.keeps_dense("a")
+        for name in "cde":
+            other.t2_bank.add(name, draw(other.t2_bank))
+        ids = torch.randint(0, 60, (1, 5))
+        with torch.no_grad():
+            for name in "abcde":
+                other.t2_bank.ids(name)
+                alone = copy.deepcopy(other)
+                t2.unpatch_model(alone, name)
+                torch.testing.assert_close(other(ids, experts=name).logits, alone(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_an_expert_in_training_has_no_dense_weights(factored):
+    _, bank = factored
+    bank.start_training("t")
+    with pytest.raises(ValueError, match="in training"):
+        bank.keep_dense("t")
+
+
+def test_explain_says_that_dense_weights_are_kept(factored):
+    model, bank = factored
+    assert "keep_dense" in str(t2.explain(model, 3, "a"))
+    bank.keep_dense("a")
+    found = t2.explain(model, 3, "a")
+    assert {x.choice.path for x in found.lines} == {"kept"}
+    assert found.moved == found.dense
+    assert "kept" not in {x.choice.path for x in t2.explain(model, 3, "b").lines}

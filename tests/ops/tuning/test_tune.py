@@ -1,0 +1,255 @@
+"""Checks before trust: what `t2 tune` writes, what it refuses to time, and what the planner makes of it. The kernels run in the interpreter."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from t2kernels.cli.verbs.tune import shapes
+from t2kernels.ops import device as machine
+from t2kernels.ops.device import machine_of
+from t2kernels.ops.impls import cuda_kernels
+from t2kernels.ops.impls import triton as triton_kernels
+from t2kernels.ops.op import ImplUnavailableError
+from t2kernels.ops.planner import Call, choose
+from t2kernels.ops.tuning.selfcheck import Case, E, selfcheck
+from t2kernels.ops.tuning.tiles import (
+    Tiles,
+    read_cuda_table,
+    read_table,
+    table_path,
+    tiles,
+    user_folder,
+    write_cuda_table,
+    write_table,
+)
+from t2kernels.ops.tuning.tuner import CROSSOVER, Shape, WrongResultError, crossover, tune, tune_cuda
+
+CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif("triton" in dict(machine_of(CPU).missing), reason="no Triton interpreter here")
+SMALL = ((40, (24, 8), (56, 20)),)
+BF16 = ((torch.bfloat16, torch.int8),)
+GOOD = [Case("bfloat16", "bfloat16", 1, 8, (8,), (8,), 0.5, "y")]
+
+
+def test_plain_torch_passes_its_own_check():
+    cases = selfcheck("cpu", "torch", (1, 9), SMALL)
+    assert len(cases) == 6 * 2 * 2
+    assert all(c.right for c in cases)
+    assert max(c.error for c in cases) > 0.1  # and the yardstick is not far away
+
+
+@needs_triton
+def test_triton_passes():
+    assert all(c.right for c in selfcheck("cpu", "triton", (5,), SMALL, BF16))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "name, spoil",
+    [
+        ("forward_pair", lambda ys: [y * 1.02 for y in ys]),
+        ("forward_pair", lambda ys: [ys[0], y0_left_unwritten(ys[1])]),
+        ("forward_mm", lambda found: ([found[0][0], found[0][1] * 1.02], found[1])),
+        ("backward", lambda found: (found[0] * 1.02, found[1])),
+        ("backward", lambda found: (found[0], found[1] * 1.02)),
+    ],
+)
+def test_a_wrong_kernel_does_not(monkeypatch, name, spoil):
+    real = getattr(triton_kernels, name)
+    monkeypatch.setattr(triton_kernels, name, lambda *a, **k: spoil(real(*a, **k)))
+    assert not all(c.right for c in selfcheck("cpu", "triton", (5,), SMALL, BF16))
+
+
+def y0_left_unwritten(y):
+    y = y.clone()
+    y[0, 0] = float("nan")
+    return y
+
+
+def test_the_check_leaves_torch_as_it_was():
+    before = torch.random.get_rng_state(), torch.are_deterministic_algorithms_enabled()
+    selfcheck("cpu", "torch", (1,), SMALL, BF16)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert torch.are_deterministic_algorithms_enabled() == before[1]
+    assert E > 1
+
+
+SHAPES = [
+    Shape(64, (48, 16), (8, 8), True, torch.bfloat16, torch.bfloat16),
+    Shape(32, (32,), (32,), False, torch.bfloat16, torch.int8),
+]
+
+
+@needs_triton
+def test_tune_times_candidates_and_writes_what_was_fastest(tmp_path, monkeypatch):
+    calls, tried = [], []
+    real = triton_kernels.forward_pair
+    monkeypatch.setattr("t2kernels.ops.tuning.tuner.CROSSOVER", (4, 8))
+    monkeypatch.setattr(
+        "t2kernels.ops.tuning.tuner.candidates",
+        lambda kernel, *a: [tiles(kernel, *a), Tiles(16, 16, 32, 1, 4, 2), Tiles(32, 16, 32, 1, 4, 2)],
+    )
+
+    def pair(*a):
+        if len(a) == 8:
+            tried.append(a[7])
+        return real(*a)
+
+    monkeypatch.setattr(triton_kernels, "forward_pair", pair)
+
+    def timer(f):
+        calls.append(f())
+        return 1.0 if tried and tried[-1][len(tried) % 2].BR == 32 else 2.0
+
+    path = tune(SHAPES, "cpu", (3,), tmp_path, timer, check=lambda: GOOD)
+    table = json.loads(path.read_text())
+    assert table["checked"]["cases"] == 1
+    assert table["checked"]["worst"] == 0.5
+    assert set(table["pair_and_mm_us"]) == {"4", "8"}
+    assert len(table["tiles"]) == 4  # shrink and expand of both shapes
+    assert "expand/bf16/bf16/64x8" in table["tiles"]
+    found = table["tiles"]["shrink/bf16/int8/32x32"]["3"]
+    assert Tiles(*found) in (
+        Tiles(16, 16, 32, 1, 4, 2),
+        Tiles(32, 16, 32, 1, 4, 2),
+        tiles("shrink", 3, 32, 32, torch.bfloat16, torch.int8, (9, 0)),
+    )
+    read = read_table("Triton's interpreter", table["triton"], tmp_path)
+    assert tiles("shrink", 3, 32, 32, torch.bfloat16, torch.int8, (9, 0), table=read) == Tiles(*found)
+
+
+@needs_triton
+def test_nothing_is_timed_or_written_where_a_check_fails(tmp_path):
+    def timer(f):
+        raise AssertionError("timed")
+
+    bad = GOOD[0]._replace(error=float("nan"))
+    for cases, said in (([*GOOD, bad], "1 of 2 checks fail"), ([], "none ran")):
+        with pytest.raises(WrongResultError, match=said):
+            tune(SHAPES, "cpu", (1,), tmp_path, timer, check=lambda cases=cases: cases)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_triton_nothing_to_tune(monkeypatch, tmp_path):
+    monkeypatch.setattr(triton_kernels, "why_not", lambda device: "no Triton here")
+    with pytest.raises(ImplUnavailableError, match="no Triton here"):
+        tune(SHAPES, "cpu", (1,), tmp_path)
+
+
+def test_the_crossover_is_where_the_pair_first_loses():
+    assert crossover({32: (1, 2), 64: (2, 2), 96: (3, 2), 128: (1, 2)}) == 64
+    assert crossover({32: (3, 2), 64: (1, 2)}) == 0
+    assert crossover(dict.fromkeys(CROSSOVER, (1, 2))) == CROSSOVER[-1]
+
+
+def asked():
+    """The machine of a GPU, found out again."""
+    machine._machine.cache_clear()
+    try:
+        return machine_of(torch.device("cuda", 0))
+    finally:
+        machine._machine.cache_clear()
+
+
+def test_auto_uses_triton_only_on_a_gpu_with_a_table_that_says_checked(tmp_path, monkeypatch):
+    """A GPU that is not there, by the functions that ask for it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+    monkeypatch.setattr(triton_kernels, "why_not", lambda device: None)
+    monkeypatch.setattr(machine.metadata, "version", lambda name: "3.6.0")
+    call = Call(8, 64, (64,), (64,))
+
+    assert choose(call, asked()).impl == "torch"
+    assert "t2 tune" in choose(call, asked()).why
+    write_table("Some GPU", "3.6.0", {}, user_folder())
+    assert choose(call, asked()).impl == "torch"
+    write_table("Some GPU", "3.6.0", {}, user_folder(), checked={"cases": 3}, pair_tokens=64)
+    found = asked()
+    assert choose(call, found)[::2] == ("triton", "pair", None)
+    assert choose(call._replace(T=65), found).path == "mm"
+    monkeypatch.setattr(machine.metadata, "version", lambda name: "3.7.0")  # another compiler is another machine
+    assert choose(call, asked()).impl == "torch"
+    monkeypatch.setattr(machine.metadata, "version", lambda name: "3.6.1")
+    assert choose(call, asked()).impl == "triton"
+
+
+def test_auto_uses_the_cuda_kernel_only_on_a_gpu_with_a_table_of_it_that_says_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+    monkeypatch.setattr(triton_kernels, "why_not", lambda device: "no Triton here")
+    monkeypatch.setattr(cuda_kernels, "why_not", lambda device: None)
+    call = Call(8, 64, (64,), (64,))
+
+    assert choose(call, asked()).impl == "torch"
+    assert "no cuda: its kernel has not been checked" in choose(call, asked()).why
+    assert choose(call, asked(), "cuda").path == "decode"  # by name it runs
+    write_cuda_table("Some GPU", (16, 8), user_folder())
+    assert choose(call, asked()).impl == "torch"
+    write_cuda_table("Some GPU", (12, 4), user_folder(), checked={"cases": 3})
+    assert choose(call, asked())[::2] == ("cuda", "decode", None)
+    assert asked().decode_tokens == (12, 4)
+    assert choose(call._replace(T=13), asked()).impl == "torch"
+    monkeypatch.setattr(cuda_kernels, "why_not", lambda device: "built without CUDA")
+    assert "built without CUDA" in choose(call, asked()).why
+
+
+def test_tune_cuda_checks_then_times_and_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "why_not", lambda device: None)
+    monkeypatch.setattr(triton_kernels, "why_not", lambda device: None)
+    monkeypatch.setattr(cuda_kernels, "forward", lambda x, *a: ("cuda", x.shape[0], a[0].dtype))
+    monkeypatch.setattr(triton_kernels, "forward_pair", lambda x, *a: ("triton", x.shape[0], a[0].dtype))
+
+    def timer(f):
+        kernel, T, dtype = f()
+        return 1.0 if kernel == "triton" else 0.5 if T <= (16 if dtype == torch.bfloat16 else 4) else 2.0
+
+    shapes_ = [
+        *SHAPES,
+        Shape(33, (32,), (32,), False, torch.bfloat16, torch.bfloat16),
+    ]  # a size that the kernel does not take is left out
+    path = tune_cuda(shapes_, "cpu", tmp_path, timer, check=lambda: GOOD)
+    found = read_cuda_table("Triton's interpreter", tmp_path)
+    assert path.parent == tmp_path
+    assert (found["decode_tokens"], found["checked"]["cases"]) == ([16, 4], 1)
+    assert found["decode_and_pair_us"]["2"]["8"] == [5e5, 1e6]
+    with pytest.raises(WrongResultError, match="1 of 1 checks fail"):
+        tune_cuda(SHAPES, "cpu", tmp_path, timer, check=lambda: [GOOD[0]._replace(error=float("nan"))])
+    monkeypatch.setattr(triton_kernels, "why_not", lambda device: "none")
+    assert tune_cuda(SHAPES, "cpu", tmp_path, timer, check=lambda: GOOD)
+    assert read_cuda_table("Triton's interpreter", tmp_path)["decode_tokens"] == [
+        16,
+        8,
+    ]  # nothing to compare with: as computed
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    table_path("X", "3.6.0", tmp_path).write_text("{")
+    with pytest.raises(ValueError, match=r"X-triton3\.6\.json is not a table"):
+        read_table("X", "3.6.0", tmp_path)
+    assert read_table("Y", "3.6.0", tmp_path) is None
+
+
+def test_the_shapes_of_a_model_are_its_calls():
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=30,
+    )
+    found = shapes(config, [16], True, torch.bfloat16, [torch.bfloat16])
+    factored = {(s.N, s.M, s.C) for s in found if not s.base}
+    assert factored == {
+        (64, (64, 32, 32), (64, 32, 32)),
+        (64, (64,), (64,)),
+        (64, (96, 96), (64, 64)),
+        (96, (64,), (64,)),
+    }
+    delta = {(s.N, s.M, s.C) for s in found if s.base}
+    assert (64, (64, 32, 32), (16, 16, 16)) in delta
+    assert (64, (32,), (16,)) in delta
+    assert (96, (64,), (16,)) in delta
+    assert len(found) == len(set(found))

@@ -1,0 +1,104 @@
+"""What `explain` says is what the op runs."""
+
+import sys
+
+import pytest
+import torch
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+import t2kernels as t2
+from t2kernels.factors.matrices import stored_bytes
+from t2kernels.ops import plan
+from t2kernels.ops.planner import Machine
+from tests.helpers.families import build
+
+seam = sys.modules["t2kernels.ops.op"]  # the package's attribute of that name is the function
+PLAIN = Machine("cpu", "CPU", (("cpp", "not built"), ("cuda", "not built"), ("triton", "needs a GPU")))
+GPU = Machine("cuda", "a GPU", (("cuda", "not built"),))
+
+
+def test_every_matrix_is_in_it_and_the_bytes_are_counted():
+    model = build("llama").bfloat16()
+    bank = t2.patch_model(model, rank=4)
+    found = t2.explain(model, 3, machine=PLAIN)
+    assert sum(line.count * len(line.M) for line in found.lines) == len(bank.matrices)
+    qkv, o = found.lines[:2]
+    layers = [layer for layer, _ in bank.layers[:4]]
+    assert (qkv.kind, qkv.form, qkv.N, qkv.C) == ("q_proj + k_proj + v_proj", "delta", layers[0].Vt.shape[1], (4, 4, 4))
+    assert qkv.M == tuple(layer.U.shape[0] for layer in layers[:3])
+    N, M = o.N, sum(o.M)
+    assert o.dense == 2 * M * N + 2 * 3 * (M + N)
+    assert o.moved == o.dense + 2 * 4 * (M + N) + 2 * 3 * (N + 2 * M) + 4 * 2 * 3 * 4
+    N, M = qkv.N, sum(qkv.M)
+    assert qkv.dense == 2 * M * N + 2 * 3 * (M + 3 * N)
+    assert (
+        qkv.moved == qkv.dense + 2 * 4 * (M + 3 * N) + 2 * 3 * (N + 2 * M) + 4 * 2 * 3 * 12
+    )  # x is read once for the three
+    assert found.moved == sum(x.count * x.moved for x in found.lines)
+    text = str(found)
+    assert "3 tokens" in text
+    assert "q_proj" in text
+    assert "torch mm" in text
+
+
+def test_it_says_what_runs(monkeypatch):
+    model = build("llama")
+    bank = t2.patch_model(model, form="factored")
+    bank.add("a", bank.expert({n: torch.rand(k) + 0.5 for n, k in bank.matrices.items()}))
+    ran = []
+    monkeypatch.setattr(seam, "plan", lambda *a, **k: ran.append(plan(*a, **k)) or ran[-1])
+    for experts, S, path in (
+        ("a", 150, "dense"),
+        (["a", None], 150, "dense"),
+        ("a", 10, "mm"),
+        (["a", None], 10, "mm"),
+    ):
+        ids = torch.randint(0, 9, (2, S))
+        ran.clear()
+        said = t2.explain(model, ids, experts)
+        with torch.no_grad():
+            model(ids, experts=experts)
+        assert [c.path for c in ran] == [path] * sum(x.count for x in said.lines)
+        assert [x.choice.path for x in said.lines] == [path] * len(said.lines)
+
+
+def test_another_machine_can_be_asked_about():
+    model = build("llama")
+    t2.patch_model(model, rank=4)
+    assert {x.choice.impl for x in t2.explain(model, 4, machine=GPU).lines} == {"triton"}
+    assert {x.choice.path for x in t2.explain(model, 4, machine=GPU).lines} == {"pair"}
+
+
+def test_advice():
+    model = build("llama")
+    t2.patch_model(model, form="factored")
+    assert "merges it" in str(t2.explain(model, 1, None))
+    assert "form='delta'" in str(t2.explain(model, 1))
+    t2.unpatch_model(model)
+    t2.patch_model(model, rank=2)
+    assert not t2.explain(model, 1).advice
+
+
+def test_quantised_bases_and_stacks_are_counted_as_they_are_kept():
+    model = build("mixtral")
+    bank = t2.patch_model(model)
+    found = t2.explain(model, 5)
+    assert sum(x.count * len(x.M) for x in found.lines) == len(bank.matrices)
+    stack = next(x for x in found.lines if "gate_up_proj" in x.kind)
+    assert stack.dense == 4 * stack.M[0] * stack.N + 4 * 5 * (stack.M[0] + stack.N)
+    packed = torch.nn.Linear(64, 64)
+    quantize_(packed, Int8WeightOnlyConfig())
+    assert 64 * 64 < stored_bytes(packed.weight) < 64 * 64 * 2
+    assert stored_bytes(torch.empty(3, 5, dtype=torch.bfloat16)) == 30
+
+
+def test_bad_questions():
+    model = build("llama")
+    with pytest.raises(ValueError, match="patch_model"):
+        t2.explain(model)
+    t2.patch_model(model, rank=2)
+    for batch in (0, True, "text", torch.zeros(3), {}):
+        with pytest.raises(ValueError, match="number of tokens"):
+            t2.explain(model, batch)
+    with pytest.raises(ValueError, match="2 experts for 3 sequences"):
+        t2.explain(model, torch.zeros(3, 4), ["a", "b"])
