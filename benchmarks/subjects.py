@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerB
 
 import t2kernels as t2
 from t2kernels import tasks, tiny
+from t2kernels.factors.factor import Factor
 from t2kernels.factors.matrices import find_matrices
-from t2kernels.factors.store import Factor, Factors
+from t2kernels.factors.store import Factors
 
 SIZES = {
     # hidden, intermediate, layers, heads, key-value heads, vocabulary

@@ -11,7 +11,7 @@ engine must bring along is `expert_ids`, the row of each token of the running ba
 import torch
 
 import t2kernels.ops  # noqa: F401 (registers torch.ops.t2kernels.svf_linear)
-from t2kernels.factors.store import svd
+from t2kernels.factors import svd
 
 ROWS, TOKENS = 8, 64  # experts that are loaded at once, the base model's row 0 included; tokens of a step
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from t2kernels.experts.bank import ExpertBank
     from t2kernels.experts.expert import Expert, ExpertError, ExpertMismatch
     from t2kernels.factors.decomposition import decompose
-    from t2kernels.factors.store import Factor, Factors
+    from t2kernels.factors.factor import Factor
+    from t2kernels.factors.store import Factors
     from t2kernels.patching.counting import ParameterCount, count_parameters
     from t2kernels.patching.explain import Explanation, explain
     from t2kernels.patching.patch import patch_model, unpatch_model
@@ -25,7 +26,7 @@ _HOME = {
     "ExpertBank": "experts.bank",
     "ExpertError": "experts.expert",
     "ExpertMismatch": "experts.expert",
-    "Factor": "factors.store",
+    "Factor": "factors.factor",
     "Factors": "factors.store",
     "ParameterCount": "patching.counting",
     "count_parameters": "patching.counting",

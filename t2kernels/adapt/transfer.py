@@ -16,7 +16,7 @@ from torch import Tensor
 
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert, ExpertMismatch
-from t2kernels.factors.store import Factor
+from t2kernels.factors.factor import Factor
 
 LEADING = 16
 ENOUGH = 0.3

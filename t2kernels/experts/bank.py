@@ -251,7 +251,7 @@ class ExpertBank:
     def use(self, names: Name | Sequence[Name] | Tensor):
         """Within it every forward of the model in this thread uses these experts; one name (the usual case) holds for any batch."""
         ids = self.check_ids(names) if isinstance(names, Tensor) else self.ids(names)
-        with self.routing.use(Route(ids, row=self.row_of(ids))):
+        with self.routing.use(Route(ids)):
             yield ids
 
     def keep_dense(self, name: Name) -> int:

@@ -19,7 +19,7 @@ from t2kernels.storage import why_unreadable, write_tensors
 if TYPE_CHECKING:
     from .origin import Origin
 
-__all__ = ["Expert", "ExpertError", "ExpertMismatch", "make_scale", "truncation_error", "z_from_logits"]
+__all__ = ["Expert", "ExpertError", "ExpertMismatch"]
 
 FORMAT = 1
 # What a file of this format may hold for a matrix. Kinds that a later format adds (an output scale "d") are refused by name, never dropped.
@@ -274,51 +274,6 @@ class Expert:
     def _who(self) -> str:
         name, base = self.manifest.get("name"), self.manifest.get("base_model")
         return f"expert{f' {name!r}' if name else ''}{f' (trained on {base})' if base else ''}"
-
-
-def make_scale(z: Tensor, sigma: Tensor, form: str) -> Tensor:
-    """The expert's row of a layer's table, [..., R] fp32: "factored" sigma * z, "delta" sigma * (z - 1); z [..., <= R] is padded with 1.
-
-    Differentiable in z. Raises ValueError for another form or a z that is longer than sigma.
-    """
-    if z.shape[:-1] != sigma.shape[:-1] or z.shape[-1] > sigma.shape[-1]:
-        raise ValueError(
-            f"make_scale: z {list(z.shape)} does not fit sigma {list(sigma.shape)}; cut it, and see truncation_error for what that loses"
-        )
-    z, sigma = torch.nn.functional.pad(z.float(), (0, sigma.shape[-1] - z.shape[-1]), value=1.0), sigma.float()
-    if form == "factored":
-        return sigma * z
-    if form == "delta":
-        return sigma * (z - 1)
-    raise ValueError(f"make_scale: form={form!r}; wanted 'factored' or 'delta'")
-
-
-def truncation_error(z: Tensor, sigma: Tensor, k: int) -> float:
-    """||dW - dW_k|| / ||dW|| (spectral) where only the first k components are kept: max_{i >= k} sigma_i|z_i - 1| / max_i sigma_i|z_i - 1|.
-
-    0 if nothing is lost. z [<= R], sigma [>= len(z)].
-    """
-    if z.numel() > sigma.numel():
-        raise ValueError(
-            f"truncation_error: z has {z.numel()} components, sigma {sigma.numel()}; wanted the full spectrum"
-        )
-    change = sigma[: z.numel()].double() * (z.to(sigma.device).double() - 1).abs()
-    lost = change[k:].max().item() if z.numel() > k else 0.0
-    return lost / change.max().item() if lost else 0.0
-
-
-def z_from_logits(p: Tensor, sigma: Tensor, trace_norm: bool = True, max_mult: float = 1.0) -> Tensor:
-    """The authors' parametrisation: m = sigmoid(p) * max_mult; z = m Σ sigma / Σ(sigma m), which keeps Σ sigma_i z_i. Differentiable in p.
-
-    p, sigma: [..., R]; trace_norm=False: z = m. With it, max_mult cancels, and a uniform p is the base model. Raises ValueError on other shapes.
-    """
-    if p.shape != sigma.shape:
-        raise ValueError(f"z_from_logits: wanted p and sigma of one shape, got {list(p.shape)} and {list(sigma.shape)}")
-    m = torch.sigmoid(p) * max_mult
-    if not trace_norm:
-        return m
-    sigma = sigma.to(m)
-    return m * (sigma.sum(-1, keepdim=True) / (sigma * m).sum(-1, keepdim=True))
 
 
 def _vector(name: str, v: Tensor, kind: str = "z") -> Tensor:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from t2kernels.factors.factor import Factor
+from t2kernels.factors.identity import combine_fingerprints, fingerprint, sketch
 from t2kernels.factors.int8 import Int8Factor
-from t2kernels.factors.store import Factor, combine_fingerprints, fingerprint, sketch
+from t2kernels.layers.scale import truncation_error
 
-from .expert import Expert, truncation_error
+from .expert import Expert
 
 
 @dataclass

@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from t2kernels.factors.factor import Factor
 from t2kernels.factors.identity import ExpertError, ExpertMismatch
-from t2kernels.factors.store import Factor, Factors
+from t2kernels.factors.store import Factors
+from t2kernels.layers.scale import z_from_logits
 
-from .expert import Expert, z_from_logits
+from .expert import Expert
 
 # The release numbers its vectors by the order of "mlp" weights in the state dict of Llama and Mistral, the only models that it supports.
 # gate and up have the same length, so another order would load without any error: it is written down here, never read off a model.

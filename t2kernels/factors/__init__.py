@@ -1,5 +1,6 @@
 """W = U diag(sigma) Vᵀ: compute the factors, keep them, recognise them."""
 
-from .store import Factor, Factors, svd
+from .factor import Factor, svd
+from .store import Factors
 
 __all__ = ["Factor", "Factors", "svd"]

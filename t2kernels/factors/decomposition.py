@@ -16,23 +16,12 @@ from t2kernels.storage import header
 
 from . import linalg
 from .checkpoint import Checkpoint, name_of
+from .factor import Factor, keep, reconstruction_error, resolve_rank
 from .formats import FORMATS, check_format, convert
+from .identity import fingerprint, sketch, weight_hash
 from .int8 import Int8Factor
 from .matrices import Matrix, Targets, find_matrices
-from .store import (
-    FORMAT,
-    Factor,
-    Factors,
-    file_of,
-    fingerprint,
-    finish_directory,
-    keep,
-    reconstruction_error,
-    resolve_rank,
-    sketch,
-    weight_hash,
-    write_matrix,
-)
+from .store import FORMAT, Factors, file_of, finish_directory, write_matrix
 
 Progress = Callable[[str, int, int], None]
 
@@ -74,7 +63,7 @@ def decompose(
         dtype = torch.float32 if format == "int8" else FORMATS[format]
     elif max_error is not None:
         raise ValueError(
-            f"max_error={max_error}: it bounds what a format loses; give format='int8', 'fp16' or 'bf16' with it"
+            f"max_error={max_error}: it limits what a format loses; pass it with format='int8', 'fp16' or 'bf16'"
         )
     dtype = dtype or torch.float32
     if not dtype.is_floating_point or dtype.itemsize < 2:

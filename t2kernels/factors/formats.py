@@ -1,22 +1,25 @@
-"""In which numbers factors are kept, by name, and how the factors of one matrix get there."""
+"""The formats of factors by name, and converting the factors of one matrix to a format."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
+from .factor import Factor
 from .int8 import Int8Factor
 from .quantise import quantise
 
-if TYPE_CHECKING:
-    from .store import Factor
-
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+FORMATS: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 def check_format(format: str, max_error: float | None = None) -> None:
-    """Raises ValueError for a format or an error that is none."""
+    """Raise ValueError for an unknown format, or a max_error that is not a positive number."""
     if format not in FORMATS:
         raise ValueError(f"format={format!r}; wanted one of {', '.join(map(repr, FORMATS))}")
     if max_error is not None and not (isinstance(max_error, (int, float)) and max_error > 0):
@@ -24,19 +27,26 @@ def check_format(format: str, max_error: float | None = None) -> None:
 
 
 def convert(
-    name: str, factor: Factor, format: str, max_error: float | None = None, compensate: bool | None = None
-) -> tuple[Factor | Int8Factor, dict]:
-    """The factors of one matrix in a format, and what its record in a manifest says of that.
+    name: str,
+    factor: Factor | Int8Factor,
+    format: str,
+    max_error: float | None = None,
+    compensate: bool | None = None,
+) -> tuple[Factor | Int8Factor, dict[str, Any]]:
+    """Convert the factors of one matrix to a format; returns them and facts for the matrix's record in a manifest.
 
-    max_error: relative error of the matrix. int8: residual columns are spent until it holds (`quantise`, which also says what None means)
-    compensate: int8: as in `quantise`
-    Raises ValueError that names the matrix where max_error cannot be had, and for factors that are int8 already.
+    name: of the matrix, for messages
+    max_error: largest relative error of the matrix. int8 adds residual columns until it holds; None: the default of
+        `quantise`
+    compensate: for int8, as in `quantise`
+    Raises ValueError that names the matrix if max_error cannot be reached, or if the factors are int8 already.
     """
     if isinstance(factor, Int8Factor):
         if format == "int8" and max_error is None:
             return factor, {}
         raise ValueError(
-            f"{name}: its factors are int8 already; make {format} ones from the factors that those were made from"
+            f"{name}: its factors are int8 already and cannot become {format}; "
+            "convert the factors that they were made from"
         )
     facts = {"dtype": str(FORMATS[format]).removeprefix("torch.")}
     if format == "int8":
@@ -50,6 +60,7 @@ def convert(
     error = ((kept.dense() - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny)).item()
     if max_error is not None and error > max_error:
         raise ValueError(
-            f"{name}: {format} factors are off by {error:.2g}, more than max_error={max_error:.2g}; take a wider format"
+            f"{name}: {format} factors have a relative error of {error:.2g}, more than max_error={max_error:.2g}; "
+            "use a wider format"
         )
     return kept, facts | {"format_error": error, "measured": "||W - W'|| / ||W||, Frobenius, of the kept components"}

@@ -1,9 +1,9 @@
-"""`Int8Factor`: frozen factors in int8. Their steps stand in `fold`, and fold into the op's `scale`, so that they cost nothing.
+"""`Int8Factor`: frozen factors in int8. `fold` holds the quantisation steps, which are multiplied into the op's `scale`.
 
     W = Σ_c fold_c sigma_s(c) u_c v_cᵀ,  s = source        u_c [M], v_c [N] int8
 
-A component has its own column and up to two *residual columns*: (V, U_lo) and (V_lo, U) carry what rounding U and V to 8 bits left over,
-again in 8 bits, for the few components in which that matters.
+Each component has a main column. The few components with a large rounding error have up to two *residual columns* too:
+(V, U_lo) and (V_lo, U) hold the rounding errors of U and V, again in 8 bits.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-LEVELS = 127  # -127 ... 127: symmetric, so that no zero point is needed
-ALIGN = 16  # columns: a row of U then begins at a multiple of 16 bytes, which is the widest load of a GPU thread
+LEVELS: int = 127  # -127 ... 127: symmetric, so that no zero point is needed
+ALIGN: int = 16  # columns: each row of U then begins at a multiple of 16 bytes, the widest load of a GPU thread
 
 
 class Int8Factor(NamedTuple):
-    """Columns of one matrix W, or of its leading components: R of their own first, then residual columns.
+    """Columns of one matrix W, or of its leading components: R main columns first, then residual columns.
 
     U: [M, C] int8
     sigma: [R] fp32, descending, as it was before rounding
     V: [N, C] int8; a view of contiguous Vᵀ [C, N]
     source: [C] int64, the component of each column
-    fold: [C] fp32, (step of the U column) * (step of the V column); 0 in columns that only fill up to ALIGN
-    runs: how `source` divides into ascending runs: 0 ... R-1, components with a residual column, those with a second one, filling
+    fold: [C] fp32, (step of the U column) * (step of the V column); 0 in padding columns
+    runs: column layout (R, n1, n2, pad): R main columns, first residual columns, second residual columns, padding up to
+        ALIGN. `source` ascends within each run
     """
 
     U: Tensor
@@ -39,10 +40,11 @@ class Int8Factor(NamedTuple):
 
     @property
     def rank(self) -> int:
+        """R, the number of components."""
         return self.sigma.shape[-1]
 
     def columns(self, row: Tensor) -> Tensor:
-        """What a row of a table [..., R] is for the columns: fold * row[source], [..., C]."""
+        """Turn numbers for components [..., R] into numbers for columns: fold * row[source], [..., C]."""
         return spread(row, self.source, self.fold, self.runs)
 
     def cut(self, rank: int) -> Int8Factor:
@@ -56,11 +58,11 @@ class Int8Factor(NamedTuple):
         return Int8Factor(take(U, 1), self.sigma[:rank], take(V.t()).t(), take(source), take(fold), runs).aligned()
 
     def aligned(self) -> Int8Factor:
-        """With columns of zeros up to a multiple of ALIGN."""
+        """The same with columns of zeros up to a multiple of ALIGN."""
         return self.widened((*self.runs, -sum(self.runs) % ALIGN))
 
     def widened(self, runs: Sequence[int]) -> Int8Factor:
-        """With columns of zeros at the end of each run, to lengths of at least what they are."""
+        """The same with columns of zeros at the end of each run. runs: the new lengths, none shorter than before."""
         have = (*self.runs, *[0] * (len(runs) - len(self.runs)))
         if tuple(have) == tuple(runs):
             return self._replace(runs=tuple(runs))
@@ -76,10 +78,14 @@ class Int8Factor(NamedTuple):
         )
 
     def to(self, device: torch.device | str) -> Int8Factor:
-        """On another device; dtypes stay."""
+        """The same on another device; dtypes stay."""
         tensors = (t.to(device) for t in (self.U, self.sigma, self.V.t(), self.source, self.fold))
         U, sigma, Vt, source, fold = tensors
         return Int8Factor(U, sigma, Vt.t(), source, fold, self.runs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are stored and hashed, by the names that they have in a file."""
+        return {"U": self.U, "sigma": self.sigma, "Vt": self.V.t(), "source": self.source, "fold": self.fold}
 
     def dense(self, z: Tensor | None = None) -> Tensor:
         """The matrix [M, N] in fp32, with its components scaled by z [R] (None: all ones)."""
@@ -101,8 +107,9 @@ def stack(factors: Sequence[Int8Factor]) -> Int8Factor:
 
 
 def kept_columns(source: Tensor, fold: Tensor, runs: Sequence[int], rank: int) -> list[tuple[int, int]]:
-    """The columns of the leading `rank` components as ranges, one in each run that has any."""
-    kept, start = [], 0
+    """The columns of the leading `rank` components as ranges (start, stop), one for each run that has any."""
+    kept: list[tuple[int, int]] = []
+    start = 0
     for length in runs:
         run = slice(start, start + length)
         count = int(((source[run] < rank) & (fold[run] != 0)).sum())
@@ -113,16 +120,16 @@ def kept_columns(source: Tensor, fold: Tensor, runs: Sequence[int], rank: int) -
 
 
 def spread(row: Tensor, source: Tensor, fold: Tensor, runs: Sequence[int]) -> Tensor:
-    """fold * row[source] [..., C] of row [..., R], differentiable in it.
+    """fold * row[source]: numbers for columns [..., C] from numbers for components, row [..., R]. Differentiable in row.
 
-    Run by run: no component is twice in a run (but for columns of zeros), so that the backward adds in one order on every device.
+    Run by run: a run holds a component once (padding apart), so the backward adds in the same order on every device.
     """
     parts = [row.gather(-1, s.expand(*row.shape[:-1], s.shape[-1])) for s in source.split(list(runs), -1)]
     return torch.cat(parts, -1) * fold
 
 
 def round_columns(X: Tensor) -> tuple[Tensor, Tensor]:
-    """X [L, C] as whole numbers of at most LEVELS (in X's dtype), and the step of each column [C] (1 for a column of zeros)."""
+    """Round X [L, C] to integers of at most LEVELS (in X's dtype). Returns them and the step of each column [C]: 1 if zero."""
     step = X.abs().amax(0) / LEVELS
     step = torch.where(step > 0, step, torch.ones_like(step))
     return (X / step).round_().clamp_(-LEVELS, LEVELS), step

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,11 @@ class Matrix:
         """R = min(M, N), the number of singular components."""
         return min(self.shape)
 
+    @property
+    def stored(self) -> Any:
+        """The parameter as the module holds it, in any format; of a slice, the whole stack. None if there is none."""
+        return getattr(self.module, self.tensor.rpartition(".")[2], None)
+
     def orient(self, stored: Tensor) -> Tensor:
         """The stored parameter (or checkpoint tensor) as W [M, N]."""
         w = stored if self.index is None else stored[self.index]
@@ -70,7 +76,7 @@ class Matrix:
 
     def read(self) -> Tensor:
         """W [M, N] in floating point, dequantised where the module holds another format. Raises ValueError where there are no numbers."""
-        stored = getattr(self.module, self.tensor.rpartition(".")[2], None)
+        stored = self.stored
         if not isinstance(stored, Tensor):
             raise ValueError(
                 f"{self.name}: {type(self.module).__name__} has no readable weight; pass factors decomposed from the original checkpoint"

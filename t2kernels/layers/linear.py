@@ -1,36 +1,57 @@
-"""`SVFLinear`: the frozen factors of one matrix, its table of scale rows, and the op, in either form.
+"""`SVFLinear`: the frozen factors of one matrix and its table of scale rows. `DeltaLinear`, `FactoredLinear`: the forms.
 
-    y = base + ((x V) * scale[expert_ids]) Uᵀ                                   (Transformer², arXiv 2501.06252, section 3.1)
+    y = base + ((x V) * scale[expert_ids]) Uᵀ                       (Transformer², arXiv 2501.06252, section 3.1)
 
-`DeltaLinear` is a child of the layer that it adapts and adds to its output; `FactoredLinear` stands in for it. Neither puts anything
-of its own into the model's state dict: a patched model saves as its base model.
+`DeltaLinear` is a child of the linear layer and adds to its output. `FactoredLinear` replaces the linear layer. Neither
+adds anything to the model's state dict: a patched model saves as its base model.
+
+Each layer knows how it enters a model and leaves it: `install(model, matrix)` and `remove(model, row)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from t2kernels.experts.expert import make_scale, z_from_logits
+from t2kernels.factors.factor import Factor
 from t2kernels.factors.int8 import Int8Factor, spread
-from t2kernels.factors.store import Factor
+from t2kernels.factors.matrices import Matrix, is_quantised
 from t2kernels.ops.op import call
 
 from .active import Routing
 from .groups import Group
+from .hooks import remove_hook
+from .scale import make_scale, z_from_logits
 
 
 class SVFLinear(nn.Module):
-    """Factors and scale table of one matrix, or of X matrices of equal shape (sizes in parentheses: a mixture-of-experts stack).
+    """Factors and scale table of one matrix, or of X matrices of equal shape (a mixture-of-experts stack: sizes in
+    parentheses).
 
-    Vt [(X,) C, N], U [(X,) M, C], sigma [(X,) R] and scale [E, (X,) C]; C = R, and more with int8 factors, whose columns belong to the
-    components `source` [(X,) C] with the factors `fold` [(X,) C]. sigma, scale and fold stay in fp32 whatever the model is cast to later.
+    Vt: [(X,) C, N], U: [(X,) M, C] buffers in the dtype of the layer, or int8
+    sigma: [(X,) R] fp32
+    scale: [E, (X,) C] fp32, one row per expert; row 0 is the base model
+    source: [(X,) C] int64, fold: [(X,) C] fp32: component and factor of each column, for int8 factors; else None
+    C = R, and more with int8 factors. sigma, scale and fold stay in fp32 if the model is cast.
+
+    factor: U, sigma, V of the matrix
     support: how many leading components an expert may rescale (k <= R; k = R in delta form)
-    dtype: of the layer's dense weight. Vt and U are cast to it, and follow the model, unless the factors are int8 or `keep` says to leave them
+    rows: E
+    dtype: of the layer's dense weight. Vt and U are cast to it and follow the model, unless they are int8 or `keep`
+    routing: the model's; says which row each token uses
+    keep: leave Vt and U in the dtype of `factor`, also if the model is cast
     """
 
     form: str
+    Vt: Tensor
+    U: Tensor
+    sigma: Tensor
+    scale: Tensor
+    source: Tensor | None
+    fold: Tensor | None
 
     def __init__(
         self,
@@ -40,52 +61,94 @@ class SVFLinear(nn.Module):
         dtype: torch.dtype,
         routing: Routing,
         keep: bool = False,
-    ):
+    ) -> None:
         super().__init__()
-        int8 = isinstance(factor, Int8Factor)
+        int8 = factor if isinstance(factor, Int8Factor) else None
         kind = factor.U.dtype if int8 or keep else dtype
         self.register_buffer("Vt", factor.V.mT.to(kind).contiguous(), persistent=False)
         self.register_buffer("U", factor.U.to(kind).contiguous(), persistent=False)
         self.register_buffer("sigma", factor.sigma.float().clone(), persistent=False)
-        self.register_buffer("source", factor.source.clone() if int8 else None, persistent=False)
-        self.register_buffer("fold", factor.fold.clone() if int8 else None, persistent=False)
-        self.runs = factor.runs if int8 else (self.rank,)
-        self.dtype, self._kept = dtype, ("sigma", "scale", "fold", *(("Vt", "U") if keep or int8 else ()))
+        self.register_buffer("source", int8.source.clone() if int8 else None, persistent=False)
+        self.register_buffer("fold", int8.fold.clone() if int8 else None, persistent=False)
+        self.runs: tuple[int, ...] = int8.runs if int8 else (self.rank,)
+        self.dtype: torch.dtype = dtype
+        self._kept = ("sigma", "scale", "fold", *(("Vt", "U") if keep or int8 else ()))
         base_row = self.columns(make_scale(torch.ones_like(self.sigma), self.sigma, self.form))
         self.register_buffer("scale", base_row.expand(rows, *base_row.shape).clone(), persistent=False)
-        self.support, self.routing = support, routing
+        self.support: int = support
+        self.routing: Routing = routing
         self.group: Group | None = None  # of layers with the same input; set by the bank
-        self.logits = nn.ParameterDict()  # experts in training: key -> p [k]
-        self._training_rows: dict[str, tuple[int, str]] = {}  # key -> (row, parametrisation)
-        self._written: dict[str, tuple[int, int]] = {}  # key -> state of p that stands in `scale`
+        self.logits: nn.ParameterDict = nn.ParameterDict()  # experts in training: key -> p [k]
+        self._training: dict[str, tuple[int, str]] = {}  # key -> (row, parametrisation)
+        self.path: str = ""  # of the module in the model that the layer is installed at
+        self.transposed: bool = False  # whether the dense weight is stored as [N, M]
+
+    def install(self, model: nn.Module, matrix: Matrix) -> None:
+        """Put the layer into the model at `matrix`. Raises ValueError, with the model unchanged, if that is impossible."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be installed into a model")
+
+    def remove(self, model: nn.Module, row: int = 0) -> None:
+        """Take the layer out of the model and give the dense layer back, with the expert of `row` merged in.
+
+        row: 0: the base model
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be removed from a model")
+
+    def unsupported_merge(self, model: nn.Module) -> str | None:
+        """Why no expert can be merged into the dense layer; None if it is possible."""
+        return None
 
     @property
     def V(self) -> Tensor:
-        """[N, R], a view of Vᵀ, which is what lies in memory."""
+        """[N, C], a view of Vᵀ."""
         return self.Vt.t()
 
     @property
     def rank(self) -> int:
+        """R, the number of components."""
         return self.sigma.shape[-1]
 
     def columns(self, row: Tensor) -> Tensor:
-        """What a number for each component [..., R] is for the columns [..., C]."""
-        return row if self.fold is None else spread(row, self.source, self.fold, self.runs)
+        """Turn numbers for components [..., R] into numbers for columns [..., C]."""
+        if self.fold is None or self.source is None:
+            return row
+        return spread(row, self.source, self.fold, self.runs)
+
+    # --- experts in training
 
     def add_trained(self, key: str, row: int, p: nn.Parameter, parametrisation: str) -> None:
-        """Let row `row` follow the trainable p [(X,) k]: z = 1 + p ("raw"), or the release's sigmoid with the trace kept ("sigmoid")."""
-        _count_optimiser_steps()
+        """Make row `row` follow the parameter p.
+
+        key: name of the parameter in `logits`
+        p: [(X,) k]
+        parametrisation: "raw": z = 1 + p; "sigmoid": that of the authors' release, which keeps the trace
+        """
         self.logits[key] = p
-        self._training_rows[key] = (row, parametrisation)
+        self._training[key] = (row, parametrisation)
 
     def drop_trained(self, key: str) -> None:
-        del self.logits[key], self._training_rows[key]
-        self._written.pop(key, None)
+        """Undo `add_trained`. The row keeps its last values."""
+        del self.logits[key], self._training[key]
 
     def trained_z(self, key: str) -> Tensor:
         """z [(X,) k] of an expert in training, differentiable."""
         p = self.logits[key]
-        return 1 + p if self._training_rows[key][1] == "raw" else z_from_logits(p, self.sigma[..., : self.support])
+        return 1 + p if self._training[key][1] == "raw" else z_from_logits(p, self.sigma[..., : self.support])
+
+    def table(self) -> Tensor:
+        """scale [E, (X,) C] with the rows of experts in training computed from their parameters.
+
+        With gradients the result is a new tensor, differentiable in the parameters. Without, the rows are written in
+        place: they are vectors, so computing them at each forward costs less than finding out whether p has changed.
+        """
+        if not self._training:
+            return self.scale
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            rows = torch.tensor([row for row, _ in self._training.values()], device=self.scale.device)
+            return self.scale.index_copy(0, rows, torch.stack([self._trained_row(k) for k in self._training]))
+        for key, (row, _) in self._training.items():
+            self.scale[row].copy_(self._trained_row(key))
+        return self.scale
 
     def _trained_row(self, key: str) -> Tensor:
         z = self.trained_z(key)
@@ -93,22 +156,10 @@ class SVFLinear(nn.Module):
             z = nn.functional.pad(z, (0, self.rank - self.support), value=1.0)
         return self.columns(make_scale(z, self.sigma, self.form))
 
-    def table(self) -> Tensor:
-        """scale [E, (X,) C] with the rows of experts in training up to date: differentiable where gradients are on, else written in place."""
-        if not self._training_rows:
-            return self.scale
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            rows = torch.tensor([row for row, _ in self._training_rows.values()], device=self.scale.device)
-            return self.scale.index_copy(0, rows, torch.stack([self._trained_row(k) for k in self._training_rows]))
-        for key, (row, _) in self._training_rows.items():
-            state = self.logits[key]._version, _optimiser_steps
-            if self._written.get(key) != state:
-                self.scale[row].copy_(self._trained_row(key))
-                self._written[key] = state
-        return self.scale
+    # --- as a module
 
-    def _apply(self, fn, recurse=True):
-        # Casting a model to bf16 must not round sigma and the table: what is kept follows its device, not its dtype.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFLinear:
+        # Casting a model to bf16 must not round sigma and the table: kept buffers follow the device, not the dtype.
         kept = {name: self._buffers.pop(name) for name in self._kept}
         try:
             super()._apply(fn, recurse)
@@ -120,13 +171,14 @@ class SVFLinear(nn.Module):
             self._buffers.update({name: t if t is None else t.to(like.device) for name, t in kept.items()})
         return self
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         pass
 
-    def _load_from_state_dict(self, *args):
+    def _load_from_state_dict(self, *args: Any) -> None:
         pass
 
     def extra_repr(self) -> str:
+        """Form, sizes and dtype, for `print(model)`."""
         return (
             f"{self.form}, in_features={self.Vt.shape[-1]}, out_features={self.U.shape[-2]}, rank={self.rank}, "
             f"support={self.support}, rows={self.scale.shape[0]}, factors={str(self.U.dtype).removeprefix('torch.')}"
@@ -134,28 +186,37 @@ class SVFLinear(nn.Module):
         )
 
 
-_optimiser_steps: int | None = None  # of the whole process; None: not counted yet
-
-
-def _count_optimiser_steps() -> None:
-    """Fused optimisers change parameters without raising their version (torch 2.13), so a version alone would leave old rows in the table."""
-    global _optimiser_steps
-    if _optimiser_steps is None:
-        _optimiser_steps = 0
-        register_optimizer_step_post_hook(_count_one)
-
-
-def _count_one(optimizer, args, kwargs) -> None:
-    global _optimiser_steps
-    _optimiser_steps += 1
-
-
 class DeltaLinear(SVFLinear):
-    """y + ((x V) * scale[expert_ids]) Uᵀ with scale = sigma * (z - 1): what an expert adds to the output y of the layer it is a child of."""
+    """y + ((x V) * scale[expert_ids]) Uᵀ with scale = sigma * (z - 1) and y = x Wᵀ, the output of the dense layer.
+
+    The layer is a child, named "svf", of the dense layer, which stays as it is in any format.
+    """
 
     form = "delta"
 
+    def install(self, model: nn.Module, matrix: Matrix) -> None:
+        """Make the layer a child of the dense layer, with a hook that adds to the dense layer's output."""
+        self.path, self.transposed = matrix.path, matrix.transposed
+        matrix.module.add_module("svf", self)
+        matrix.module.register_forward_hook(delta_hook)
+
+    def remove(self, model: nn.Module, row: int = 0) -> None:
+        """Take child and hook off the dense layer; add the change of the expert in `row` to its weight."""
+        module = model.get_submodule(self.path)
+        if row:
+            change = (self.U.float() * self.table()[row]) @ self.Vt.float()  # [M, N]
+            module.weight.add_((change.t() if self.transposed else change).to(module.weight.device))
+        del module.svf
+        remove_hook(module, delta_hook)
+
+    def unsupported_merge(self, model: nn.Module) -> str | None:
+        """A quantised weight cannot take an expert in."""
+        if not is_quantised(model.get_submodule(self.path)):
+            return None
+        return f"{self.path} is quantised, so an expert cannot be merged into it; dequantise the model first"
+
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [..., M] plus the change of each token's expert. x: [..., N], the input of the dense layer."""
         route = self.routing.active
         if route is None:
             return y
@@ -169,20 +230,29 @@ class DeltaLinear(SVFLinear):
 
 
 def add_delta(y: Tensor, x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    """y + ((x V) * scale[ids]) Uᵀ in y's dtype, in one op, so that a zero row leaves y's bits alone."""
+    """y + ((x V) * scale[ids]) Uᵀ in y's dtype, in one op, so that a zero row leaves y's bits unchanged."""
     x = x if x.dtype == y.dtype else x.to(y)
     return call(x, V, U, scale, ids if ids.device == y.device else ids.to(y.device), y)
 
 
-def delta_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    """Forward hook of a layer in delta form. A plain function, so that a copied, pickled or replicated layer finds its own child."""
+def delta_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook of a layer in delta form.
+
+    A plain function: a module that is copied, pickled or replicated finds its own child.
+    """
     return module.svf.add_to(output, args[0])
 
 
 class FactoredLinear(SVFLinear):
-    """y = ((x V) * scale[expert_ids]) Uᵀ + bias with scale = sigma * z; stands in for a layer whose weight was dropped."""
+    """y = ((x V) * scale[expert_ids]) Uᵀ + bias with scale = sigma * z. It replaces a layer whose weight is dropped.
+
+    bias: the dense layer's, or None
+    in_features, out_features: N, M
+    """
 
     form = "factored"
+    bias: Tensor | None
+    base_ids: Tensor
 
     def __init__(
         self,
@@ -191,67 +261,71 @@ class FactoredLinear(SVFLinear):
         rows: int,
         dtype: torch.dtype,
         routing: Routing,
-        original: nn.Module,
-        transposed: bool,
         keep: bool = False,
-    ):
+    ) -> None:
         super().__init__(factor, support, rows, dtype, routing, keep)
+        self.bias = None
+        self.in_features: int = factor.V.shape[0]
+        self.out_features: int = factor.U.shape[0]
+        # the ids of a forward without a route
+        self.register_buffer("base_ids", torch.zeros((), dtype=torch.int32), persistent=False)
+        self._original: tuple[nn.Module, ...] = ()  # the dense layer; in a tuple, so that it is no submodule
+        self._requires_grad = False
+
+    def install(self, model: nn.Module, matrix: Matrix) -> None:
+        """Replace the dense layer and drop its weight, so that only one matrix is ever held twice."""
+        original = matrix.module
+        self.path, self.transposed = matrix.path, matrix.transposed
         self.bias = getattr(original, "bias", None)
-        self.transposed = transposed
-        self._original = (original,)  # in a tuple: not a submodule
-        self._requires_grad = original.weight.requires_grad
-        self.in_features, self.out_features = factor.V.shape[0], factor.U.shape[0]
-        self.register_buffer(
-            "base_ids", torch.zeros((), dtype=torch.int32), persistent=False
-        )  # for a forward without a route
-        self.dense_rows: dict[int, Tensor] = {}  # row -> W' [M, N], for experts whose dense weights are kept
+        self._original, self._requires_grad = (original,), original.weight.requires_grad
+        self.train(original.training)
+        _replace(model, self.path, self)
+        original.weight = None
+
+    def remove(self, model: nn.Module, row: int = 0) -> None:
+        """Put the dense layer back, with a weight rebuilt from the factors."""
+        (original,) = self._original
+        self.table()  # an expert in training writes its row
+        original.weight = nn.Parameter(self._stored(self.dense(row)), requires_grad=self._requires_grad)
+        _replace(model, self.path, original)
 
     def forward(self, x: Tensor) -> Tensor:
+        """y [..., M] of x [..., N]."""
         route = self.routing.active
         ids = self.base_ids if route is None else route.fit(x.shape[:-1])
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-        if self.dense_rows and (W := self.dense_rows.get(0 if route is None else route.row)) is not None:
-            return nn.functional.linear(x, W.to(x.dtype), self.bias if self.bias is None else self.bias.to(x.dtype))
         ids = ids.to(x.device)
         if self.group is not None and (out := self.group.output(self, x, route, ids)) is not None:
             return out
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         return call(x, self.V, self.U, self.table(), ids, None, bias)
 
-    def _apply(self, fn, recurse=True):
-        self.dense_rows = {row: fn(W) for row, W in self.dense_rows.items()}
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "dense_rows": {}}  # a copied bank pins no row, so what is in one may change
-
     def dense(self, row: int = 0) -> Tensor:
-        """W [M, N] = U diag(scale[row]) Vᵀ, computed in fp32, in the dtype of the layer that it stands in for."""
+        """W' [M, N] = U diag(scale[row]) Vᵀ, computed in fp32, in the dtype of the dense layer."""
         return ((self.U.float() * self.scale[row]) @ self.Vt.float()).to(self.dtype)
 
     @property
     def weight(self) -> Tensor:
-        """The base model's weight as the original layer would hold it, rebuilt at each access: for code that looks at it, not for speed."""
-        w = self.dense()
+        """The base model's weight as the dense layer stores it. Rebuilt at each access: for code that inspects it."""
+        return self._stored(self.dense())
+
+    def _stored(self, w: Tensor) -> Tensor:
         return w.t().contiguous() if self.transposed else w
 
-    def restore(self, row: int = 0) -> nn.Module:
-        """The original layer with a dense weight again: the base model (row 0) or the expert of another row."""
-        (original,) = self._original
-        w = self.dense(row)
-        original.weight = nn.Parameter(w.t().contiguous() if self.transposed else w, requires_grad=self._requires_grad)
-        return original
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "weight" in state_dict:
-            error_msgs.append(
-                f"{prefix[:-1]} is patched in factored form, a dense weight cannot be loaded into it: unpatch_model(model) first"
+            args[-1].append(
+                f"{prefix[:-1]} is patched in factored form, so a dense weight cannot be loaded into it; "
+                "unpatch_model(model) first"
             )
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,8 +1,9 @@
-"""Experts of Transformer² inside a mixture-of-experts layer: factors per weight slice, a row per token.
+"""`DeltaStack`: SVF experts inside a mixture-of-experts layer. Factors per weight slice, one scale row per token.
 
-transformers keeps the weights of such a layer as 3-D stacks and dispatches the layer through `ALL_EXPERTS_FUNCTIONS` by a name in its
-config. A patched layer gets a config of its own that names `svf_experts_forward`; a forward without experts goes to the implementation
-that was there, so the base model stays what it was, bit for bit.
+transformers keeps the weights of such a layer as 3-D stacks and calls the layer's implementation through
+`ALL_EXPERTS_FUNCTIONS`, by a name in its config. A patched layer gets a copy of the config that names
+`svf_experts_forward`. A forward without experts goes to the implementation that was there, so the base model stays the
+same bit for bit.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from t2kernels.factors.factor import Factor
 from t2kernels.factors.int8 import Int8Factor, stack
-from t2kernels.factors.store import Factor
+from t2kernels.factors.matrices import Matrix
 
 from .linear import SVFLinear, add_delta
 
@@ -22,64 +24,90 @@ IMPLEMENTATION = "t2kernels_svf"
 
 
 class DeltaStack(SVFLinear):
-    """The deltas of one stack of X weights: y_e + ((x V_e) * scale[expert_ids, e]) U_eᵀ, scale = sigma * (z - 1)."""
+    """The delta form of one stack of X weights: y_e + ((x V_e) * scale[expert_ids, e]) U_eᵀ, scale = sigma * (z - 1).
+
+    The layer is a child of the mixture-of-experts layer, named "svf_" and the name of the stack.
+    """
 
     form = "delta"
+    tensor: str = ""  # name of the stack in its module: "gate_up_proj", "up_proj" or "down_proj"
 
-    def add_to(self, y: Tensor, x: Tensor, ids: Tensor, index: int) -> Tensor:
-        """y [T, M] and x [T, N] of the tokens that the layer's router sent to weight `index`; ids [T] their rows."""
-        return add_delta(y, x, self.Vt[index].t(), self.U[index], self.table()[:, index], ids)
+    def install(self, model: nn.Module, matrix: Matrix) -> None:
+        """Make the layer a child of the mixture-of-experts layer. matrix: the first slice of the stack.
+
+        Raises ValueError, with the model unchanged, for a mixture-of-experts layer that is not supported.
+        """
+        module = matrix.module
+        if reason := unsupported(module):
+            raise ValueError(f"{matrix.path} ({type(module).__name__}) cannot be patched: {reason}; leave it out")
+        self.path, self.tensor, self.transposed = matrix.path, matrix.tensor.rpartition(".")[2], matrix.transposed
+        module.add_module(f"svf_{self.tensor}", self)
+        if module.config._experts_implementation != IMPLEMENTATION:
+            ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, svf_experts_forward)
+            module.svf_base_config = module.config
+            module.config = copy.copy(module.config)
+            module.config._experts_implementation_internal = IMPLEMENTATION
+
+    def remove(self, model: nn.Module, row: int = 0) -> None:
+        """Take the child off the mixture-of-experts layer; add the change of the expert in `row` to the stack."""
+        module = model.get_submodule(self.path)
+        if row:
+            weights, scale = getattr(module, self.tensor), self.table()[row]
+            for e in range(weights.shape[0]):
+                change = (self.U[e].float() * scale[e]) @ self.Vt[e].float()  # [M, N]
+                weights[e].add_((change.t() if self.transposed else change).to(weights.device))
+        delattr(module, f"svf_{self.tensor}")
+        if not installed(module):
+            module.config = module.svf_base_config
+            del module.svf_base_config
 
 
-def stack_factors(factors: list[Factor] | list[Int8Factor]) -> Factor | Int8Factor:
-    """Factors of equally shaped weights as one: U [X, M, C], sigma [X, R], V [X, N, C]."""
-    if isinstance(factors[0], Int8Factor):
-        return stack(factors)
+def unsupported(module: nn.Module) -> str | None:
+    """Why the stacks of a mixture-of-experts layer cannot be patched; None if they can."""
+    if getattr(module, "has_post_expert_norm", False):
+        return "its weights have a norm of their own"
+    if getattr(module, "_is_expert_parallel", False):
+        return "its weights are spread over devices"
+    return None
+
+
+def installed(module: nn.Module) -> dict[str, DeltaStack]:
+    """{name of the stack: its `DeltaStack`} of a mixture-of-experts layer."""
+    return {child.tensor: child for child in module.children() if isinstance(child, DeltaStack)}
+
+
+def stack_factors(factors: list[Factor | Int8Factor]) -> Factor | Int8Factor:
+    """Stack factors of equally shaped weights: U [X, M, C], sigma [X, R], V [X, N, C]."""
+    int8 = [f for f in factors if isinstance(f, Int8Factor)]
+    if int8:
+        return stack(int8)
     return Factor(*(torch.stack(part) for part in zip(*factors, strict=True)))
 
 
-def attach(module: nn.Module, tensor: str, layer: DeltaStack) -> None:
-    """Make `layer` follow the stack `tensor` ("gate_up_proj", "down_proj") of the mixture-of-experts layer `module`."""
-    if getattr(module, "has_post_expert_norm", False) or getattr(module, "_is_expert_parallel", False):
-        raise ValueError(
-            f"{type(module).__name__}: experts with a norm of their own, or spread over devices, are not supported yet"
-        )
-    module.add_module(f"svf_{tensor}", layer)
-    if module.config._experts_implementation != IMPLEMENTATION:
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, svf_experts_forward)
-        module.svf_base_config = module.config
-        module.config = copy.copy(module.config)
-        module.config._experts_implementation_internal = IMPLEMENTATION
-
-
-def detach(module: nn.Module, tensor: str) -> None:
-    """Undo `attach`."""
-    delattr(module, f"svf_{tensor}")
-    if not any(name.startswith("svf_") for name, _ in module.named_children()):
-        module.config = module.svf_base_config
-        del module.svf_base_config
-
-
-def merge(module: nn.Module, tensor: str, layer: DeltaStack, row: int) -> None:
-    """Add the change that the expert in `row` makes to the stack itself."""
-    stack = getattr(module, tensor)
-    for e in range(stack.shape[0]):
-        change = (layer.U[e].float() * layer.scale[row, e]) @ layer.Vt[e].float()  # [M, N]
-        stack[e].add_((change.t() if module.is_transposed else change).to(stack.device))
-
-
 def svf_experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """sum over a token's k weights e of its router's share * down_e(gate(up_e(x))), both matmuls with the token's expert row.
+    """Σ over a token's k weights e: share of e * down_e(gate(up_e(x))), both matmuls with the expert row of the token.
 
-    hidden [T, H]; top_k_index [T, k], an index of `num_experts` means none; top_k_weights [T, k]. Returns [T, H].
+    hidden: [T, H]
+    top_k_index: [T, k], the weights that the router chose; `num_experts` means none
+    top_k_weights: [T, k], their shares
+    Returns [T, H].
     """
-    layers = [child for name, child in module.named_children() if name.startswith("svf_")]
-    route = layers[0].routing.active
+    stacks = installed(module)
+    route = next(iter(stacks.values())).routing.active
     if route is None:
         original = type(module).forward.__wrapped__
         return ALL_EXPERTS_FUNCTIONS.get_interface(module.svf_base_config._experts_implementation, original)(
             module, hidden, top_k_index, top_k_weights
         )
+    tables = {tensor: layer.table() for tensor, layer in stacks.items()}  # once a forward, not once a weight
+
+    def linear(tensor: str, e: int, x: Tensor, ids: Tensor) -> Tensor:
+        W = getattr(module, tensor)[e]
+        bias = getattr(module, f"{tensor}_bias", None) if module.has_bias else None
+        y = nn.functional.linear(x, W.t() if module.is_transposed else W, None if bias is None else bias[e])
+        layer = stacks.get(tensor)
+        return y if layer is None else add_delta(y, x, layer.Vt[e].t(), layer.U[e], tables[tensor][:, e], ids)
+
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
     ids = route.per_token(hidden.shape[0])
     out = torch.zeros_like(hidden)
@@ -89,16 +117,8 @@ def svf_experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, 
         if e >= module.num_experts:
             continue
         token, slot = torch.where(top_k_index == e)
-        y = _linear(module, up, e, hidden[token], ids[token])
+        y = linear(up, e, hidden[token], ids[token])
         y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-        y = _linear(module, "down_proj", e, y, ids[token])
+        y = linear("down_proj", e, y, ids[token])
         out.index_add_(0, token, (y * top_k_weights[token, slot, None]).to(out.dtype))
     return out.reshape(shape)
-
-
-def _linear(module: nn.Module, tensor: str, e: int, x: Tensor, ids: Tensor) -> Tensor:
-    W = getattr(module, tensor)[e]
-    bias = getattr(module, f"{tensor}_bias", None) if module.has_bias else None
-    y = nn.functional.linear(x, W.t() if module.is_transposed else W, None if bias is None else bias[e])
-    layer = getattr(module, f"svf_{tensor}", None)
-    return y if layer is None else layer.add_to(y, x, ids, e)

@@ -1,4 +1,4 @@
-"""How many numbers an expert trains, and how many LoRA would, from shapes alone."""
+"""`count_parameters`: the numbers that an SVF expert trains, and that LoRA would train, from shapes alone."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from t2kernels.factors.checkpoint import meta_model
+from t2kernels.factors.factor import resolve_rank
 from t2kernels.factors.matrices import Targets, find_matrices
-from t2kernels.factors.store import resolve_rank
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """matrices: how many are adapted · dense: numbers in them, Σ M N · svf: numbers of one expert, Σ k with k <= R = min(M, N) ·
-    lora: numbers of one LoRA adapter of rank `lora_rank` on the same matrices, Σ lora_rank (M + N)."""
+    """Sizes of the adapters for one model.
+
+    matrices: how many are adapted
+    dense: numbers in them, Σ M N
+    svf: numbers of one SVF expert, Σ k with k <= R = min(M, N)
+    lora: numbers of one LoRA adapter of rank `lora_rank` on the same matrices, Σ lora_rank (M + N)
+    """
 
     matrices: int
     dense: int
@@ -27,11 +32,12 @@ class ParameterCount:
 def count_parameters(
     model: nn.Module | PretrainedConfig, targets: Targets = "all", rank: int | float | None = None, lora_rank: int = 16
 ) -> ParameterCount:
-    """Σ k numbers of an SVF expert (Transformer², arXiv 2501.06252, section 3.1) beside Σ r (M + N) of a LoRA adapter.
+    """Count Σ k numbers of an SVF expert (Transformer², arXiv 2501.06252, section 3.1) and Σ r (M + N) of a LoRA adapter.
 
-    model: a model on any device, meta included; or its config, of which the model is made on the meta device
+    model: a model on any device, meta included; or a config, from which the model is made on the meta device
     targets, rank: as in `patch_model`
-    Raises ValueError if nothing is selected, if transformers makes no model of the config, or on a rank that is none.
+    lora_rank: r
+    Raises ValueError if nothing is selected, if transformers has no model for the config, or for an invalid rank.
     """
     if isinstance(model, PretrainedConfig):
         model = meta_model(model)

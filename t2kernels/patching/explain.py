@@ -1,10 +1,11 @@
-"""What a patched model runs for a batch, layer by layer, and why: the planner's decisions, asked instead of timed."""
+"""`explain`: the kernels that a patched model runs for a batch, layer by layer, and why. It asks the planner; no timing."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +19,17 @@ from t2kernels.ops.planner import Call, Choice, Machine, bytes_moved, choose
 
 @dataclass(frozen=True)
 class Line:
-    """Calls that run alike: of one matrix, or of a group of matrices that read the same input.
+    """Calls that run in the same way. A call is for one matrix, or for a group of matrices that read the same input.
 
-    count calls for `kind`, shapes [M_i, N], in `form` with C_i columns, factors in `factors`; choice: implementation, path and why
-    moved: bytes that one call is predicted to read and write, base layers included; dense: the same of the layers that were there
+    kind: last parts of the matrices' names
+    count: number of calls
+    form: "factored" or "delta"
+    M, N: shapes [M_i, N] of the matrices
+    C: columns of the factors of each
+    factors: dtype of the factors
+    choice: implementation and path, each with a reason
+    moved: bytes that one call is predicted to read and write, base layers included
+    dense: the same for the dense layers of the unpatched model
     """
 
     kind: str
@@ -38,7 +46,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Explanation:
-    """title: what was asked; lines, in model order; advice: what would be cheaper, if anything. `str` is a table."""
+    """The answer of `explain`; `str` makes a table of it.
+
+    title: the question
+    lines: in model order
+    advice: cheaper alternatives, if any
+    """
 
     title: str
     lines: tuple[Line, ...]
@@ -46,12 +59,12 @@ class Explanation:
 
     @property
     def moved(self) -> int:
-        """Bytes that all layers read and write, predicted."""
+        """Predicted bytes that all layers read and write."""
         return sum(line.count * line.moved for line in self.lines)
 
     @property
     def dense(self) -> int:
-        """The same for the dense layers."""
+        """The same for the dense layers of the unpatched model."""
         return sum(line.count * line.dense for line in self.lines)
 
     def __str__(self) -> str:
@@ -72,7 +85,10 @@ class Explanation:
         ]
         widths = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in (head, *rows)]
-        ratio = f"all layers: {_size(self.moved)} predicted to move, {self.moved / self.dense:.2f}x what dense layers would ({_size(self.dense)})"
+        ratio = (
+            f"all layers: {_size(self.moved)} predicted to move, {self.moved / self.dense:.2f}x the dense layers "
+            f"({_size(self.dense)})"
+        )
         impls = [
             f"{impl}: {why}"
             for impl, why in dict.fromkeys((line.choice.impl, line.choice.why_impl) for line in self.lines)
@@ -84,33 +100,30 @@ class Explanation:
 
 def explain(
     model: nn.Module,
-    batch: int | Mapping | torch.Tensor = 1,
-    experts: str | Mapping | Sequence | None = (),
+    batch: int | Mapping[str, Any] | torch.Tensor = 1,
+    experts: str | Mapping[str, float] | Sequence[Any] | None = (),
     machine: Machine | None = None,
 ) -> Explanation:
-    """What every layer of a patched model runs for a forward of `batch`, why, and the bytes that it is predicted to move.
+    """The kernel that every layer of a patched model runs for a forward of `batch`, why, and the bytes it moves.
 
-    batch: a number of tokens; or input_ids [B, S], or what a tokenizer returned: B * S tokens
-    experts: as `bank.ids` takes them: one name (or None, the base model) for all, or a list with one for each sequence; (): not known yet
-    machine: for another device than the model's
-    Raises ValueError if the model is not patched, or on a batch that says no number of tokens; KeyError on an expert that is not there.
+    batch: a number of tokens; or input_ids [B, S], or the output of a tokenizer: B * S tokens
+    experts: as in `bank.ids`: one name (or None, the base model) for all, or a list with one per sequence; (): unknown
+    machine: another device than the model's
+    Raises ValueError if the model is not patched, or for another kind of batch; KeyError for an unknown expert.
     """
     bank: ExpertBank | None = getattr(model, "t2_bank", None)
     if bank is None:
-        raise ValueError("explain wants a patched model: patch_model(model) first")
+        raise ValueError("the model is not patched; explain needs patch_model(model) first")
     B, S = _sizes(batch)
     machine = machine or machine_of(bank.device)
     dtype = getattr(model, "dtype", None) or torch.get_default_dtype()
     one, tokens = _shares(experts, B, S)
-    kept = one and bank.keeps_dense(experts if experts is None or isinstance(experts, (str, Mapping)) else experts[0])
-    counts: dict[tuple, Counter] = defaultdict(Counter)
+    counts: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
     for layers in _together(bank):
         first, _ = layers[0]
         M, C = tuple(layer.U.shape[-2] for layer, _ in layers), tuple(layer.Vt.shape[-2] for layer, _ in layers)
         N, delta = first.Vt.shape[-1], first.form == "delta"
-        call = Call(
-            B * S, N, M, C, dtype, first.Vt.dtype, one, tokens, delta, bool(bank.in_training), kept and not delta
-        )
+        call = Call(B * S, N, M, C, dtype, first.Vt.dtype, one, tokens, base=delta, grad=bool(bank.in_training))
         choice = choose(call, machine)
         weights = sum(_weight_bytes(model, layer, names, dtype) for layer, names in layers)
         dense = weights + dtype.itemsize * B * S * (N * len(layers) + sum(M))
@@ -118,13 +131,13 @@ def explain(
         kind = " + ".join(_kind(names) for _, names in layers)
         counts[first.form, M, N, C, first.Vt.dtype, choice, moved, dense][kind] += len(layers[0][1])
     lines = tuple(Line(", ".join(kinds), sum(kinds.values()), *rest) for rest, kinds in counts.items())
-    asked = f"{_some(B, 'sequence')} of {_some(S, 'token')}" if S > 1 else _some(B, "token")
-    title = f"{type(model).__name__} on {machine.name}: {asked}, {_say(experts)}"
+    size = f"{_plural(B, 'sequence')} of {_plural(S, 'token')}" if S > 1 else _plural(B, "token")
+    title = f"{type(model).__name__} on {machine.name}: {size}, {_experts_in_words(experts)}"
     return Explanation(title, lines, tuple(_advice(lines, one, bank)))
 
 
 def _together(bank: ExpertBank) -> Iterator[list[tuple[SVFLinear, tuple[str, ...]]]]:
-    """The bank's layers with their names, those of a group in one list; none are together while experts train."""
+    """The bank's layers with their names, the members of a group in one list. While experts train there are no groups."""
     for layer, names in bank.layers:
         group = None if bank.in_training else layer.group
         if group is None or layer is group.layers[0]:
@@ -138,20 +151,18 @@ def _together(bank: ExpertBank) -> Iterator[list[tuple[SVFLinear, tuple[str, ...
 def _advice(lines: Sequence[Line], one: bool, bank: ExpertBank) -> Iterator[str]:
     factored = [line for line in lines if line.form == "factored"]
     if one and not bank.in_training:
-        yield "one expert for everything: unpatch_model(model, expert=...) merges it, and the dense weights are all that is read"
-        if any(line.form == "factored" and line.choice.path != "kept" for line in lines):
-            yield "one expert for most: bank.keep_dense(name) keeps its dense weights beside the factors"
+        yield "one expert for everything: unpatch_model(model, expert=...) merges it; then only dense weights are read"
     if sum(x.count * x.moved for x in factored) > sum(x.count * x.dense for x in factored):
         yield "factored layers move more than dense ones would: form='delta' with a rank, or factors='int8', reads less"
 
 
 def _kind(names: Sequence[str]) -> str:
-    """The last part of a matrix's name; of a stack's slices, of the stack."""
+    """The last part of a matrix's name; for the slices of a stack, the name of the stack."""
     return (names[0] if len(names) == 1 else names[0].rpartition(".")[0]).rpartition(".")[2]
 
 
 def _weight_bytes(model: nn.Module, layer: SVFLinear, names: Sequence[str], dtype: torch.dtype) -> int:
-    """Bytes of one dense weight: as it is kept under a layer in delta form, as it was in the model's dtype where it was dropped."""
+    """Bytes of one dense weight: as stored, for the delta form; in the model's dtype for the factored form, which dropped it."""
     if layer.form == "factored":
         return layer.U.shape[-2] * layer.Vt.shape[-1] * dtype.itemsize
     if len(names) == 1:
@@ -160,36 +171,36 @@ def _weight_bytes(model: nn.Module, layer: SVFLinear, names: Sequence[str], dtyp
     return stored_bytes(getattr(model.get_submodule(path), tensor)) // len(names)
 
 
-def _sizes(batch: int | Mapping | torch.Tensor) -> tuple[int, int]:
+def _sizes(batch: int | Mapping[str, Any] | torch.Tensor) -> tuple[int, int]:
     if isinstance(batch, int) and not isinstance(batch, bool) and batch > 0:
         return batch, 1
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     if isinstance(ids, torch.Tensor) and ids.dim() == 2:
         return ids.shape[0], ids.shape[1]
     raise ValueError(
-        f"batch is {type(batch).__name__}; wanted a number of tokens, input_ids [B, S], or what the tokenizer returned"
+        f"batch is {type(batch).__name__}; wanted a number of tokens, input_ids [B, S], or the output of the tokenizer"
     )
 
 
-def _shares(experts, B: int, S: int) -> tuple[bool, tuple[tuple[int, int], ...] | None]:
-    """(whether all tokens have one expert, tokens by expert as far as that is known)."""
+def _shares(experts: Any, B: int, S: int) -> tuple[bool, tuple[tuple[int, int], ...] | None]:
+    """(whether all tokens have one expert, ((expert, its tokens), ...) or None if unknown)."""
     if experts is None or isinstance(experts, (str, Mapping)):
         return True, None
     experts = [repr(e) for e in experts]
     if experts and len(experts) != B:
-        raise ValueError(f"{len(experts)} experts for {B} sequences; wanted one for each, one name for all, or none")
+        raise ValueError(f"{len(experts)} experts for {B} sequences; wanted one for each, one name for all, or ()")
     counts = Counter(experts)
     return len(counts) == 1, tuple((i, n * S) for i, n in enumerate(counts.values())) or None
 
 
-def _say(experts) -> str:
+def _experts_in_words(experts: Any) -> str:
     if experts is None or isinstance(experts, (str, Mapping)):
         return "the base model" if experts is None else f"all with expert {experts!r}"
-    return f"{_some(len({repr(e) for e in experts}), 'distinct expert')}" if len(experts) else "any experts"
+    return f"{_plural(len({repr(e) for e in experts}), 'distinct expert')}" if len(experts) else "any experts"
 
 
-def _some(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _size(n: float) -> str:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from t2kernels.factors import linalg
-from t2kernels.factors.store import Factor, Factors, fingerprint, reconstruction_error, resolve_rank, sketch, svd
+from t2kernels.factors.factor import Factor, reconstruction_error, resolve_rank, svd
+from t2kernels.factors.identity import fingerprint, sketch
+from t2kernels.factors.store import Factors
 
 
 def make(shape=(24, 40), seed=0):

@@ -7,9 +7,11 @@ import torch
 
 import t2kernels as t2
 from t2kernels.factors.decomposition import decompose
+from t2kernels.factors.factor import Factor, svd
+from t2kernels.factors.identity import fingerprint, sketch
 from t2kernels.factors.int8 import ALIGN, Int8Factor, stack
 from t2kernels.factors.quantise import SPREAD, quantise
-from t2kernels.factors.store import Factor, Factors, fingerprint, sketch, svd
+from t2kernels.factors.store import Factors
 from tests.helpers.families import build
 
 SHAPES = [(96, 96), (160, 64), (64, 160), (50, 37), (7, 90)]
@@ -197,7 +199,7 @@ def test_formats_on_disk(tmp_path):
     half = exact.to_format("fp16", tmp_path / "half", max_error=1e-3)
     assert {f.U.dtype for f in half.values()} == {torch.float16}
     assert all(m["format_error"] < 1e-3 for m in half.manifest["matrices"].values())
-    with pytest.raises(ValueError, match=r"q_proj: bf16 factors are off by .* more than max_error=0.001"):
+    with pytest.raises(ValueError, match=r"q_proj: bf16 factors have a relative error of .* more than max_error=0.001"):
         exact.to_format("bf16", max_error=1e-3)
     with pytest.raises(ValueError, match="format='int4'; wanted one of 'fp32'"):
         exact.to_format("int4")
@@ -223,7 +225,7 @@ def test_decompose_again_goes_on_only_where_the_format_is_the_same(tmp_path, mon
     assert counts == [6, 6, 0, 6, 6]
     with pytest.raises(ValueError, match="give one of them"):
         decompose(model, format="int8", dtype=torch.float16)
-    with pytest.raises(ValueError, match="bounds what a format loses"):
+    with pytest.raises(ValueError, match="limits what a format loses"):
         decompose(model, max_error=0.1)
     with pytest.raises(ValueError, match=r"q_proj: int8 factors of this .* reach"):
         decompose(model, format="int8", max_error=1e-9)

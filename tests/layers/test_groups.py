@@ -97,16 +97,37 @@ def _alone(module, x, bank):
 
 
 @pytest.mark.parametrize("form, rank", FORMS)
-def test_not_with_gradients_nor_where_changes_cannot_be_seen(form, rank):
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_only(form, rank, context):
+    model, bank = patched(form=form, rank=rank)
+    model.double()
+    ids = torch.randint(0, 60, (2, 5))
+    model(ids, experts=["a", "b"])
+    assert not any(hits(bank))
+    with context():
+        got = model(ids, experts=["a", "b"]).logits
+        base = model(ids).logits
+        once = [len(g.layers) - 1 for g in groups(bank)]
+        assert hits(bank) == (
+            once if form == "delta" else [2 * n for n in once]
+        )  # the base model adds nothing in delta
+        alone(bank)
+        torch.testing.assert_close(got, model(ids, experts=["a", "b"]).logits, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(base, model(ids).logits, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(got, base)
+
+
+@pytest.mark.parametrize("form, rank", FORMS)
+def test_a_model_that_was_moved_under_inference_mode_can_still_be_trained(form, rank):
     model, bank = patched(form=form, rank=rank)
     ids = torch.randint(0, 60, (2, 5))
-    model(ids, experts="a")
+    model.double()  # the factors are in pieces until the next forward
     with torch.inference_mode():
         model(ids, experts="a")
-    assert not any(hits(bank))
-    with torch.no_grad():
-        model(ids, experts="a")
     assert all(hits(bank))
+    parameters = bank.start_training("t")
+    model(ids, experts="t").logits.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in parameters)
 
 
 @pytest.mark.parametrize("form, rank", FORMS)
@@ -171,12 +192,12 @@ def test_what_was_made_does_not_outlive_its_forward():
     layer = bank.layers[0][0]
     with torch.no_grad(), bank.use("a"):
         layer.add_to(torch.randn(3, layer.U.shape[0]), torch.randn(3, 32))
-        assert layer.group in bank.routing.active.made
-    assert not layer.group._without_route
+        assert layer.group in bank.routing.active.cache
+    assert not layer.group._base_cache
 
 
 def test_layers_on_several_devices_or_of_several_dtypes_stay_alone():
     _, bank = patched()
     layers = [layer for layer, _ in bank.layers[:3]]
     layers[1].Vt = layers[1].Vt.double()
-    assert not Group(layers)._ready()
+    assert Group(layers).tensors() is None

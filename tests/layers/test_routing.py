@@ -307,6 +307,22 @@ def test_reentrant_checkpointing_is_refused():
         checkpoint_with_route(functools.partial(checkpoint, context_fn=lambda: None), Routing())
 
 
+@pytest.mark.parametrize("change", [lambda p: p.data.add_(0.5), lambda p: p.data.copy_(p.data + 0.5)])
+@pytest.mark.parametrize("parametrisation", ["raw", "sigmoid"])
+def test_a_write_to_the_data_of_a_trained_parameter_is_seen_without_gradients(parametrisation, change):
+    """As an EMA, DeepSpeed and hand-written optimisers do it: no version counter and no optimiser step tells of it."""
+    _, model, bank = patched(form="factored")
+    x, parameters = prompts(), bank.start_training("t", parametrisation)
+    with torch.no_grad():
+        before = model(x, experts="t").logits
+        for i, p in enumerate(parameters):
+            change(p)
+            p.data[..., 0] += i  # so that a uniform shift of the sigmoid is not all
+        after = model(x, experts="t").logits
+    assert not torch.allclose(before, after, atol=1e-2)
+    torch.testing.assert_close(after, model(x, experts="t").logits.detach(), **CLOSE)
+
+
 # --- copies
 
 

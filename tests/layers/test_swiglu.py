@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import t2kernels as t2
-from t2kernels.layers.swiglu import FusedMLP, fuse, unfuse
+from t2kernels.layers import swiglu
+from t2kernels.layers.swiglu import FusedMLP
 from t2kernels.ops.device import machine_of
 from t2kernels.ops.planner import Machine
 from tests.helpers.families import build
@@ -87,7 +88,7 @@ def test_the_same_answers(family, form, rank, launches):
     with torch.no_grad():
         got = model(ids, experts=["a", None, "b"]).logits
         assert len(launches) == 2
-        unfuse(model.modules())
+        swiglu.remove(model)
         want = model(ids, experts=["a", None, "b"]).logits
         assert len(launches) == 2
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -115,7 +116,7 @@ def test_where_it_does_not_run(form, rank, launches):
 def test_auto_on_this_machine_is_the_modules_own_forward():
     model = patched()
     plain = copy.deepcopy(model)
-    unfuse(plain.modules())
+    swiglu.remove(plain)
     ids = torch.randint(0, 60, (3, 4))
     with torch.no_grad():
         assert torch.equal(model(ids, experts="a").logits, plain(ids, experts="a").logits)
@@ -135,8 +136,8 @@ def test_copied_and_pickled(launches):
             assert len(launches) == 2
 
 
-def test_fuse_twice_is_once():
+def test_installing_twice_is_installing_once():
     model = patched()
-    assert not fuse(model)
-    unfuse(model.modules())
+    assert not swiglu.install(model)
+    swiglu.remove(model)
     assert not fused(model)

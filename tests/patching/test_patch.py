@@ -1,6 +1,7 @@
 """What is patched, what is refused, and that the model underneath stays what it was."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 
 import t2kernels as t2
 from t2kernels.factors.matrices import find_matrices
+from t2kernels.layers import swiglu
 from t2kernels.layers.linear import FactoredLinear
+from t2kernels.patching import model_hooks
 from tests.helpers.families import build
 
 
@@ -183,6 +186,53 @@ def test_a_patch_that_fails_half_way_is_undone(form):
     t2.patch_model(model, form=form)
 
 
+@pytest.mark.parametrize("form", ["delta", "factored"])
+def test_a_patch_that_fails_at_its_end_is_undone(form, monkeypatch):
+    plain = build("llama")
+
+    def same(model):
+        assert not hasattr(model, "t2_bank")
+        assert not hasattr(model.model, "t2_bank")
+        assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+        assert hooks(model) == before
+        torch.testing.assert_close(model(x).logits, plain(x).logits, rtol=1e-4, atol=1e-4)
+
+    def hooks(model):
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
+    x, model = prompts(), copy.deepcopy(plain)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    before = hooks(model)
+    with pytest.raises(ValueError, match="use_reentrant"):
+        t2.patch_model(model, form=form)
+    same(model)
+    model = copy.deepcopy(plain)
+    before = hooks(model)
+    monkeypatch.setattr(model_hooks, "OVERRIDDEN", {**model_hooks.OVERRIDDEN, "_no_such_method": "a rename"})
+    with pytest.raises(RuntimeError, match=r"has no _no_such_method \(a rename\)"):
+        t2.patch_model(model, form=form)
+    same(model)
+    monkeypatch.undo()
+
+    def broken(model):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(swiglu, "install", broken)
+    with pytest.raises(KeyboardInterrupt):
+        t2.patch_model(model, form=form)
+    same(model)
+
+
+def test_the_private_methods_that_are_overridden_are_the_known_ones():
+    """A method of another name would be overridden by nobody, one with other parameters be given the wrong ones."""
+    own = [n for n in vars(model_hooks.PatchedModel) if n.startswith("_") and not n.startswith("__")]
+    assert sorted(own) == sorted(model_hooks.OVERRIDDEN)
+    parameters = {n: list(inspect.signature(getattr(tf.LlamaForCausalLM, n)).parameters)[1:] for n in own}
+    assert parameters["_validate_model_kwargs"] == ["model_kwargs"]
+    assert {"assistant_model", "model_kwargs"} <= set(parameters["_get_candidate_generator"])
+    assert parameters["_set_gradient_checkpointing"][:2] == ["enable", "gradient_checkpointing_func"]
+
+
 # --- what is refused, by name
 
 
@@ -233,7 +283,7 @@ def test_factors_are_checked_against_the_weights():
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(ValueError, match=r"up_proj is \[48, 32\], its factors are of \[32, 48\]"):
         t2.patch_model(copy.deepcopy(plain), targets=name, factors={name: factors["model.layers.0.mlp.down_proj"]})
-    with pytest.raises(ValueError, match="hold nothing for"):
+    with pytest.raises(ValueError, match="has no factors"):
         t2.patch_model(copy.deepcopy(plain), factors=t2.decompose(plain, targets="mlp"))
     with pytest.raises(ValueError, match="the factors hold 4 components, factored form needs"):
         t2.patch_model(copy.deepcopy(plain), factors=factors.cut(4), form="factored")

@@ -15,7 +15,8 @@ from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import t2kernels as t2
-from t2kernels.experts.expert import ExpertMismatch, z_from_logits
+from t2kernels.experts.expert import ExpertMismatch
+from t2kernels.layers.scale import z_from_logits
 from t2kernels.rollout.generation import completion_logits
 from t2kernels.rollout.rewards import Scorer, advantages
 from t2kernels.tiny.tokenizer import build

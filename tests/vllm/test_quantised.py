@@ -10,8 +10,8 @@ from torch import nn
 
 import t2kernels as t2
 from t2kernels import tiny
-from t2kernels.experts.expert import make_scale
 from t2kernels.integrations.vllm import engine_args
+from t2kernels.layers.scale import make_scale
 from tests.vllm.worlds import PROMPTS, answers_of, ask, checkpoint_with, engine
 
 SCHEME = {"num_bits": 8, "type": "int", "symmetric": True}

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from t2kernels.factors.store import Factors, resolve_rank
+from t2kernels.factors.factor import resolve_rank
+from t2kernels.factors.store import Factors
 
 KEY = "t2kernels"
 FORMS = ("delta", "factored")

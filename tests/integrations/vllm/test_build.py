@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import t2kernels as t2
-from t2kernels.factors.store import svd
+from t2kernels.factors.factor import svd
 from t2kernels.integrations.vllm import hooks
 from t2kernels.integrations.vllm.engine import check
 from t2kernels.integrations.vllm.engine.build import build_delta, checkpoint_names

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 import t2kernels as t2
-from t2kernels.experts.expert import make_scale
 from t2kernels.experts.table import ScaleTable
-from t2kernels.factors.store import svd
+from t2kernels.factors.factor import svd
 from t2kernels.integrations.vllm.engine.factored import Factored, share
 from t2kernels.integrations.vllm.engine.lora_layers import (
     ExpertPath,
@@ -25,6 +24,7 @@ from t2kernels.integrations.vllm.engine.lora_layers import (
 from t2kernels.integrations.vllm.settings import Settings
 from t2kernels.layers.active import Routing
 from t2kernels.layers.linear import DeltaLinear
+from t2kernels.layers.scale import make_scale
 
 N, HEAD, T, E = 48, 8, 13, 4
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

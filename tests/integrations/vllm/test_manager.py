@@ -9,9 +9,10 @@ import torch
 
 import t2kernels as t2
 from t2kernels import tiny
-from t2kernels.experts.expert import ExpertError, make_scale
+from t2kernels.experts.expert import ExpertError
 from t2kernels.integrations.vllm import requests
 from t2kernels.integrations.vllm.engine.manager import ExpertManager
+from t2kernels.layers.scale import make_scale
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 import t2kernels as t2
 from t2kernels import tiny
 from t2kernels.experts.expert import ExpertError
-from t2kernels.factors.store import svd
+from t2kernels.factors.factor import svd
 from t2kernels.integrations.vllm import engine_args, hooks, requests
 from t2kernels.integrations.vllm.engine.build import origin_of
 from t2kernels.integrations.vllm.engine.model_folder import is_factored, write_checkpoint

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from t2kernels.experts.bank import ExpertBank
+from t2kernels.factors.factor import Factor
 from t2kernels.factors.int8 import Int8Factor
-from t2kernels.factors.store import Factor
 from t2kernels.integrations.vllm.hooks import QUANTIZATION
 from t2kernels.layers.active import Routing
 from t2kernels.layers.linear import SVFLinear

@@ -1,0 +1,61 @@
+"""Which form each matrix is patched in, and which matrices cannot be patched."""
+
+from __future__ import annotations
+
+import torch
+
+from t2kernels.factors.matrices import Matrix, is_quantised
+from t2kernels.ops.planner import cheaper_form
+
+FORMS: tuple[str, ...] = ("auto", "factored", "delta")
+
+
+def choose_form(
+    matrix: Matrix,
+    support: int,
+    form: str = "auto",
+    factors: torch.dtype = torch.float32,
+    dense: torch.dtype = torch.float32,
+) -> tuple[str, str]:
+    """(form, reason) for a matrix of which an expert may rescale `support` components.
+
+    Bytes read per token, over those of the dense layer's MN numbers, with s the bytes of a number of the factors over
+    those of a dense one (int8 beside bf16: 0.5; residual columns are not counted):
+
+        factored  s (M + N) R / MN          delta  1 + s k (M + N) / MN
+
+    support: k
+    form: "factored", "delta", or "auto": the one that reads less
+    factors, dense: dtypes of the factors and of the dense weight
+    Raises ValueError for a mixture-of-experts stack in factored form.
+    """
+    if matrix.index is not None:
+        if form == "factored":
+            raise ValueError(
+                f"{matrix.name}: mixture-of-experts stacks are patched in delta form; "
+                "use form='delta' or 'auto', or leave them out"
+            )
+        return "delta", "mixture-of-experts stack"
+    if form != "auto":
+        return form, "asked for"
+    if is_quantised(matrix.module):
+        return "delta", "quantised layer"
+    return cheaper_form(*matrix.shape, support, dense.itemsize, factors.itemsize)
+
+
+def unsupported(matrix: Matrix, form: str) -> str | None:
+    """Why a matrix cannot be patched in a form, and what to do; None if it can."""
+    hook = getattr(matrix.module, "_hf_hook", None)
+    weight = matrix.stored
+    meta = isinstance(weight, torch.Tensor) and weight.is_meta
+    if getattr(hook, "offload", False) or (hook is not None and meta):
+        return "is offloaded; load the model without offloading, or patch before dispatching it"
+    if meta:
+        return "is on the meta device: it has no weights yet; load the model first"
+    if form == "factored" and is_quantised(matrix.module):
+        return (
+            f"is quantised ({type(matrix.module).__name__}): the factored form would drop its weight; use form='delta'"
+        )
+    if form == "factored" and hook is not None:
+        return "carries a dispatch hook that the factored form would lose; use form='delta'"
+    return None
