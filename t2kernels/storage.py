@@ -1,4 +1,4 @@
-"""The only module that writes files. Each is whole or absent: written beside its place, synced to disk, then renamed."""
+"""The only module that writes files. A file is whole or absent: written beside its place, synced, then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's weights on disk, found through its config and read one tensor at a time."""
+"""`Checkpoint`: a model's weights on disk, found through its config and read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from t2kernels.storage import read_json, why_unreadable
 
 from .matrices import Matrix, Targets, find_matrices
 
-INDEX = "model.safetensors.index.json"
-PLAIN = ("F64", "F32", "F16", "BF16")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+INDEX: str = "model.safetensors.index.json"
+PLAIN: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
+HUB_ID: re.Pattern[str] = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
 def name_of(model: nn.Module | str | Path) -> tuple[str, str | None]:
-    """(name, revision) of a model, or of where it lies, as manifests record it: a hub id, or the last part of a local path, never a whole path."""
+    """(name, revision) of a model or of its directory, as manifests record it.
+
+    The name is a hub id, or the last part of a local path, never a whole path.
+    """
     revision = None
     if isinstance(model, nn.Module):
         config = getattr(model, "config", None)
         revision = getattr(config, "_commit_hash", None)
-        model = getattr(config, "_name_or_path", None) or type(model).__name__
+        model = str(getattr(config, "_name_or_path", None) or type(model).__name__)
     path = Path(model).expanduser()
     if not path.is_dir():
         return str(model), revision
@@ -36,25 +39,34 @@ def name_of(model: nn.Module | str | Path) -> tuple[str, str | None]:
 
 
 class Checkpoint:
-    """config.json and safetensors of a model, in one file or in shards; the model itself is only ever built on the meta device.
+    """config.json and safetensors of a model, in one file or in shards. The model is built on the meta device only.
 
     path: a directory, or a model's id on the Hugging Face hub
-    Raises FileNotFoundError or ValueError that says what is missing or broken.
+    targets: as in `find_matrices`
+
+    directory: the directory, after a download
+    name, revision: as in `name_of`
+    files: {tensor: file in the directory}
+    matrices: {name: matrix} that `targets` selects
+    Raises FileNotFoundError or ValueError that names the missing or broken file.
     """
 
-    def __init__(self, path: str | Path, targets: Targets = "all"):
-        self.directory = _local(path)
+    def __init__(self, path: str | Path, targets: Targets = "all") -> None:
+        self.directory: Path = _local(path)
         self.name, self.revision = name_of(self.directory)
-        self.files = _tensor_files(self.directory)
+        self.files: dict[str, str] = _tensor_files(self.directory)
         model = _meta_model(self.directory)
-        self._prefix = getattr(model, "base_model_prefix", "")
+        self._prefix: str = getattr(model, "base_model_prefix", "")
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-        self.matrices = find_matrices(model, targets)
+        self.matrices: dict[str, Matrix] = find_matrices(model, targets)
         for m in self.matrices.values():
             self.key(m)
 
     def read(self, m: Matrix) -> Tensor:
-        """W [M, N] as it is stored. Raises ValueError where it is not plain floating point, has another shape, or cannot be read."""
+        """W [M, N] as it is stored.
+
+        Raises ValueError if it is not plain floating point, has another shape than the config says, or cannot be read.
+        """
         key = self.key(m)
         path = self.directory / self.files[key]
         try:
@@ -63,12 +75,14 @@ class Checkpoint:
                 kind = part.get_dtype()
                 if kind not in PLAIN:
                     raise ValueError(
-                        f"{m.name}: {path} holds {key} as {kind}, a quantised format; decompose the original, or the loaded model"
+                        f"{m.name}: {path} holds {key} as {kind}, a quantised format; "
+                        "decompose the original, or the loaded model"
                     )
                 shape, wanted = part.get_shape(), list(self._shapes[m.tensor])
                 if shape != wanted:
                     raise ValueError(
-                        f"{m.name}: {path} holds {key} as {shape}, its config wants {wanted}; one is another model's"
+                        f"{m.name}: {path} holds {key} as {shape}, its config says {wanted}; "
+                        "config and weights are of two models"
                     )
                 stored = part[:] if m.index is None else part[m.index]
         except SafetensorError as e:
@@ -77,15 +91,15 @@ class Checkpoint:
         return w.t() if m.transposed else w
 
     def key(self, m: Matrix) -> str:
-        """What the tensor of a matrix is called in the files. Raises ValueError where they do not hold it."""
-        # Base models are stored without the prefix that a head puts before them, and the other way round (GPT-2's first checkpoints).
+        """The key of a matrix's tensor in the files. Raises ValueError if they do not hold it."""
+        # A base model may be stored without the prefix that a model with a head has, and the other way round (GPT-2).
         bare = m.tensor.removeprefix(f"{self._prefix}.")
         for key in (m.tensor, bare, f"{self._prefix}.{m.tensor}"):
             if key in self.files:
                 return key
         raise ValueError(
-            f"{self.directory} holds no tensor {m.tensor!r} (for {m.name}); transformers renames or merges what it loads from it. "
-            "Load the model, and decompose that: decompose(AutoModelForCausalLM.from_pretrained(...))"
+            f"{self.directory} holds no tensor {m.tensor!r} (for {m.name}); transformers renames or merges its "
+            "tensors at loading. Decompose the loaded model: decompose(AutoModelForCausalLM.from_pretrained(...))"
         )
 
 
@@ -107,12 +121,12 @@ def _local(path: str | Path) -> Path:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:  # offline, gated, missing, interrupted: each is another class of hub, HTTP or OS error
         raise FileNotFoundError(
-            f"{path} is no directory here, and the hub did not give it: {type(e).__name__}: {e}"
+            f"{path} is not a directory, and the hub did not provide it: {type(e).__name__}: {e}"
         ) from e
 
 
 def _tensor_files(directory: Path) -> dict[str, str]:
-    """{tensor: file}, from the index, or else from the headers."""
+    """{tensor: file}, from the index, or from the headers of the files."""
     if (directory / INDEX).is_file():
         files = read_json(directory / INDEX, "an index of shards").get("weight_map")
         if not isinstance(files, dict) or not files:
@@ -120,14 +134,15 @@ def _tensor_files(directory: Path) -> dict[str, str]:
         missing = sorted({f for f in files.values() if not (directory / f).is_file()})
         if missing:
             raise FileNotFoundError(
-                f"{directory}: {len(missing)} shards that {INDEX} names are missing: {', '.join(missing[:3])}; fetch them again"
+                f"{directory}: {len(missing)} shards that {INDEX} names are missing: {', '.join(missing[:3])}; "
+                "fetch them again"
             )
         return files
     # One file under transformers' own name wins over others beside it (the original format, adapters).
     paths = [p] if (p := directory / "model.safetensors").is_file() else sorted(directory.glob("*.safetensors"))
     if not paths:
         others = (
-            "; its .bin or .pt files are pickles, which are not read: load the model and decompose that"
+            "; its .bin or .pt files are pickles, which are not read: load the model and decompose it"
             if _pickles(directory)
             else ""
         )
@@ -148,7 +163,7 @@ def _pickles(directory: Path) -> bool:
 
 def _meta_model(directory: Path) -> nn.Module:
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory} holds no config.json, without which its matrices are not known")
+        raise FileNotFoundError(f"{directory} holds no config.json, which says what its matrices are; fetch it")
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as e:
@@ -162,7 +177,10 @@ def _meta_model(directory: Path) -> nn.Module:
 
 
 def meta_model(config: transformers.PretrainedConfig) -> nn.Module:
-    """The model that a config describes, on the meta device: names and shapes without numbers. Raises ValueError if there is none."""
+    """The model that a config describes, on the meta device: names and shapes without numbers.
+
+    Raises ValueError if transformers has no model for the config.
+    """
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     makers = [
         transformers.AutoModelForCausalLM.from_config,
@@ -176,4 +194,4 @@ def meta_model(config: transformers.PretrainedConfig) -> nn.Module:
                 return make(config)
         except ValueError as e:  # "Unrecognized configuration class": this auto class has no such model
             refused = e
-    raise ValueError(f"transformers makes no model of a {config.model_type} config: {refused}")
+    raise ValueError(f"transformers has no model for a {config.model_type} config: {refused}")

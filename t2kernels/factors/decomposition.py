@@ -1,4 +1,4 @@
-"""Decompose a model, or a checkpoint on disk one matrix at a time, into frozen factors."""
+"""`decompose`: the factors of a model, or of a checkpoint on disk, one matrix at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -38,23 +39,25 @@ def decompose(
     max_error: float | None = None,
     progress: Progress | None = None,
 ) -> Factors:
-    """W = U diag(sigma) Vᵀ for every matrix that `targets` selects, computed in fp64.
+    """Compute W = U diag(sigma) Vᵀ in fp64 for every matrix that `targets` selects.
 
-    model_or_path: a model; or the directory of a checkpoint, or its id on the hub, which is read matrix by matrix, never whole
-    out: a directory to write to, one file per matrix; the result then reads from there. A run that was cut short goes on where it stopped:
-        a matrix whose file is there, from the same weight (by hash), rank and dtype, is not computed again. None: the result is in memory,
-        on the device of a model's weights
+    model_or_path: a model; or the directory of a checkpoint, or its id on the hub, which is read matrix by matrix
+    out: a directory to write to, one file per matrix; the result then reads from there. An interrupted run continues: a
+        matrix that has a file, from the same weight (by hash), rank and dtype, is not computed again. None: the result
+        is in memory, on the device of a model's weights
     rank: as in `resolve_rank`: the leading components only
+    targets: as in `patch_model`
     device: where to compute; None: a GPU if there is one
-    workers: matrices at a time; None: one for each core, as far as half of the free memory lasts; 1 on a GPU
-    dtype: of U and V as they are kept (None: fp32); float64 too
-    format: the same by name, or "int8": "fp32", "bf16", "fp16" or "int8"
-    max_error: with a format: the largest relative error that it may add to a matrix. int8 spends residual columns until it holds; None: about
-        the error of an int8 weight with one step a row (`t2kernels.factors.quantise`)
+    workers: matrices at a time; None: one per core, within half of the free memory; 1 on a GPU
+    dtype: of the stored U and V: torch.float32 (None), bfloat16, float16 or float64
+    format: "fp32", "bf16", "fp16" or "int8", instead of `dtype`
+    max_error: with a format: the largest relative error that it may add to a matrix. int8 adds residual columns until
+        it holds; None: about the error of an int8 weight with one step per row (`t2kernels.factors.quantise`)
     progress: called as progress(name, matrices done, matrices in all), on the calling thread
 
-    Raises ValueError that names the matrix for a weight that is not finite, not floating point or not loaded; FileNotFoundError or
-    ValueError for a path without a readable checkpoint; OSError where `out` cannot be written, with what is finished kept.
+    Raises ValueError that names the matrix for a weight that is not finite, not floating point or not loaded;
+    FileNotFoundError or ValueError for a path without a readable checkpoint; OSError if `out` cannot be written, where
+    finished matrices stay.
     """
     if format is not None:
         check_format(format, max_error)
@@ -93,14 +96,16 @@ def decompose(
     }
     sketches = {n: d.sketch for n, d in done.items()}
     if out is None:
-        return Factors({n: d.factor for n, d in done.items()}, manifest, sketches)
+        return Factors({n: d.factor for n, d in done.items() if d.factor is not None}, manifest, sketches)
     finish_directory(out, manifest, {n: d.sigma for n, d in done.items()}, sketches)
     return Factors.load(out)
 
 
 @dataclass
 class _Done:
-    record: dict
+    """One matrix that is finished. factor: None if it was written to a directory."""
+
+    record: dict[str, Any]
     sigma: Tensor
     sketch: Tensor
     factor: Factor | Int8Factor | None
@@ -108,7 +113,7 @@ class _Done:
 
 @dataclass
 class _Job:
-    """What is done with one matrix."""
+    """Decompose one matrix; read from a finished file if there is one."""
 
     read: Callable[[Matrix], Tensor]
     rank: int | float | None
@@ -128,7 +133,7 @@ class _Job:
         record = {"weight_hash": weight_hash(W), "asked": k, "dtype": self.kind}
         if self.format:
             record["max_error"] = self.max_error
-        if self.out is not None and (found := self._finished(m.name, record)):
+        if self.out is not None and (found := self._finished(self.out, m.name, record)):
             return found
         if not torch.isfinite(W).all():
             raise ValueError(f"{m.name}: the weight {list(W.shape)} holds NaN or infinity; it has no decomposition")
@@ -136,7 +141,8 @@ class _Job:
         found = linalg.svd(A, k)
         if not found.residual <= linalg.TOLERANCE:
             raise ValueError(
-                f"{m.name}: the decomposition came out with residual {found.residual:.1e} (wanted {linalg.TOLERANCE}); is the device sound?"
+                f"{m.name}: the decomposition has a residual of {found.residual:.1e}, {linalg.TOLERANCE} is allowed; "
+                "compute it on another device"
             )
         exact = keep(found)
         kept = exact if self.dtype == torch.float32 else keep(found, self.dtype)
@@ -152,8 +158,8 @@ class _Job:
         record |= {"shape": list(m.shape), "rank": k, "fingerprint": fingerprint(kept)}
         return _Done(record, kept.sigma.cpu(), sketched, kept.to(W.device))
 
-    def _finished(self, name: str, record: dict) -> _Done | None:
-        path = self.out / file_of(name)
+    def _finished(self, out: Path, name: str, record: dict[str, Any]) -> _Done | None:
+        path = out / file_of(name)
         if not path.is_file():
             return None
         try:
@@ -167,7 +173,7 @@ class _Job:
                 return None
             with safe_open(path, framework="pt") as f:
                 return _Done(old, f.get_tensor(f"{name}.sigma"), f.get_tensor(f"{name}.sketch"), None)
-        except (SafetensorError, ValueError, KeyError, AttributeError):  # not one of ours, or damaged: made again
+        except (SafetensorError, ValueError, KeyError, AttributeError):  # another file, or damaged
             return None
 
 
@@ -177,7 +183,7 @@ def _share(matrices: dict[str, Matrix], device: torch.device, workers: int | Non
     if workers is None and device.type != "cpu":
         workers = 1
     elif workers is None:
-        # One thread for each matrix is faster than many threads for one: eigh is half made of steps that wait for memory. Two cores, two
+        # One thread per matrix is faster than many threads for one: half of eigh waits for memory. Two cores, two
         # 1024 x 4096 matrices: 1.0 s with 2 workers of 1 thread, 2.3 s with 1 worker of 2 threads.
         most = psutil.virtual_memory().available / 2 / max(_working_set(m) for m in matrices.values())
         workers = max(1, min(cores, int(most)))
@@ -186,7 +192,7 @@ def _share(matrices: dict[str, Matrix], device: torch.device, workers: int | Non
 
 
 def _working_set(m: Matrix) -> int:
-    """Bytes that one decomposition holds at its height: the weight and U in fp64, each with a copy, and squares of the smaller side."""
+    """Peak bytes of one decomposition: weight and U in fp64, each with a copy, and squares of the smaller side."""
     return 8 * (4 * m.shape[0] * m.shape[1] + 4 * m.rank * m.rank)
 
 

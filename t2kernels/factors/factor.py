@@ -38,7 +38,7 @@ class Factor(NamedTuple):
         return Factor(U, self.sigma.to(U.device), V)
 
     def columns(self, row: Tensor) -> Tensor:
-        """Turn numbers for components [..., R] into numbers for columns: here the same. `Int8Factor` has more columns."""
+        """Numbers for columns from numbers for components [..., R]: the same. `Int8Factor` has more columns."""
         return row
 
     def dense(self, z: Tensor | None = None) -> Tensor:

@@ -150,8 +150,8 @@ def check_components(who: str, matrices: Mapping[str, Compared]) -> None:
         lines.append(f"{name}: {len(top)} components ({listed}{', ...' if len(top) > 4 else ''})")
     raise ExpertMismatch(
         f"{who}: trained with a different decomposition of the model; {len(found)} of {len(matrices)} matrices differ. "
-        f"{'; '.join(lines)} (sketches are of order 1, {TOLERANCE} is allowed). Use the factors, or the weights, of its "
-        "training"
+        f"{'; '.join(lines)} (sketches are of order 1, {TOLERANCE} is allowed). Use the factors, or the weights, of "
+        "its training"
     )
 
 

@@ -1,4 +1,4 @@
-"""`Int8Factor`: frozen factors in int8. `fold` holds the quantisation steps, which are multiplied into the op's `scale`.
+"""`Int8Factor`: frozen factors in int8. `fold` holds the quantisation steps; the op's `scale` includes them.
 
     W = Σ_c fold_c sigma_s(c) u_c v_cᵀ,  s = source        u_c [M], v_c [N] int8
 
@@ -120,7 +120,7 @@ def kept_columns(source: Tensor, fold: Tensor, runs: Sequence[int], rank: int) -
 
 
 def spread(row: Tensor, source: Tensor, fold: Tensor, runs: Sequence[int]) -> Tensor:
-    """fold * row[source]: numbers for columns [..., C] from numbers for components, row [..., R]. Differentiable in row.
+    """fold * row[source]: numbers for columns [..., C] from row [..., R]. Differentiable in row.
 
     Run by run: a run holds a component once (padding apart), so the backward adds in the same order on every device.
     """
@@ -129,7 +129,10 @@ def spread(row: Tensor, source: Tensor, fold: Tensor, runs: Sequence[int]) -> Te
 
 
 def round_columns(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Round X [L, C] to integers of at most LEVELS (in X's dtype). Returns them and the step of each column [C]: 1 if zero."""
+    """Round X [L, C] to integers of at most LEVELS, in X's dtype.
+
+    Returns them and the step of each column [C], 1 for a column of zeros.
+    """
     step = X.abs().amax(0) / LEVELS
     step = torch.where(step > 0, step, torch.ones_like(step))
     return (X / step).round_().clamp_(-LEVELS, LEVELS), step

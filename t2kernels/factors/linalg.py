@@ -1,4 +1,4 @@
-"""The singular value decomposition behind the factors: fp64, from the Gram matrix of the smaller side, checked."""
+"""The singular value decomposition behind the factors: in fp64, from the Gram matrix of the smaller side, checked."""
 
 from __future__ import annotations
 
@@ -7,32 +7,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Singular vectors of a pair move by (backward error)/(gap). Among 4096 singular values the closest pair is about 1e-6 sigma_1 apart, where
-# an fp32 SVD (error 1e-6) picks any basis; fp64 picks the same one on every machine: of 1024 sketches (order 1) of random bf16 weights,
-# LAPACK in fp64 moves none by more than 1e-5, in fp32 some by 8e-3. Eigenvectors of AᵀA square the condition number, which costs nothing
-# that fp32 factors could hold while sigma_R > 1e-6 sigma_1 or so; beyond that the check below hands over to LAPACK.
-# Seconds of one CPU thread (torch 2.13), random matrices, all components (R/16 of them):
+# Why fp64: singular vectors of a pair move by (backward error) / (gap). Among 4096 singular values the closest pair is
+# about 1e-6 sigma_1 apart, so an fp32 SVD (error 1e-6) returns any basis of the pair, and fp64 the same one on every
+# machine. Sketches (order 1) of 1024 components of random bf16 weights: LAPACK in fp64 moves none by more than 1e-5, in
+# fp32 some by 8e-3.
+# Why the Gram matrix: eigenvectors of AᵀA square the condition number. fp32 factors lose nothing by that while sigma_R
+# is above about 1e-6 sigma_1; below, the check in `_tall` hands over to LAPACK.
+# Seconds on one CPU thread (torch 2.13), random matrices, all components (in brackets: R/16 of them):
 #                  this          LAPACK fp32   LAPACK fp64
 #   1024 x 4096    0.6  (0.35)   1.5           2.3
 #   2048 x 2048    2.0  (1.6)    2.0           4.4
 #   4096 x 4096   14.6 (12.4)   14.9
-# The k = 256 leading components of 4096 x 4096, two threads; residual max||A v - sigma u|| / sigma_1; sigma_i = i^-0.5, and 64 spikes on a
-# flat random bulk, as trained weights have (scipy 1.17):
+# The k = 256 leading components of 4096 x 4096 on two threads, with residual max||A v - sigma u|| / sigma_1. Power law:
+# sigma_i = i^-0.5. Spiked bulk: 64 spikes on a flat random bulk, as trained weights have. (scipy 1.17)
 #                                         power law        spiked bulk
 #   this                                  7.0 s  1e-14     6.9 s  3e-15
 #   svd_lowrank, 12 iterations, q = 2k    3.1 s  7e-6      3.1 s  2e-3, vectors off by up to 0.6 in 1 - cos
 #   scipy propack fp32                  1.8-8 s  2e-6      4.0 s  2e-6
 #   scipy propack fp64                    4.4 s  1e-10     8.0 s  5e-11
-# and propack takes 18 s (fp32) or 76 s (fp64) for k = 1024. One routine that serves every rank alike, is deterministic, has no iteration
-# count to guess and runs in threads is worth the factor of two that propack gains at a small k.
+# propack is twice as fast at a small k, and slower at k = 1024 (18 s in fp32, 76 s in fp64). This routine serves every
+# rank, is deterministic, has no iteration count to guess and runs in threads.
 
-TOLERANCE = 1e-7  # of residual and of orthogonality; fp32 rounds a component by as much
-CHECKED = 64  # orthogonality is lost first among the smallest singular values, so the last columns show it
-PROBES = 16
+TOLERANCE: float = 1e-7  # of residual and of orthogonality; fp32 rounds a component by as much
+CHECKED: int = 64  # the last columns: orthogonality is lost first among the smallest singular values
+PROBES: int = 16
 
 
 class SVD(NamedTuple):
-    """U [M, k], sigma [k] descending, Vt [k, N], all fp64; how they were found, and the `residual` that was reached."""
+    """A = U diag(sigma) Vt.
+
+    U: [M, k], sigma: [k] descending, Vt: [k, N], all fp64
+    algorithm: "gram-eigh-fp64" or "svd-fp64"
+    residual: as `residual` computes it
+    """
 
     U: Tensor
     sigma: Tensor
@@ -42,9 +49,10 @@ class SVD(NamedTuple):
 
 
 def svd(A: Tensor, k: int) -> SVD:
-    """The k leading components of a finite A [M, N], on A's device (CPU where that has no fp64).
+    """The k leading components of a finite A [M, N], on A's device (on the CPU if the device has no fp64).
 
-    Where the Gram matrix does not give TOLERANCE (rank-deficient or zero A), LAPACK's or cuSOLVER's full SVD in fp64 takes over.
+    If the Gram matrix does not reach TOLERANCE (rank-deficient or zero A), LAPACK's or cuSOLVER's full SVD in fp64 is
+    used.
     """
     A = (A.cpu() if A.device.type == "mps" else A).double()
     if A.shape[0] < A.shape[1]:
@@ -54,10 +62,10 @@ def svd(A: Tensor, k: int) -> SVD:
 
 
 def residual(A: Tensor, U: Tensor, sigma: Tensor, Vt: Tensor) -> float:
-    """How far from singular triplets: the larger of ||A V - U diag(sigma)|| and ||Aᵀ U - V diag(sigma)||, Frobenius, over sigma_1.
+    """Error of singular triplets: max(||A V - U diag(sigma)||, ||Aᵀ U - V diag(sigma)||) / sigma_1, Frobenius.
 
-    Estimated on 16 fixed +-1 combinations of the components (within a third of it), which costs as much as 16 components, not k;
-    no single component is off by more than the whole.
+    Estimated, to within a third, on 16 fixed +-1 combinations of the components: the cost of 16 components, not k. No
+    single component is off by more than the result.
     """
     probes = torch.stack([signs(sigma.numel(), 3 + i) for i in range(PROBES)], 1).to(A)  # [k, PROBES]
     weighted = sigma[:, None] * probes
@@ -87,7 +95,7 @@ def _tall(A: Tensor, k: int) -> SVD:
 
 
 def _from_gram(A: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """None where eigh does not converge, or sigma is too small against sigma_1 for U = A V / sigma to have orthogonal columns."""
+    """U, sigma, Vt from AᵀA; None if eigh fails, or if sigma is too small for an orthogonal U = A V / sigma."""
     try:
         _, V = torch.linalg.eigh(A.t() @ A)
     except torch.linalg.LinAlgError:

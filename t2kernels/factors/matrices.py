@@ -1,12 +1,12 @@
-"""Which weights of a model are adapted, what they are called, and how to read one as a dense [M, N] matrix.
+"""The matrices of a model that are adapted: their names, and reading one as a dense [M, N] tensor.
 
-One walk serves every model family; what differs between families is the tables below, not code.
+One walk serves every model family. The differences between families are in the tables below, not in code.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,23 +14,26 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Path components that say what a block is for. The last one found in a module's path decides.
-ATTENTION = frozenset(
+# Path components that say whether a block is attention or MLP. The last one found in a module's path decides.
+ATTENTION: frozenset[str] = frozenset(
     "attn attention self_attn self_attention cross_attn encoder_attn EncDecAttention SelfAttention linear_attn".split()
 )
-MLP = frozenset(
-    "mlp mlps ffn feed_forward feedforward experts shared_expert shared_experts block_sparse_moe DenseReluDense fc1 fc2 intermediate".split()
+MLP: frozenset[str] = frozenset(
+    "mlp mlps ffn feed_forward feedforward experts shared_expert shared_experts block_sparse_moe DenseReluDense fc1 "
+    "fc2 intermediate".split()
 )
-# Never patched by name alone: heads, routers, and matrices that models read through `.weight` instead of calling.
-SKIP_LEAF = frozenset("lm_head embed_out score classifier qa_outputs router gate shared_expert_gate dt_proj".split())
-# Towers and projectors see other rows than the text does (images, audio frames), so one row index per request does not fit them; and the
+# Left out unless they are named: heads, routers, and matrices that models read through `.weight` instead of calling.
+SKIP_LEAF: frozenset[str] = frozenset(
+    "lm_head embed_out score classifier qa_outputs router gate shared_expert_gate dt_proj".split()
+)
+# Towers and projectors get image patches or audio frames, which do not fit one row index per sequence of the text. The
 # small matrices of other adapters are trained, not factored.
-SKIP_PART = frozenset(
+SKIP_PART: frozenset[str] = frozenset(
     "vision_tower vision_model visual vision_encoder image_encoder audio_tower audio_encoder multi_modal_projector "
     "mm_projector embed_vision embed_audio connector lora_A lora_B".split()
 )
-# Tensors of a stack of mixture-of-experts weights: [experts, M, N], or [experts, N, M] where the class says it is transposed.
-STACKS = ("gate_up_proj", "up_proj", "down_proj")
+# The stacks of a mixture-of-experts layer: [experts, M, N], or [experts, N, M] if the class says is_transposed.
+STACKS: tuple[str, ...] = ("gate_up_proj", "up_proj", "down_proj")
 
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -39,11 +42,14 @@ Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 class Matrix:
     """One adapted matrix W [M, N] (out_features, in_features) of a model: y = x Wᵀ.
 
-    name: what experts and factors call it: the module's path; with `.{tensor}.{index}` behind it in a mixture-of-experts stack
+    name: key of the matrix in experts and factors: the module's path; for a slice of a mixture-of-experts stack with
+        `.{tensor}.{index}` behind it
     tensor: the parameter's key in the model's state dict
-    index: which slice of a stack, or None
-    transposed: the parameter is stored [N, M] (Conv1D, gpt-oss)
+    shape: (M, N)
     kind: "attention", "mlp" or "other"
+    module: the module that holds the parameter
+    index: the slice of a stack, or None
+    transposed: True if the parameter is stored as [N, M] (Conv1D, gpt-oss)
     """
 
     name: str
@@ -70,33 +76,39 @@ class Matrix:
         return getattr(self.module, self.tensor.rpartition(".")[2], None)
 
     def orient(self, stored: Tensor) -> Tensor:
-        """The stored parameter (or checkpoint tensor) as W [M, N]."""
+        """W [M, N] from the stored parameter or checkpoint tensor."""
         w = stored if self.index is None else stored[self.index]
         return w.t() if self.transposed else w
 
     def read(self) -> Tensor:
-        """W [M, N] in floating point, dequantised where the module holds another format. Raises ValueError where there are no numbers."""
+        """W [M, N] in floating point, dequantised if the module holds another format.
+
+        Raises ValueError if there is no readable weight, or if it is on the meta device.
+        """
         stored = self.stored
         if not isinstance(stored, Tensor):
             raise ValueError(
-                f"{self.name}: {type(self.module).__name__} has no readable weight; pass factors decomposed from the original checkpoint"
+                f"{self.name}: {type(self.module).__name__} has no readable weight; "
+                "pass factors decomposed from the original checkpoint"
             )
         if stored.is_meta:
             raise ValueError(
-                f"{self.name}: its weight is on the meta device (not loaded, or offloaded); load it, or pass factors of the checkpoint"
+                f"{self.name}: its weight is on the meta device (not loaded, or offloaded); "
+                "load it, or pass factors of the checkpoint"
             )
         with torch.no_grad():
             return self.orient(_dense(stored, self.module))
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the module's weight is something else than a plain floating-point tensor."""
+    """True if the module's weight is not a plain floating-point tensor."""
     w = getattr(module, "weight", None)
-    return not (type(w) in (nn.Parameter, Tensor) and w.is_floating_point() and w.element_size() > 1)
+    plain = isinstance(w, Tensor) and type(w) in (nn.Parameter, Tensor)
+    return not (plain and w.is_floating_point() and w.element_size() > 1)
 
 
-def stored_bytes(t: Tensor) -> int:
-    """Bytes of a weight as it is kept: of the packed numbers and their scales where it is a quantised tensor made of others."""
+def stored_bytes(t: Any) -> int:
+    """Bytes of a weight as it is stored; for a quantised tensor, of its packed numbers and their scales."""
     if hasattr(t, "__tensor_flatten__"):
         return sum(stored_bytes(getattr(t, part)) for part in t.__tensor_flatten__()[0])
     return t.numel() * t.element_size()
@@ -105,11 +117,11 @@ def stored_bytes(t: Tensor) -> int:
 def find_matrices(model: nn.Module, targets: Targets = "all") -> dict[str, Matrix]:
     """The matrices that `targets` selects, by name, in model order.
 
-    targets: "all" (every linear layer of the blocks), "mlp", "attention"; a regular expression that is searched in names;
-        a list of last path components ("q_proj"); or `callable(name, module) -> bool`.
-        Heads, embeddings, routers, vision and audio towers are left out, unless a regular expression matches nothing else,
-        or a list or callable asks for them.
-    Raises ValueError if nothing is selected (with names that exist), or if a head tied to the embedding is.
+    targets: "all" (every linear layer of the blocks), "mlp", "attention"; a regular expression that is searched in the
+        names; a list of last path components ("q_proj"); or `callable(name, module) -> bool`
+    Heads, embeddings, routers, vision and audio towers are left out. A list or a callable may select them; a regular
+    expression does if it matches nothing else.
+    Raises ValueError if nothing is selected (the message lists names), or if a head tied to the embedding is selected.
     """
     every = dict(_walk(model))
     usual = {n: m for n, m in every.items() if _usual(n, m, model)}
@@ -127,7 +139,7 @@ def find_matrices(model: nn.Module, targets: Targets = "all") -> dict[str, Matri
             pattern = re.compile(targets)
         except re.error as e:
             raise ValueError(
-                f"targets={targets!r} is neither 'all', 'mlp', 'attention' nor a valid regular expression: {e}"
+                f"targets={targets!r} is not 'all', 'mlp', 'attention' or a valid regular expression: {e}"
             ) from None
         chosen = {n: m for n, m in usual.items() if pattern.search(n)} or {
             n: m for n, m in every.items() if pattern.search(n)
@@ -135,18 +147,20 @@ def find_matrices(model: nn.Module, targets: Targets = "all") -> dict[str, Matri
     if not chosen:
         some = ", ".join(list(every)[:6]) or "no linear layer at all"
         raise ValueError(
-            f"targets={targets!r} selects no matrix of {type(model).__name__}; it has {some}{', ...' if len(every) > 6 else ''}"
+            f"targets={targets!r} selects no matrix of {type(model).__name__}; "
+            f"it has {some}{', ...' if len(every) > 6 else ''}"
         )
     tied = _tied_head(model)
     for n, m in chosen.items():
         if m.module is tied:
             raise ValueError(
-                f"targets={targets!r} selects {n}, which is tied to the input embedding: adapting it would cut the tie"
+                f"targets={targets!r} selects {n}, which is tied to the input embedding; adapting it would separate "
+                "the two. Leave it out"
             )
     return chosen
 
 
-def _walk(model: nn.Module):
+def _walk(model: nn.Module) -> Iterator[tuple[str, Matrix]]:
     for path, module in model.named_modules():
         if isinstance(module, Conv1D):
             n, m = module.weight.shape
@@ -171,7 +185,7 @@ def _walk(model: nn.Module):
 
 
 def is_expert_stack(module: nn.Module) -> bool:
-    """A mixture-of-experts module in transformers' own layout: 3-D weights, dispatched through `ALL_EXPERTS_FUNCTIONS`."""
+    """True for a mixture-of-experts module in transformers' layout: 3-D weights, called by `ALL_EXPERTS_FUNCTIONS`."""
     return all(hasattr(module, a) for a in ("down_proj", "is_transposed", "has_gate", "_apply_gate"))
 
 
@@ -231,5 +245,6 @@ def _dense(stored: Tensor, module: nn.Module) -> Tensor:
     ):  # torchao and other tensor subclasses
         return stored.dequantize().detach()
     raise ValueError(
-        f"{type(module).__name__}: cannot turn its {stored.dtype} weight into floating point; pass factors of the original checkpoint"
+        f"{type(module).__name__}: its {stored.dtype} weight cannot be converted to floating point; "
+        "pass factors of the original checkpoint"
     )

@@ -1,45 +1,59 @@
-"""U diag(sigma) Vᵀ in int8: which factor is rounded first, what the other one makes good, and which components get residual columns.
+"""int8 quantisation of factors: round one factor, refit the other by least squares, then add residual columns.
 
-Rounding both factors independently costs sqrt(2) of what rounding W costs, and far more where singular vectors are spiky: the step of a
-column is its largest entry / 127. Two things bring it down to that of W, and neither costs the kernel anything.
+Rounding both factors independently costs sqrt(2) of what rounding W costs, and far more if singular vectors are spiky:
+the step of a column is its largest entry / 127. Two measures bring the error down to that of rounding W. Neither costs
+the kernel anything.
 
-*Compensation.* Of U [M, R] and V [N, R] with R = min(M, N) one is square. It is rounded first, B̂ = B + F; the other one, A, is replaced
-before it is rounded by the least-squares solution of A' diag(sigma) B̂ᵀ = W, which is exact because B̂ spans everything. For z that differ
-between components, sigma_r (z_r - z_s) (F_r · B_s) is left: nothing for z = 1, 2 var(z) of the energy of F in the mean.
-*Residual columns* (`int8`), where the error that they remove is largest. sigma_r² (|e_r|², |f_r|²) are the energies of rounding errors e, f
-in W, and they add up exactly, since the other side's singular vectors are orthogonal.
+*Compensation.* Of U [M, R] and V [N, R] with R = min(M, N), one is square. It is rounded first: B̂ = B + F. The other
+one, A, is then replaced by the least-squares solution of A' diag(sigma) B̂ᵀ = W and rounded. The solution is exact,
+because B̂ spans everything. If z differs between components, sigma_r (z_r - z_s) (F_r · B_s) remains: nothing for
+z = 1, in the mean 2 var(z) of the energy of F.
 
-Output errors on hidden states over those of int8 W (one step a row), median and maximum of the 36 linears of all-MiniLM-L6-v2, and 1 - cos of
-its embeddings, 4.3e-4 with int8 W (benchmarks/formats.py):
-    independent rounding        1.7, 11.5    6.0e-3
-    compensated                 1.2,  2.3    7.1e-4
-    and 6 % residual columns    0.8,  1.0    1.9e-4
+*Residual columns* (`int8`) go where they remove the most error. The energies of the rounding errors e and f in W are
+sigma_r² (|e_r|², |f_r|²). They add up exactly, since the singular vectors of the other side are orthogonal.
+
+Output errors on hidden states over those of int8 W with one step per row (36 linear layers of all-MiniLM-L6-v2), and
+1 - cos of its embeddings, which is 4.3e-4 with int8 W (benchmarks/formats.py):
+
+                                median   maximum   1 - cos
+    independent rounding        1.7      11.5      6.0e-3
+    compensated                 1.2       2.3      7.1e-4
+    and 6 % residual columns    0.8       1.0      1.9e-4
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .int8 import ALIGN, LEVELS, Int8Factor, round_columns
 
-SPREAD = 0.25  # of z around 1: the four experts of the built-in model have 0.10 to 0.35 in a matrix
-ENOUGH = 1.0  # times the error of int8 W. At 1.1 MiniLM takes 2 % fewer columns, but the built-in model's logits are further off than with int8 W
-INDEPENDENT = math.sqrt(2)  # what two roundings in place of one cost where the singular vectors are not spiky
-MOST = 8  # R / 8 more columns without being asked for more
-SPIKY = 0.02  # of its own length: a Gaussian column of 4096 entries is off by 0.009. Compensation hides such a component at z = 1 only: on
-# MiniLM the largest output error with z of SPREAD fell from 1.5e-2 to 9e-3 for 1 % more columns
-MEASURED = f"||W(z) - W'(z)|| / ||W(z)||, Frobenius, root mean square over z = 1 +- {SPREAD}, of the kept components"
+SPREAD: float = 0.25  # of z around 1: the experts of the built-in model have 0.10 to 0.35 in a matrix
+# The error aimed at, times that of int8 W. At 1.1 MiniLM takes 2 % fewer columns, but the logits of the built-in model
+# are further off than with int8 W.
+ENOUGH: float = 1.0
+INDEPENDENT: float = math.sqrt(2)  # the cost of two roundings in place of one, for vectors that are not spiky
+MOST: int = 8  # at most R / 8 residual columns unless max_error asks for more
+# A column with a rounding error above this share of its length is spiky (a Gaussian column of 4096 entries has 0.009).
+# It gets a residual column, because compensation corrects it at z = 1 only: on MiniLM the largest output error with z
+# of SPREAD fell from 1.5e-2 to 9e-3 for 1 % more columns.
+SPIKY: float = 0.02
+MEASURED: str = (
+    f"||W(z) - W'(z)|| / ||W(z)||, Frobenius, root mean square over z = 1 +- {SPREAD}, of the kept components"
+)
 
 
 class Rounded(NamedTuple):
-    """What `quantise` found.
+    """The result of `quantise`.
 
-    error, dense: relative errors of W as int8 factors (as MEASURED says), and as an int8 matrix with one step a row
-    residual: how many residual columns; compensated: whether one factor makes good the other's rounding
+    factor: the int8 factors
+    error: relative error of W as int8 factors (MEASURED)
+    dense: relative error of W as an int8 matrix with one step per row
+    residual: number of residual columns
+    compensated: True if one factor was refitted to cancel the rounding error of the other
     """
 
     factor: Int8Factor
@@ -48,8 +62,8 @@ class Rounded(NamedTuple):
     residual: int
     compensated: bool
 
-    def record(self) -> dict:
-        """For a manifest."""
+    def record(self) -> dict[str, Any]:
+        """The facts for a manifest."""
         facts = {"columns": len(self.factor.fold), "residual_columns": self.residual, "compensated": self.compensated}
         return facts | {"format_error": self.error, "dense_int8_error": self.dense, "measured": MEASURED}
 
@@ -57,14 +71,15 @@ class Rounded(NamedTuple):
 def quantise(
     U: Tensor, sigma: Tensor, V: Tensor, max_error: float | None = None, compensate: bool | None = None
 ) -> Rounded:
-    """W = U diag(sigma) Vᵀ in int8 with as many residual columns as its error asks for.
+    """W = U diag(sigma) Vᵀ in int8, with residual columns until the error is small enough.
 
     U: [M, R], sigma: [R], V: [N, R], floating point
-    max_error: relative, as MEASURED says. None: ENOUGH times that of an int8 W with one step a row (times sqrt(2) if not compensated), with at
-        most R / MOST more columns
-    compensate: None: if R = min(M, N). Wrong for the delta form, whose rows sigma (z - 1) leave the unchanged components out
+    max_error: largest relative error (MEASURED). None: ENOUGH times that of an int8 W with one step per row (times
+        sqrt(2) without compensation), with at most R / MOST residual columns
+    compensate: None: if R = min(M, N). Must be False for the delta form: its rows sigma (z - 1) are 0 for unchanged
+        components, which then cannot compensate
 
-    Returns C columns, a multiple of ALIGN. Raises ValueError if max_error cannot be had, with what can.
+    Returns C columns, a multiple of ALIGN. Raises ValueError if max_error cannot be reached, with the error that can.
     """
     if max_error is not None and not max_error > 0:
         raise ValueError(f"max_error={max_error}: wanted a positive relative error, such as 0.01, or None")
@@ -85,7 +100,8 @@ def quantise(
         extra = _aligned(R, extra + 1)
     if max_error is not None and error > max_error:
         raise ValueError(
-            f"int8 factors of this {[M, N]} matrix reach {error:.2g} with every residual column, not max_error={max_error:.2g}"
+            f"int8 factors of this {[M, N]} matrix reach {error:.2g} with every residual column, "
+            f"not max_error={max_error:.2g}; allow more, or use another format"
         )
     if M < N:
         factor = factor._replace(U=factor.V.contiguous(), V=factor.U.t().contiguous().t())
@@ -93,32 +109,40 @@ def quantise(
 
 
 class Rounding:
-    """W = second diag(sigma) firstᵀ: `first` [L1, R] is rounded first. Squared lengths in components' own units, sigma² left out."""
+    """Rounds W = second diag(sigma) firstᵀ: `first` [L1, R], then `second` [L2, R].
 
-    def __init__(self, first: Tensor, sigma: Tensor, second: Tensor, compensate: bool):
+    compensate: refit `second` after `first` was rounded
+    gain: [2 R] the squared error that a residual column removes: of `second` for each component, then of `first`
+    spiky: [2 R] which columns need a residual column in any case
+    order: [2 R] in which order residual columns are added
+    """
+
+    def __init__(self, first: Tensor, sigma: Tensor, second: Tensor, compensate: bool) -> None:
         self.first, self.sigma, self.second, self.compensate = first, sigma, second, compensate
-        self.W = (second * sigma) @ first.t()
-        self.total = (1 + SPREAD**2) * sigma.double().square().sum().item()
+        self.W: Tensor = (second * sigma) @ first.t()
+        self.total: float = (1 + SPREAD**2) * sigma.double().square().sum().item()
         one = 1 + SPREAD**2
         f, _ = left_over(first)
         target = self.target(first - f)
         e, length = left_over(target)
         f2, e2, energy = f.square().sum(0), e.square().sum(0), sigma.square()
-        # Removed by a residual column of `second` and of `first`.
-        self.gain = torch.cat([one * energy * e2, (2 * SPREAD**2 if compensate else one) * energy * f2])
-        self.spiky = torch.cat([e2 > (SPIKY * length) ** 2, f2 > SPIKY**2])
+        self.gain: Tensor = torch.cat([one * energy * e2, (2 * SPREAD**2 if compensate else one) * energy * f2])
+        self.spiky: Tensor = torch.cat([e2 > (SPIKY * length) ** 2, f2 > SPIKY**2])
         gain = self.gain.double()
-        self.order = torch.argsort(gain + self.spiky * 2 * gain.sum(), descending=True, stable=True)
+        self.order: Tensor = torch.argsort(gain + self.spiky * 2 * gain.sum(), descending=True, stable=True)
 
     def wanted(self, limit: float, most: int) -> int:
-        """Residual columns by which the error should be down to `limit`, and no component spiky any more; at most `most`."""
+        """Number of residual columns that brings the error to `limit` and covers every spiky column, at most `most`."""
         removed = self.gain.double()[self.order].cumsum(0)
         left = (removed[-1] - removed).clamp_min(0)
         enough = int((left > limit**2 * self.total).sum()) + 1 if removed[-1] > limit**2 * self.total else 0
         return min(most, max(enough, int(self.spiky.sum())))
 
     def build(self, extra: int) -> tuple[Int8Factor, float]:
-        """Columns with U = second, V = first, and the error; `extra` residual ones (no more than there are; zeros fill up)."""
+        """Round with U = second, V = first and `extra` residual columns (padding if that is more than 2 R).
+
+        Returns the factors and their error.
+        """
         R, sigma = len(self.sigma), self.sigma
         chosen = self.order[:extra]
         of_second, of_first = chosen[chosen < R].sort().values, chosen[chosen >= R].sort().values - R
@@ -149,12 +173,15 @@ class Rounding:
         return factor, self._error(factor, A - self.second, B - self.first)
 
     def target(self, B: Tensor) -> Tensor:
-        """What `second` is rounded from: the solution A of A diag(sigma) Bᵀ = W, in the mean square; itself where nothing is made good."""
+        """The matrix that is rounded in place of `second`: the least-squares solution A of A diag(sigma) Bᵀ = W.
+
+        `second` itself without compensation.
+        """
         if not self.compensate:
             return self.second
         gram = B.t() @ B
         scaled = torch.linalg.solve(gram, (self.first.t() @ B).t()).t()  # (firstᵀ B) (Bᵀ B)⁻¹, near 1
-        small = self.sigma > 1e-6 * self.sigma[:1]  # below, a column would be all compensation and no component
+        small = self.sigma > 1e-6 * self.sigma[:1]  # below, compensation would be all of the column
         solved = ((self.second * self.sigma) @ scaled) / self.sigma.clamp_min(torch.finfo(torch.float32).tiny)
         return torch.where(small, solved, self.second)
 
@@ -162,25 +189,26 @@ class Rounding:
         if not self.total:
             return 0.0
         together = (factor.dense() - self.W).square().sum(dtype=torch.float64)
-        # |(a + e)(b + f)ᵀ - a bᵀ|² = |e (b + f)ᵀ + a fᵀ|² of each component; the product of its two terms is of a higher order.
+        # |(a + e)(b + f)ᵀ - a bᵀ|² = |e (b + f)ᵀ + a fᵀ|² for each component, without the product of the two terms,
+        # which is of a higher order.
         each = e.square().sum(0) * (self.first + f).square().sum(0) + f.square().sum(0)
         apart = (each.double() * self.sigma.double().square()).sum()
         return math.sqrt(((together + SPREAD**2 * apart) / self.total).item())
 
 
 def left_over(X: Tensor) -> tuple[Tensor, Tensor]:
-    """What rounding leaves over of each column, and the columns' lengths."""
+    """The rounding errors of X [L, C], and the lengths [C] of its columns."""
     q, step = round_columns(X)
     return X - q * step, X.norm(dim=0)
 
 
 def _dense_int8_error(W: Tensor) -> float:
-    """||W - int8(W)|| / ||W|| with one step for each row [M]."""
+    """||W - int8(W)|| / ||W|| with one step per row."""
     step = (W.abs().amax(1, keepdim=True) / LEVELS).clamp_min(torch.finfo(W.dtype).tiny)
     size = W.norm()
     return ((W - (W / step).round() * step).norm() / size).item() if size else 0.0
 
 
 def _aligned(R: int, extra: int) -> int:
-    """`extra`, up to where R + extra is a multiple of ALIGN: what is read anyway carries something."""
+    """`extra` rounded up, so that R + extra is a multiple of ALIGN: columns that are read anyway are used."""
     return extra + -(R + extra) % ALIGN

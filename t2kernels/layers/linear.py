@@ -1,4 +1,4 @@
-"""`SVFLinear`: the frozen factors of one matrix and its table of scale rows. `DeltaLinear`, `FactoredLinear`: the forms.
+"""`SVFLinear`: frozen factors of one matrix and its table of scale rows. `DeltaLinear`, `FactoredLinear`: the forms.
 
     y = base + ((x V) * scale[expert_ids]) Uᵀ                       (Transformer², arXiv 2501.06252, section 3.1)
 
@@ -84,7 +84,7 @@ class SVFLinear(nn.Module):
         self.transposed: bool = False  # whether the dense weight is stored as [N, M]
 
     def install(self, model: nn.Module, matrix: Matrix) -> None:
-        """Put the layer into the model at `matrix`. Raises ValueError, with the model unchanged, if that is impossible."""
+        """Put the layer into the model at `matrix`. Raises ValueError, with the model unchanged, if it cannot be."""
         raise NotImplementedError(f"{type(self).__name__} cannot be installed into a model")
 
     def remove(self, model: nn.Module, row: int = 0) -> None:
@@ -202,7 +202,7 @@ class DeltaLinear(SVFLinear):
 
     def remove(self, model: nn.Module, row: int = 0) -> None:
         """Take child and hook off the dense layer; add the change of the expert in `row` to its weight."""
-        module = model.get_submodule(self.path)
+        module: Any = model.get_submodule(self.path)
         if row:
             change = (self.U.float() * self.table()[row]) @ self.Vt.float()  # [M, N]
             module.weight.add_((change.t() if self.transposed else change).to(module.weight.device))
@@ -235,7 +235,7 @@ def add_delta(y: Tensor, x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Te
     return call(x, V, U, scale, ids if ids.device == y.device else ids.to(y.device), y)
 
 
-def delta_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def delta_hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """Forward hook of a layer in delta form.
 
     A plain function: a module that is copied, pickled or replicated finds its own child.
@@ -269,12 +269,12 @@ class FactoredLinear(SVFLinear):
         self.out_features: int = factor.U.shape[0]
         # the ids of a forward without a route
         self.register_buffer("base_ids", torch.zeros((), dtype=torch.int32), persistent=False)
-        self._original: tuple[nn.Module, ...] = ()  # the dense layer; in a tuple, so that it is no submodule
+        self._original: tuple[Any, ...] = ()  # the dense layer; in a tuple, so that it is no submodule
         self._requires_grad = False
 
     def install(self, model: nn.Module, matrix: Matrix) -> None:
         """Replace the dense layer and drop its weight, so that only one matrix is ever held twice."""
-        original = matrix.module
+        original: Any = matrix.module
         self.path, self.transposed = matrix.path, matrix.transposed
         self.bias = getattr(original, "bias", None)
         self._original, self._requires_grad = (original,), original.weight.requires_grad

@@ -9,6 +9,7 @@ same bit for bit.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class DeltaStack(SVFLinear):
 
         Raises ValueError, with the model unchanged, for a mixture-of-experts layer that is not supported.
         """
-        module = matrix.module
+        module: Any = matrix.module
         if reason := unsupported(module):
             raise ValueError(f"{matrix.path} ({type(module).__name__}) cannot be patched: {reason}; leave it out")
         self.path, self.tensor, self.transposed = matrix.path, matrix.tensor.rpartition(".")[2], matrix.transposed
@@ -50,7 +51,7 @@ class DeltaStack(SVFLinear):
 
     def remove(self, model: nn.Module, row: int = 0) -> None:
         """Take the child off the mixture-of-experts layer; add the change of the expert in `row` to the stack."""
-        module = model.get_submodule(self.path)
+        module: Any = model.get_submodule(self.path)
         if row:
             weights, scale = getattr(module, self.tensor), self.table()[row]
             for e in range(weights.shape[0]):
@@ -84,7 +85,7 @@ def stack_factors(factors: list[Factor | Int8Factor]) -> Factor | Int8Factor:
     return Factor(*(torch.stack(part) for part in zip(*factors, strict=True)))
 
 
-def svf_experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def svf_experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Σ over a token's k weights e: share of e * down_e(gate(up_e(x))), both matmuls with the expert row of the token.
 
     hidden: [T, H]

@@ -51,7 +51,7 @@ def z_from_logits(p: Tensor, sigma: Tensor, trace_norm: bool = True, max_mult: f
 
     p, sigma: [..., R]
     trace_norm: False: z = m. True: max_mult cancels, and a uniform p is the base model
-    Returns z [..., R], differentiable in p. Raises ValueError if the shapes differ. Source: the release of Transformer².
+    Returns z [..., R], differentiable in p. Raises ValueError if the shapes differ. Source: Transformer²'s release.
     """
     if p.shape != sigma.shape:
         raise ValueError(f"z_from_logits: wanted p and sigma of one shape, got {list(p.shape)} and {list(sigma.shape)}")

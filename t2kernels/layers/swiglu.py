@@ -47,7 +47,7 @@ def remove(model: nn.Module) -> None:
         subclass.remove(FusedMLP, m)
 
 
-def _has_the_parts(m: nn.Module) -> bool:
+def _has_the_parts(m: Any) -> bool:
     gate, up = (_layer(getattr(m, n, None)) for n in ("gate_proj", "up_proj"))
     if (
         gate is None
@@ -67,9 +67,9 @@ def _layer(module: object) -> DeltaLinear | FactoredLinear | None:
 
 
 @torch.no_grad()
-def _computes_the_formula(m: nn.Module) -> bool:
+def _computes_the_formula(m: Any) -> bool:
     """On two tokens, base model: its own forward against the formula, bit for bit."""
-    like = _layer(m.gate_proj)
+    like: Any = _layer(m.gate_proj)
     dtype = next((p.dtype for p in m.parameters() if p.is_floating_point()), like.U.dtype)
     N = like.Vt.shape[-1]
     # no random numbers, so that patching leaves the generator as it is
@@ -80,7 +80,7 @@ def _computes_the_formula(m: nn.Module) -> bool:
         return False
 
 
-def _inner(m: nn.Module, x: Tensor) -> Tensor | None:
+def _inner(m: Any, x: Tensor) -> Tensor | None:
     """silu(gate(x)) * up(x) from the kernel; None if the MLP's own forward must run."""
     if not skinny_kernels(x.device):
         return None

@@ -32,7 +32,7 @@ class ParameterCount:
 def count_parameters(
     model: nn.Module | PretrainedConfig, targets: Targets = "all", rank: int | float | None = None, lora_rank: int = 16
 ) -> ParameterCount:
-    """Count Σ k numbers of an SVF expert (Transformer², arXiv 2501.06252, section 3.1) and Σ r (M + N) of a LoRA adapter.
+    """Count an SVF expert's Σ k numbers (Transformer², arXiv 2501.06252, section 3.1) and a LoRA adapter's Σ r (M + N).
 
     model: a model on any device, meta included; or a config, from which the model is made on the meta device
     targets, rank: as in `patch_model`

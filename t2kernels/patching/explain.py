@@ -1,10 +1,11 @@
-"""`explain`: the kernels that a patched model runs for a batch, layer by layer, and why. It asks the planner; no timing."""
+"""`explain`: the kernels that a patched model runs for a batch, layer by layer, and why; from the planner, untimed."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -137,15 +138,9 @@ def explain(
 
 
 def _together(bank: ExpertBank) -> Iterator[list[tuple[SVFLinear, tuple[str, ...]]]]:
-    """The bank's layers with their names, the members of a group in one list. While experts train there are no groups."""
-    for layer, names in bank.layers:
-        group = None if bank.in_training else layer.group
-        if group is None or layer is group.layers[0]:
-            found = [(layer, names)]
-        else:
-            found.append((layer, names))
-        if group is None or layer is group.layers[-1]:
-            yield found
+    """The bank's layers with their names, the members of a group in one list. No groups while experts train."""
+    for _, found in groupby(bank.layers, lambda pair: id(pair[0] if bank.in_training else pair[0].group or pair[0])):
+        yield list(found)
 
 
 def _advice(lines: Sequence[Line], one: bool, bank: ExpertBank) -> Iterator[str]:
@@ -162,7 +157,7 @@ def _kind(names: Sequence[str]) -> str:
 
 
 def _weight_bytes(model: nn.Module, layer: SVFLinear, names: Sequence[str], dtype: torch.dtype) -> int:
-    """Bytes of one dense weight: as stored, for the delta form; in the model's dtype for the factored form, which dropped it."""
+    """Bytes of one dense weight: as stored in delta form, in the model's dtype in factored form, which dropped it."""
     if layer.form == "factored":
         return layer.U.shape[-2] * layer.Vt.shape[-1] * dtype.itemsize
     if len(names) == 1:

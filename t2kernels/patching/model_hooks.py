@@ -62,7 +62,8 @@ class PatchedModel(Mixin):
             return super().generate(*args, **kwargs)
         if ids.dim() == 2:
             raise ValueError(
-                "generate takes one expert for all prompts, or a list with one for each; one expert a token is for forward"
+                "generate takes one expert for all prompts, or a list with one for each; "
+                "one expert a token is for forward"
             )
         # The route around the whole call is for what runs outside a hooked forward: the encoder of an encoder-decoder.
         # There the rows are not yet expanded to beams.
@@ -112,7 +113,7 @@ def install(model: nn.Module, bank: ExpertBank) -> None:
             f"transformers {transformers.__version__} has no {' and no '.join(missing)} ({OVERRIDDEN[missing[0]]}); "
             "use a version that t2kernels supports (pyproject.toml)"
         )
-    routed = {
+    routed: dict[Any, Callable[..., Any]] = {
         module: checkpoint_with_route(module._gradient_checkpointing_func, bank.routing)
         for module in model.modules()
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
@@ -157,8 +158,8 @@ def checkpoint_with_route(func: Callable[..., Any], routing: Routing) -> Callabl
         raise ValueError(f"gradient checkpointing through {func} cannot carry experts; use torch.utils.checkpoint")
     if keywords.get("use_reentrant", False):
         raise ValueError(
-            "reentrant gradient checkpointing cannot carry experts into its recomputation, so gradients would be wrong; "
-            "pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+            "reentrant gradient checkpointing cannot carry experts into its recomputation, so gradients would be "
+            "wrong; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
     if keywords.get("context_fn", _no_contexts) is not _no_contexts:
         raise ValueError("gradient checkpointing already has a context_fn, which experts need; remove it")
@@ -169,7 +170,7 @@ def _no_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager
     return contextlib.nullcontext(), contextlib.nullcontext()
 
 
-def _entrances(model: nn.Module) -> list[nn.Module]:
+def _entrances(model: nn.Module) -> list[Any]:
     """The model and its backbone.
 
     Some trainers call the backbone directly. It accepts **kwargs and would silently ignore expert_ids, so it is hooked
@@ -179,7 +180,7 @@ def _entrances(model: nn.Module) -> list[nn.Module]:
     return [model] if backbone is None or backbone is model else [model, backbone]
 
 
-def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     bank = module.t2_bank
     routing = bank.routing
     routing.push(routing.active)  # first of all: `_leave` is always called and pops it
@@ -203,7 +204,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return args, kwargs
 
 
-def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _leave(module: Any, args: tuple[Any, ...], output: Any) -> None:
     module.t2_bank.routing.pop()
 
 

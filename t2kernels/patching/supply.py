@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class FactorSupply:
                 f"max_error={max_error}: it limits what a format loses; pass it with factors='int8', 'fp16' or 'bf16'"
             )
         self.factors: Factors | Mapping[str, Factor | Int8Factor] | None = (
-            Factors.load(given) if isinstance(given, (str, os.PathLike)) else given
+            Factors.load(Path(given)) if isinstance(given, (str, os.PathLike)) else given
         )
         self.max_error, self.origin, self.dtype = max_error, origin, dtype
 
@@ -71,7 +72,8 @@ class FactorSupply:
         max_error that cannot be reached.
         """
         wanted = matrix.rank if form == "factored" else support
-        factor = self._computed(matrix, form, wanted) if self.factors is None else self._given(matrix, form, wanted)
+        factors = self.factors
+        factor = self._computed(matrix, form, wanted) if factors is None else self._given(factors, matrix, form, wanted)
         return factor.cut(wanted).to(matrix.stored.device)
 
     def _computed(self, m: Matrix, form: str, wanted: int) -> Factor | Int8Factor:
@@ -82,8 +84,9 @@ class FactorSupply:
         # In delta form a component that the expert leaves alone has a row of 0, so it could not compensate anything.
         return convert(m.name, factor, self.format, self.max_error, compensate=form == "factored")[0]
 
-    def _given(self, m: Matrix, form: str, wanted: int) -> Factor | Int8Factor:
-        factors = self.factors
+    def _given(
+        self, factors: Factors | Mapping[str, Factor | Int8Factor], m: Matrix, form: str, wanted: int
+    ) -> Factor | Int8Factor:
         factor = factors[m.name]
         got = (factor.U.shape[0], factor.V.shape[0])
         if got != m.shape:

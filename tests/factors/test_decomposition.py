@@ -244,7 +244,7 @@ def test_bad_weights_are_named(tmp_path):
     for bad, why in [
         (torch.ones(48, 32, dtype=torch.int8), r"model\.layers\.1\.mlp\.up_proj: .*as I8, a quantised format"),
         (torch.ones(48, 32).to(torch.float8_e4m3fn), "as F8_E4M3, a quantised format"),
-        (torch.ones(32, 48), r"as \[32, 48\], its config wants \[48, 32\]"),
+        (torch.ones(32, 48), r"as \[32, 48\], its config says \[48, 32\]"),
     ]:
         save_file({**tensors, key: bad}, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=why):
@@ -268,7 +268,7 @@ def test_bad_paths_are_named(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(
         FileNotFoundError,
-        match=r"nobody/nothing is no directory here, and the hub did not give it: LocalEntryNotFoundError: offline",
+        match=r"nobody/nothing is not a directory, and the hub did not provide it: LocalEntryNotFoundError: offline",
     ):
         decompose("nobody/nothing")
     empty = tmp_path / "empty"

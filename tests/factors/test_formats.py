@@ -18,7 +18,7 @@ SHAPES = [(96, 96), (160, 64), (64, 160), (50, 37), (7, 90)]
 
 
 def spiky(M, N, decay=0.7):
-    """A decaying spectrum, and a few output and input channels far larger than the others, as trained transformers have them."""
+    """A decaying spectrum, a few input and output channels far larger than the others, as in trained models."""
     W = torch.randn(M, N)
     U, s, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     W = (U * (1 + torch.arange(len(s))) ** -decay) @ Vh
@@ -56,7 +56,8 @@ def test_quantise_states_its_error(shape, compensate):
     exact = torch.einsum("mr,r,nr->rmn", factor.U.double(), factor.sigma.double(), factor.V.double())
     size = exact.sum(0).norm()
     assert q.dense == pytest.approx(((dense_int8(W.double()) - W).norm() / size).item(), rel=1e-3)
-    # E ||Σ_r z_r D_r||² = ||Σ_r D_r||² + SPREAD² Σ_r ||D_r||² for z_r around 1; the product of two residuals is left out of q.error.
+    # E ||Σ_r z_r D_r||² = ||Σ_r D_r||² + SPREAD² Σ_r ||D_r||² for z_r around 1. q.error leaves the product of two
+    # residuals out.
     off = parts - exact
     mean = lambda D: D.sum(0).square().sum() + SPREAD**2 * D.square().sum()  # noqa: E731
     assert q.error == pytest.approx((mean(off) / mean(exact)).sqrt().item(), rel=2e-2)
@@ -97,7 +98,7 @@ def test_max_error_is_held_or_refused(compensate):
 
 
 def test_no_component_is_left_spiky():
-    """A component of little weight with one huge entry: the error of W does not feel it, an expert of that component does."""
+    """A component of little weight with one huge entry hardly changes the error of W, but an expert may use it."""
     L, r = 200, 150
     U, _ = torch.linalg.qr(torch.randn(L, L, dtype=torch.float64))
     V = torch.randn(L, L, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Layers that read the same input, computed together: the same answers as alone, and never from anything but that input."""
+"""Layers that read the same input, computed together: the answers are as alone, and from the very input."""
 
 import copy
 import pickle

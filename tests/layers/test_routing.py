@@ -220,7 +220,7 @@ def test_compiles_in_one_graph_for_all_ids(form):
 
 
 def test_static_cache_with_a_compiled_forward():
-    """On a CPU `generate` compiles only when it is told to: without this a test with a static cache would prove nothing."""
+    """On a CPU `generate` compiles only if it is told to; otherwise a test with a static cache would prove nothing."""
     _, model, _ = patched()
     x = prompts()
     config = tf.CompileConfig(backend="eager", fullgraph=True)
@@ -238,7 +238,10 @@ def test_static_cache_with_a_compiled_forward():
 
 
 def gradients(model, bank, x, rows, between=None, checkpointing=False):
-    """Of the experts in training; `between`: another pass with other experts comes before backward, which runs on another thread."""
+    """Gradients of the experts in training.
+
+    between: the experts of another pass that comes before the backward, which then runs on another thread
+    """
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""The MLP's activation inside the kernel: only where it is the formula, only where the planner wants it, and the same answers."""
+"""The MLP's activation inside the kernel: only for the formula, only if the planner picks it, with the same answers."""
 
 import copy
 import pickle

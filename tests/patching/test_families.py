@@ -11,7 +11,7 @@ from tests.helpers.families import CONFIGS, DENSE_FAMILIES, MOE_FAMILIES, build
 
 
 def materialise(model, expert, dtype=torch.float32):
-    """A dense copy with W' = U diag(sigma z) Vᵀ, from a decomposition of its own: nothing shared with the code under test."""
+    """A dense copy with W' = U diag(sigma z) Vᵀ, from a decomposition of its own: independent of the code tested."""
     dense = copy.deepcopy(model)
     with torch.no_grad():
         for name, m in find_matrices(dense).items():
@@ -41,7 +41,7 @@ def rms(x):
 
 
 def typical(t):
-    """The median over tokens: one whose norm amplifies rounding more than tenfold (olmo2 has some) must not decide by its luck."""
+    """The median over tokens: some norms of olmo2 amplify rounding tenfold, and one such token must not decide."""
     return t.double().pow(2).mean(-1).sqrt().median()
 
 

@@ -143,7 +143,7 @@ def test_delta_form_adds_k_times_m_plus_n_numbers_and_touches_nothing():
     sizes = [m.shape for m in find_matrices(plain).values()]
     assert added == sum(k * (m + n) for m, n in sizes) + len(sizes) * k * (1 + rows)  # and sigma, and the table
     assert len(bank.matrices) == len(sizes)
-    # The same modules of the same classes, but the MLPs, which got a subclass of their own (tests/layers/test_swiglu.py).
+    # The same modules of the same classes, except the MLPs, which got a subclass (tests/layers/test_swiglu.py).
     kept = [
         getattr(type(m), "made_from", (None, type(m)))[1] for n, m in model.named_modules() if n and ".svf" not in n
     ]
