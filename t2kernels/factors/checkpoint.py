@@ -53,7 +53,9 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, targets: Targets = "all") -> None:
         self.directory: Path = _local(path)
-        self.name, self.revision = name_of(self.directory)
+        name, revision = name_of(self.directory)
+        self.name: str = name
+        self.revision: str | None = revision
         self.files: dict[str, str] = _tensor_files(self.directory)
         model = _meta_model(self.directory)
         self._prefix: str = getattr(model, "base_model_prefix", "")

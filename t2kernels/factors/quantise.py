@@ -118,7 +118,10 @@ class Rounding:
     """
 
     def __init__(self, first: Tensor, sigma: Tensor, second: Tensor, compensate: bool) -> None:
-        self.first, self.sigma, self.second, self.compensate = first, sigma, second, compensate
+        self.first: Tensor = first
+        self.sigma: Tensor = sigma
+        self.second: Tensor = second
+        self.compensate: bool = compensate
         self.W: Tensor = (second * sigma) @ first.t()
         self.total: float = (1 + SPREAD**2) * sigma.double().square().sum().item()
         one = 1 + SPREAD**2

@@ -94,6 +94,11 @@ class SVFLinear(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be removed from a model")
 
+    def place_at(self, matrix: Matrix) -> None:
+        """Note where the layer is installed, for `remove`."""
+        self.path = matrix.path
+        self.transposed = matrix.transposed
+
     def unsupported_merge(self, model: nn.Module) -> str | None:
         """Why no expert can be merged into the dense layer; None if it is possible."""
         return None
@@ -196,7 +201,7 @@ class DeltaLinear(SVFLinear):
 
     def install(self, model: nn.Module, matrix: Matrix) -> None:
         """Make the layer a child of the dense layer, with a hook that adds to the dense layer's output."""
-        self.path, self.transposed = matrix.path, matrix.transposed
+        self.place_at(matrix)
         matrix.module.add_module("svf", self)
         matrix.module.register_forward_hook(delta_hook)
 
@@ -275,7 +280,7 @@ class FactoredLinear(SVFLinear):
     def install(self, model: nn.Module, matrix: Matrix) -> None:
         """Replace the dense layer and drop its weight, so that only one matrix is ever held twice."""
         original: Any = matrix.module
-        self.path, self.transposed = matrix.path, matrix.transposed
+        self.place_at(matrix)
         self.bias = getattr(original, "bias", None)
         self._original, self._requires_grad = (original,), original.weight.requires_grad
         self.train(original.training)

@@ -41,7 +41,8 @@ class DeltaStack(SVFLinear):
         module: Any = matrix.module
         if reason := unsupported(module):
             raise ValueError(f"{matrix.path} ({type(module).__name__}) cannot be patched: {reason}; leave it out")
-        self.path, self.tensor, self.transposed = matrix.path, matrix.tensor.rpartition(".")[2], matrix.transposed
+        self.place_at(matrix)
+        self.tensor = matrix.tensor.rpartition(".")[2]
         module.add_module(f"svf_{self.tensor}", self)
         if module.config._experts_implementation != IMPLEMENTATION:
             ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, svf_experts_forward)

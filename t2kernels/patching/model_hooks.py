@@ -25,7 +25,7 @@ from t2kernels.layers.active import Route, Routing
 from t2kernels.layers.hooks import remove_hook
 from t2kernels.layers.subclass import Mixin
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
 
 # The private methods of transformers that `PatchedModel` overrides, and why. `install` refuses a version without them:
 # under another name they would run unchanged, and experts would be lost without an error.

@@ -25,7 +25,7 @@ from . import model_hooks
 from .forms import FORMS, choose_form, unsupported
 from .supply import FactorSupply, Given
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def patch_model(

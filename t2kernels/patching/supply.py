@@ -40,7 +40,9 @@ class FactorSupply:
         self.factors: Factors | Mapping[str, Factor | Int8Factor] | None = (
             Factors.load(Path(given)) if isinstance(given, (str, os.PathLike)) else given
         )
-        self.max_error, self.origin, self.dtype = max_error, origin, dtype
+        self.max_error: float | None = max_error
+        self.origin: Origin = origin
+        self.dtype: torch.dtype = dtype
 
     @property
     def keeps_format(self) -> bool:
