@@ -6,51 +6,96 @@ Hooks carry the ids into a forward; a subclass of the model's own class, with th
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import threading
+import types
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
-from t2kernels.layers.active import Route, Routing
+from t2kernels.layers.active import Route
 from t2kernels.layers.subclass import Mixin, put_before, take_off
 
 logger = logging.get_logger(__name__)
 
 
-class PatchedModel(Mixin):
-    """Mixed into the class of a patched transformers model."""
+class _Unset:
+    """The type of `UNSET`, which stands where None means the base model."""
 
-    def generate(self, *args, experts=None, expert_ids=None, **kwargs):
-        """`generate` of transformers, with a row of the batch per expert.
+    def __repr__(self) -> str:
+        return "unset"
 
-        experts: one name, mixture {name: weight} or None (base model) for all prompts, a list with one for each, or a strategy of
-            `t2kernels.adapt`, which chooses one for each prompt first
-        expert_ids: the same as a tensor, 0-dim or [B] (`bank.ids`)
-        """
-        bank = self.t2_bank
-        if experts is not None and expert_ids is not None:
+
+UNSET = _Unset()
+
+
+class _Generate:
+    """`model.generate`, bound to the scope that it was looked up in.
+
+    A streamer needs `Thread(target=model.generate, ...)`: the attribute is read inside `with bank.use("math")`, and the call runs in a thread that has no
+    scope. The lookup therefore remembers the scope's route for calls from other threads.
+    """
+
+    def __get__(self, model, owner=None):
+        if model is None:
+            return _generate
+        bound = types.MethodType(_generate, model)
+        scope = model.t2_bank.routing.scopes.visible()
+        if scope is None:
+            return bound
+        thread, route = threading.get_ident(), scope.route
+
+        @functools.wraps(_generate)
+        def generate(*args, **kwargs):
+            if threading.get_ident() == thread:
+                return bound(*args, **kwargs)
+            with model.t2_bank.routing.hold(route):
+                return bound(*args, **kwargs)
+
+        return generate
+
+
+def _generate(model, *args, experts=UNSET, expert_ids=None, **kwargs):
+    """`generate` of transformers, with a row of the batch per expert.
+
+    experts: one name, mixture {name: weight} or None (base model) for all prompts, a list with one for each, or a strategy of
+        `t2kernels.adapt`, which chooses one for each prompt first. Left out: the experts of the scope (`bank.use`), or `bank.default`
+    expert_ids: the same as a tensor, 0-dim or [B] (`bank.ids`)
+    """
+    bank, plain = model.t2_bank, super(PatchedModel, model).generate
+    try:
+        if experts is not UNSET and expert_ids is not None:
             raise ValueError("give experts or expert_ids, not both")
         if expert_ids is not None:
             ids = bank.check_ids(expert_ids)
-        elif experts is not None:
-            if hasattr(experts, "choose_for"):
-                experts = experts.choose_for(self, _input_ids(args, kwargs), kwargs.get("attention_mask"))
-            ids = bank.ids(experts)
         else:
-            return super().generate(*args, **kwargs)
-        if ids.dim() == 2:
-            raise ValueError(
-                "one expert a token is for forward; generate takes one for all prompts or a list with one for each"
-            )
-        # The route around the whole call serves what runs outside the routed forward (an encoder); there rows are not yet expanded to beams.
-        with bank.routing.use(Route(ids, row=bank.row_of(ids))):
+            if hasattr(experts, "choose_for"):
+                experts = experts.choose_for(model, _input_ids(args, kwargs), kwargs.get("attention_mask"))
+            ids = None if experts is UNSET or experts is None else bank.ids(experts)
+        route = bank.routing.asked_for() if experts is UNSET else None
+        if ids is not None:
+            if ids.dim() == 2:
+                raise ValueError(
+                    "one expert a token is for forward; generate takes one for all prompts or a list with one for each"
+                )
+            route = Route(ids, row=bank.row_of(ids))
             if ids.dim() == 1:
                 kwargs["expert_ids"] = ids
-            return super().generate(*args, **kwargs)
+    except BaseException:
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"].end()  # its reader waits in another thread, and would wait for ever
+        raise
+    # The scope around the whole call serves layers outside the decoder's forward (an encoder), where rows are not yet expanded to beams.
+    with bank.routing.hold(route):
+        return plain(*args, **kwargs)
+
+
+class PatchedModel(Mixin):
+    """Mixed into the class of a patched transformers model."""
+
+    generate = _Generate()
 
     def save_pretrained(self, *args, **kwargs):
         """Saves the base model, dense, as it was before `patch_model`. Experts are saved by `bank.save(folder)`."""
@@ -69,11 +114,6 @@ class PatchedModel(Mixin):
             kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k != "expert_ids"}
         return super()._get_candidate_generator(*args, **kwargs)
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, *args, **kwargs):
-        if enable:
-            gradient_checkpointing_func = checkpoint_with_route(gradient_checkpointing_func, self.t2_bank.routing)
-        return super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
-
 
 def dress(model: nn.Module, bank) -> None:
     """Give a model its hooks and, where it is a transformers model, its class."""
@@ -83,11 +123,6 @@ def dress(model: nn.Module, bank) -> None:
         module.register_forward_hook(_leave, always_call=True)
     if hasattr(model, "_validate_model_kwargs"):
         put_before(PatchedModel, model)
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = checkpoint_with_route(
-                module._gradient_checkpointing_func, bank.routing
-            )
 
 
 def undress(model: nn.Module) -> None:
@@ -97,15 +132,6 @@ def undress(model: nn.Module) -> None:
         remove_hook(module, _enter)
         remove_hook(module, _leave)
     take_off(PatchedModel, model)
-    for module in model.modules():
-        func = getattr(module, "_gradient_checkpointing_func", None)
-        if (
-            isinstance(func, functools.partial)
-            and getattr(func.keywords.get("context_fn"), "__self__", None).__class__ is Routing
-        ):
-            module._gradient_checkpointing_func = functools.partial(
-                func.func, *func.args, **{**func.keywords, "context_fn": _no_contexts}
-            )
 
 
 def remove_hook(module: nn.Module, hook: Callable) -> None:
@@ -119,28 +145,6 @@ def remove_hook(module: nn.Module, hook: Callable) -> None:
                 d.pop(key, None)
 
 
-def checkpoint_with_route(func: Callable, routing: Routing) -> Callable:
-    """A checkpoint function whose recomputation runs with the experts of its forward.
-
-    Without it a backward pass that comes after the forward's experts are no longer active recomputes with others: wrong gradients, silently.
-    """
-    keywords = func.keywords if isinstance(func, functools.partial) else {}
-    if (func.func if isinstance(func, functools.partial) else func) is not checkpoint:
-        raise ValueError(f"gradient checkpointing through {func} cannot carry experts; use torch.utils.checkpoint")
-    if keywords.get("use_reentrant", False):
-        raise ValueError(
-            "reentrant gradient checkpointing cannot carry experts into its recomputation: gradients would be wrong; "
-            "pass gradient_checkpointing_kwargs={'use_reentrant': False}"
-        )
-    if keywords.get("context_fn", _no_contexts) is not _no_contexts:
-        raise ValueError("gradient checkpointing already has a context_fn; experts need it")
-    return functools.partial(func, use_reentrant=False, context_fn=routing.checkpoint_contexts)
-
-
-def _no_contexts():
-    return contextlib.nullcontext(), contextlib.nullcontext()
-
-
 def _entrances(model: nn.Module) -> list[nn.Module]:
     """The model, and its backbone, which some trainers call directly; its **kwargs would swallow expert_ids without a word."""
     backbone = getattr(model, "base_model", None)
@@ -149,30 +153,33 @@ def _entrances(model: nn.Module) -> list[nn.Module]:
 
 def _enter(module: nn.Module, args: tuple, kwargs: dict):
     bank = module.t2_bank
-    routing = bank.routing
-    routing.push(routing.active)  # first of all, so that `_leave`, which is always called, finds what it takes away
-    ids, names = kwargs.pop("expert_ids", None), kwargs.pop("experts", None)
-    if names is not None:
-        if ids is not None:
-            raise ValueError("give experts or expert_ids, not both")
+    entrance = bank.routing.enter(
+        module
+    )  # first of all, so that `_leave`, which is always called, finds what it takes away
+    ids, names = kwargs.pop("expert_ids", None), kwargs.pop("experts", UNSET)
+    if ids is not None and names is not UNSET:
+        raise ValueError("give experts or expert_ids, not both")
+    if ids is not None:
+        ids = bank.check_ids(ids)
+    elif names is UNSET:
+        route = bank.routing.inherited()
+        ids = None if route is None else route.ids
+    elif names is not None:
         ids = bank.ids(names)
-    route = routing.active
-    if ids is None and route is None:
+    if ids is None:
         return args, kwargs
     tokens = _tokens(args, kwargs)
-    ids = route.ids if ids is None else bank.check_ids(ids)
     if tokens is not None and ids.shape != torch.Size(tokens)[: ids.dim()]:
         raise ValueError(
             f"expert_ids has shape {list(ids.shape)}, the batch has {tokens[0]} sequences of {tokens[1]} tokens; "
             "wanted one id for all (0-dim), one a sequence [B], or one a token [B, S]"
         )
-    routing.pop()
-    routing.push(Route(ids, tokens, bank.row_of(ids)))
+    entrance.route = Route(ids, tokens, bank.row_of(ids))
     return args, kwargs
 
 
 def _leave(module: nn.Module, args: tuple, output) -> None:
-    module.t2_bank.routing.pop()
+    module.t2_bank.routing.leave(module, output)
 
 
 def _input_ids(args: tuple, kwargs: dict) -> torch.Tensor | None:
