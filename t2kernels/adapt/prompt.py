@@ -148,7 +148,7 @@ def label_log_likelihoods(
     shared = torch.tensor(labels[0][:common], dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
     rest = [list(label[common:]) for label in labels]
     prefix, ids, mask = hoist(torch.cat([ids, shared], 1), torch.cat([mask, mask.new_ones(shared.shape)], 1))
-    with model.t2_bank.routing.use(None):
+    with model.t2_bank.routing.hold(None):
         cache = prefill(model, prefix, row[None], len(ids))
         logits, cache = forward(model, ids, mask, cache, keep=1, expert_ids=row)
         first = torch.log_softmax(logits[:, -1].float(), -1)

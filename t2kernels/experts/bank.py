@@ -5,7 +5,6 @@ Which names are in the bank and which of them have a row; `table.py` writes the 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import weakref
@@ -20,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from t2kernels.layers.active import Route, Routing
 from t2kernels.layers.groups import find_groups
 from t2kernels.layers.linear import SVFLinear
+from t2kernels.layers.scopes import Scope
 
 from .columns import flatten, spans, unflatten
 from .expert import Expert
@@ -57,6 +57,7 @@ class ExpertBank:
         self._experts: dict[str, tuple[Tensor, dict]] = {}  # name -> (z - 1 on the host [C], manifest)
         self._rows = Rows(rows)  # of names, and of mixtures as sorted (name, weight) pairs
         self._training = Trainables(self._slots)
+        self._default: Name = None
         self._dense: dict[object, Tensor] = {}  # experts whose dense weights are kept -> ids, which hold their row
         self._one_row = WeakIdKeyDictionary()  # ids tensor -> the row that is all of it
         self._lock = threading.RLock()
@@ -247,12 +248,28 @@ class ExpertBank:
         """The one row that a tensor made by `ids` holds; None if there are several, or if it is not known without asking the device."""
         return None if torch.compiler.is_compiling() else self._one_row.get(ids)
 
-    @contextlib.contextmanager
-    def use(self, names: Name | Sequence[Name] | Tensor):
-        """Within it every forward of the model in this thread uses these experts; one name (the usual case) holds for any batch."""
+    def use(self, names: Name | Sequence[Name] | Tensor) -> Scope:
+        """A scope: inside its `with` block every forward of the model uses these experts; one name (the usual case) holds for any batch."""
         ids = self.check_ids(names) if isinstance(names, Tensor) else self.ids(names)
-        with self.routing.use(Route(ids)):
-            yield ids
+        return self.routing.use(Route(ids), f"bank.use({names!r})")
+
+    @property
+    def default(self) -> Name | Sequence[Name] | Tensor:
+        """The experts of every forward, in every thread, that names none and is in no scope: "one expert for everything". None: the base model.
+
+        Set it to one name or mixture. The expert keeps its row while it is the default.
+        """
+        return self._default
+
+    @default.setter
+    def default(self, name: Name) -> None:
+        if name is not None and not isinstance(name, (str, Mapping)):
+            raise TypeError(
+                f"bank.default = {name!r}; expected one name, a mixture {{name: weight}}, or None for the base model"
+            )
+        ids = None if name is None else self.ids(name)
+        self.routing.default = None if ids is None else Route(ids)
+        self._default = name
 
     def keep_dense(self, name: Name) -> int:
         """Keep W' = U diag(sigma * z) Vᵀ of one expert beside the factors, in every layer in factored form, and use it where a whole forward has
@@ -339,7 +356,9 @@ class ExpertBank:
         with self._lock:
             row = self._rows.take(name)
             self._rows.pin(row)  # until training stops
-            return self._training.start(name, row, parametrisation, start)
+            parameters = self._training.start(name, row, parametrisation, start)
+            self.routing.training = len(self._training)
+            return parameters
 
     def stop_training(self, name: str, /, **manifest) -> Expert:
         """End the training of `name`: it becomes an ordinary expert of the bank, which is returned."""
@@ -348,6 +367,7 @@ class ExpertBank:
         expert = self.expert(self._training.z(name), **manifest)
         with self._lock:
             self._training.stop(name)
+            self.routing.training = len(self._training)
             self._rows.unpin([self._rows.find(name)])
             self._rows.drop(name)
         self.add(name, expert)
@@ -425,3 +445,4 @@ class ExpertBank:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=threading.RLock(), _one_row=WeakIdKeyDictionary())
+        self.routing.training, self.default = len(self._training), self._default

@@ -1,20 +1,20 @@
 """`Route`, `Routing`: which row of the scale tables each token of the running forward uses.
 
-Each patched model has one `Routing`. The active route is kept per thread, because two threads may run the same model
-with different experts. A plain attribute would race; a context variable cannot be traced by torch.compile and is not
-seen by autograd's own threads.
+Each patched model has one `Routing`. A forward puts its route on a stack of its own thread, because two threads may run
+the same model with different experts. Code outside a forward asks for experts with scopes (`layers.scopes`); a block
+that a backward pass computes again finds the route of its forward (`layers.recompute`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .recompute import Recomputation, backward_pass, sequence_number
+from .scopes import AmbiguousScopeError, Scope, Scopes
 
 
 class Route:
@@ -61,40 +61,99 @@ class Route:
         return self._flat
 
 
+class Entrance:
+    """A forward that runs in this thread.
+
+    module: the module that it entered; first: the autograd sequence number at its start; route: its experts
+    """
+
+    def __init__(self, module: nn.Module, first: int):
+        self.module, self.first = module, first
+        self.route: Route | None = None
+
+
 class Routing:
-    """A stack of routes for each thread."""
+    """Which route the running forward of one patched model uses.
+
+    A forward puts its route on a stack of its thread when it enters the model (`enter`); its layers read it there
+    (`active`). A layer that runs outside a forward of the model uses, in this order: the route of the forward that a
+    backward pass computes again, the innermost scope, the default.
+    """
 
     def __init__(self) -> None:
         self._local = threading.local()
+        self.scopes = Scopes()
+        self.recomputation = Recomputation()
+        self.default: Route | None = None  # of every thread
+        self.training = 0  # experts in training
+        self._outside = False  # whether a layer outside a forward of the model ever used experts under autograd
 
     @property
     def active(self) -> Route | None:
-        """The innermost route of this thread; None: the base model."""
+        """The route of the layer that runs now, or None: the base model. Raises AmbiguousScopeError."""
         stack = getattr(self._local, "stack", None)
-        return stack[-1] if stack else None
+        return stack[-1].route if stack else self._without_entrance()
 
-    def push(self, route: Route | None) -> None:
-        """Make `route` the active one of this thread, until `pop`."""
+    def _without_entrance(self) -> Route | None:
+        if torch.compiler.is_compiling():
+            return self.asked_for()
+        if backward_pass() != -1:
+            return self._of_recomputation()
+        route = self.asked_for()
+        if route is not None and torch.is_grad_enabled():
+            self._outside = True
+        return route
+
+    def asked_for(self) -> Route | None:
+        """The route of the innermost scope of the code that runs now, or the default. Raises AmbiguousScopeError."""
+        scope = self.scopes.innermost_compiled() if torch.compiler.is_compiling() else self.scopes.innermost()
+        return self.default if scope is None else scope.route
+
+    def enter(self, module: nn.Module) -> Entrance:
+        """Begin a forward of `module` as the base model; `leave` ends it. The caller sets its route."""
         if not hasattr(self._local, "stack"):
             self._local.stack = []
-        self._local.stack.append(route)
+        compiling = torch.compiler.is_compiling()
+        self._local.stack.append(Entrance(module, 0 if compiling else sequence_number()))
+        return self._local.stack[-1]
 
-    def pop(self) -> None:
-        """Undo the last `push` of this thread."""
-        self._local.stack.pop()
+    def inherited(self) -> Route | None:
+        """The route of a forward that has just entered and names no experts itself. Raises AmbiguousScopeError."""
+        stack = self._local.stack
+        return stack[-2].route if len(stack) > 1 else self._without_entrance()
 
-    @contextlib.contextmanager
-    def use(self, route: Route | None) -> Iterator[None]:
-        """Make `route` the active one of this thread within a `with` block."""
-        self.push(route)
-        try:
-            yield
-        finally:
-            self.pop()
+    def leave(self, module: nn.Module, output: object = None) -> None:
+        """End the forward of `module`, if one has begun: a hook before ours may have raised."""
+        stack = getattr(self._local, "stack", None)
+        if not stack or stack[-1].module is not module:
+            return
+        entrance = stack.pop()
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self.recomputation.record(entrance.route, entrance.first, output)
 
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """`context_fn` for torch.utils.checkpoint: the recomputation uses the route of its forward, in any thread."""
-        return contextlib.nullcontext(), self.use(self.active)
+    def use(self, route: Route | None, label: str = "") -> Scope:
+        """A scope: inside its `with` block every forward uses `route`."""
+        return Scope(self.scopes, route, label)
+
+    def hold(self, route: Route | None) -> Scope:
+        """A scope for one call of this library; other threads that say nothing stay with the default."""
+        return Scope(self.scopes, route, private=True)
+
+    def _of_recomputation(self) -> Route | None:
+        forwards = self.recomputation.forwards()
+        if len({f.thread for f in forwards}) == 1:
+            return max(forwards, key=lambda f: f.first).route  # of nested forwards, model and backbone, the inner one
+        if forwards or self.training or self._outside:
+            why = (
+                "forwards of several threads are mixed in it"
+                if forwards
+                else "its forward did not go through the patched model"
+            )
+            raise AmbiguousScopeError(
+                f"a patched layer runs inside a backward pass, and it cannot be told with which experts: {why}. "
+                "Call the model itself, and checkpoint blocks inside it"
+            )
+        return self.asked_for()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Routing:
         return memo.setdefault(id(self), Routing())
@@ -103,4 +162,4 @@ class Routing:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._local = threading.local()
+        self.__init__()

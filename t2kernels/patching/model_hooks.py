@@ -7,70 +7,127 @@ trainers that replace it themselves would lose the ids.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import inspect
+import threading
+import types
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.layers import subclass
-from t2kernels.layers.active import Route, Routing
+from t2kernels.layers.active import Route
 from t2kernels.layers.hooks import remove_hook
 from t2kernels.layers.subclass import Mixin
 
 logger: Any = logging.get_logger(__name__)
 
-# The private methods of transformers that `PatchedModel` overrides, and why. `install` refuses a version without them:
-# under another name they would run unchanged, and experts would be lost without an error.
-OVERRIDDEN: dict[str, str] = {
-    "_validate_model_kwargs": "generate refuses arguments that it does not know; expert_ids is known",
-    "_get_candidate_generator": "a draft model must not get the rows of this model",
-    "_set_gradient_checkpointing": "the recomputation must use the experts of its forward",
+# The private methods of transformers that `PatchedModel` overrides: why, and the parameters that they must have.
+# `install` refuses a version without them: under another name or with other parameters they would run unchanged, and
+# experts would be lost without an error.
+OVERRIDDEN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "_validate_model_kwargs": (
+        "generate refuses arguments that it does not know; expert_ids is known",
+        ("model_kwargs",),
+    ),
+    "_get_candidate_generator": (
+        "a draft model must not get the rows of this model",
+        ("assistant_model", "model_kwargs"),
+    ),
 }
+
+
+class _Unset:
+    """The type of `UNSET`, which stands for an argument that was left out where None means the base model."""
+
+    def __repr__(self) -> str:
+        return "unset"
+
+
+UNSET = _Unset()
+
+
+class _Generate:
+    """`model.generate`, bound to the scope in which the attribute was read.
+
+    A streamer needs `Thread(target=model.generate, ...)`. The attribute is read inside `with bank.use("math")`, but the
+    call runs in a thread without a scope. So the bound method remembers the scope's route for calls from other threads.
+    """
+
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        if model is None:
+            return _generate
+        bound = types.MethodType(_generate, model)
+        scope = model.t2_bank.routing.scopes.visible()
+        if scope is None:
+            return bound
+        thread, route = threading.get_ident(), scope.route
+
+        @functools.wraps(_generate)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                return bound(*args, **kwargs)
+            with model.t2_bank.routing.hold(route):
+                return bound(*args, **kwargs)
+
+        return generate
+
+
+def _generate(
+    model: Any, *args: Any, experts: Any = UNSET, expert_ids: torch.Tensor | None = None, **kwargs: Any
+) -> Any:
+    """`generate` of transformers, with one expert for each row of the batch.
+
+    experts: one name, a mixture {name: weight} or None (base model) for all prompts; a list with one for each; or a
+        strategy of `t2kernels.adapt`, which first chooses one for each prompt. Left out: the experts of the scope
+        (`bank.use`), or `bank.default`
+    expert_ids: the same as a tensor, 0-dim or [B] (`bank.ids`)
+    Raises ValueError if both are given, or for one expert per token; KeyError for an unknown name.
+    """
+    bank, plain = model.t2_bank, super(PatchedModel, model).generate
+    try:
+        route = _route_of(model, args, kwargs, experts, expert_ids)
+    except BaseException:
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"].end()  # its reader waits in another thread and would wait for ever
+        raise
+    if route is not None and route.ids.dim() == 1 and (experts is not UNSET or expert_ids is not None):
+        kwargs["expert_ids"] = route.ids
+    # The scope around the whole call is for what runs outside a hooked forward: the encoder of an encoder-decoder.
+    # There the rows are not yet expanded to beams.
+    with bank.routing.hold(route):
+        return plain(*args, **kwargs)
+
+
+def _route_of(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], experts: Any, expert_ids: torch.Tensor | None
+) -> Route | None:
+    bank = model.t2_bank
+    if expert_ids is None and experts is UNSET:
+        return bank.routing.asked_for()
+    if expert_ids is not None and experts is not UNSET:
+        raise ValueError("give experts or expert_ids, not both")
+    if hasattr(experts, "choose_for"):
+        experts = experts.choose_for(model, _input_ids(args, kwargs), kwargs.get("attention_mask"))
+    if expert_ids is None and experts is None:
+        return None
+    ids = bank.ids(experts) if expert_ids is None else bank.check_ids(expert_ids)
+    if ids.dim() == 2:
+        raise ValueError(
+            "generate takes one expert for all prompts, or a list with one for each; one expert a token is for forward"
+        )
+    return Route(ids)
 
 
 class PatchedModel(Mixin):
     """Mixed into the class of a patched transformers model."""
 
     t2_bank: ExpertBank  # imported at run time: transformers evaluates the annotations of its models
-
-    def generate(self, *args: Any, experts: Any = None, expert_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """`generate` of transformers, with one expert for each row of the batch.
-
-        experts: one name, a mixture {name: weight} or None (base model) for all prompts; a list with one for each; or a
-            strategy of `t2kernels.adapt`, which first chooses one for each prompt
-        expert_ids: the same as a tensor, 0-dim or [B] (`bank.ids`)
-        Raises ValueError if both are given, or for one expert per token; KeyError for an unknown name.
-        """
-        bank = self.t2_bank
-        if experts is not None and expert_ids is not None:
-            raise ValueError("give experts or expert_ids, not both")
-        if expert_ids is not None:
-            ids = bank.check_ids(expert_ids)
-        elif experts is not None:
-            if hasattr(experts, "choose_for"):
-                experts = experts.choose_for(self, _input_ids(args, kwargs), kwargs.get("attention_mask"))
-            ids = bank.ids(experts)
-        else:
-            return super().generate(*args, **kwargs)
-        if ids.dim() == 2:
-            raise ValueError(
-                "generate takes one expert for all prompts, or a list with one for each; "
-                "one expert a token is for forward"
-            )
-        # The route around the whole call is for what runs outside a hooked forward: the encoder of an encoder-decoder.
-        # There the rows are not yet expanded to beams.
-        with bank.routing.use(Route(ids)):
-            if ids.dim() == 1:
-                kwargs["expert_ids"] = ids
-            return super().generate(*args, **kwargs)
+    generate = _Generate()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the base model, dense, as it was before `patch_model`. `bank.save(folder)` saves the experts."""
@@ -89,37 +146,15 @@ class PatchedModel(Mixin):
             kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k != "expert_ids"}
         return super()._get_candidate_generator(*args, **kwargs)
 
-    def _set_gradient_checkpointing(
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if enable:
-            gradient_checkpointing_func = checkpoint_with_route(gradient_checkpointing_func, self.t2_bank.routing)
-        return super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
-
 
 def install(model: nn.Module, bank: ExpertBank) -> None:
     """Give a model its hooks and, if it is a transformers model that generates, the subclass of its class.
 
-    Raises ValueError for gradient checkpointing that cannot carry experts, RuntimeError for an unknown transformers.
+    Raises RuntimeError for a transformers whose private methods are not those that this file overrides.
     """
     generates = isinstance(model, transformers.GenerationMixin)
-    missing = [name for name in OVERRIDDEN if not hasattr(model, name)]
-    if missing and generates and isinstance(model, transformers.PreTrainedModel):
-        raise RuntimeError(
-            f"transformers {transformers.__version__} has no {' and no '.join(missing)} ({OVERRIDDEN[missing[0]]}); "
-            "use a version that t2kernels supports (pyproject.toml)"
-        )
-    routed: dict[Any, Callable[..., Any]] = {
-        module: checkpoint_with_route(module._gradient_checkpointing_func, bank.routing)
-        for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
-    }
-    for module, function in routed.items():
-        module._gradient_checkpointing_func = function
+    if generates:
+        _check_overridden(type(model))
     for module in _entrances(model):
         module.t2_bank = bank
         module.register_forward_pre_hook(_enter, prepend=True, with_kwargs=True)
@@ -136,38 +171,18 @@ def remove(model: nn.Module) -> None:
         remove_hook(module, _enter)
         remove_hook(module, _leave)
     subclass.remove(PatchedModel, model)
-    for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if isinstance(function, functools.partial):
-            contexts = function.keywords.get("context_fn")
-            if isinstance(getattr(contexts, "__self__", None), Routing):
-                keywords = {**function.keywords, "context_fn": _no_contexts}
-                module._gradient_checkpointing_func = functools.partial(function.func, *function.args, **keywords)
 
 
-def checkpoint_with_route(func: Callable[..., Any], routing: Routing) -> Callable[..., Any]:
-    """A checkpoint function whose recomputation uses the experts of its forward.
-
-    Without it, a backward that runs after the forward's experts are no longer active recomputes with other experts: the
-    gradients are wrong, without an error.
-    func: `torch.utils.checkpoint.checkpoint`, or a partial of it
-    Raises ValueError for another function, for reentrant checkpointing and for one that has a context_fn.
-    """
-    keywords = func.keywords if isinstance(func, functools.partial) else {}
-    if (func.func if isinstance(func, functools.partial) else func) is not checkpoint:
-        raise ValueError(f"gradient checkpointing through {func} cannot carry experts; use torch.utils.checkpoint")
-    if keywords.get("use_reentrant", False):
-        raise ValueError(
-            "reentrant gradient checkpointing cannot carry experts into its recomputation, so gradients would be "
-            "wrong; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
-        )
-    if keywords.get("context_fn", _no_contexts) is not _no_contexts:
-        raise ValueError("gradient checkpointing already has a context_fn, which experts need; remove it")
-    return functools.partial(func, use_reentrant=False, context_fn=routing.checkpoint_contexts)
-
-
-def _no_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return contextlib.nullcontext(), contextlib.nullcontext()
+def _check_overridden(cls: type) -> None:
+    for name, (reason, parameters) in OVERRIDDEN.items():
+        method = getattr(cls, name, None)
+        found = () if method is None else tuple(inspect.signature(method).parameters)
+        if method is None or not set(parameters) <= set(found):
+            wrong = "no such method" if method is None else f"its parameters are {', '.join(found)}"
+            raise RuntimeError(
+                f"transformers {transformers.__version__}: {cls.__name__}.{name}({', '.join(parameters)}) is expected "
+                f"({reason}), but {wrong}; use a version that t2kernels supports (pyproject.toml)"
+            )
 
 
 def _entrances(model: nn.Module) -> list[Any]:
@@ -182,30 +197,31 @@ def _entrances(model: nn.Module) -> list[Any]:
 
 def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     bank = module.t2_bank
-    routing = bank.routing
-    routing.push(routing.active)  # first of all: `_leave` is always called and pops it
-    ids, names = kwargs.pop("expert_ids", None), kwargs.pop("experts", None)
-    if names is not None:
-        if ids is not None:
-            raise ValueError("give experts or expert_ids, not both")
+    entrance = bank.routing.enter(module)  # first of all: `_leave` is always called and ends it
+    ids, names = kwargs.pop("expert_ids", None), kwargs.pop("experts", UNSET)
+    if ids is not None and names is not UNSET:
+        raise ValueError("give experts or expert_ids, not both")
+    if ids is not None:
+        ids = bank.check_ids(ids)
+    elif names is UNSET:
+        route = bank.routing.inherited()
+        ids = None if route is None else route.ids
+    elif names is not None:
         ids = bank.ids(names)
-    route = routing.active
-    if ids is None and route is None:
+    if ids is None:
         return args, kwargs
     tokens = _tokens(args, kwargs)
-    ids = route.ids if ids is None else bank.check_ids(ids)
     if tokens is not None and ids.shape != torch.Size(tokens)[: ids.dim()]:
         raise ValueError(
             f"expert_ids has shape {list(ids.shape)}, the batch has {tokens[0]} sequences of {tokens[1]} tokens; "
             "pass one id (0-dim), one per sequence [B], or one per token [B, S]"
         )
-    routing.pop()
-    routing.push(Route(ids, tokens))
+    entrance.route = Route(ids, tokens)
     return args, kwargs
 
 
 def _leave(module: Any, args: tuple[Any, ...], output: Any) -> None:
-    module.t2_bank.routing.pop()
+    module.t2_bank.routing.leave(module, output)
 
 
 def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -189,7 +189,7 @@ class SVFTrainer(ReinforceTrainer):
         return {"expert_ids": self.bank.ids(names[0] if len(set(names)) == 1 else names)}
 
     def reference(self):
-        return self.bank.routing.use(None)
+        return self.bank.routing.hold(None)
 
     def _counts(self, experts):
         counts = super()._counts(experts)

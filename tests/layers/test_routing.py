@@ -1,7 +1,6 @@
 """Everything that a forward can be wrapped in still gives each row its own expert."""
 
 import copy
-import functools
 import pickle
 import threading
 
@@ -9,11 +8,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 import transformers as tf
-from torch.utils.checkpoint import checkpoint
 
 import t2kernels as t2
-from t2kernels.layers.active import Routing
-from t2kernels.patching.model_hooks import checkpoint_with_route
 from tests.helpers.families import build
 
 ROWS = ["a", None, "b", {"a": 0.7, "b": 0.3}]
@@ -298,16 +294,6 @@ def test_checkpointing_that_was_on_before_patching_is_routed_too():
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     t2.unpatch_model(model)
     model.train().requires_grad_(True)(x).logits.sum().backward()
-
-
-def test_reentrant_checkpointing_is_refused():
-    _, model, _ = patched()
-    with pytest.raises(ValueError, match="use_reentrant"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(ValueError, match=r"torch.utils.checkpoint"):
-        checkpoint_with_route(lambda f, *a: f(*a), Routing())
-    with pytest.raises(ValueError, match="context_fn"):
-        checkpoint_with_route(functools.partial(checkpoint, context_fn=lambda: None), Routing())
 
 
 @pytest.mark.parametrize("change", [lambda p: p.data.add_(0.5), lambda p: p.data.copy_(p.data + 0.5)])

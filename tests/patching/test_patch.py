@@ -201,18 +201,13 @@ def test_a_patch_that_fails_at_its_end_is_undone(form, monkeypatch):
         return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
 
     x, model = prompts(), copy.deepcopy(plain)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     before = hooks(model)
-    with pytest.raises(ValueError, match="use_reentrant"):
-        t2.patch_model(model, form=form)
-    same(model)
-    model = copy.deepcopy(plain)
-    before = hooks(model)
-    monkeypatch.setattr(model_hooks, "OVERRIDDEN", {**model_hooks.OVERRIDDEN, "_no_such_method": "a rename"})
-    with pytest.raises(RuntimeError, match=r"has no _no_such_method \(a rename\)"):
-        t2.patch_model(model, form=form)
-    same(model)
-    monkeypatch.undo()
+    for name, parameters in (("_no_such_method", ("x",)), ("_validate_model_kwargs", ("model_kwargs", "renamed"))):
+        monkeypatch.setattr(model_hooks, "OVERRIDDEN", {name: ("a reason", parameters)})
+        with pytest.raises(RuntimeError, match=rf"LlamaForCausalLM.{name}.* is expected \(a reason\), but"):
+            t2.patch_model(model, form=form)
+        same(model)
+        monkeypatch.undo()
 
     def broken(model):
         raise KeyboardInterrupt
@@ -230,7 +225,6 @@ def test_the_private_methods_that_are_overridden_are_the_known_ones():
     parameters = {n: list(inspect.signature(getattr(tf.LlamaForCausalLM, n)).parameters)[1:] for n in own}
     assert parameters["_validate_model_kwargs"] == ["model_kwargs"]
     assert {"assistant_model", "model_kwargs"} <= set(parameters["_get_candidate_generator"])
-    assert parameters["_set_gradient_checkpointing"][:2] == ["enable", "gradient_checkpointing_func"]
 
 
 # --- what is refused, by name
