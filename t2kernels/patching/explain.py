@@ -102,15 +102,12 @@ def explain(
     machine = machine or machine_of(bank.device)
     dtype = getattr(model, "dtype", None) or torch.get_default_dtype()
     one, tokens = _shares(experts, B, S)
-    kept = one and bank.keeps_dense(experts if experts is None or isinstance(experts, (str, Mapping)) else experts[0])
     counts: dict[tuple, Counter] = defaultdict(Counter)
     for layers in _together(bank):
         first, _ = layers[0]
         M, C = tuple(layer.U.shape[-2] for layer, _ in layers), tuple(layer.Vt.shape[-2] for layer, _ in layers)
         N, delta = first.Vt.shape[-1], first.form == "delta"
-        call = Call(
-            B * S, N, M, C, dtype, first.Vt.dtype, one, tokens, delta, bool(bank.in_training), kept and not delta
-        )
+        call = Call(B * S, N, M, C, dtype, first.Vt.dtype, one, tokens, delta, bool(bank.in_training))
         choice = choose(call, machine)
         weights = sum(_weight_bytes(model, layer, names, dtype) for layer, names in layers)
         dense = weights + dtype.itemsize * B * S * (N * len(layers) + sum(M))
@@ -139,8 +136,6 @@ def _advice(lines: Sequence[Line], one: bool, bank: ExpertBank) -> Iterator[str]
     factored = [line for line in lines if line.form == "factored"]
     if one and not bank.in_training:
         yield "one expert for everything: unpatch_model(model, expert=...) merges it, and the dense weights are all that is read"
-        if any(line.form == "factored" and line.choice.path != "kept" for line in lines):
-            yield "one expert for most: bank.keep_dense(name) keeps its dense weights beside the factors"
     if sum(x.count * x.moved for x in factored) > sum(x.count * x.dense for x in factored):
         yield "factored layers move more than dense ones would: form='delta' with a rank, or factors='int8', reads less"
 

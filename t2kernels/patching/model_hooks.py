@@ -47,7 +47,7 @@ class PatchedModel(Mixin):
                 "one expert a token is for forward; generate takes one for all prompts or a list with one for each"
             )
         # The route around the whole call serves what runs outside the routed forward (an encoder); there rows are not yet expanded to beams.
-        with bank.routing.use(Route(ids, row=bank.row_of(ids))):
+        with bank.routing.use(Route(ids)):
             if ids.dim() == 1:
                 kwargs["expert_ids"] = ids
             return super().generate(*args, **kwargs)
@@ -167,7 +167,7 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict):
             "wanted one id for all (0-dim), one a sequence [B], or one a token [B, S]"
         )
     routing.pop()
-    routing.push(Route(ids, tokens, bank.row_of(ids)))
+    routing.push(Route(ids, tokens))
     return args, kwargs
 
 

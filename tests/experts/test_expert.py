@@ -211,24 +211,13 @@ def test_mix_refuses(expert):
     Expert.mix({expert: 0.5, Expert({"layers.2.q": torch.ones(3)}, sketch={"layers.2.q": torch.ones(3)}): 0.5})
 
 
-def test_truncate(expert, factors):
+def test_truncate(expert):
     first = expert.truncate(4)
     assert first.ranks == dict.fromkeys(SHAPES, 4)
     assert torch.equal(first.z["layers.0.q"], expert.z["layers.0.q"][:4])
-    best = expert.truncate(4, factors.sigmas)
-    for name, v in best.z.items():
-        sigma, full = factors.sigmas[name].double(), expert.z[name].double()
-        change = sigma * (full - 1).abs()
-        kept = (v != 1).nonzero().flatten()
-        assert len(kept) == 4
-        assert change[kept].min() > change[~torch.isin(torch.arange(len(change)), kept)].max()
-        assert torch.equal(v[kept], expert.z[name][kept])
-        assert v[-1] != 1
-    assert best.sketch.keys() == expert.sketch.keys()
+    assert first.sketch.keys() == expert.sketch.keys()
     with pytest.raises(ExpertError, match="k=0"):
         expert.truncate(0)
-    with pytest.raises(ExpertError, match=r"layers\.0\.q: wanted 24 singular values, got none"):
-        expert.truncate(4, {})
 
 
 def test_truncation_error_is_the_spectral_norm_of_what_is_lost():
@@ -339,7 +328,9 @@ def test_trained_on(factors, tmp_path):
     bare = Expert(expert.z, expert.manifest)
     bare.check(factors)
     bare.check(dict(factors.sigmas))
-    with pytest.raises(ExpertMismatch, match=r"fingerprint of the factors of layers\.0\.q, .* no sketch to compare"):
+    with pytest.raises(
+        ExpertMismatch, match=r"cannot be verified: .*other factors of layers\.0\.q, .* no sketch to compare"
+    ):
         bare.check(decomposed(seed=5))
 
 

@@ -226,16 +226,6 @@ def test_saving_dense_unpatch_and_merge(tmp_path):
         assert torch.equal(t2.unpatch_model(delta)(x).logits, plain(x).logits)
 
 
-def test_keeping_dense_weights_of_an_expert():
-    _, model, bank = patched(factors="int8", form="factored")
-    bank.add("a", draw(bank))
-    x = prompts()
-    with torch.no_grad():
-        before = model(x, experts="a").logits
-        bank.keep_dense("a")
-        assert rel(model(x, experts="a").logits, before) < 1e-5
-
-
 @pytest.mark.parametrize("factors", ["int8", "fp16"])
 def test_casting_a_model_leaves_its_factors_as_they_are(factors):
     _, model, bank = patched(factors=factors, form="factored")
