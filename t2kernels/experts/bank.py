@@ -154,8 +154,8 @@ class ExpertBank(LoadedExperts):
     def start_training(self, name: str, parametrisation: str = "raw", init: Expert | None = None) -> list[nn.Parameter]:
         """Create a trainable expert: one parameter p [rank] per layer. Every forward uses its current value.
 
-        parametrisation: "raw": z = 1 + p, from p = 0; "sigmoid", as the authors' release: z = sigmoid(p), scaled so that
-            the trace of W is kept, from p = 0.1 + 0.01 randn
+        parametrisation: "raw": z = 1 + p, from p = 0; "sigmoid", as the authors' release: z = sigmoid(p), scaled to
+            keep the trace of W, from p = 0.1 + 0.01 randn
         init: the expert to start from ("raw" only)
 
         Returns the parameters, in model order. Raises ValueError (name taken, unknown parametrisation, an `init` that

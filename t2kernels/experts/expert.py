@@ -190,8 +190,8 @@ class Expert:
         blind = [n for n in self.z if n in known and n not in self.sketch and given.get(n, known[n]) != known[n]]
         if blind:
             raise ExpertMismatch(
-                f"{self._who()} cannot be verified: the model has other factors of {_some(blind)} (by fingerprint) than "
-                "at training time, and the expert has no sketch to compare; use the factors it was trained with"
+                f"{self._who()} cannot be verified: the model has other factors of {_some(blind)} (by fingerprint) "
+                "than at training time, and the expert has no sketch to compare; use the factors it was trained with"
             )
         rest = [n for n in self.sketch if n not in known or given.get(n) != known[n]]
         if rest and sketches is not None:

@@ -74,7 +74,8 @@ class LoadedExperts(Columns):
     def pin(self, names: Sequence[Name]) -> list[int]:
         """The row of each name, reserved until `unpin` gets this list. For callers that keep rows on the host.
 
-        Loads the experts that have no row. Raises KeyError (unknown name), RuntimeError (more experts at once than rows).
+        Loads the experts that have no row.
+        Raises KeyError (unknown name), RuntimeError (more experts at once than rows).
         """
         with self._lock:
             rows: dict[Key | None, int] = {None: 0}
@@ -159,8 +160,9 @@ class LoadedExperts(Columns):
             self._counts.watch(loaded, evicted)
 
     def scratch(self, count: int) -> Scratch:
-        """Lend `count` rows to a search, in a `with` block. `rows.write(delta [P, C])` fills them, `rows.ids` names them.
+        """Lend `count` rows to a search, in a `with` block.
 
+        In it `rows.write(delta [P, C])` fills the rows and `rows.ids` names them.
         Raises RuntimeError if fewer rows can be had.
         """
         return Scratch(self._rows, self.table, self._lock, self.width, self.device, count)

@@ -35,8 +35,8 @@ MAX_WEIGHT = 1e3
 def check_name(name: str) -> str:
     """Return the name if an expert may have it, else raise ValueError.
 
-    A name becomes a file, an address and a label. It has 1 to 64 letters, digits, ".", "_" and "-", starts with a letter
-    or a digit, and is not a reserved word.
+    A name becomes a file, an address and a label. It has 1 to 64 letters, digits, ".", "_" and "-", starts with a
+    letter or a digit, and is not a reserved word.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(
@@ -88,7 +88,10 @@ def flat_names(names: Names) -> Iterator[Name]:
 
 
 def shape_of(names: Names) -> tuple[int, ...]:
-    """() for one name, (B,) for a list, (B, S) for a list of lists. Raises ValueError if inner lists differ in length."""
+    """() for one name, (B,) for a list, (B, S) for a list of lists.
+
+    Raises ValueError if the inner lists differ in length.
+    """
     if isinstance(names, (str, Mapping)) or names is None:
         return ()
     inner = {shape_of(n) for n in names}

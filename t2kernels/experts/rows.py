@@ -1,4 +1,4 @@
-"""`Rows`: which key has which row of the scale tables. A cache of fixed size with pinned entries; it holds no tensors."""
+"""`Rows`: which key has which row of the scale tables. A cache of fixed size with pinned entries, without tensors."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def _call(callback: Callback | None, key: Hashable) -> None:
 class Rows:
     """A map from keys to the rows 1 to count - 1. Row 0 is the base model and is never given out.
 
-    If all rows are taken, the least recently used key without a pin loses its row. If the key of a pinned row is dropped,
-    the row stays reserved until the last pin is released: a running forward finishes with the values that it started with.
+    If all rows are taken, the least recently used key without a pin loses its row. If the key of a pinned row is
+    dropped, the row stays reserved until the last pin is released: a running forward finishes with the values that it
+    started with.
 
     count: number of rows, row 0 included
     counts: where evictions are counted

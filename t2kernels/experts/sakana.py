@@ -135,7 +135,8 @@ def _masks(path: Path, state: Mapping[str, Tensor], mask: str) -> tuple[str, dic
         _only(path, state, len(policy), "learnable_params_module_list.N")
         if sorted(policy) != list(range(len(policy))) or len(policy) % len(MLP_ORDER):
             raise ExpertError(
-                f"{path}: its {len(policy)} vectors are not numbered 0, 1, 2, ... with three (gate, up, down) for each layer"
+                f"{path}: its {len(policy)} vectors are not numbered 0, 1, 2, ... "
+                "with three (gate, up, down) for each layer"
             )
         # Sorted as numbers: among strings "10" comes before "2".
         return "policy", {

@@ -1,4 +1,4 @@
-"""`Trainables`: experts in training. Their numbers are parameters of the layers; every forward computes their rows anew."""
+"""`Trainables`: experts in training. Their numbers are parameters of the layers; a forward computes their rows anew."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Trainables:
             return
         if init is not None:
             raise ValueError(
-                "an initial expert can be trained further with parametrisation='raw' only: z fixes p only up to its trace"
+                "init: only parametrisation='raw' can start from an expert, because z does not fix the p of 'sigmoid'"
             )
         partial = [n for s in self._slots for n in s.names if s.layer.form == "delta" or s.layer.support < s.layer.rank]
         if partial:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from t2kernels.experts.expert import Expert, ExpertError, ExpertMismatch, make_scale, truncation_error, z_from_logits
+from t2kernels.experts.files import find_file, require_file
 from t2kernels.factors.store import Factor, Factors, svd
 
 SHAPES = {"layers.0.q": (24, 40), "layers.0.up": (64, 32), "layers.1.up": (32, 32)}
@@ -137,6 +138,19 @@ def test_broken_files_are_refused_by_name(expert, tmp_path):
         with pytest.raises(ExpertError, match=why) as e:
             Expert.load(tmp_path / name)
         assert str(tmp_path) in str(e.value)
+
+
+def test_an_experts_file_is_found_with_or_without_its_suffix(expert, tmp_path, monkeypatch):
+    path = expert.save(tmp_path / "a.b")
+    assert path.name == "a.b.safetensors"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (path, str(path), tmp_path / "a.b", "~/a.b", "~/a.b.safetensors"):
+        assert find_file(given) == require_file(given) == path
+        assert Expert.load(given) == expert
+    for given in ("", ".", tmp_path, tmp_path / "a", "~/c"):
+        assert find_file(given) is None
+        with pytest.raises(ExpertError, match=r"Expert\.save wrote"):
+            require_file(given)
 
 
 @pytest.mark.parametrize("step", ["save_file", "replace", "fsync"])
@@ -376,7 +390,7 @@ def test_a_turned_pair_of_distinct_singular_values_is_refused():
 
 
 def test_another_space_with_equal_z_is_refused():
-    """Two components of near-equal sigma and equal z, of which one was exchanged for a direction outside of their plane."""
+    """Two components of near-equal sigma and equal z, one of them exchanged for a direction outside of their plane."""
     expert, _, _ = pair(1.6, 1.6)
     f = svd(weights()["layers.0.q"])
     sigma = f.sigma.clone()
@@ -387,7 +401,7 @@ def test_another_space_with_equal_z_is_refused():
 
 
 def test_many_random_other_models_are_refused_even_by_a_few_components():
-    """Sketches agree by chance now and then; an expert of 2 components in each of 3 matrices must still be told apart."""
+    """Sketches agree by chance now and then; 2 components in each of 3 matrices must still tell models apart."""
     expert = Expert(numbers(k=2), None, decomposed().sketches)
     for seed in range(1, 40):
         with pytest.raises(ExpertMismatch):
