@@ -73,7 +73,7 @@ def switching(name: str, dtype, device, repeats: int = 9) -> Iterator[dict]:
             },
             repeats,
         )
-        if bank.loads - loads < 2 * repeats or bank.row_of(there) != bank.row_of(bank.ids(names[3])):
+        if bank.loads - loads < 2 * repeats or int(there) != int(bank.ids(names[3])):
             raise AssertionError("some uses loaded nothing: these are not the times of loads")
         size = ours.stat().st_size, sum(f.stat().st_size for f in (where / "lora").rglob("*.safetensors"))
     numbers = sum(bank.matrices.values()), sum(p.numel() for n, p in lora.named_parameters() if ".first." in n)
@@ -94,7 +94,7 @@ def switching(name: str, dtype, device, repeats: int = 9) -> Iterator[dict]:
 
 def row_is_right(bank, name: str, factors) -> None:
     """The loaded row is sigma (z - 1), in every layer."""
-    row = bank.row_of(bank.ids(name))
+    row = int(bank.ids(name))
     for layer, matrices in bank.layers:
         z = bank[name].z[matrices[0]]
         sigma = factors[matrices[0]].sigma[: len(z)].double().cpu()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from t2kernels.experts.names import CLASSIFIER
+
 from .prompt import Prompt
 from .question import Question
 
@@ -16,7 +18,7 @@ class Classifier(Prompt):
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer, question: Question | None = None, classifier: str = "classify", **settings
+        self, model: nn.Module, tokenizer, question: Question | None = None, classifier: str = CLASSIFIER, **settings
     ):
         bank = getattr(model, "t2_bank", None)
         if question is None and bank is not None and classifier in bank:

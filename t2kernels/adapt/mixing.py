@@ -15,7 +15,6 @@ from torch import Tensor
 
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
-from t2kernels.experts.scratch import flatten, unflatten
 
 GRANULARITIES = ("expert", "layer", "matrix")
 MIXINGS = ("delta", "z", "normalised", "logits")
@@ -57,7 +56,7 @@ class Mixer:
             raise ValueError(f"experts={self.names}: a name occurs twice")
         self.bank, self.per, self.mixing = bank, per, mixing
         found = experts if isinstance(experts, Mapping) else {name: bank[name] for name in self.names}
-        rows = [flatten(bank, e) for e in found.values()]
+        rows = [bank.vector(e) for e in found.values()]
         self.vectors = torch.stack(rows).to(bank.device)  # [E, C]
         self._spans = bank.spans
         if mixing in ("z", "logits"):
@@ -103,9 +102,8 @@ class Mixer:
 
     def expert(self, alpha: Tensor, **manifest) -> Expert:
         """The one expert of alpha [E, G], whose manifest says what it is made of."""
-        return unflatten(
-            self.bank, self(alpha[None])[0], **recorded(self.names, alpha, self.per, self.mixing), **manifest
-        )
+        facts = recorded(self.names, alpha, self.per, self.mixing)
+        return self.bank.from_vector(self(alpha[None])[0], **facts, **manifest)
 
     def _group(self) -> list[list[slice]]:
         """The columns that each of the G alphas of an expert holds for, as few slices as can be."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from t2kernels.cli.verbs.decompose import parse_dtype, parse_rank
+from t2kernels.experts.names import BASE, parse_mixture
 
 from .console import bar, comma_list, is_missing
 
 if TYPE_CHECKING:
     from t2kernels import ExpertBank
 
-BASE = "base"
 TINY = "tiny"
 
 # Options that several verbs share.
@@ -135,11 +135,10 @@ def add_expert(bank: ExpertBank, name: str, model: str) -> str | None:
 def find_expert(name: str, model: str) -> Path:
     """The file of an expert: a path, with or without .safetensors, or the name of one that comes with the built-in model."""
     from t2kernels import tiny
+    from t2kernels.experts.files import find_file
 
-    path = Path(name).expanduser()
-    for place in (path, path.with_name(path.name + ".safetensors")):
-        if place.is_file():
-            return place
+    if (found := find_file(name)) is not None:
+        return found
     shipped = tiny.experts()
     if model == TINY and name in shipped:
         return shipped[name]
@@ -149,15 +148,14 @@ def find_expert(name: str, model: str) -> Path:
 
 def parse_mix(text: str, bank: ExpertBank, model: str) -> dict[str, float]:
     """ "math=.7,code=.3" -> {"math": 0.7, "code": 0.3}, with these experts in the bank. Raises ValueError."""
+    try:
+        shares = parse_mixture(text)
+    except ValueError:
+        raise ValueError(
+            f"--mix {text}: wanted NAME=WEIGHT,NAME=WEIGHT with each name once, such as math=.7,code=.3"
+        ) from None
     mixture: dict[str, float] = {}
-    for part in comma_list(text):
-        name, equals, weight = part.rpartition("=")
-        try:
-            share = float(weight)
-        except ValueError:
-            equals = ""
-        if not equals or not name:
-            raise ValueError(f"--mix {text}: wanted NAME=WEIGHT,NAME=WEIGHT, such as math=.7,code=.3")
+    for name, share in shares.items():
         expert = add_expert(bank, name, model)
         if expert is not None:  # the base model's share is what the weights leave: 1 + sum of weight (z - 1)
             mixture[expert] = mixture.get(expert, 0.0) + share

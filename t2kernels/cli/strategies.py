@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from t2kernels.experts.names import CLASSIFIER
+
 from . import models
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ AdaptOption = typer.Option(
     show_default=False,
 )
 ClassifierOption = typer.Option(
-    "classify", help="The expert that answers for --adapt classify and router, by path or name."
+    CLASSIFIER, help="The expert that answers for --adapt classify and router, by path or name."
 )
 ExamplesOption = typer.Option(
     None, help="A .jsonl file with prompt and answer, for --adapt few-shot.", show_default=False
@@ -35,7 +37,7 @@ def strategy(
     kind: str,
     loaded: models.Loaded,
     experts: Sequence[str],
-    classifier: str = "classify",
+    classifier: str = CLASSIFIER,
     examples: Path | None = None,
     margin: float = 0.0,
     seed: int = 0,

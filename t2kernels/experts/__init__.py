@@ -1,1 +1,1 @@
-"""An expert as a file, and many experts as rows of tables."""
+"""Experts: one as a file, many as rows of a patched model's tables."""

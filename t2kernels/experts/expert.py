@@ -1,45 +1,41 @@
-"""An expert: one vector z per matrix, W' = U diag(sigma * z) Vᵀ (Transformer², section 3.1). z = 1 is the base model."""
+"""`Expert`: one vector z per matrix, W' = U diag(sigma * z) Vᵀ (Transformer², section 3.1). z = 1 is the base model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from t2kernels.factors.identity import Compared, ExpertError, ExpertMismatch, check_components
 from t2kernels.factors.store import Factors
-from t2kernels.storage import why_unreadable, write_tensors
 
-if TYPE_CHECKING:
-    from .origin import Origin
+from .files import read_file, require_file, write_file
+from .origin import Origin
 
 __all__ = ["Expert", "ExpertError", "ExpertMismatch"]
 
-FORMAT = 1
-# What a file of this format may hold for a matrix. Kinds that a later format adds (an output scale "d") are refused by name, never dropped.
-KINDS = ("z", "sketch")
-
 
 class Expert:
-    """z by matrix name, and where it came from.
+    """z by matrix, and where it came from.
 
-    z: {matrix: [<= R] fp32}; a matrix that is missing, and the tail of one that is short, is 1: the base model
-    manifest: base_model, fingerprint, fingerprints {matrix: sha256}, parametrisation, training facts; free-form, JSON
-    sketch: {matrix: [>= len(z)]}, what the factors it was trained on look like (`factors.sketch`); kept in fp16
-    Raises ExpertError where z is not a finite floating-point vector, or a sketch does not fit its z.
+    z: {matrix: [<= R] fp32}; components beyond the end of z, and matrices that are missing, are 1: the base model
+    manifest: free-form JSON; base_model, fingerprint, fingerprints {matrix: sha256}, parametrisation, facts of training
+    sketch: {matrix: [>= len(z)]}, marks of the factors it was trained on (`factors.sketch`); kept in fp16 precision
+
+    Raises ExpertError if z is not a finite floating-point vector, or if a sketch is shorter than its z.
     """
 
     def __init__(
-        self, z: Mapping[str, Tensor], manifest: Mapping | None = None, sketch: Mapping[str, Tensor] | None = None
+        self,
+        z: Mapping[str, Tensor],
+        manifest: Mapping[str, Any] | None = None,
+        sketch: Mapping[str, Tensor] | None = None,
     ):
-        self.z = {name: _vector(name, v) for name, v in z.items()}
-        self.manifest = dict(manifest or {})
+        self.z: dict[str, Tensor] = {name: _vector(name, v) for name, v in z.items()}
+        self.manifest: dict[str, Any] = dict(manifest or {})
         self.sketch: dict[str, Tensor] = {}
         for name, s in (sketch or {}).items():
             if name not in self.z:
@@ -47,18 +43,15 @@ class Expert:
             s, n = _vector(name, s, "sketch"), self.z[name].numel()
             if s.numel() < n:
                 raise ExpertError(f"{name}: its sketch has {s.numel()} components, z has {n}; wanted one for each")
-            self.sketch[name] = (
-                s[:n].half().float()
-            )  # rounded here as the file rounds it, so that saving changes nothing
+            # Rounded here as the file rounds it, so that a saved expert equals this one.
+            self.sketch[name] = s[:n].half().float()
 
     @classmethod
-    def trained_on(cls, factors: Factors | Origin, z: Mapping[str, Tensor], **manifest) -> Expert:
-        """An expert that knows the factors it belongs to: their base model, fingerprints and sketches stand in it."""
-        facts = {k: factors.manifest[k] for k in ("base_model", "revision") if factors.manifest.get(k)}
-        facts |= {
-            "fingerprint": factors.fingerprint,
-            "fingerprints": {n: factors.fingerprints[n] for n in z if n in factors},
-        }
+    def trained_on(cls, factors: Factors | Origin, z: Mapping[str, Tensor], **manifest: Any) -> Expert:
+        """An expert that records which factors it belongs to: their base model, fingerprints and sketches."""
+        facts: dict[str, Any] = {k: factors.manifest[k] for k in ("base_model", "revision") if factors.manifest.get(k)}
+        facts["fingerprint"] = factors.fingerprint
+        facts["fingerprints"] = {n: factors.fingerprints[n] for n in z if n in factors}
         return cls(z, {**facts, **manifest}, {n: factors.sketches[n] for n in z if n in factors})
 
     @property
@@ -68,81 +61,58 @@ class Expert:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """{matrix: how many leading components z covers}."""
+        """{matrix: number of leading components that z covers}."""
         return {n: v.numel() for n, v in self.z.items()}
 
     def save(self, path: str | Path) -> Path:
-        """Write one .safetensors file (the ending is added where it is missing), whole or not at all. Returns its path; raises OSError."""
-        path = Path(path)
-        path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+        """Write one .safetensors file, whole or not at all; the suffix is added if it is missing.
+
+        Returns the file's path. Raises ExpertError (no matrices, a manifest that is not JSON), OSError.
+        """
         if not self.z:
             raise ExpertError(f"{path}: not saved, the expert has no matrix at all")
-        tensors = {f"{n}.z": v for n, v in self.z.items()} | {f"{n}.sketch": s.half() for n, s in self.sketch.items()}
-        try:
-            manifest = json.loads(json.dumps(self.manifest))
-        except (TypeError, ValueError) as e:
-            raise ExpertError(f"{path}: not saved, its manifest is not JSON: {e}") from None
-        return write_tensors(path, tensors, {"created_by": _version(), **manifest, "format": FORMAT})
+        return write_file(path, self.z, self.sketch, self.manifest)
 
     @classmethod
     def load(cls, path: str | Path) -> Expert:
         """Read an expert; "experts/math" finds "experts/math.safetensors".
 
-        Raises ExpertError: no such file, a pickle (never loaded), truncated, another kind of file, a newer format, a tensor that is
-        not a finite fp32 vector.
+        Raises ExpertError: no such file, a pickle (never loaded), a truncated file, another kind of file, a newer
+        format, a tensor that is not a finite fp32 vector.
         """
-        path = find_file(path)
-        try:
-            with safe_open(path, framework="pt") as f:
-                header = (f.metadata() or {}).get("t2kernels")
-                if header is None:
-                    raise ExpertError(
-                        f"{path} is safetensors but not an expert: its header has no t2kernels manifest; Expert.save writes experts"
-                    )
-                manifest = _manifest(path, header)
-                tensors = {key: f.get_tensor(key).clone() for key in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        except SafetensorError as e:
-            hint = (
-                "; Expert.from_sakana reads the release's files"
-                if "pickle" in why_unreadable(path)
-                else "; copy or make it again"
-            )
-            raise ExpertError(f"{path} is not an expert: {why_unreadable(path)} ({e}){hint}") from None
-        z, sketch = {}, {}
-        for key, t in tensors.items():
-            name, _, kind = key.rpartition(".")
-            if kind not in KINDS or not name:
-                raise ExpertError(
-                    f"{path}: tensor {key!r} is of a kind that this version does not know ({', '.join(KINDS)}); "
-                    f"it was written by {manifest.get('created_by', 'another version')}: update t2kernels"
-                )
-            if kind == "z" and t.dtype != torch.float32:
-                raise ExpertError(
-                    f"{path}: {name}: z is {t.dtype}, an expert's file holds torch.float32; make the file with Expert.save"
-                )
-            (z if kind == "z" else sketch)[name] = t
-        if orphans := sorted(set(sketch) - set(z)):
-            raise ExpertError(f"{path}: {orphans[0]} has a sketch but no z; make the file again with Expert.save")
+        file = require_file(path)
+        z, sketch, manifest = read_file(file)
         try:
             return cls(z, manifest, sketch)
         except ExpertError as e:
-            raise ExpertError(f"{path}: {e}") from None
+            raise ExpertError(f"{file}: {e}") from None
 
     @classmethod
-    def from_sakana(cls, path: str | Path, *args, **kwargs) -> Expert:
-        """An expert from a file of the authors' release: see `t2kernels.experts.sakana.load_expert`."""
-        from .sakana import load_expert
+    def from_sakana(
+        cls,
+        path: str | Path,
+        factors: Mapping[str, Any],
+        base_model: str | None = None,
+        mask: str = "identity",
+    ) -> Expert:
+        """An expert from a file of the authors' release. Arguments and errors: `t2kernels.experts.sakana.load_z`."""
+        from .sakana import load_z
 
-        return load_expert(path, *args, **kwargs)
+        z, manifest = load_z(path, factors, base_model, mask)
+        return cls.trained_on(factors, z, **manifest) if isinstance(factors, Factors) else cls(z, manifest)
 
     @staticmethod
     def mix(weights: Mapping[Expert, float] | Iterable[tuple[Expert, float]]) -> Expert:
-        """z = 1 + Σ a_k (z_k - 1) of {expert: a_k}, or of pairs; weights need not sum to 1.
+        """z = 1 + Σ a_k (z_k - 1).
 
-        Where they do, it is the paper's Σ a_k z_k (section 3.2); for others the base model stays the fixed point.
-        Raises ExpertError without experts or with a weight that is not finite, ExpertMismatch for experts of different factors.
+        weights: {expert: a_k}, or pairs. If they sum to 1, this is the paper's Σ a_k z_k (section 3.2). They need not:
+            the base model stays the fixed point.
+
+        Raises ExpertError without experts or with a weight that is not finite, ExpertMismatch for experts of different
+        factors.
         """
-        pairs = list(weights.items() if isinstance(weights, Mapping) else weights)
+        given = weights.items() if isinstance(weights, Mapping) else weights
+        pairs = list(cast("Iterable[tuple[Expert, float]]", given))
         if not pairs:
             raise ExpertError("mix: no experts given; wanted {expert: weight}")
         for e, a in pairs:
@@ -172,53 +142,37 @@ class Expert:
         """(1 - t) self + t other."""
         return Expert.mix([(self, 1 - t), (other, t)])
 
-    def truncate(self, k: int, sigmas: Mapping[str, Tensor] | None = None) -> Expert:
-        """At most k components a matrix, the others set to 1.
-
-        sigmas: {matrix: [R]}: keep the k with the largest sigma |z - 1|, which cost the most to lose; None: keep the first k.
-        """
+    def truncate(self, k: int) -> Expert:
+        """The expert with only the first k components of each matrix; the others become 1."""
         if k < 1:
             raise ExpertError(f"truncate: k={k}; wanted at least 1")
-        z = {}
-        for name, v in self.z.items():
-            if sigmas is None or v.numel() <= k:
-                z[name] = v[:k].clone()
-                continue
-            if name not in sigmas or len(sigmas[name]) < v.numel():
-                raise ExpertError(
-                    f"truncate: {name}: wanted {v.numel()} singular values, got {len(sigmas[name]) if name in sigmas else 'none'}"
-                )
-            keep = (sigmas[name][: v.numel()].cpu() * (v - 1).abs()).topk(k).indices
-            kept = torch.ones_like(v)
-            kept[keep] = v[keep]
-            z[name] = kept[: int(keep.max()) + 1]
-        return Expert(z, self.manifest, self.sketch)
+        return Expert({name: v[:k].clone() for name, v in self.z.items()}, self.manifest, self.sketch)
 
     def check(
         self,
-        factors: Mapping,
+        factors: Factors | Origin | Mapping[str, Tensor],
         sketches: Mapping[str, Tensor] | None = None,
         fingerprints: Mapping[str, str] | None = None,
         ranks: Mapping[str, int] | None = None,
     ) -> None:
         """Refuse a model, or factors, that this expert was not made for.
 
-        factors: `Factors`, or {matrix: sigma [R]} with whatever else is known of them:
+        factors: of the model, which bring the other arguments along; or {matrix: sigma [R]} with these:
         sketches: {matrix: [R]} (`factors.sketch`); compared only for matrices whose fingerprint differs or is unknown
-        fingerprints: {matrix: sha256}; equal ones pass at once
-        ranks: {matrix: the longest z it takes}; min(M, N) by default where known, else the length of sigma
+        fingerprints: {matrix: sha256}; a matrix with an equal fingerprint passes at once
+        ranks: {matrix: largest length of z}; the length of sigma by default
 
-        Names and lengths are always checked. An expert without fingerprints and sketch (made by hand) passes beyond that.
+        Names and lengths are always checked. An expert without fingerprints and sketch (made by hand) then passes.
         Raises ExpertMismatch.
         """
-        sigmas = factors
-        if isinstance(factors, Factors):
-            sigmas, sketches, fingerprints = (
-                factors.sigmas,
-                sketches or factors.sketches,
-                fingerprints or factors.fingerprints,
-            )
-            ranks = ranks or {n: min(factors.shape(n)) for n in factors}
+        if isinstance(factors, (Factors, Origin)):
+            sketches = sketches or factors.sketches
+            fingerprints = fingerprints or factors.fingerprints
+            if ranks is None:
+                ranks = factors.ranks if isinstance(factors, Origin) else {n: min(factors.shape(n)) for n in factors}
+            sigmas: Mapping[str, Tensor] = factors.sigmas
+        else:
+            sigmas = factors
         unknown = [n for n in self.z if n not in sigmas]
         if unknown:
             raise ExpertMismatch(
@@ -229,32 +183,27 @@ class Expert:
             limit = (ranks or {}).get(name, len(sigmas[name]))
             if v.numel() > limit:
                 raise ExpertMismatch(
-                    f"{self._who()}: {name}: z has {v.numel()} components, the matrix has {limit}; it is for another model"
+                    f"{self._who()}: {name}: z has {v.numel()} components, the matrix has {limit}; "
+                    "it is for another model"
                 )
-        known = self.manifest.get("fingerprints", {})
-        blind = [
-            n
-            for n in self.z
-            if n in known and n not in self.sketch and (fingerprints or {}).get(n, known[n]) != known[n]
-        ]
+        known, given = self.manifest.get("fingerprints", {}), fingerprints or {}
+        blind = [n for n in self.z if n in known and n not in self.sketch and given.get(n, known[n]) != known[n]]
         if blind:
             raise ExpertMismatch(
-                f"{self._who()}: the fingerprint of the factors of {_some(blind)} is not that of "
-                "its training, and it has no sketch to compare them by; use the factors of its training"
+                f"{self._who()} cannot be verified: the model has other factors of {_some(blind)} (by fingerprint) "
+                "than at training time, and the expert has no sketch to compare; use the factors it was trained with"
             )
-        rest = [n for n in self.sketch if not (fingerprints and n in known and fingerprints.get(n) == known[n])]
+        rest = [n for n in self.sketch if n not in known or given.get(n) != known[n]]
         if rest and sketches is not None:
-            check_components(
-                self._who(),
-                {
-                    n: Compared((self.z[n],), self.sketch[n], sketches[n].cpu(), sigmas[n].cpu())
-                    for n in rest
-                    if n in sketches
-                },
-            )
+            found = {
+                n: Compared((self.z[n],), self.sketch[n], sketches[n].cpu(), sigmas[n].cpu())
+                for n in rest
+                if n in sketches
+            }
+            check_components(self._who(), found)
 
     def __eq__(self, other: object) -> bool:
-        """The same z, bit for bit, for the same matrices."""
+        """Whether z is the same, bit for bit, for the same matrices."""
         if not isinstance(other, Expert):
             return NotImplemented
         return self.z.keys() == other.z.keys() and all(torch.equal(v, other.z[n]) for n, v in self.z.items())
@@ -265,9 +214,8 @@ class Expert:
     def __repr__(self) -> str:
         facts = [f"{len(self.z)} matrices", f"{self.numel} numbers"]
         if self.z:
-            facts.append(
-                f"max |z - 1| = {max((v - 1).abs().max().item() if v.numel() else 0.0 for v in self.z.values()):.3g}"
-            )
+            largest = max((v - 1).abs().max().item() if v.numel() else 0.0 for v in self.z.values())
+            facts.append(f"max |z - 1| = {largest:.3g}")
         facts += [str(self.manifest[k]) for k in ("name", "base_model") if self.manifest.get(k)]
         return f"Expert({', '.join(facts)})"
 
@@ -277,29 +225,29 @@ class Expert:
 
 
 def _vector(name: str, v: Tensor, kind: str = "z") -> Tensor:
+    """[R] fp32 on the CPU, a copy. Raises ExpertError."""
     if not isinstance(v, Tensor) or not v.is_floating_point() or v.dim() != 1:
-        what = f"{v.dtype} {list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
-        raise ExpertError(f"{name}: {kind} is {what}; wanted a floating-point vector [R]")
+        given = f"{v.dtype} {list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+        raise ExpertError(f"{name}: {kind} is {given}; wanted a floating-point vector [R]")
     v = v.detach().cpu().to(torch.float32, copy=True)
     bad = (~torch.isfinite(v)).nonzero()
     if len(bad):
         raise ExpertError(
-            f"{name}: {kind} holds {v[bad[0]].item()} at component {bad[0].item()} ({len(bad)} in all are not finite); train it again"
+            f"{name}: {kind} holds {v[bad[0]].item()} at component {bad[0].item()} "
+            f"({len(bad)} in all are not finite); train it again"
         )
     return v
 
 
 def _check_same_factors(experts: list[Expert]) -> None:
-    """Each expert against the first one that has the matrix. Raises ExpertMismatch."""
+    """Compare each expert with the first one that has the matrix. Raises ExpertMismatch."""
     first: dict[str, Expert] = {}
     for e in experts:
-        pairs, others = {}, {}
+        pairs: dict[str, Compared] = {}
+        others: dict[str, None] = {}
         for name in e.sketch:
             other = first.setdefault(name, e)
-            mine, theirs = (
-                e.manifest.get("fingerprints", {}).get(name),
-                other.manifest.get("fingerprints", {}).get(name),
-            )
+            mine, theirs = (x.manifest.get("fingerprints", {}).get(name) for x in (e, other))
             if other is not e and (mine is None or mine != theirs):
                 pairs[name] = Compared((e.z[name], other.z[name]), e.sketch[name], other.sketch[name])
                 others[other._who()] = None
@@ -313,37 +261,3 @@ def _some(names: Iterable[str]) -> str:
 
 def _pad(v: Tensor, n: int) -> Tensor:
     return torch.cat([v, v.new_ones(max(0, n - v.numel()))])
-
-
-def find_file(path: str | Path) -> Path:
-    """The file of an expert, with or without its ending. Raises ExpertError where there is none."""
-    path = Path(path)
-    for p in (path, path.with_name(path.name + ".safetensors")):
-        if p.is_file():
-            return p
-    where = "is a directory" if path.is_dir() else "does not exist"
-    raise ExpertError(
-        f"{path} {where}, nor is there {path.name}.safetensors beside it; wanted the file that Expert.save wrote"
-    )
-
-
-def _manifest(path: Path, header: str) -> dict:
-    try:
-        manifest = json.loads(header)
-        found = manifest.pop("format")
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-        raise ExpertError(
-            f"{path} is not an expert: the manifest in its header is not one that Expert.save writes"
-        ) from None
-    if found != FORMAT:
-        raise ExpertError(
-            f"{path} has format {found!r}, written by {manifest.get('created_by', '?')}; this version reads {FORMAT}: update t2kernels"
-        )
-    return manifest
-
-
-def _version() -> str:
-    try:
-        return f"t2kernels {metadata.version('t2kernels')}"
-    except metadata.PackageNotFoundError:
-        return "t2kernels"

@@ -1,7 +1,7 @@
-"""How experts are named: in a batch, in a request, on a command line and as a file. This is the only place that knows the grammar.
+"""How experts are named in a batch, in a request, on a command line and as a file. Only this module knows the grammar.
 
-A name is one expert. None is the base model. {name: weight} is a mixture, which requests and command lines write as
-"mix:math=0.7,code=0.3". Three words are reserved: "base", "auto" and whatever starts with "mix:".
+A string names one expert, None is the base model, {name: weight} is a mixture. In text a mixture is
+"mix:math=0.7,code=0.3". Reserved words are "base", "auto" and all that starts with "mix:".
 """
 
 from __future__ import annotations
@@ -9,30 +9,39 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
-Name = str | None | Mapping[str, float]
+Name: TypeAlias = str | Mapping[str, float] | None
+"""An expert's name, None for the base model, or a mixture {name: weight}."""
+Names: TypeAlias = Name | Sequence[Name] | Sequence[Sequence[Name]]
+"""One name for all tokens, a list [B] with one for each sequence, or lists [B, S] with one for each token."""
+Key: TypeAlias = str | tuple[tuple[str, float], ...]
+"""A name as a dictionary's key: an expert's name, or the sorted (name, weight) pairs of a mixture."""
 
 BASE = "base"
-"""The name of the base model where a text must stand."""
+"""The base model, where a text must stand."""
 AUTO = "auto"
-"""The name that asks a strategy to choose."""
+"""Asks a strategy to choose the expert."""
 MIX = "mix:"
-"""What the text of a mixture starts with."""
+"""The start of a mixture's text."""
 CLASSIFIER = "classify"
-"""The name of the classification expert unless another is given."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""The default name of the classification expert."""
+NAME: re.Pattern[str] = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""The names that an expert may have, reserved words aside."""
 MAX_WEIGHT = 1e3
+"""The largest weight that a mixture's text may give an expert."""
 
 
 def check_name(name: str) -> str:
-    """The name, if an expert may have it. Raises ValueError.
+    """Return the name if an expert may have it, else raise ValueError.
 
-    A name becomes a file, an address and a label: 1 to 64 letters, digits, ".", "_" and "-", the first a letter or digit, and none of the
-    reserved words.
+    A name becomes a file, an address and a label. It has 1 to 64 letters, digits, ".", "_" and "-", starts with a
+    letter or a digit, and is not a reserved word.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(
-            f"an expert cannot be called {name!r}: use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+            f"an expert cannot be called {name!r}: "
+            "use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
         )
     if name in (BASE, AUTO):
         raise ValueError(f"an expert cannot be called {name!r}: the word is reserved")
@@ -40,9 +49,9 @@ def check_name(name: str) -> str:
 
 
 def parse_mixture(text: str) -> dict[str, float]:
-    """ "mix:math=0.7,code=0.3", or the same without "mix:", as {"math": 0.7, "code": 0.3}. Raises ValueError.
+    """{name: weight} from "mix:math=0.7,code=0.3"; "mix:" may be missing.
 
-    Each name may stand once, and no weight may be larger than 1000.
+    Raises ValueError for another text, a name that stands twice, and a weight that is not finite or larger than 1000.
     """
     weights: dict[str, float] = {}
     for part in text.removeprefix(MIX).split(","):
@@ -53,19 +62,20 @@ def parse_mixture(text: str) -> dict[str, float]:
             weight = math.nan
         if not equals or not name or name in weights or not abs(weight) <= MAX_WEIGHT:
             raise ValueError(
-                f"{text!r} is no mixture: write mix:NAME=WEIGHT,NAME=WEIGHT, each name once, such as mix:math=0.7,code=0.3"
+                f"{text!r} is not a mixture: wanted mix:NAME=WEIGHT,NAME=WEIGHT with each name once, "
+                "such as mix:math=0.7,code=0.3"
             )
         weights[name] = weight
     return weights
 
 
 def write_mixture(weights: Mapping[str, float]) -> str:
-    """The text that `parse_mixture` reads, with the names in order."""
+    """The text that `parse_mixture` reads, with the names in alphabetical order and 6 digits of each weight."""
     return MIX + ",".join(f"{name}={weight:g}" for name, weight in sorted(weights.items()))
 
 
-def flat_names(names: Name | Sequence) -> Iterator[Name]:
-    """The names of a batch in order. Raises TypeError for what names no expert."""
+def flat_names(names: Names) -> Iterator[Name]:
+    """The names of a batch in order. Raises TypeError for a value that is not a name."""
     if isinstance(names, (str, Mapping)) or names is None:
         yield names
     elif isinstance(names, Sequence):
@@ -77,8 +87,11 @@ def flat_names(names: Name | Sequence) -> Iterator[Name]:
         )
 
 
-def shape_of(names: Name | Sequence) -> tuple[int, ...]:
-    """() for one name, (B,) for a list, (B, S) for a list of lists. Raises ValueError where inner lists differ in length."""
+def shape_of(names: Names) -> tuple[int, ...]:
+    """() for one name, (B,) for a list, (B, S) for a list of lists.
+
+    Raises ValueError if the inner lists differ in length.
+    """
     if isinstance(names, (str, Mapping)) or names is None:
         return ()
     inner = {shape_of(n) for n in names}
@@ -87,10 +100,10 @@ def shape_of(names: Name | Sequence) -> tuple[int, ...]:
     return (len(names), *(inner.pop() if inner else ()))
 
 
-def key_of(name: Name) -> str | tuple[tuple[str, float], ...] | None:
-    """What a row is remembered by: None for the base model, a name, or a mixture's sorted (name, weight) pairs without zeros.
+def key_of(name: Name) -> Key | None:
+    """The key of a name: the name itself, or a mixture's pairs with weight 0 left out; None for the base model.
 
-    Raises TypeError for what is no name, ValueError for a weight that is not finite.
+    Raises TypeError for a value that is not a name, ValueError for a weight that is not finite.
     """
     if name is None or isinstance(name, str):
         return name

@@ -1,8 +1,7 @@
-"""`Origin`: what a patched model remembers of the factors it stands on, so that experts can be checked against it and stamped with it."""
+"""`Origin`: what a patched model knows of the factors that it was patched with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,17 +10,18 @@ from torch import Tensor
 from t2kernels.factors.factor import Factor
 from t2kernels.factors.identity import combine_fingerprints, fingerprint, sketch
 from t2kernels.factors.int8 import Int8Factor
-from t2kernels.layers.scale import truncation_error
-
-from .expert import Expert
 
 
 @dataclass
 class Origin:
-    """All by matrix name.
+    """The identity of a model's factors: experts are checked against it and carry it in their manifest.
 
-    sigmas: [R] fp32 (shorter where only the leading components are known); sketches: [R] likewise; fingerprints: sha256 of the factors
-    ranks: min(M, N); base_model: name or path of the model, for messages
+    base_model: name or path of the model
+    revision: of the model on the hub
+    sigmas: {matrix: [R] fp32}; shorter if only the leading components are known
+    sketches: {matrix: [R]} (`factors.sketch`)
+    fingerprints: {matrix: sha256 of its factors}
+    ranks: {matrix: min(M, N)}
     """
 
     base_model: str | None = None
@@ -34,39 +34,30 @@ class Origin:
     def record(
         self, name: str, factor: Factor | Int8Factor, print_: str | None = None, sketched: Tensor | None = None
     ) -> None:
-        """Note the factors of one matrix; fingerprint and sketch are computed unless given."""
+        """Add the factors of one matrix.
+
+        print_, sketched: their fingerprint and sketch, if known; else they are computed
+        """
         self.sigmas[name] = factor.sigma.float().cpu().clone()
         self.sketches[name] = (sketch(factor) if sketched is None else sketched).cpu().clone()
         self.fingerprints[name] = fingerprint(factor) if print_ is None else print_
         self.ranks[name] = min(factor.U.shape[0], factor.V.shape[0])
 
     @property
-    def manifest(self) -> dict:
+    def manifest(self) -> dict[str, str | None]:
+        """{"base_model", "revision"}, as `Factors.manifest` has them."""
         return {"base_model": self.base_model, "revision": self.revision}
 
     @property
     def fingerprint(self) -> str:
+        """One fingerprint for all matrices."""
         return combine_fingerprints(self.fingerprints)
+
+    def spectrum(self, name: str, length: int) -> Tensor:
+        """[>= length] fp32 singular values of a matrix. The last known one stands for all that are not known."""
+        sigma = self.sigmas[name]
+        missing = length - len(sigma)
+        return torch.cat([sigma, sigma[-1:].expand(missing)]) if missing > 0 else sigma
 
     def __contains__(self, name: object) -> bool:
         return name in self.sigmas
-
-    def stamp(self, z: Mapping[str, Tensor], manifest: Mapping) -> Expert:
-        """An expert that says which factors it belongs to."""
-        return Expert.trained_on(self, z, **manifest)
-
-    def check(self, expert: Expert) -> None:
-        """Raises ExpertMismatch where the expert is for other matrices or other factors."""
-        expert.check(self.sigmas, self.sketches, self.fingerprints, self.ranks)
-
-    def truncation_error(self, name: str, z: Tensor, k: int) -> float:
-        """The share of the expert's change to a matrix (spectral norm) that is lost if only the first k components are kept.
-
-        Where singular values beyond the known ones would be needed, the last known one bounds them from above.
-        """
-        if len(z) <= k:
-            return 0.0
-        sigma = self.sigmas[name]
-        if len(sigma) < len(z):
-            sigma = torch.cat([sigma, sigma[-1:].expand(len(z) - len(sigma))])
-        return truncation_error(z, sigma, k)

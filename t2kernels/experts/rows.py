@@ -1,88 +1,171 @@
-"""Who is in which row of the scale tables: a cache of fixed size whose entries can be pinned. No tensors here."""
+"""`Rows`: which key has which row of the scale tables. A cache of fixed size with pinned entries, without tensors."""
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
+from heapq import heappop, heappush
+
+from .names import Name
+
+Callback = Callable[[Name], None]
+
+
+class RowCounts:
+    """How often an expert was written into a row and how often one lost its row, with a callback for each.
+
+    loads: int, rows written with a named expert or a mixture
+    evictions: int, experts and mixtures that lost their row to another one
+    """
+
+    def __init__(self) -> None:
+        self.loads: int = 0
+        self.evictions: int = 0
+        self.watch(None, None)
+
+    def watch(self, on_load: Callback | None, on_evict: Callback | None) -> None:
+        """Set the callbacks. Each gets the name of the expert, or the mixture; None: no callback."""
+        self._on_load, self._on_evict = on_load, on_evict
+
+    def loaded(self, key: Hashable) -> None:
+        """Count a load. key: as `key_of` returns it."""
+        self.loads += 1
+        _call(self._on_load, key)
+
+    def evicted(self, key: Hashable) -> None:
+        """Count an eviction. key: as `key_of` returns it."""
+        self.evictions += 1
+        _call(self._on_evict, key)
+
+    def __getstate__(self) -> dict[str, int]:
+        # The callbacks belong to whoever watches the original: a copied model has none.
+        return {"loads": self.loads, "evictions": self.evictions}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__dict__.update(state)
+        self.watch(None, None)
+
+
+def _call(callback: Callback | None, key: Hashable) -> None:
+    if callback is not None and isinstance(key, tuple):
+        callback(dict(key))
+    elif callback is not None and isinstance(key, str):
+        callback(key)
 
 
 class Rows:
-    """Rows 1 to count - 1; row 0 is the base model and never given out. The least recently used key that nobody has pinned goes first.
+    """A map from keys to the rows 1 to count - 1. Row 0 is the base model and is never given out.
 
-    A pinned row whose key is dropped or replaced stays as it is until the last pin is gone: whoever is in the middle of it ends with it.
+    If all rows are taken, the least recently used key without a pin loses its row. If the key of a pinned row is
+    dropped, the row stays reserved until the last pin is released: a running forward finishes with the values that it
+    started with.
+
+    count: number of rows, row 0 included
+    counts: where evictions are counted
+
+    Not thread-safe: the bank calls it with its lock held. Only `release` may be called at any time.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, counts: RowCounts):
         self.count = count
-        self.evictions = 0
-        self.on_evict: Callable[[Hashable], None] | None = None  # told each key that gives up its row to another
+        self.counts = counts
         self._rows: OrderedDict[Hashable, int] = OrderedDict()  # key -> row, least recently used first
+        self._free: list[int] = list(range(1, count))  # a heap: the lowest free row is given out first
         self._pins: Counter[int] = Counter()
-        self._left: set[int] = set()  # pinned rows that have no key any more
+        self._orphans: set[int] = set()  # pinned rows whose key was dropped
+        self._released: deque[Iterable[int]] = deque()
 
     def find(self, key: Hashable) -> int | None:
-        """The row of a key, which counts as used now; None if it has none."""
+        """Return the row of a key and mark it as used now; None if the key has no row."""
         if key in self._rows:
             self._rows.move_to_end(key)
         return self._rows.get(key)
 
     def take(self, key: Hashable) -> int:
-        """A row for a key that has none. Raises RuntimeError if every row is pinned."""
-        row = self.free()
-        if row is None:
+        """Give a row to a key that has none. Raises RuntimeError if every row is pinned."""
+        if self.has_free():
+            row = heappop(self._free)
+        else:
             victim = next((k for k, r in self._rows.items() if not self._pins[r]), None)
             if victim is None:
                 raise RuntimeError(
-                    f"all {self.count - 1} rows are in use at the same time; patch with more rows (patch_model(..., rows={2 * self.count})), "
-                    "or let go of ids tensors that are no longer needed"
+                    f"all {self.count - 1} rows are in use at the same time; patch with more rows "
+                    f"(patch_model(..., rows={2 * self.count})), or delete tensors returned by bank.ids(): "
+                    "each keeps its rows reserved while it is alive"
                 )
             row = self._rows.pop(victim)
-            self.evictions += 1
-            if self.on_evict:
-                self.on_evict(victim)
+            self.counts.evicted(victim)
         self._rows[key] = row
         return row
 
-    def free(self) -> int | None:
-        """A row that nothing is in, or None."""
-        used = {*self._rows.values(), *self._left}
-        return next((r for r in range(1, self.count) if r not in used), None)
+    def has_free(self) -> bool:
+        """Return whether some row holds nothing."""
+        self._settle()
+        return bool(self._free)
 
-    def room_for(self, key: Hashable) -> bool:
-        """Whether a key has a row, or `take` would give it one now."""
-        return key in self._rows or self.free() is not None or any(not self._pins[r] for r in self._rows.values())
+    def has_room_for(self, key: Hashable) -> bool:
+        """Return whether a key has a row, or `take` would find one for it now."""
+        return key in self._rows or self.has_free() or any(not self._pins[r] for r in self._rows.values())
 
     @property
     def in_use(self) -> int:
-        """Rows that somebody has pinned."""
+        """The number of pinned rows."""
+        self._settle()
         return len(self._pins)
 
     def drop(self, key: Hashable) -> None:
-        """Forget a key, if it has a row."""
+        """Forget a key. Its row is free as soon as nothing pins it. Without effect if the key has no row."""
         row = self._rows.pop(key, None)
-        if row is not None and self._pins[row]:
-            self._left.add(row)
+        if row is None:
+            return
+        if self.is_pinned(row):
+            self._orphans.add(row)
+        else:
+            heappush(self._free, row)
 
     def drop_where(self, test: Callable[[Hashable], bool]) -> None:
+        """`drop` every key that the test is true for."""
         for key in [k for k in self._rows if test(k)]:
             self.drop(key)
 
-    def pinned(self, row: int) -> bool:
+    def is_pinned(self, row: int) -> bool:
+        """Return whether a row has a pin."""
+        self._settle()
         return self._pins[row] > 0
 
     def pin(self, row: int) -> None:
+        """Keep a row reserved until `unpin` is called as often as `pin` was."""
         self._pins[row] += 1
 
     def unpin(self, rows: Iterable[int]) -> None:
+        """Remove one pin from each row."""
         for row in rows:
             self._pins[row] -= 1
             if not self._pins[row]:
                 del self._pins[row]
-                self._left.discard(row)
+                if row in self._orphans:
+                    self._orphans.remove(row)
+                    heappush(self._free, row)
 
-    def without_pins(self, keep: Iterable[Hashable]) -> Rows:
-        """A copy in which only the rows of the keys `keep` are pinned, once each: live tensors do not follow a copied model."""
-        other = Rows(self.count)
+    def release(self, rows: Iterable[int]) -> None:
+        """`unpin`, delayed to the next call that needs to know. Needs no lock.
+
+        A finalizer calls this. The garbage collector may run it between any two instructions, also of a thread that is
+        just changing these rows.
+        """
+        self._released.append(rows)
+
+    def _settle(self) -> None:
+        while self._released:
+            self.unpin(self._released.popleft())
+
+    def copy(self, keep: Iterable[Hashable]) -> Rows:
+        """A copy in which the rows of the keys `keep` have one pin each, and no other row has any.
+
+        The pins of live tensors belong to the original model, not to its copy.
+        """
+        other = Rows(self.count, self.counts)
         other._rows = self._rows.copy()
+        other._free = sorted(set(other._free) - set(other._rows.values()))
         other._pins = Counter(self._rows[k] for k in keep)
         return other

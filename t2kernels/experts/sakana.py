@@ -1,9 +1,12 @@
-"""The files of the authors' release (SakanaAI/self-adaptive-llms): experts, few-shot combinations, decomposed weights.
+"""Files of the authors' release (SakanaAI/self-adaptive-llms): experts, few-shot combinations, decomposed weights.
 
-The release stores logits p and applies W' = U diag(sigma m) Vᵀ * Σ sigma / Σ(sigma m) with a mask m made from p, so that
-z = m Σ sigma / Σ(sigma m). A factor common to all of m cancels: `max_mult` and `norm_coeffs`, which no file records, need not be known.
+The release stores logits p, makes a mask m of them, and applies W' = U diag(sigma m) Vᵀ * Σ sigma / Σ(sigma m). So
 
-This is the only place that unpickles, and it does so with `weights_only=True`.
+    z = m Σ sigma / Σ(sigma m)
+
+A factor common to all of m cancels. `max_mult` and `norm_coeffs`, which no file records, are such factors.
+
+Only this module unpickles, and only with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +26,9 @@ from t2kernels.factors.identity import ExpertError, ExpertMismatch
 from t2kernels.factors.store import Factors
 from t2kernels.layers.scale import z_from_logits
 
-from .expert import Expert
-
-# The release numbers its vectors by the order of "mlp" weights in the state dict of Llama and Mistral, the only models that it supports.
-# gate and up have the same length, so another order would load without any error: it is written down here, never read off a model.
+# The release numbers its vectors in the order of the "mlp" weights in the state dict of Llama and Mistral, the only
+# models that it supports. The order stands here and is not read from a model: gate and up have the same length, so a
+# wrong order would load without an error.
 MLP_ORDER = ("gate_proj", "up_proj", "down_proj")
 POLICY = re.compile(r"learnable_params_module_list\.(\d+)")
 COMBINED = re.compile(r"weights_(\d+)_k_model_layers_(\d+)_mlp_(gate_proj|up_proj|down_proj)_weight")
@@ -33,17 +36,23 @@ LEGACY = re.compile(r"(model\.layers\.\d+\.mlp\.(?:gate_proj|up_proj|down_proj))
 DECOMPOSED = re.compile(r"(.+)\.weight\.([USV])")
 
 
-def load_expert(path: str | Path, factors: Mapping, base_model: str | None = None, mask: str = "identity") -> Expert:
-    """An expert from `policy_params.pt`, the legacy `learnable_params.pt`, or a few-shot combination; told apart by their keys.
+def load_z(
+    path: str | Path, factors: Mapping[str, Any], base_model: str | None = None, mask: str = "identity"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """z and manifest from `policy_params.pt`, the legacy `learnable_params.pt`, or a few-shot combination.
 
-    factors: `Factors` of the model that it was trained on, or {matrix: sigma [R]}. Those of the release (`load_factors`) give exactly
-        its weights; an SVD of bf16 weights instead of the fp32 ones moved W' by about 1 % on a small matrix.
-    base_model: the model that the file was trained on. The file does not say, and many models have its shapes; it is compared with the
-        factors' own, and recorded.
-    mask: of few-shot files only. "identity": m = Σ a_k p_k, what the release's code computes; "sigmoid": m = Σ a_k sigmoid(p_k), a
-        combination of the experts themselves
+    The keys in the file tell which of the three it is. `Expert.from_sakana` makes an expert of the result.
 
-    Raises ExpertError for a file that is none of the three, ExpertMismatch where number, length or model do not fit the factors.
+    factors: `Factors` of the model that it was trained on, or {matrix: sigma [R]}. Only the release's own
+        (`load_factors`) give exactly its weights: its experts stand on an SVD of fp32 weights. With an SVD of the bf16
+        weights W' moved by about 1 % on a small matrix.
+    base_model: the model that the file was trained on, for the manifest. The file does not say, and many models have
+        its shapes. It is compared with the factors' own.
+    mask: of few-shot files only. "identity": m = Σ a_k p_k, as the release's code computes it; "sigmoid":
+        m = Σ a_k sigmoid(p_k), a combination of the experts themselves
+
+    Raises ExpertError for a file that is none of the three, ExpertMismatch if number, length or model do not fit the
+    factors.
     """
     path = Path(path)
     if mask not in ("identity", "sigmoid"):
@@ -54,28 +63,31 @@ def load_expert(path: str | Path, factors: Mapping, base_model: str | None = Non
     state = _unpickle(path)
     sigmas = factors.sigmas if isinstance(factors, Factors) else factors
     kind, masks = _masks(path, state, mask)
-    _fits(path, masks, sigmas)
-    z = {}
+    _check_fit(path, masks, sigmas)
+    z: dict[str, Tensor] = {}
     for name, m in masks.items():
         sigma = sigmas[name].double().cpu()
         if kind == "few-shot":
             z[name] = m * (sigma.sum() / (sigma * m).sum())
         else:
             z[name] = z_from_logits(m, sigma)
-    manifest = {
-        "parametrisation": {"form": "z", "from": "sakana", "kind": kind, "trace_norm": True}
-        | ({"mask": mask} if kind == "few-shot" else {}),
+    form: dict[str, Any] = {"form": "z", "from": "sakana", "kind": kind, "trace_norm": True}
+    if kind == "few-shot":
+        form["mask"] = mask
+    manifest: dict[str, Any] = {
+        "parametrisation": form,
         "source": {"file": path.name, "sha256": _sha256(path)},
     }
     if base_model:
         manifest["base_model"] = base_model
-    return Expert.trained_on(factors, z, **manifest) if isinstance(factors, Factors) else Expert(z, manifest)
+    return z, manifest
 
 
 def load_logits(path: str | Path) -> dict[str, Tensor]:
-    """{matrix: p [R]} of an expert's file, policy or legacy: what the release's few-shot search mixes (`adapt.CEMConfig.paper`).
+    """{matrix: p [R] fp32}, the logits in an expert's file, policy or legacy.
 
-    An `Expert` holds z, from which p follows only up to one factor a matrix. Raises ExpertError for another file.
+    The release's few-shot search mixes logits (`adapt.CEMConfig.paper`). An `Expert` holds z, which fixes p only up to
+    one factor per matrix. Raises ExpertError for another file.
     """
     path = Path(path)
     kind, logits = _masks(path, _unpickle(path), "identity")
@@ -85,10 +97,11 @@ def load_logits(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_factors(path: str | Path, base_model: str | None = None, mlp_only: bool = True) -> Factors:
-    """The release's `*_decomposed_params.pt` as Factors, in memory: its own U, S, V, so that its experts give its weights.
+    """The release's `*_decomposed_params.pt` as Factors, in memory. With them its experts give exactly its weights.
 
-    base_model: recorded in the manifest. mlp_only: only the matrices that the release adapts; False: all of the blocks' matrices.
-    Raises ExpertError for another file, or one in which a matrix is incomplete or does not fit together.
+    base_model: for the manifest
+    mlp_only: True: only the matrices that the release adapts; False: all matrices of the blocks
+    Raises ExpertError for another file, and for a matrix that is incomplete or whose shapes do not fit together.
     """
     path = Path(path)
     parts: dict[str, dict[str, Tensor]] = {}
@@ -98,15 +111,15 @@ def load_factors(path: str | Path, base_model: str | None = None, mlp_only: bool
             parts.setdefault(found[1], {})[found[2]] = t
     if not parts:
         raise ExpertError(
-            f"{path} holds no '{{name}}.weight.U', '.S', '.V' of a block; wanted the release's *_decomposed_params.pt"
+            f"{path} has no keys NAME.weight.U, .S and .V of a block; wanted the release's *_decomposed_params.pt"
         )
-    factors = {}
+    factors: dict[str, Factor] = {}
     for name, p in parts.items():
         shapes = {k: list(t.shape) for k, t in p.items()}
         if set(p) != set("USV") or any(not t.is_floating_point() for t in p.values()):
             raise ExpertError(f"{path}: {name}: wanted floating-point U, S and V, got {shapes}")
         U, S, V = p["U"], p["S"], p["V"]
-        # torch.svd returns V, not Vᵀ. For a square matrix the two look alike, and orthogonality holds for both.
+        # torch.svd returns V, not Vᵀ. The check of shapes cannot tell them apart for a square matrix.
         if S.dim() != 1 or U.dim() != 2 or V.dim() != 2 or U.shape[1] != S.numel() or V.shape[1] != S.numel():
             raise ExpertError(
                 f"{path}: {name}: wanted U [M, R], S [R], V [N, R] as torch.svd returns them, got {shapes}"
@@ -117,14 +130,15 @@ def load_factors(path: str | Path, base_model: str | None = None, mlp_only: bool
 
 
 def _masks(path: Path, state: Mapping[str, Tensor], mask: str) -> tuple[str, dict[str, Tensor]]:
-    """What kind of file it is, and by matrix, in fp64: the logits p of an expert, or the mask m of a few-shot combination."""
+    """(kind of the file, {matrix: [R] fp64}): the logits p of an expert, or the mask m of a few-shot combination."""
     if policy := {int(f[1]): t for key, t in state.items() if (f := POLICY.fullmatch(key))}:
         _only(path, state, len(policy), "learnable_params_module_list.N")
         if sorted(policy) != list(range(len(policy))) or len(policy) % len(MLP_ORDER):
             raise ExpertError(
-                f"{path}: its {len(policy)} vectors are not 0, 1, 2, ... in threes (gate, up, down of every layer)"
+                f"{path}: its {len(policy)} vectors are not numbered 0, 1, 2, ... "
+                "with three (gate, up, down) for each layer"
             )
-        # By number: as strings, 10 comes before 2.
+        # Sorted as numbers: among strings "10" comes before "2".
         return "policy", {
             _name(*divmod(i, len(MLP_ORDER))): _logits(path, f"vector {i}", policy[i]) for i in sorted(policy)
         }
@@ -134,12 +148,13 @@ def _masks(path: Path, state: Mapping[str, Tensor], mask: str) -> tuple[str, dic
     if "adaptive_weights" in state:
         return "few-shot", _combine(path, state, mask)
     raise ExpertError(
-        f"{path} is no expert of the release: wanted keys learnable_params_module_list.N, model.layers.N.mlp.*_proj.weight, "
-        f"or adaptive_weights; got {', '.join(list(state)[:3]) or 'nothing'}"
+        f"{path} is not an expert of the release: wanted keys learnable_params_module_list.N, "
+        f"model.layers.N.mlp.*_proj.weight, or adaptive_weights; got {', '.join(list(state)[:3]) or 'nothing'}"
     )
 
 
 def _combine(path: Path, state: Mapping[str, Tensor], mask: str) -> dict[str, Tensor]:
+    """{matrix: m [R] fp64} of a few-shot combination."""
     found: dict[str, dict[int, Tensor]] = {}
     for key, t in state.items():
         if f := COMBINED.fullmatch(key):
@@ -159,28 +174,33 @@ def _combine(path: Path, state: Mapping[str, Tensor], mask: str) -> dict[str, Te
     a = a.expand(-1, len(names))
     if mask == "sigmoid":
         found = {n: {k: torch.sigmoid(p) for k, p in v.items()} for n, v in found.items()}
-    return {n: sum(a[k, i] * found[n][k] for k in range(len(a))) for i, n in enumerate(names)}
+    zero = torch.zeros((), dtype=torch.float64)
+    return {n: sum((a[k, i] * found[n][k] for k in range(len(a))), zero) for i, n in enumerate(names)}
 
 
-def _fits(path: Path, masks: Mapping[str, Tensor], sigmas: Mapping[str, Tensor]) -> None:
+def _check_fit(path: Path, masks: Mapping[str, Tensor], sigmas: Mapping[str, Tensor]) -> None:
+    """Raise ExpertMismatch if the matrices or their numbers of components differ."""
     mine, theirs = set(masks), {n for n in sigmas if LEGACY.fullmatch(f"{n}.weight")}
     if mine != theirs:
         some = sorted(mine ^ theirs, key=_position)[:3]
         raise ExpertMismatch(
-            f"{path} has {len(mine)} MLP matrices, the factors {len(theirs)}; they differ in {', '.join(some)}: another model"
+            f"{path} has {len(mine)} MLP matrices, the factors have {len(theirs)}; they differ in {', '.join(some)}: "
+            "it is for another model"
         )
     for name, m in masks.items():
         if m.numel() != len(sigmas[name]):
             raise ExpertMismatch(
-                f"{path}: {name} has {m.numel()} components, the factors {len(sigmas[name])}; its normaliser needs every component of the "
-                "model it was trained on (factors with rank=None)"
+                f"{path}: {name} has {m.numel()} components, the factors have {len(sigmas[name])}; its normaliser "
+                "needs every component of the model it was trained on (factors with rank=None)"
             )
 
 
 def _only(path: Path, state: Mapping[str, Tensor], count: int, wanted: str) -> None:
+    """Raise ExpertError if the file has more keys than the `count` known ones."""
     if len(state) != count:
         raise ExpertError(
-            f"{path}: {len(state) - count} of its {len(state)} keys are not {wanted}; the release adapts Llama and Mistral MLPs only"
+            f"{path}: {len(state) - count} of its {len(state)} keys are not {wanted}; "
+            "the release adapts Llama and Mistral MLPs only"
         )
 
 
@@ -205,9 +225,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ExpertError(f"{path} does not exist; wanted a .pt file of the release")
     try:
-        # Decomposed weights of an 8B model are 45 GB: mapped, so that only what is used is read.
+        # Decomposed weights of an 8B model are 45 GB. A mapped file is read only where it is used.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as e:  # a damaged pickle raises whatever its first wrong byte leads to
+    except Exception as e:  # a damaged pickle can raise any exception
         why = str(e).partition("\n")[0] or type(e).__name__
         raise ExpertError(
             f"{path} cannot be loaded as plain tensors (truncated, or it holds more than tensors): {why}"
@@ -215,7 +235,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()
     ):
-        raise ExpertError(f"{path} holds no dict of tensors; wanted a .pt file of the release")
+        raise ExpertError(f"{path} is not a dict of tensors; wanted a .pt file of the release")
     return dict(state)
 
 

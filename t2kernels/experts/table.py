@@ -1,6 +1,6 @@
-"""`ScaleTable`: the scale rows of all layers as one array for each device, so that writing an expert is one row copy, whatever the number of layers.
+"""`ScaleTable`: the scale rows of all layers as one array per device. Writing an expert is one row copy per device.
 
-Nothing is ever allocated anew by writing, so captured graphs stay valid.
+Writes are in place and allocate nothing that outlives them, so a captured CUDA graph stays valid.
 """
 
 from __future__ import annotations
@@ -16,22 +16,36 @@ from t2kernels.layers.linear import SVFLinear
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the numbers z of one layer lie among those of all: names of its matrices, where they start, and (X, R)."""
+    """The place of one layer in an expert's row, which holds z of all layers side by side.
+
+    layer: a patched layer, of one matrix or of a stack of X matrices
+    names: [X] names of its matrices
+    start: first index of the layer in the row; `stop` is the index behind its last
+    shape: (X, R)
+    """
 
     layer: SVFLinear
     names: tuple[str, ...]
     start: int
     shape: tuple[int, int] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "shape", (len(self.names), self.layer.rank))
 
     @property
     def stop(self) -> int:
+        """The index behind the last number of this layer."""
         return self.start + self.shape[0] * self.shape[1]
 
+    def bytes_read(self) -> tuple[int, int]:
+        """(bytes that a token reads in this layer, bytes that it would read in a dense layer of the model's dtype)."""
+        (M, C), N = self.layer.U.shape[-2:], self.layer.Vt.shape[-1]
+        dense = M * N * self.layer.dtype.itemsize
+        reads = (M + N) * C * self.layer.U.dtype.itemsize + (dense if self.layer.form == "delta" else 0)
+        return self.shape[0] * reads, self.shape[0] * dense
+
     def components(self) -> Tensor:
-        """For each column of the layer's table, which number z scales it; on the host."""
+        """[columns of the layer's table] int64 on the CPU: the index in the row of the z that each column uses."""
         of = torch.arange(self.start, self.stop).reshape(self.shape)
         if self.layer.source is None:
             return of.flatten()
@@ -39,18 +53,30 @@ class Slot:
 
 
 class ScaleTable:
-    """rows: of every layer's `scale`, row 0 (the base model) included. width: numbers z of all layers together."""
+    """The tables `scale` of all layers, which become views of one array per device.
+
+    layers: [(layer, names of its matrices)], in model order
+    rows: rows of every layer's table, row 0 (the base model) included
+    slots: the place of each layer in an expert's row
+    width: C, numbers in an expert's row
+    """
 
     def __init__(self, layers: Sequence[tuple[SVFLinear, tuple[str, ...]]], rows: int):
-        self.rows, self.slots, self.width = rows, [], 0
+        self.rows: int = rows
+        self.slots: list[Slot] = []
+        self.width: int = 0
         for layer, names in layers:
             self.slots.append(Slot(layer, names, self.width))
             self.width = self.slots[-1].stop
         self._bind()
 
     def write(self, rows: int | Tensor, delta: Tensor) -> None:
-        """scale[rows] = base + sigma * delta in every layer, in place. rows: one, or [P]; delta: z - 1 of all layers, [width] or [P, width]."""
-        if not self._bound():
+        """scale[rows] = base + sigma * delta in every layer, in place.
+
+        rows: one row, or [P] rows
+        delta: [C] for one row, [P, C] for P rows; z - 1 of all layers
+        """
+        if not self._is_bound():
             self._bind()
         for device, (table, sigma, base, columns) in self._arrays.items():
             d = (delta if columns is None else delta[..., columns]).to(device, non_blocking=True)
@@ -60,8 +86,8 @@ class ScaleTable:
                 torch.addcmul(base, sigma, d, out=table[rows])
 
     def _bind(self) -> None:
-        """Make every layer's table a view of one array per device; again after the model was moved."""
-        self._arrays = {}
+        """Make every layer's table a view of one array per device. Needed again after the model was moved."""
+        self._arrays: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
         for device in dict.fromkeys(s.layer.scale.device for s in self.slots):
             slots = [s for s in self.slots if s.layer.scale.device == device]
             table = torch.cat([s.layer.scale.reshape(self.rows, -1) for s in slots], 1)
@@ -75,6 +101,6 @@ class ScaleTable:
             whole = torch.equal(columns, torch.arange(self.width))
             self._arrays[device] = (table, sigma, table[0].clone(), None if whole else columns)
 
-    def _bound(self) -> bool:
+    def _is_bound(self) -> bool:
         storages = {table.untyped_storage().data_ptr() for table, *_ in self._arrays.values()}
         return all(s.layer.scale.untyped_storage().data_ptr() in storages for s in self.slots)

@@ -1,4 +1,4 @@
-"""`Trainables`: the experts in training. Their numbers are parameters of the layers, and their rows are computed from those in every forward."""
+"""`Trainables`: experts in training. Their numbers are parameters of the layers; a forward computes their rows anew."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from .expert import Expert
+from .rows import Rows
 from .table import Slot
 
 
 class Trainables:
-    """Names in training; the bank gives each a row and keeps it."""
+    """Names in training, with their parameters and rows. Used by the bank, with its lock held.
+
+    slots: the layers of the model
+    """
 
     def __init__(self, slots: Sequence[Slot]):
         self._slots = slots
-        self._keys: dict[str, str] = {}  # name -> what its parameters are called in the layers
+        self._keys: dict[str, str] = {}  # name -> key of its parameters in the layers
 
     def __contains__(self, name: object) -> bool:
         return name in self._keys
@@ -28,49 +32,58 @@ class Trainables:
         return len(self._keys)
 
     def check(self, parametrisation: str, init: Expert | None) -> None:
-        """Raises ValueError for a parametrisation that is unknown, or that these layers or an initial expert rule out."""
+        """Raise ValueError if the parametrisation is unknown, or does not go with these layers or an initial expert."""
         if parametrisation not in ("raw", "sigmoid"):
             raise ValueError(f"parametrisation={parametrisation!r}; wanted 'raw' or 'sigmoid'")
         if parametrisation == "raw":
             return
         if init is not None:
             raise ValueError(
-                "an initial expert can be trained further with parametrisation='raw' only: z fixes p only up to its trace"
+                "init: only parametrisation='raw' can start from an expert, because z does not fix the p of 'sigmoid'"
             )
         partial = [n for s in self._slots for n in s.names if s.layer.form == "delta" or s.layer.support < s.layer.rank]
         if partial:
             raise ValueError(
-                f"parametrisation='sigmoid' rescales every component, but {partial[0]} leaves some out: patch with form='factored', rank=None"
+                f"parametrisation='sigmoid' rescales every component, but {partial[0]} leaves some out: "
+                "patch with form='factored', rank=None"
             )
 
-    def start(self, name: str, row: int, parametrisation: str, start: Tensor | None) -> list[nn.Parameter]:
-        """A parameter p for each layer, in model order. start: z - 1 to begin from, [C]"""
+    def start(self, rows: Rows, name: str, parametrisation: str, start: Tensor | None) -> list[nn.Parameter]:
+        """Reserve a row and create the parameters.
+
+        rows: of the bank; the row stays reserved until `stop`
+        start: [C] z - 1 to begin from; None: the parametrisation's own start
+        Returns one parameter per layer, in model order. Raises RuntimeError if no row can be had.
+        """
+        row = rows.take(name)
+        rows.pin(row)
         key = self._keys[name] = f"e{row}"
         parameters = []
         for s in self._slots:
-            shape = (*s.layer.sigma.shape[:-1], s.layer.support)
+            shape, device = (*s.layer.sigma.shape[:-1], s.layer.support), s.layer.sigma.device
             if parametrisation == "sigmoid":
-                p = 0.1 + 0.01 * torch.randn(shape, device=s.layer.sigma.device)
+                p = 0.1 + 0.01 * torch.randn(shape, device=device)
             elif start is not None:
-                p = (
-                    start[s.start : s.stop]
-                    .reshape(*s.layer.sigma.shape)[..., : s.layer.support]
-                    .to(s.layer.sigma.device)
-                    .clone()
-                )
+                whole = start[s.start : s.stop].reshape(s.layer.sigma.shape)
+                p = whole[..., : s.layer.support].to(device).clone()
             else:
-                p = torch.zeros(shape, device=s.layer.sigma.device)
+                p = torch.zeros(shape, device=device)
             parameters.append(nn.Parameter(p))
             s.layer.add_trained(key, row, parameters[-1], parametrisation)
         return parameters
 
-    def stop(self, name: str) -> None:
+    def stop(self, rows: Rows, name: str) -> None:
+        """Remove the parameters from the layers and free the row."""
         key = self._keys.pop(name)
         for s in self._slots:
             s.layer.drop_trained(key)
+        row = rows.find(name)
+        if row is not None:
+            rows.unpin([row])
+            rows.drop(name)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """{matrix, or module and stack: p}, in model order."""
+        """{matrix: p}, in model order. For a stack of matrices the key is the name of the stack."""
         key = self._keys[name]
         return {
             s.names[0] if len(s.names) == 1 else s.names[0].rpartition(".")[0]: s.layer.logits[key] for s in self._slots
@@ -78,7 +91,7 @@ class Trainables:
 
     @torch.no_grad()
     def z(self, name: str) -> dict[str, Tensor]:
-        """{matrix: z [k] as it is now, fp32 on the host}."""
+        """{matrix: z [k], the current values, fp32 on the CPU}."""
         key = self._keys[name]
         parts = [(s, s.layer.trained_z(key).detach().float().cpu().reshape(len(s.names), -1)) for s in self._slots]
         return {n: z[i].clone() for s, z in parts for i, n in enumerate(s.names)}

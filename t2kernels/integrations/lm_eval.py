@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import t2kernels as t2
+from t2kernels.experts.files import find_file
+from t2kernels.experts.names import BASE
 
 try:
     from lm_eval.models.huggingface import HFLM
@@ -20,7 +22,6 @@ except ImportError as e:
     raise ImportError(f"t2kernels.integrations.lm_eval needs lm-eval: pip install 't2kernels[lm-eval]' ({e})") from e
 
 NAME = "t2kernels"
-BASE = "base"
 
 
 class SVFLM(HFLM):
@@ -52,14 +53,14 @@ class SVFLM(HFLM):
         shipped = t2.tiny.experts() if pretrained == "tiny" else {}
         files = dict(map(_named, experts.split(";") if isinstance(experts, str) else experts)) if experts else {}
         if isinstance(expert, str) and expert not in (BASE, *files):
-            found = _file(expert) or shipped.get(expert)
+            found = find_file(expert) or shipped.get(expert)
             if found is None:
                 known = ", ".join([BASE, *files, *shipped])
                 raise FileNotFoundError(f"expert={expert}: neither a file nor one of {known}")
             expert = Path(found).stem
             files[expert] = str(found)
         for name, path in files.items():
-            if _file(path) is None:
+            if find_file(path) is None:
                 raise FileNotFoundError(f"experts: no file {path!r} for the expert {name!r}")
         if pretrained == "tiny":
             pretrained = str(t2.tiny.path())
@@ -72,7 +73,7 @@ class SVFLM(HFLM):
             self.model, targets=targets, form=form, factors=factors, **({} if rank is None else {"rank": rank})
         )
         for name, path in files.items():
-            self.bank.add(name, _file(path))
+            self.bank.add(name, find_file(path))
         self.expert, self.expert_column = expert, expert_column
 
     def expert_of(self, doc: object) -> str | None:
@@ -114,12 +115,6 @@ class SVFLM(HFLM):
 def _named(text: str) -> tuple[str, str]:
     name, equals, path = text.strip().partition("=")
     return (name, path) if equals else (Path(name).stem, name)
-
-
-def _file(path: str) -> Path | None:
-    """An expert's file, with or without its suffix."""
-    place = Path(path).expanduser()
-    return next((p for p in (place, place.with_name(place.name + ".safetensors")) if place.name and p.is_file()), None)
 
 
 def register() -> None:

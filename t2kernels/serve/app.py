@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from t2kernels.experts.names import AUTO
 from t2kernels.serve.engine.batching import BatchSettings
 from t2kernels.serve.engine.engine import Engine
 from t2kernels.serve.http.errors import APIError, bad
@@ -25,7 +26,7 @@ from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
 from .admin import add_routes
 from .auto import Router
 from .completions import Answer, while_connected
-from .registry import AUTO, Chosen, Experts
+from .registry import Chosen, Experts
 
 
 @dataclass(frozen=True)

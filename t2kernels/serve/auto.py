@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from t2kernels.adapt import Classifier, Prompt, Question, Strategy
+from t2kernels.experts.names import CLASSIFIER
 from t2kernels.serve.engine.engine import Engine
 from t2kernels.serve.http.errors import APIError
 
 from .registry import Chosen, Experts
 
 PROMPT = "prompt"
-CLASSIFY = "classify"
-"""The name that classification experts go by where nothing else is said; the one that comes with the built-in model holds no question."""
 
 
 class Router:
@@ -105,7 +104,7 @@ class Router:
         keys = {
             name: key
             for name, key in keys.items()
-            if "question" not in self.experts.current[name].manifest and name != CLASSIFY
+            if "question" not in self.experts.current[name].manifest and name != CLASSIFIER
         }
         if not keys:
             raise APIError(503, "model 'auto' has no expert to choose", "no_experts")

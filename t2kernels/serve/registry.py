@@ -7,7 +7,6 @@ happens to the name. In the bank each version is an expert of its own, and leave
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -15,18 +14,14 @@ from pathlib import Path
 
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert, ExpertError
-from t2kernels.experts.names import Name
+from t2kernels.experts.names import AUTO, BASE, MIX, Name, check_name, parse_mixture, write_mixture
 from t2kernels.factors.identity import ExpertMismatch
 from t2kernels.serve.http.errors import APIError, bad
 
-BASE = "base"
-AUTO = "auto"
-MIX = "mix:"
 MIXED = "mix"
 REMOVED = "removed"
 RESERVED = (BASE, AUTO, MIXED, REMOVED, "none")
 """Names that mean something else, in requests or as a label of metrics."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_IN_A_MIXTURE = 16
 
 
@@ -120,7 +115,7 @@ class Experts:
     def of_names(self, name: Name) -> Chosen:
         """The same for what a strategy chose: None, an expert's name, or a mixture of names."""
         if isinstance(name, dict):
-            return self._mixture(MIX + ",".join(f"{n}={weight:g}" for n, weight in name.items()))
+            return self._mixture(write_mixture(name))
         return self.choose(BASE if name is None else name)
 
     def share(self, chosen: Chosen) -> Chosen:
@@ -134,19 +129,10 @@ class Experts:
         chosen.held = []
 
     def _mixture(self, model: str) -> Chosen:
-        weights: dict[str, float] = {}
-        for part in model.removeprefix(MIX).split(","):
-            name, equals, text = part.strip().rpartition("=")
-            try:
-                weight = float(text)
-            except ValueError:
-                equals, weight = "", 0.0
-            if not equals or not name or name in weights or not abs(weight) <= 1e3:
-                raise bad(
-                    f"model {model!r}: wanted mix:NAME=WEIGHT,NAME=WEIGHT, each name once, such as mix:math=0.5,code=0.5",
-                    "model",
-                )
-            weights[name] = weight
+        try:
+            weights = parse_mixture(model)
+        except ValueError as error:
+            raise bad(f"model {error}", "model") from None
         if len(weights) > MOST_IN_A_MIXTURE:
             raise bad(f"model {model!r}: {len(weights)} experts, at most {MOST_IN_A_MIXTURE} are mixed", "model")
         # The base model's share is what the weights leave: 1 + sum of weight (z - 1).
@@ -174,12 +160,11 @@ class Experts:
 
     def check_name(self, name: str) -> str:
         """Raises APIError 400 for what cannot be the name of an expert."""
-        if (
-            not isinstance(name, str)
-            or not NAME.fullmatch(name)
-            or name in (*self.base, *RESERVED)
-            or name.endswith(".safetensors")
-        ):
+        try:
+            reserved = check_name(name) in (*self.base, *RESERVED) or name.endswith(".safetensors")
+        except ValueError:
+            reserved = True
+        if reserved:
             raise bad(
                 f"{name!r} cannot name an expert: wanted up to 64 letters, digits, '.', '_' or '-', the first a letter or digit, without "
                 f".safetensors, and not {', '.join({**self.base, **dict.fromkeys(RESERVED)})}",

@@ -303,9 +303,7 @@ class SVFTrainer(ReinforceTrainer):
             self._load_expert(resume_from_checkpoint, name)
 
     def _load_expert(self, folder: str | os.PathLike, name: str) -> None:
-        checkpoint.load(
-            folder, name, self.bank.trained_parameters(name), self.args.parametrisation, self.bank.origin.check
-        )
+        checkpoint.load(folder, name, self.bank.trained_parameters(name), self.args.parametrisation, self.bank.check)
 
     def _load_best_model(self) -> None:
         """Each expert from the checkpoint that was best for it, among those that are still there."""

@@ -8,7 +8,6 @@ import torch
 import t2kernels as t2
 from t2kernels.adapt import CEMConfig, Examples, FewShot, refine, search
 from t2kernels.adapt.mixing import Mixer
-from t2kernels.experts.scratch import flatten, unflatten
 from t2kernels.rollout.generation import Rollout, completion_logits
 from t2kernels.rollout.prefix import hoist, prefill
 from tests.helpers.families import build
@@ -147,7 +146,7 @@ def test_logits_that_are_known_are_mixed_as_they_are():
 
 def test_flat_rows_come_back(random_bank):
     e = random_bank["e1"]
-    assert unflatten(random_bank, flatten(random_bank, "e1")) == e
+    assert random_bank.from_vector(random_bank.vector("e1")) == e
 
 
 def test_scratch_rows_are_lent_and_given_back(random_bank):
@@ -289,7 +288,7 @@ def test_search_finds_what_the_reward_wants(tiny, examples):
     """A fitness that depends on alpha alone, through the likelihood's place: the search must reach its peak."""
     _, _, bank = tiny
     peak = torch.tensor([0.8, -0.4, 0.3])
-    deltas = torch.stack([flatten(bank, n) for n in NAMES])
+    deltas = torch.stack([bank.vector(n) for n in NAMES])
     basis = torch.linalg.pinv(deltas.double())
 
     class Peak:

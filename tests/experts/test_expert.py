@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from t2kernels.experts.expert import Expert, ExpertError, ExpertMismatch
+from t2kernels.experts.files import find_file, require_file
 from t2kernels.factors.factor import Factor, svd
 from t2kernels.factors.store import Factors
 from t2kernels.layers.scale import make_scale, truncation_error, z_from_logits
@@ -141,6 +142,19 @@ def test_broken_files_are_refused_by_name(expert, tmp_path):
         assert str(tmp_path) in str(e.value)
 
 
+def test_an_experts_file_is_found_with_or_without_its_suffix(expert, tmp_path, monkeypatch):
+    path = expert.save(tmp_path / "a.b")
+    assert path.name == "a.b.safetensors"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (path, str(path), tmp_path / "a.b", "~/a.b", "~/a.b.safetensors"):
+        assert find_file(given) == require_file(given) == path
+        assert Expert.load(given) == expert
+    for given in ("", ".", tmp_path, tmp_path / "a", "~/c"):
+        assert find_file(given) is None
+        with pytest.raises(ExpertError, match=r"Expert\.save wrote"):
+            require_file(given)
+
+
 @pytest.mark.parametrize("step", ["save_file", "replace", "fsync"])
 def test_a_failed_save_leaves_what_was_there(expert, tmp_path, monkeypatch, step):
     from t2kernels import storage
@@ -213,24 +227,13 @@ def test_mix_refuses(expert):
     Expert.mix({expert: 0.5, Expert({"layers.2.q": torch.ones(3)}, sketch={"layers.2.q": torch.ones(3)}): 0.5})
 
 
-def test_truncate(expert, factors):
+def test_truncate(expert):
     first = expert.truncate(4)
     assert first.ranks == dict.fromkeys(SHAPES, 4)
     assert torch.equal(first.z["layers.0.q"], expert.z["layers.0.q"][:4])
-    best = expert.truncate(4, factors.sigmas)
-    for name, v in best.z.items():
-        sigma, full = factors.sigmas[name].double(), expert.z[name].double()
-        change = sigma * (full - 1).abs()
-        kept = (v != 1).nonzero().flatten()
-        assert len(kept) == 4
-        assert change[kept].min() > change[~torch.isin(torch.arange(len(change)), kept)].max()
-        assert torch.equal(v[kept], expert.z[name][kept])
-        assert v[-1] != 1
-    assert best.sketch.keys() == expert.sketch.keys()
+    assert first.sketch.keys() == expert.sketch.keys()
     with pytest.raises(ExpertError, match="k=0"):
         expert.truncate(0)
-    with pytest.raises(ExpertError, match=r"layers\.0\.q: wanted 24 singular values, got none"):
-        expert.truncate(4, {})
 
 
 def test_truncation_error_is_the_spectral_norm_of_what_is_lost():
@@ -341,7 +344,9 @@ def test_trained_on(factors, tmp_path):
     bare = Expert(expert.z, expert.manifest)
     bare.check(factors)
     bare.check(dict(factors.sigmas))
-    with pytest.raises(ExpertMismatch, match=r"fingerprint of the factors of layers\.0\.q, .* no sketch to compare"):
+    with pytest.raises(
+        ExpertMismatch, match=r"cannot be verified: .*other factors of layers\.0\.q, .* no sketch to compare"
+    ):
         bare.check(decomposed(seed=5))
 
 
@@ -387,7 +392,7 @@ def test_a_turned_pair_of_distinct_singular_values_is_refused():
 
 
 def test_another_space_with_equal_z_is_refused():
-    """Two components of near-equal sigma and equal z, of which one was exchanged for a direction outside of their plane."""
+    """Two components of near-equal sigma and equal z, one of them exchanged for a direction outside of their plane."""
     expert, _, _ = pair(1.6, 1.6)
     f = svd(weights()["layers.0.q"])
     sigma = f.sigma.clone()
@@ -398,7 +403,7 @@ def test_another_space_with_equal_z_is_refused():
 
 
 def test_many_random_other_models_are_refused_even_by_a_few_components():
-    """Sketches agree by chance now and then; an expert of 2 components in each of 3 matrices must still be told apart."""
+    """Sketches agree by chance now and then; 2 components in each of 3 matrices must still tell models apart."""
     expert = Expert(numbers(k=2), None, decomposed().sketches)
     for seed in range(1, 40):
         with pytest.raises(ExpertMismatch):

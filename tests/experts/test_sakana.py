@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from t2kernels.experts.expert import Expert, ExpertError, ExpertMismatch
-from t2kernels.experts.sakana import load_expert, load_factors, load_logits
+from t2kernels.experts.sakana import load_factors, load_logits
 from t2kernels.factors.decomposition import decompose
 
 LAYERS = 12  # more than ten, so that sorting by number and by string differ
@@ -121,7 +121,7 @@ def test_order_of_keys_in_the_file_does_not_matter(mlp, decomposed, factors, tmp
     state = {f"learnable_params_module_list.{i}": v for i, v in enumerate(p.values())}
     torch.save({k: state[k] for k in sorted(state)}, tmp_path / "p.pt")  # 0, 1, 10, 11, ..., 2
     agrees(
-        load_expert(tmp_path / "p.pt", factors),
+        Expert.from_sakana(tmp_path / "p.pt", factors),
         factors,
         decomposed,
         {k: torch.sigmoid(v.double()) for k, v in p.items()},
@@ -144,7 +144,7 @@ def test_few_shot(mlp, decomposed, factors, tmp_path, mask, per_layer):
     f = torch.sigmoid if mask == "sigmoid" else torch.clone
     a = alphas.double().expand(2, len(mlp))
     masks = {k: sum(a[j, i] * f(e[k].double()) for j, e in enumerate(experts)) for i, k in enumerate(mlp)}
-    expert = load_expert(tmp_path / "few.pt", factors, mask=mask)
+    expert = Expert.from_sakana(tmp_path / "few.pt", factors, mask=mask)
     for key, m in masks.items():  # identity masks may nearly cancel: z is large then, and fp32 relative to it
         name = key.removesuffix(".weight")
         U, sigma, V = (t.double() for t in factors[name])
@@ -152,11 +152,11 @@ def test_few_shot(mlp, decomposed, factors, tmp_path, mask, per_layer):
         assert (((U * (sigma * expert.z[name].double())) @ V.T - wanted).norm() / wanted.norm()).item() < 1e-6
     # norm_coeffs, which the file does not record, cancels too.
     combination_file(tmp_path / "normed.pt", mlp, alphas / alphas.sum(0))
-    normed = load_expert(tmp_path / "normed.pt", factors, mask=mask)
+    normed = Expert.from_sakana(tmp_path / "normed.pt", factors, mask=mask)
     for name in expert.z:
         torch.testing.assert_close(normed.z[name], expert.z[name], rtol=1e-4, atol=1e-5)
     with pytest.raises(ExpertError, match="mask='relu'"):
-        load_expert(tmp_path / "few.pt", factors, mask="relu")
+        Expert.from_sakana(tmp_path / "few.pt", factors, mask="relu")
 
 
 def test_factors_of_the_release(model, decomposed, factors, tmp_path):
@@ -176,8 +176,8 @@ def test_factors_of_the_release(model, decomposed, factors, tmp_path):
 def test_an_import_on_recomputed_factors_fits_the_release_s(model, mlp, factors, tmp_path):
     """The same fp32 weights, decomposed by another algorithm: other signs, the same z, accepted by both."""
     path, ours = policy_file(tmp_path / "p.pt", logits(mlp)), decompose(model)
-    expert = load_expert(path, ours)
-    for name, z in load_expert(path, factors).z.items():
+    expert = Expert.from_sakana(path, ours)
+    for name, z in Expert.from_sakana(path, factors).z.items():
         torch.testing.assert_close(expert.z[name], z, rtol=1e-5, atol=0)
     expert.check(factors)
     expert.check(ours)
@@ -185,8 +185,8 @@ def test_an_import_on_recomputed_factors_fits_the_release_s(model, mlp, factors,
 
 def test_sigmas_alone_will_do(mlp, factors, tmp_path):
     path = policy_file(tmp_path / "p.pt", logits(mlp))
-    expert = load_expert(path, dict(factors.sigmas))
-    assert expert == load_expert(path, factors)
+    expert = Expert.from_sakana(path, dict(factors.sigmas))
+    assert expert == Expert.from_sakana(path, factors)
     assert not expert.sketch
 
 
@@ -194,19 +194,20 @@ def test_what_does_not_fit_is_refused(model, mlp, factors, tmp_path):
     p = logits(mlp)
     path = policy_file(tmp_path / "p.pt", p)
     with pytest.raises(ExpertMismatch, match="trained on meta-llama/other, the factors are of tiny"):
-        load_expert(path, factors, base_model="meta-llama/other")
+        Expert.from_sakana(path, factors, base_model="meta-llama/other")
     with pytest.raises(
-        ExpertMismatch, match=r"model\.layers\.0\.mlp\.gate_proj has 16 components, the factors 4.*rank=None"
+        ExpertMismatch, match=r"model\.layers\.0\.mlp\.gate_proj has 16 components, the factors have 4.*rank=None"
     ):
-        load_expert(path, factors.cut(4))
+        Expert.from_sakana(path, factors.cut(4))
     keys = list(p)
     fewer = policy_file(tmp_path / "fewer.pt", {k: p[k] for k in keys[:-3]})
     with pytest.raises(
-        ExpertMismatch, match=r"has 33 MLP matrices, the factors 36; they differ in model\.layers\.11\.mlp\.gate_proj"
+        ExpertMismatch,
+        match=r"has 33 MLP matrices, the factors have 36; they differ in model\.layers\.11\.mlp\.gate_proj",
     ):
-        load_expert(fewer, factors)
-    with pytest.raises(ExpertError, match="35 vectors are not 0, 1, 2"):
-        load_expert(policy_file(tmp_path / "odd.pt", {k: p[k] for k in keys[:-1]}), factors)
+        Expert.from_sakana(fewer, factors)
+    with pytest.raises(ExpertError, match="35 vectors are not numbered 0, 1, 2"):
+        Expert.from_sakana(policy_file(tmp_path / "odd.pt", {k: p[k] for k in keys[:-1]}), factors)
 
 
 class Bomb:
@@ -220,9 +221,9 @@ def test_bad_files_are_refused_by_name(mlp, factors, tmp_path):
     first = next(iter(good))
     cases = {
         "bomb": ({"a": Bomb()}, "cannot be loaded as plain tensors"),
-        "list": ([torch.ones(3)], "holds no dict of tensors"),
-        "numbers": ({"a": 1.0}, "holds no dict of tensors"),
-        "other": ({"lora_A": torch.ones(3)}, "is no expert of the release.*got lora_A"),
+        "list": ([torch.ones(3)], "is not a dict of tensors"),
+        "numbers": ({"a": 1.0}, "is not a dict of tensors"),
+        "other": ({"lora_A": torch.ones(3)}, "is not an expert of the release.*got lora_A"),
         "more": (good | {"bias": torch.ones(3)}, "1 of its 37 keys are not learnable_params_module_list.N"),
         "nan": (good | {first: good[first] * float("nan")}, "vector 0 holds NaN"),
         "matrix": (good | {first: torch.ones(2, 8)}, r"vector 0 is torch.float32 \[2, 8\]"),
@@ -235,15 +236,15 @@ def test_bad_files_are_refused_by_name(mlp, factors, tmp_path):
     for name, (content, why) in cases.items():
         torch.save(content, tmp_path / f"{name}.pt")
         with pytest.raises(ExpertError, match=rf"{name}\.pt.*{why}"):
-            load_expert(tmp_path / f"{name}.pt", factors)
+            Expert.from_sakana(tmp_path / f"{name}.pt", factors)
     torch.save(good, tmp_path / "cut.pt")
     data = (tmp_path / "cut.pt").read_bytes()
     for size in (0, 10, len(data) // 2):
         (tmp_path / "cut.pt").write_bytes(data[:size])
         with pytest.raises(ExpertError, match=r"cut\.pt cannot be loaded as plain tensors"):
-            load_expert(tmp_path / "cut.pt", factors)
+            Expert.from_sakana(tmp_path / "cut.pt", factors)
     with pytest.raises(ExpertError, match="does not exist"):
-        load_expert(tmp_path / "none.pt", factors)
+        Expert.from_sakana(tmp_path / "none.pt", factors)
 
 
 def test_bad_factor_files_are_refused(decomposed, tmp_path):

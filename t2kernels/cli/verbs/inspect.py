@@ -26,8 +26,10 @@ def inspect(
 
     [dim]$[/] t2 inspect meta-llama/Llama-3.1-8B      [dim]a model: how many numbers an expert trains, beside LoRA; reads its config only[/]
     """
+    from t2kernels.experts.files import find_file
+
     place = Path(path).expanduser()
-    if place.is_file() or place.with_name(place.name + ".safetensors").is_file():
+    if find_file(place) is not None:
         _expert(place, rows)
     elif (place / "manifest.json").is_file():
         _factors(place, rows)

@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2kernels.experts.expert import Expert, ExpertError, find_file
+from t2kernels.experts.expert import Expert, ExpertError
+from t2kernels.experts.files import require_file
+from t2kernels.experts.names import MIX
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-MIX = "mix:"
 STACK = ".experts."  # in names of matrices that are slices of a mixture-of-experts stack
 DIGEST = re.compile(r"#([0-9a-f]{16})$")
 SETTLED = 10**9  # ns
@@ -68,7 +69,7 @@ def address(source: str | os.PathLike | Mapping[str | os.PathLike, float]) -> st
             if not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise ExpertError(f"the weight of {path} in a mixture is {weight!r}; wanted a finite number")
         return mixture([(address(path), float(weight)) for path, weight in source.items()])
-    path = find_file(Path(source).expanduser()).resolve()
+    path = require_file(source).resolve()
     return f"{path}#{digest(path)}"
 
 
@@ -110,7 +111,7 @@ def load(where: str) -> Expert:
                 f"{path} is a LoRA adapter; an engine that serves SVF experts serves no LoRA adapters beside them"
             )
         found = Expert.load(path)
-        if wanted and (now := digest(find_file(path))) != wanted[1]:
+        if wanted and (now := digest(require_file(path))) != wanted[1]:
             raise ExpertError(
                 f"{path} was replaced since it was asked for (sha256 {now}, then {wanted[1]}); ask for it again"
             )

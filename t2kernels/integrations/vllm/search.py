@@ -20,7 +20,8 @@ from t2kernels.adapt.cem import CEMConfig, Found, cross_entropy_method
 from t2kernels.adapt.examples import Scores, check_rows, rewarded, scorer_of
 from t2kernels.adapt.few_shot import gain
 from t2kernels.adapt.mixing import recorded
-from t2kernels.experts.expert import Expert, find_file
+from t2kernels.experts.expert import Expert
+from t2kernels.experts.files import require_file
 from t2kernels.rollout.generation import Sampler
 
 from .hooks import asks_for_experts
@@ -118,7 +119,7 @@ class Population:
         name: str,
     ):
         self.llm, self.rows, self.config, self.name = llm, rows, config, f"{name}/candidate"
-        self.files = [find_file(Path(path).expanduser()).resolve() for path in experts.values()]
+        self.files = [require_file(path).resolve() for path in experts.values()]
         if len(set(self.files)) < len(self.files):
             raise ValueError(f"experts={dict(experts)}: a file occurs twice")
         self.experts = [Expert.load(file) for file in self.files]

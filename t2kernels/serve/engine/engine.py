@@ -275,7 +275,7 @@ class Engine:
             max_new_tokens=generation.max_tokens,
             streaming=True,
             eos_token_id=self.ends,
-            expert_row=self.bank.row_of(generation.held),
+            expert_row=int(generation.held),
         )
         if taken is None:
             self._fail(generation, APIError(503, f"generation has ended: {self._why()}", "engine_dead"))

@@ -29,7 +29,7 @@ def manager(patched):
     yield manager
     empty(manager)
     assert len(bank) == 0
-    assert bank._rows._pins.total() == 0  # nothing is held beyond the last step
+    assert bank.rows_in_use == 0  # nothing is held beyond the last step
 
 
 @pytest.fixture(scope="module")

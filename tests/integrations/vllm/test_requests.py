@@ -1,5 +1,6 @@
 """Addresses, requests and settings of the vLLM plugin, without vLLM."""
 
+import asyncio
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from t2kernels.integrations.vllm.engine.build import origin_of
 from t2kernels.integrations.vllm.engine.model_folder import is_factored, write_checkpoint
 from t2kernels.integrations.vllm.hooks import UnsupportedVllm
 from t2kernels.integrations.vllm.server.launch import check_experts, command
-from t2kernels.integrations.vllm.server.served import Refused, parse_mixture
+from t2kernels.integrations.vllm.server.served import Refused, ServedExperts
 from t2kernels.integrations.vllm.server.spool import Spool
 from t2kernels.integrations.vllm.settings import KEY, Settings
 from tests.helpers.commandline import t2_
@@ -144,22 +145,12 @@ def test_mixture_of_experts_stacks_are_not_served():
     assert origin_of(factors).sigmas.keys() == origin_of(factors).ranks.keys() == {names[0]}
 
 
-@pytest.mark.parametrize(
-    "text, wanted",
-    [
-        ("mix:math=0.5,code=.25", {"math": 0.5, "code": 0.25}),
-        ("mix: a=1, a=1", {"a": 2.0}),
-        ("mix:x=y=1", {"x=y": 1.0}),
-    ],
-)
-def test_mixtures_as_clients_write_them(text, wanted):
-    assert parse_mixture(text) == wanted
-
-
 @pytest.mark.parametrize("text", ["mix:", "mix:math", "mix:math=", "mix:=1", "mix:math=x,code=1"])
 def test_mixtures_that_are_none(text):
-    with pytest.raises(Refused, match="wanted mix:NAME=WEIGHT"):
-        parse_mixture(text)
+    served = ServedExperts(engine=None, models=None, config=None, roots=[])
+    with pytest.raises(Refused, match="wanted mix:NAME=WEIGHT") as refused:
+        asyncio.run(served.resolve(text))
+    assert refused.value.status == 400
 
 
 def test_a_spool_keeps_what_files_were(files, monkeypatch):

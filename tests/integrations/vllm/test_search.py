@@ -131,7 +131,7 @@ def test_it_finds_what_the_library_finds(llm, tiny, tmp_path):
     }
     assert saved.manifest["fingerprints"] == t2.Expert.load(FILES["math"]).manifest["fingerprints"]
     assert saved.sketch.keys() == saved.z.keys()
-    tiny[0].t2_bank.origin.check(saved)
+    tiny[0].t2_bank.check(saved)
 
 
 def test_the_base_model_is_kept_where_nothing_is_gained(llm, tmp_path):

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from t2kernels.experts.columns import lost_share
 from t2kernels.experts.expert import ExpertError
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm import requests
@@ -42,9 +43,9 @@ def _state(file: str) -> tuple[int, int, int]:
 def _check(where: str, states: tuple, place: str, rank: int | float | None, max_error: float) -> None:
     expert = requests.load(where)
     origin, supports = _origin(place), _supports(place, rank)
-    origin.check(expert)
+    expert.check(origin)
     for name, z in expert.z.items():
-        if (lost := origin.truncation_error(name, z, supports[name])) > max_error:
+        if (lost := lost_share(origin, name, z, supports[name])) > max_error:
             raise ExpertError(
                 f"it rescales components that are not served: {lost:.1%} of its change to {name} would be lost (max_error={max_error:.1%}); "
                 "serve with a larger rank, or cut the expert"

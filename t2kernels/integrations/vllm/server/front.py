@@ -10,10 +10,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from t2kernels.experts.names import AUTO, MIX
 from t2kernels.integrations.vllm.hooks import asks_for_experts
-from t2kernels.integrations.vllm.requests import MIX
 
-from .served import AUTO, Refused, ServedExperts
+from .served import Refused, ServedExperts
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
 HEADER = b"x-expert"

@@ -9,18 +9,14 @@ from importlib import metadata
 from pathlib import Path
 
 from t2kernels.experts.expert import Expert
+from t2kernels.experts.names import AUTO, BASE, MIX
 from t2kernels.factors.checkpoint import name_of
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm.engine.build import origin_of
 from t2kernels.integrations.vllm.engine.check import FACTS
 from t2kernels.integrations.vllm.engine.model_folder import is_factored
 from t2kernels.integrations.vllm.hooks import GROUP, check_version
-from t2kernels.integrations.vllm.requests import MIX
 from t2kernels.integrations.vllm.settings import engine_args
-
-from .served import AUTO
-
-BASE = "base"
 
 
 def serve(
@@ -74,7 +70,7 @@ def check_experts(model: str, experts: Mapping[str, Path], factors: str | Path |
         )
     origin = origin_of(Factors.load(place))
     for path in experts.values():
-        origin.check(Expert.load(path))
+        Expert.load(path).check(origin)
     return sorted({Path(p).expanduser().resolve().parent for p in experts.values()})
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from t2kernels.adapt.question import Question
-from t2kernels.experts.expert import Expert, ExpertError, find_file
+from t2kernels.experts.expert import Expert, ExpertError
+from t2kernels.experts.files import require_file
+from t2kernels.experts.names import AUTO, CLASSIFIER, MIX, parse_mixture, write_mixture
 from t2kernels.integrations.vllm import requests
 from t2kernels.integrations.vllm.engine.check import check_request
 
 from .spool import Spool
 
-AUTO = "auto"
-CLASSIFIER = "classify"
 DEAD_AFTER = 1.0  # seconds between two looks at whether the engine lives, while it is asked something
 MIXTURES = 256  # entries of mixtures kept: clients make them up
 
@@ -33,23 +33,6 @@ class Refused(Exception):
     def __init__(self, status: HTTPStatus, message: str):
         super().__init__(message)
         self.status = status
-
-
-def parse_mixture(name: str) -> dict[str, float]:
-    """ "mix:math=0.5,code=0.5" -> {"math": 0.5, "code": 0.5}. Raises Refused."""
-    weights: dict[str, float] = {}
-    for part in name.removeprefix(requests.MIX).split(","):
-        expert, _, weight = part.strip().rpartition("=")
-        try:
-            weights[expert] = weights.get(expert, 0.0) + float(weight)
-        except ValueError:
-            expert = ""
-        if not expert:
-            raise Refused(
-                HTTPStatus.BAD_REQUEST,
-                f"model {name!r}: wanted mix:NAME=WEIGHT,NAME=WEIGHT, such as mix:math=0.7,code=0.3",
-            )
-    return weights
 
 
 def last_text(chat: Any) -> str:
@@ -80,7 +63,7 @@ class ServedExperts:
 
     async def load(self, name: str, path: str, replace: bool = False) -> None:
         """Serve the expert in a file under a name. Raises Refused, with nothing changed."""
-        if not name or name == AUTO or name.startswith(requests.MIX) or self.models.is_base_model(name):
+        if not name or name == AUTO or name.startswith(MIX) or self.models.is_base_model(name):
             raise Refused(
                 HTTPStatus.BAD_REQUEST, f"an expert cannot be called {name!r}: the name has a meaning already"
             )
@@ -100,7 +83,7 @@ class ServedExperts:
 
     def _address(self, path: str) -> str:
         try:
-            file = find_file(Path(path).expanduser()).resolve()
+            file = require_file(path).resolve()
             if not any(file.is_relative_to(root) for root in self.roots):
                 raise Refused(HTTPStatus.FORBIDDEN, f"{path} is not under a directory that experts are served from")
             return self.spool.take(file, {r.lora_path for r in self.models.lora_requests.values()})
@@ -149,15 +132,18 @@ class ServedExperts:
 
     async def resolve(self, model: str, prompt: Any = None) -> str:
         """The served name that a request for `model` is to have: a mixture is made into an entry, "auto" chooses by the prompt. Raises Refused."""
-        if model.startswith(requests.MIX):
+        if model.startswith(MIX):
             return await self._mix(model)
         return await self.choose(prompt) if model == AUTO else model
 
     async def _mix(self, asked: str) -> str:
-        weights = parse_mixture(asked)
-        name = requests.MIX + ",".join(f"{n}={w:g}" for n, w in sorted(weights.items()))
+        try:
+            weights = parse_mixture(asked)
+        except ValueError as e:
+            raise Refused(HTTPStatus.BAD_REQUEST, f"model {e}") from None
+        name = write_mixture(weights)
         async with self._lock:
-            missing = [n for n in weights if n not in self.models.lora_requests or n.startswith(requests.MIX)]
+            missing = [n for n in weights if n not in self.models.lora_requests or n.startswith(MIX)]
             if missing:
                 raise Refused(HTTPStatus.NOT_FOUND, f"model {asked!r}: no expert {missing[0]!r} is being served")
             parts = sorted((self.models.lora_requests[n].lora_path, w) for n, w in weights.items())
