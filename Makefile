@@ -28,8 +28,8 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The site, in site/: open site/index.html. A broken link or a name that is not there is an error. The variable silences a note
-# of the theme about its own future, which is no warning of the build.
+# The site, in site/ (its search needs a server: python3 -m http.server -d site). A broken link or a name that is not there
+# is an error. The variable silences the theme's note on its own future, which is not about this site.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

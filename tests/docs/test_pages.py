@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+import t2kernels as t2
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REASONS = (
@@ -79,6 +81,9 @@ def test_python_blocks_run_and_print_what_is_printed(page, tmp_path, monkeypatch
             exec(code, names)
         if block.output is not None:
             assert printed.getvalue().split() == block.output.split(), f"{name(page)}, line {block.line}"
+    if page.name == "README.md":
+        assert names["out"].shape[0] == 3
+        assert t2.Expert.load("experts/mine").numel == sum(names["bank"].matrices.values())
 
 
 def test_few_blocks_are_not_run():
