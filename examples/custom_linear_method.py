@@ -1,9 +1,9 @@
-"""Experts in a serving engine that has a class for each way of doing a linear layer, such as SGLang: a linear method.
+"""Experts in a serving engine that has a class for each way of doing a linear layer (SGLang, vLLM and others call it a linear method).
 
     y = method.apply(layer, x)  +  ((x V) * scale[expert_ids]) Uᵀ
 
-The engine's own method does x Wᵀ, in whatever format W has (bf16, fp8, AWQ). One op adds the experts' change: the delta
-form. The engine must provide `expert_ids`, the row of each token of the running batch, in a buffer that stays where it is.
+The engine's own method does x Wᵀ, in whatever format W has (bf16, fp8, AWQ), and one op adds what the experts change: the delta form. What an
+engine must bring along is `expert_ids`, the row of each token of the running batch, in a buffer that stays where it is.
 
     python examples/custom_linear_method.py
 """
@@ -11,13 +11,13 @@ form. The engine must provide `expert_ids`, the row of each token of the running
 import torch
 
 import t2kernels.ops  # noqa: F401 (registers torch.ops.t2kernels.svf_linear)
-from t2kernels.factors import svd
+from t2kernels.factors.store import svd
 
 ROWS, TOKENS = 8, 64  # experts that are loaded at once, the base model's row 0 included; tokens of a step
 
 
 class Batch:
-    """Filled by the scheduler before each step. Captured graphs read it from the same address every time."""
+    """What the scheduler fills before each step; captured graphs read it from the same address every time."""
 
     expert_ids = torch.zeros(TOKENS, dtype=torch.int32)
 
@@ -36,7 +36,7 @@ class SVFMethod:
         self.base, self.rank = base, rank
 
     def process_weights_after_loading(self, layer):
-        """Called once, after the checkpoint was read. A real engine reads the factors that `t2 decompose` wrote."""
+        """Once, after the checkpoint has been read. An engine reads factors that `t2 decompose` wrote instead of decomposing here."""
         factor = svd(layer.weight.data.float(), self.rank)
         layer.Vt = factor.V.T.contiguous().to(layer.weight.dtype)  # [R, N]
         layer.U = factor.U.contiguous().to(layer.weight.dtype)  # [M, R]
