@@ -1,8 +1,8 @@
 # Two commands on a fresh machine with Python 3.11+ and make:
 #   make demo    a virtual environment in .venv, the package, and three minutes of what it does
 #   make test    every test that needs no GPU, and the linter
-# Also: make bench, make test-vllm, make test-gpu, make check-gpu, make bench-gpu, make clean. Everything is installed into .venv
-# (vLLM into .venv-vllm) and nothing outside it.
+# Also: make docs, make bench, make test-vllm, make test-gpu, make check-gpu, make bench-gpu, make clean. Everything is
+# installed into .venv (vLLM into .venv-vllm) and nothing outside it.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ PYTHON ?= python3
 # What counts as a change that must be installed again; the package itself is installed in place.
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: help demo test lint bench test-vllm test-gpu check-gpu bench-gpu clean
+.PHONY: help demo test lint docs bench test-vllm test-gpu check-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +27,11 @@ test: $(VENV)/.installed-test lint
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site, in site/ (its search needs a server: python3 -m http.server -d site). A broken link or a name that is not there
+# is an error. The variable silences the theme's note on its own future, which is not about this site.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # vLLM has an environment of its own, .venv-vllm: it fixes versions of torch and transformers. Engines one after the other: each takes all cores.
 test-vllm: $(VLLM)/.installed
@@ -57,10 +62,14 @@ $(VENV)/.installed-test: $(SOURCES) $(VENV)/.created
 	@./scripts/install $(BIN)/python test
 	@touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs: $(SOURCES) $(VENV)/.created
+	@./scripts/install $(BIN)/python docs
+	@touch $@ $(VENV)/.installed
+
 $(VENV)/.created $(VLLM)/.created: %/.created:
 	@./scripts/make-venv $(PYTHON) $*
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info t2kernels/_C.*.so .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(VLLM) build dist site *.egg-info t2kernels/_C.*.so .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The compiled extension `t2kernels._C`; everything else is in pyproject.toml. How to steer the build: docs/building.md.
+"""The compiled extension `t2kernels._C`; everything else is in pyproject.toml. How to steer the build: docs/howto/build.md.
 
 csrc/bindings.cpp and csrc/cpu/ want a C++ compiler, pybind11 and ninja; csrc/cuda/ wants nvcc too. What is missing is said in one line: the
 package is complete without the extension, on torch and Triton. No torch header is included, so one build serves every version of torch.

@@ -1,6 +1,6 @@
 """The tables of the Transformer² paper (arXiv 2501.06252), on the built-in model or on any causal language model.
 
-    python benchmarks/paper.py --model tiny                                    every part, two processes; docs/paper.md holds the tables
+    python benchmarks/paper.py --model tiny                                    every part, two processes; docs/explanation/paper.md holds the tables
     python benchmarks/paper.py --model meta-llama/Meta-Llama-3-8B-Instruct --jobs 1 --cache runs/llama      the same, by the release's settings
 
 Parts: trained (what RL gains on the trained tasks: those cells of rl.py that rl.jsonl does not hold for as many steps), lora (adapters of the

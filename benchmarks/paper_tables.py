@@ -1,4 +1,4 @@
-"""Write docs/paper.md from the committed rows of paper.py and rl.py: `python benchmarks/paper_tables.py`. Measures nothing."""
+"""Write docs/explanation/paper.md from the committed rows of paper.py and rl.py: `python benchmarks/paper_tables.py`. Measures nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from math import sqrt
 from pathlib import Path
 
 HERE = Path(__file__).parent
-OUT = HERE.parent / "docs" / "paper.md"
+OUT = HERE.parent / "docs" / "explanation" / "paper.md"
 PAPER = {
     "trained": "Llama3-8B, GSM8K / MBPP-Pro / ARC-Easy: base 75.89 / 64.65 / 88.59, LoRA 77.18 / 67.68 / 88.97, SVF 79.15 / 66.67 / 89.56. "
     "Mistral-7B: 42.83 / 49.50 / 81.65, 44.66 / 51.52 / 81.19, 49.74 / 51.52 / 85.14.",

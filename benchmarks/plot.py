@@ -1,6 +1,6 @@
-"""Draw the figures and write the tables of docs/benchmarks.md from committed rows; nothing in them is written by hand.
+"""Draw the figures and write the tables of docs/explanation/benchmarks.md from committed rows; nothing in them is written by hand.
 
-    python benchmarks/plot.py            docs/figures/*.svg, and docs/benchmarks.md from benchmarks/benchmarks.md.in
+    python benchmarks/plot.py            docs/figures/*.svg, and docs/explanation/benchmarks.md from benchmarks/benchmarks.md.in
 
 Of each benchmark the rows of its last run are taken: those with the command and the commit of the last row. A figure without rows is left out.
 """
@@ -19,15 +19,25 @@ import matplotlib.pyplot as plt
 from measure import RESULTS
 
 HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
+DOCS = HERE.parent / "docs" / "explanation"
+FIGURES_DIR = HERE.parent / "docs" / "figures"
+# Okabe and Ito's colours, which people who see fewer colours can tell apart; one for each arm.
 COLOURS = {
-    "dense": "#444444",
-    "delta R/16": "#0b6e4f",
-    "delta R": "#52b788",
-    "factored": "#1d4e89",
-    "factored int8": "#7fb3e6",
-    "rebuilt": "#b5651d",
-    "PEFT": "#a4243b",
+    "dense": "#4d4d4d",
+    "delta R/16": "#0072b2",
+    "delta R": "#56b4e9",
+    "factored": "#009e73",
+    "factored int8": "#f0e442",
+    "rebuilt": "#d55e00",
+    "PEFT": "#aa4499",
+    "t2 auto": "#0072b2",
+    "two matmuls": "#e69f00",
+    "base model": "#4d4d4d",
+    "SVF, R/16": "#5aa9d6",
+    "SVF, R/8": "#3b8fc4",
+    "SVF, R/4": "#1c78b0",
+    "SVF, all R": "#00578a",
+    "SVF, sigmoid": "#009e73",
 }
 
 
@@ -44,22 +54,25 @@ def last_run(name: str) -> list[dict]:
 
 
 def colour(arm: str) -> str:
-    return next((c for start, c in reversed(COLOURS.items()) if arm.startswith(start)), "#888888")
+    """The colour of the longest name that the arm starts with."""
+    return next((COLOURS[name] for name in sorted(COLOURS, key=len, reverse=True) if arm.startswith(name)), "#888888")
 
 
-def figure(title: str, x: str, y: str):
-    fig, axes = plt.subplots(figsize=(7, 4))
-    axes.set_title(title, fontsize=11)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return fig, axes
+def figure(title: str, x: str, y: str, panels: int = 1):
+    fig, axes = plt.subplots(1, panels, figsize=(8, 4), sharey=True, squeeze=False)
+    fig.suptitle(title, fontsize=11)
+    for ax in axes[0]:
+        ax.set_xlabel(x)
+        ax.grid(axis="x" if panels > 1 else "y", alpha=0.3)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel(y)
+    return fig, axes[0]
 
 
 def save(fig, name: str) -> Path:
     """As SVG, the same bytes for the same rows."""
-    path = DOCS / "figures" / f"{name}.svg"
+    path = FIGURES_DIR / f"{name}.svg"
     path.parent.mkdir(exist_ok=True)
     fig.tight_layout()
     fig.savefig(path, metadata={"Date": None})
@@ -68,23 +81,47 @@ def save(fig, name: str) -> Path:
     return path
 
 
+def bars(ax, groups: list[int], arms: dict[str, dict[int, float]], names: dict[str, str]) -> None:
+    """For each group of the x axis one bar an arm, side by side. arms: {arm: {group: height}}."""
+    width = 0.8 / len(arms)
+    for i, (arm, heights) in enumerate(arms.items()):
+        places = [g + (i - (len(arms) - 1) / 2) * width for g, group in enumerate(groups) if group in heights]
+        ax.bar(
+            places,
+            [heights[g] for g in groups if g in heights],
+            width,
+            color=colour(arm),
+            edgecolor="#333333",
+            linewidth=0.4,
+            label=names.get(arm, arm),
+        )
+    ax.set_xticks(range(len(groups)), [str(g) for g in groups])
+
+
 def generation(rows: list[dict]) -> Path:
     mine = [r for r in rows if r["subject"] == "tiny"] or rows
-    fig, axes = figure(
-        f"generate, {mine[0]['subject']} model, {mine[0]['batch']} requests in a batch",
-        "experts among them",
+    fig, (ax,) = figure(
+        f"generate() on the built-in model: {mine[0]['batch']} requests in one batch",
+        "different experts in the batch",
         "tokens a second",
     )
-    for arm in dict.fromkeys(r["arm"] for r in mine):
-        points = sorted((r["experts"], r["tokens_per_s"]) for r in mine if r["arm"] == arm)
-        if points[0][0] == 0:
-            axes.axhline(points[0][1], color=colour(arm), linestyle="--", label=arm)
-        else:
-            axes.plot(*zip(*points, strict=True), marker="o", color=colour(arm), label=arm)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(ticks := sorted({r["experts"] for r in mine} - {0}), [str(t) for t in ticks])
-    axes.legend(fontsize=8, frameon=False)
+    dense = next(r["tokens_per_s"] for r in mine if r["experts"] == 0)
+    arms: dict[str, dict[int, float]] = {}
+    for r in mine:
+        if r["experts"]:
+            arms.setdefault(r["arm"], {})[r["experts"]] = r["tokens_per_s"]
+    names = {
+        "delta R/16": "delta form, 1/16 of the components",
+        "delta R": "delta form, every component",
+        "factored": "factored form",
+        "factored int8": "factored form, int8 factors",
+        "rebuilt for each expert": "weights rebuilt for each expert",
+        "PEFT LoRA r=16": "PEFT LoRA, rank 16",
+    }
+    bars(ax, sorted({r["experts"] for r in mine} - {0}), arms, names)
+    ax.axhline(dense, color=COLOURS["dense"], linestyle="--", label="dense model, no expert")
+    ax.set_ylim(0, 1.42 * dense)
+    ax.legend(fontsize=8, frameon=False, ncols=2, loc="upper center")
     return save(fig, "generation")
 
 
@@ -99,54 +136,64 @@ def ops(rows: list[dict]) -> Path:
         for r in forward
         if r["model"] == forward[0]["model"] and r["factors"] == r["dtype"] and r["k"] == forward[0]["k"]
     ]
-    fig, axes = figure(
-        f"gate and up of {mine[0]['model']}, delta form, k = {mine[0]['k']}, {mine[0]['dtype']}; every token its own expert",
+    shown = {
+        "t2 auto": "t2kernels",
+        "two matmuls, eager": "two products in torch",
+        "PEFT LoRA r=16": "PEFT LoRA, rank 16",
+    }
+    arms: dict[str, dict[int, float]] = {arm: {} for arm in shown}
+    other: dict[str, list[float]] = {}
+    for r in mine:
+        if r["arm"] in arms:
+            arms[r["arm"]][r["T"]] = r["over_dense"]
+        elif r["arm"].startswith("W'"):
+            other.setdefault(r["arm"], []).append(r["over_dense"])
+    fig, (ax,) = figure(
+        f"The first two matrices of an MLP, delta form with {mine[0]['k']} components, each token another expert",
         "tokens",
-        "time over the dense layer",
+        "time, of the dense layer's",
     )
-    for arm in dict.fromkeys(r["arm"] for r in mine):
-        points = sorted((r["T"], r["over_dense"]) for r in mine if r["arm"] == arm)
-        axes.plot(*zip(*points, strict=True), marker="o", label=arm)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.legend(fontsize=8, frameon=False)
+    groups = sorted({r["T"] for r in mine})
+    bars(ax, groups, {arm: heights for arm, heights in arms.items() if heights}, shown)
+    ax.axhline(1, color=COLOURS["dense"], linestyle="--", label="dense layer, no expert")
+    ax.set_ylim(0, 2.2)
+    ax.legend(fontsize=8, frameon=False, ncols=2, loc="upper center")
+    words = {
+        "W' rebuilt an expert": "weights rebuilt for each expert",
+        "W' kept an expert": "weights kept for each expert",
+    }
+    left_out = [f"{words.get(arm, arm)} {min(v):.1f} to {max(v):.1f}" for arm, v in other.items()]
+    if left_out:
+        ax.set_xlabel("tokens\n(not drawn: " + ", ".join(left_out) + ")", fontsize=9)
     return save(fig, "ops")
 
 
 def quality(rows: list[dict]) -> Path:
     tasks = ("math", "code", "reason")
-    fig, axes = figure(
-        "100 steps of RL on the built-in model, N = 2000; ranges over seeds", "numbers trained", "accuracy"
-    )
-    markers = dict(zip(tasks, "osD", strict=True))
-    for arm in dict.fromkeys(r["arm"] for r in rows):
-        for task in tasks:
-            mine = [r for r in rows if (r["arm"], r["task"]) == (arm, task)]
-            if mine and "supervised" not in arm and arm not in ("svf mlp", "svf attention"):
-                values = [r["accuracy"] for r in mine]
-                mid = statistics.mean(values)
-                # The sigmoid form trains as many numbers as "svf R"; a little to the right of it, so that both can be seen.
-                x = mine[0]["numbers"] * (1.25 if "sigmoid" in arm else 1)
-                c = (
-                    COLOURS["PEFT"]
-                    if arm.startswith("lora")
-                    else COLOURS["factored"]
-                    if "sigmoid" in arm
-                    else COLOURS["delta R/16"]
-                )
-                axes.errorbar(
-                    x, mid, [[mid - min(values)], [max(values) - mid]], marker=markers[task], color=c, capsize=3
-                )
-    for task in tasks:
-        axes.plot([], [], marker=markers[task], linestyle="", color="#444444", label=task)
-    for name, c in (
-        ("SVF: R/16, R/8, R/4, R", "delta R/16"),
-        ("SVF, sigmoid form", "factored"),
-        ("PEFT LoRA r=16", "PEFT"),
-    ):
-        axes.plot([], [], linestyle="-", color=COLOURS[c], label=name)
-    axes.set_xscale("log")
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    fig, axes = figure("Accuracy after 100 steps of RL on the built-in model", "accuracy", "", len(tasks))
+    arms = {  # from top to bottom
+        "base model, untrained": None,
+        "SVF, R/16": "svf R/16",
+        "SVF, R/8": "svf R/8",
+        "SVF, R/4": "svf R/4",
+        "SVF, all R": "svf R",
+        "SVF, sigmoid": "svf sigmoid R",
+        "PEFT LoRA r=16": "lora r=16",
+    }
+    labels = []
+    for i, (name, arm) in enumerate(arms.items()):
+        mine = [r for r in rows if r["arm"] == (arm or "svf R")]
+        labels.append(f"{name}\n{mine[0]['numbers'] if arm else 0:,} numbers")
+        for task, ax in zip(tasks, axes, strict=True):
+            values = [r["accuracy" if arm else "base_accuracy"] for r in mine if r["task"] == task]
+            mid = statistics.mean(values)
+            ax.barh(i, mid, 0.7, color=colour(name), xerr=[[mid - min(values)], [max(values) - mid]], capsize=2)
+            ax.text(mid - 0.03, i, f"{mid:.3f}".replace("0.", "."), va="center", ha="right", fontsize=8, color="white")
+    for task, ax in zip(tasks, axes, strict=True):
+        ax.set_title(task, fontsize=10)
+        ax.set_xlim(0, 1.02)
+    axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    axes[0].invert_yaxis()
     return save(fig, "quality")
 
 
@@ -321,12 +368,12 @@ def main() -> None:
     for name, table in TABLES.items():
         rows = last_run(name)
         if rows and name in FIGURES:
-            print(f"wrote {FIGURES[name](rows).relative_to(HERE.parent)}")
+            print(f"wrote {FIGURES[name](rows).name}")
         text = text.replace("{{" + name + "}}", table(rows) if rows else "Not measured yet.")
         facts = f"{rows[-1]['machine']}; commit {rows[-1]['commit']}; `{rows[-1]['command']}`" if rows else ""
         text = text.replace("{{" + name + " facts}}", facts)
     (DOCS / "benchmarks.md").write_text(text)
-    print("wrote docs/benchmarks.md")
+    print("wrote docs/explanation/benchmarks.md")
 
 
 if __name__ == "__main__":

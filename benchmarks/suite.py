@@ -21,10 +21,11 @@ import decomposition
 import experts
 import generation
 import ops
-import population
 import torch
 import training
 from measure import RESULTS, append, machine, show
+from paper_setup import Setup
+from paper_speed import DTYPES, speed
 from rich.table import Table
 
 
@@ -50,12 +51,26 @@ def quick_ops(device: torch.device, seconds: float) -> Iterator[dict]:
         yield from ops.run(device, ops.arguments([*big, "--mixes", "all distinct", "--seconds", str(seconds)]))
 
 
+def search_generation(task: str = "sub") -> Iterator[dict]:
+    """A generation of the few-shot search on the built-in model: `paper_speed.speed` in each dtype, a row for each way of scoring."""
+    for dtype in DTYPES:
+        found = speed(Setup(model="tiny", dtype=dtype), task, torch.get_num_threads(), repeats=3)
+        for mode, row in found.pop("modes").items():
+            yield {"subject": "tiny", "task": task, "dtype": dtype, "mode": mode, **found, **row}
+
+
+def search_table(rows: list[dict]) -> Table:
+    out = Table("dtype", "scored by", "arm", "seconds", "over one batch", title="a generation of the search")
+    for r in rows:
+        for arm, seconds in r["seconds"].items():
+            out.add_row(r["dtype"], r["mode"], arm, f"{seconds:.3f}", f"{seconds / r['seconds']['batch']:.2f}x")
+    return out
+
+
 PARTS = {
     "ops": Part(quick_ops, ops.table, ("torch", "peft")),
     "generation": Part(lambda device, s: generation.run(device, quick=True), generation.table),
-    "population": Part(
-        lambda device, s: population.run(device, quick=True), population.table, ("torch", "transformers")
-    ),
+    "population": Part(lambda device, s: search_generation(), search_table, ("torch", "transformers")),
     "experts": Part(lambda device, s: experts.run(device, quick=True), experts.table),
     "training": Part(lambda device, s: training.run(device, quick=True), training.table),
     "decomposition": Part(lambda device, s: decomposition.run(device, quick=True), decomposition.table, ("torch",)),
@@ -157,7 +172,7 @@ CLAIMS = (
             None,
             5,
         )
-        for dtype in population.DTYPES
+        for dtype in DTYPES
         for name, key in (
             ("one at a time", "one_at_a_time_over_batch"),
             ("with weights rebuilt for each", "rebuilt_over_batch"),

@@ -121,7 +121,7 @@ def test_an_sdist_has_the_sources(sources, tmp_path):
         names = {n.partition("/")[2] for n in t.getnames()}
     wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     assert wanted <= names
-    assert {"setup.py", "pyproject.toml", "docs/building.md", "t2kernels/ops/op.py"} <= names
+    assert {"setup.py", "pyproject.toml", "docs/howto/build.md", "t2kernels/ops/op.py"} <= names
     assert not [n for n in names if n.endswith((".so", ".pyc"))]
 
 

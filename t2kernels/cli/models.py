@@ -28,7 +28,9 @@ TargetsOption = typer.Option("all", help="'all', 'mlp', 'attention', or a regula
 RankOption = typer.Option(
     "all", help="Components that an expert may rescale: 'all', a number, or a fraction of min(M, N)."
 )
-FormOption = typer.Option("auto", help="'auto', 'factored' or 'delta'; docs/patching.md says which is for what.")
+FormOption = typer.Option(
+    "auto", help="'auto', 'factored' or 'delta'; docs/reference/patching.md says which is for what."
+)
 FactorsOption = typer.Option(
     None,
     help="Directory that 't2 decompose' wrote; or int8, fp16, bf16: decompose now, into that.  \\[default: decompose now]",

@@ -19,7 +19,7 @@ KINDS = ("prompt", "classify", "router", "confidence", "likelihood", "few-shot")
 
 AdaptOption = typer.Option(
     None,
-    help="Choose the expert of each prompt: prompt, classify, router, confidence, likelihood or few-shot; docs/adaptation.md says how.",
+    help="Choose the expert of each prompt: prompt, classify, router, confidence, likelihood or few-shot; docs/reference/adaptation.md says how.",
     show_default=False,
 )
 ClassifierOption = typer.Option(

@@ -1,4 +1,4 @@
-"""The file of an expert: z and sketch of each matrix in safetensors, a manifest in the header (docs/experts.md)."""
+"""The file of an expert: z and sketch of each matrix in safetensors, a manifest in the header (docs/reference/experts.md)."""
 
 from __future__ import annotations
 

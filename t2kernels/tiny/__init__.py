@@ -1,4 +1,4 @@
-"""The built-in tiny model: a Llama of 1.06 M parameters that knows how to work step by step and seldom does (docs/tiny.md)."""
+"""The built-in tiny model: a Llama of 1.06 M parameters that knows how to work step by step and seldom does (docs/explanation/tiny.md)."""
 
 from pathlib import Path
 

@@ -26,7 +26,7 @@ def _extension():
     try:
         _C = importlib.import_module("t2kernels._C")
     except ModuleNotFoundError:
-        return "t2kernels._C is not built: install t2kernels again where there is a C++ compiler (docs/building.md)"
+        return "t2kernels._C is not built: install t2kernels again where there is a C++ compiler (docs/howto/build.md)"
     except ImportError as e:
         return f"t2kernels._C cannot be loaded: {e}"
     _C.cpu_find_threads(torch._C.__file__)

@@ -78,13 +78,13 @@ def why_not_built() -> str | None:
     try:
         from t2kernels import _C
     except ModuleNotFoundError:
-        return "t2kernels._C is not built: install t2kernels again where there are a C++ compiler and nvcc (docs/building.md)"
+        return "t2kernels._C is not built: install t2kernels again where there are a C++ compiler and nvcc (docs/howto/build.md)"
     except ImportError as e:
         return f"t2kernels._C cannot be loaded: {e}"
     return (
         None
         if _C.has_cuda
-        else "t2kernels._C was built without CUDA: install t2kernels again where there is nvcc (docs/building.md)"
+        else "t2kernels._C was built without CUDA: install t2kernels again where there is nvcc (docs/howto/build.md)"
     )
 
 

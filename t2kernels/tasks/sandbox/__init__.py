@@ -5,7 +5,7 @@
 Each program has a process of its own, with no network, no environment, no file of its caller, limits on CPU time, memory, file size and output,
 and no way to start another process; when its time is up all of it is killed. The tests run in another process: it sends arguments,
 gets plain values back, and compares them itself. What the program prints, patches, raises or exits with decides nothing, and it never sees the
-tests. `warden.py` says how the processes stand to each other, `isolation.py` what the kernel is asked for, docs/tasks.md what is not protected.
+tests. `warden.py` says how the processes stand to each other, `isolation.py` what the kernel is asked for, docs/reference/tasks.md what is not protected.
 
 Linux only. Programs have the standard library, and nothing that was installed beside it.
 """
