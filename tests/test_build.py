@@ -128,7 +128,7 @@ def test_an_sdist_has_the_sources(sources, tmp_path):
 @pytest.mark.skipif(bool(settings()["why_no_extension"]()), reason="no compiler here")
 def test_what_can_be_built_was_built():
     """Without the extension its tests are left out, so that nothing else would say that its build broke."""
-    assert cpp_kernels.why_not(torch.device("cpu")) is None
+    assert cpp_kernels.CPP.unsupported_device(torch.device("cpu")) is None
 
 
 def test_why_there_is_no_extension(monkeypatch):

@@ -180,22 +180,4 @@ inline void block_barrier() {
 inline void launch_dependents() {}
 inline void wait_for_kernel_before() { emulator::machine.current->waited = true; }
 
-inline unsigned add_acquire_release(unsigned* p, unsigned v) {
-  emulator::check(p, 4, emulator::BARRIER);
-  ++emulator::machine.progress;
-  const unsigned old = *p;
-  *p += v;
-  return old;
-}
-inline unsigned load_acquire(const unsigned* p) {
-  emulator::check(p, 4, emulator::BARRIER);
-  emulator::yield();
-  return *p;
-}
-inline void store_release(unsigned* p, unsigned v) {
-  emulator::check(p, 4, emulator::BARRIER);
-  ++emulator::machine.progress;
-  *p = v;
-}
-
 }  // namespace t2

@@ -13,7 +13,6 @@ void allow_all(const t2::Args& a) {
   using namespace t2::emulator;
   machine.ranges.clear();
   allow(IDS, a.ids, int64_t((a.T + a.repeat - 1) / a.repeat) * (a.ids_are_64 ? 8 : 4));
-  allow(BARRIER, a.barrier, 8);
   for (int i = 0; i < a.problems; ++i) {
     const t2::Problem& p = a.problem[i];
     const auto rows = [&](int64_t count, int64_t row, int64_t width) { return (count - 1) * row + width; };
@@ -40,7 +39,7 @@ extern "C" __attribute__((visibility("default"))) int t2_emulate(const int64_t* 
     };
 #ifdef T2_ONE_KERNEL
     if (l.cluster == 1)
-      run(t2::skinny_kernel<t2::BF16, t2::WIDE, 1, false, 4, 2>, l.sms, 0);
+      run(t2::skinny_kernel<t2::BF16, t2::WIDE, 1, 4, 2>, l.sms, 0);
     else
       run(t2::cluster_kernel<t2::BF16, t2::WIDE, 2, t2::CLUSTER>, l.cluster, 0);
 #else

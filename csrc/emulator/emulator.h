@@ -53,7 +53,7 @@ struct Block {
   std::vector<Shadow> shadow;
 };
 
-enum Kind { W, X, SCALE, BIAS, BASE, IDS, Y, BARRIER };
+enum Kind { W, X, SCALE, BIAS, BASE, IDS, Y };
 
 struct Range {
   Kind kind;
@@ -220,7 +220,7 @@ inline void run(unsigned blocks, unsigned threads, unsigned cluster, unsigned or
 }
 
 inline void check(const void* p, size_t bytes, Kind kind) {
-  static const char* const NAMES[] = {"W", "x", "scale", "bias", "base", "ids", "y", "the barrier"};
+  static const char* const NAMES[] = {"W", "x", "scale", "bias", "base", "ids", "y"};
   const auto at = reinterpret_cast<uintptr_t>(p);
   if (at % bytes) fail(std::string(NAMES[kind]) + ": an address is not aligned");
   if (kind != W && !machine.current->waited) fail(std::string(NAMES[kind]) + " is used before the wait for the kernel before");

@@ -13,7 +13,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from t2kernels.ops.op import SKINNY, call_group, expand, plan, shrink, swiglu
+from t2kernels.ops.dispatch import expand, fuses_swiglu, shrink, swiglu
+from t2kernels.ops.op import call_group
 
 from .active import Route
 
@@ -85,7 +86,7 @@ class Group:
         ids = first.base_ids if route is None else route.fit(lead).to(x.device)
         V, scale = self._frozen()
         Us = [m.U for m in self.layers]
-        if plan(x, V, Us, ids, bases is not None).path not in SKINNY:
+        if not fuses_swiglu(x, V, Us, ids, bases is not None):
             return None
         for member in self.layers:
             member.table()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from t2kernels.ops.op import skinny_kernels
+from t2kernels.ops.dispatch import may_fuse_swiglu
 
 from .linear import DeltaLinear, FactoredLinear, delta_hook
 from .subclass import Mixin, put_before, take_off
@@ -79,7 +79,7 @@ def _computes_the_formula(m: nn.Module) -> bool:
 
 def _inner(m: nn.Module, x: Tensor) -> Tensor | None:
     """silu(gate(x)) * up(x) from the kernel, or None where it is not to be used."""
-    if not skinny_kernels(x.device):
+    if not may_fuse_swiglu(x.device):
         return None
     gate, up = m.gate_proj, m.up_proj
     layers = _layer(gate), _layer(up)

@@ -12,8 +12,9 @@ from torch import nn
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.factors.matrices import stored_bytes
 from t2kernels.layers.linear import SVFLinear
-from t2kernels.ops.device import machine_of
-from t2kernels.ops.planner import Call, Choice, Machine, bytes_moved, choose
+from t2kernels.ops.device import Device
+from t2kernels.ops.dispatch import choose, device_of
+from t2kernels.ops.planner import Call, Choice, bytes_moved
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def explain(
     model: nn.Module,
     batch: int | Mapping | torch.Tensor = 1,
     experts: str | Mapping | Sequence | None = (),
-    machine: Machine | None = None,
+    machine: Device | None = None,
 ) -> Explanation:
     """What every layer of a patched model runs for a forward of `batch`, why, and the bytes that it is predicted to move.
 
@@ -99,18 +100,15 @@ def explain(
     if bank is None:
         raise ValueError("explain wants a patched model: patch_model(model) first")
     B, S = _sizes(batch)
-    machine = machine or machine_of(bank.device)
+    machine = machine or device_of(bank.device)
     dtype = getattr(model, "dtype", None) or torch.get_default_dtype()
     one, tokens = _shares(experts, B, S)
-    kept = one and bank.keeps_dense(experts if experts is None or isinstance(experts, (str, Mapping)) else experts[0])
     counts: dict[tuple, Counter] = defaultdict(Counter)
     for layers in _together(bank):
         first, _ = layers[0]
         M, C = tuple(layer.U.shape[-2] for layer, _ in layers), tuple(layer.Vt.shape[-2] for layer, _ in layers)
         N, delta = first.Vt.shape[-1], first.form == "delta"
-        call = Call(
-            B * S, N, M, C, dtype, first.Vt.dtype, one, tokens, delta, bool(bank.in_training), kept and not delta
-        )
+        call = Call(B * S, N, M, C, dtype, first.Vt.dtype, one, tokens, delta, bool(bank.in_training))
         choice = choose(call, machine)
         weights = sum(_weight_bytes(model, layer, names, dtype) for layer, names in layers)
         dense = weights + dtype.itemsize * B * S * (N * len(layers) + sum(M))
@@ -139,8 +137,6 @@ def _advice(lines: Sequence[Line], one: bool, bank: ExpertBank) -> Iterator[str]
     factored = [line for line in lines if line.form == "factored"]
     if one and not bank.in_training:
         yield "one expert for everything: unpatch_model(model, expert=...) merges it, and the dense weights are all that is read"
-        if any(line.form == "factored" and line.choice.path != "kept" for line in lines):
-            yield "one expert for most: bank.keep_dense(name) keeps its dense weights beside the factors"
     if sum(x.count * x.moved for x in factored) > sum(x.count * x.dense for x in factored):
         yield "factored layers move more than dense ones would: form='delta' with a rank, or factors='int8', reads less"
 

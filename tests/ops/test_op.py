@@ -10,13 +10,12 @@ import torch
 import torch._dynamo.testing
 
 from t2kernels.ops import ImplUnavailableError, plan, svf_linear, svf_linear_group, svf_linear_ref
-from t2kernels.ops.device import machine_of
+from t2kernels.ops.dispatch import device_of
 from t2kernels.ops.impls import torch_kernels
-from t2kernels.ops.planner import why_missing
 
 E = 5
 # Triton's kernels run on CPU tensors in its interpreter, which conftest asks for where there is no GPU.
-IMPLS = [impl for impl in ("torch", "triton") if why_missing(machine_of(torch.device("cpu")), impl) is None]
+IMPLS = [impl for impl in ("torch", "triton") if device_of(torch.device("cpu")).unsupported(impl) is None]
 SHAPES = [
     ((1,), 7, 3, 5),
     ((17,), 33, 20, 9),

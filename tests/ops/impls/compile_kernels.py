@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from t2kernels.ops.impls.triton import backward as triton_backward
-from t2kernels.ops.impls.triton import forward as triton_forward
+from t2kernels.ops.impls.triton import launch as triton_launch
 from t2kernels.ops.impls.triton.common import Launch, products
 from t2kernels.ops.tuning.tiles import Tiles, shared_bytes, tiles
 
@@ -60,15 +60,15 @@ def launches(T, group, x_dtype, w_dtype, arch):
     Us = [empty(M, R, dtype=w_dtype) for M, R in zip(outs, ranks, strict=True)]
     first = tiles("shrink", T, C, N, x_dtype, w_dtype, arch)
     g = empty(first.split, T, C, dtype=FP32) if first.split > 1 else empty(T, C, dtype=products(x_dtype, w_dtype)[0])
-    yield triton_forward.shrink_launch(x, empty(C, N, dtype=w_dtype), scale, ids, 1, g, first, arch)
+    yield triton_launch.shrink_launch(x, empty(C, N, dtype=w_dtype), scale, ids, 1, g, first, arch)
     ys, none = [empty(T, M, dtype=x_dtype) for M in outs], [None] * len(outs)
     second = tiles("expand", T, sum(outs), max(ranks), x_dtype, w_dtype, arch, parts=first.split)
-    yield triton_forward.expand_launch(
+    yield triton_launch.expand_launch(
         g, Us, ys if delta else none, none, ys, second, arch, *((scale, ids) if first.split > 1 else ())
     )
     if len(outs) == 2:
         second = tiles("swiglu", T, outs[0], max(ranks), x_dtype, w_dtype, arch, parts=first.split)
-        yield triton_forward.swiglu_launch(
+        yield triton_launch.swiglu_launch(
             g, Us, ys if delta else none, none, ys[0], second, arch, *((scale, ids) if first.split > 1 else ())
         )
 
@@ -81,8 +81,7 @@ def elementwise(x_dtype, arch):
     )
     small = [empty(n, dtype=torch.int32) for n in (T, T, E + 1, E)]
     parts, tile = triton_backward.Segments(*small), tiles("backward", T, C, 1, x_dtype, x_dtype, arch)
-    for p in (parts, None):
-        yield triton_backward.backward_launch(h, h, scale, ids, 1, p, h, scale, tile, arch)
+    yield triton_backward.backward_launch(h, h, scale, ids, 1, parts, h, scale, tile, arch)
     yield triton_backward.sum_slots_launch(empty(T, C, dtype=FP32), parts, 1, scale, tile.BT, arch)
 
 
@@ -198,11 +197,11 @@ def bad_launches(arch):
     """Launches that must be found bad: a tile that spills; rows of 33 numbers, which no wide load fits."""
     x, scale, ids = empty(128, 4096, dtype=BF16), empty(8, 4096, dtype=FP32), empty(128, dtype=torch.int32)
     spills = Tiles(BR=128, BT=128, BK=128, split=1, warps=4, stages=2)
-    yield triton_forward.shrink_launch(
+    yield triton_launch.shrink_launch(
         x, empty(4096, 4096, dtype=BF16), scale, ids, 1, empty(128, 4096, dtype=BF16), spills, arch
     )
     odd = Tiles(BR=32, BT=16, BK=32, split=1, warps=4, stages=2)
-    yield triton_forward.shrink_launch(
+    yield triton_launch.shrink_launch(
         x[:8, :33].clone(), empty(64, 33, dtype=BF16), scale, ids, 1, empty(8, 64, dtype=BF16), odd, arch
     )
 
