@@ -25,7 +25,7 @@ bool with_kernel(const Launch& l, Run run) {
     if (a.T <= 16) T2_RUN_CLUSTER(INT8, 2);
     T2_RUN_CLUSTER(INT8, 4);
   }
-  // DEPTH: 64 to 128 KB in flight a multiprocessor (2 blocks of 256 threads, 64 bytes a chunk), as far as there are registers.
+  // DEPTH: 64 to 128 KB in flight a multiprocessor (2 blocks of 256 threads, 64 bytes a chunk), if registers allow it.
   if (a.T <= 8) {
     if (l.weights == WIDE) T2_RUN(WIDE, 1, 4, 2);
     T2_RUN(INT8, 1, 3, 2);

@@ -8,8 +8,8 @@
 
 namespace t2 {
 
-// How many clusters of a launch run at one time on the current device. If some groups of multiprocessors have an odd number,
-// these are fewer than a quarter of the multiprocessors. One cluster more would run alone, after the others.
+// How many clusters of a launch run at one time on the current device. If some groups of multiprocessors have an odd
+// number, these are fewer than a quarter of the multiprocessors. One cluster more would run alone, after the others.
 inline cudaError_t resident_clusters(const void* kernel, const cudaLaunchConfig_t& how, int& found) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> known;
@@ -57,9 +57,9 @@ cudaError_t launch_product(const Launch& l) {
   return found ? error : cudaErrorInvalidValue;
 }
 
-// Loads every kernel on the current device, which must not happen first while a graph is captured. `architecture` becomes
-// that of the code which runs there (80, 90, ...): only from 90 on it waits for the previous kernel, and a dependent launch
-// needs that wait.
+// Loads every kernel on the current device, which must not happen first while a graph is captured. `architecture`
+// becomes that of the code which runs there (80, 90, ...): only from 90 on it waits for the previous kernel, and a
+// dependent launch needs that wait.
 template <Product P>
 cudaError_t load_product(int& architecture) {
   Launch l{};

@@ -34,7 +34,7 @@ struct Problem {
 
 struct Args {
   Problem problem[PROBLEMS];
-  int unit_end[PROBLEMS];  // units of work up to and with a problem: tiles of ROWS rows (one for each block of a cluster)
+  int unit_end[PROBLEMS];  // units up to and with a problem: tiles of ROWS rows, one for each block of a cluster
   int problems;
   int pair;  // index of `gate`, which is one problem with the next, `up`: y = silu(y_gate) * y_up; -1 if there is none
   int T;
@@ -55,13 +55,13 @@ struct Launch {
   void* stream;
 };
 
-// The words of the host, in order: Header of a launch, then Word of each problem. Raw addresses and sizes; `times` as log2.
+// The words of the host: Header of a launch, then Word of each problem. Raw addresses and sizes; `times` as log2.
 enum Header : int {
   H_PRODUCT, H_T, H_IDS, H_IDS_ARE_64, H_REPEAT, H_E, H_PAIR, H_DEPENDENT, H_CLUSTER, H_SMS, H_STREAM, HEADER
 };
 enum Word : int {
-  P_W, P_X, P_SCALE, P_BIAS, P_BASE, P_Y, P_R, P_K, P_X_ROW, P_Y_ROW, P_BASE_ROW, P_SCALE_ROW, P_TIMES, P_INT8, P_X_IS_BF16,
-  P_Y_IS_FP16, WORDS
+  P_W, P_X, P_SCALE, P_BIAS, P_BASE, P_Y, P_R, P_K, P_X_ROW, P_Y_ROW, P_BASE_ROW, P_SCALE_ROW, P_TIMES, P_INT8,
+  P_X_IS_BF16, P_Y_IS_FP16, WORDS
 };
 
 // Null, or what is wrong: all that memory safety demands of sizes and addresses.

@@ -1,12 +1,12 @@
 // The decode kernel: y = base + times * ((x Wᵀ) * scale[e]) + bias for up to eight W at once and T <= 8 * TILES tokens.
 // W is streamed once.
 //
-// A lane of a warp loads 16 bytes of row g and of row g + 8 of W. As they come, these bytes are fragments of the A operand
-// of the tensor cores, if k is permuted in the same way in B, the activations: no shared memory, no shuffle, no second
-// layout of W. The 8 warps of a block split k in chunks of 128 bytes and add their sums through shared memory, in the order
-// of k: the same bits in every run and on any number of multiprocessors. Each warp keeps DEPTH chunks in flight, in
-// registers. The loads run ahead over tiles and problems, and over the wait for the previous kernel, because no kernel
-// writes W.
+// A lane of a warp loads 16 bytes of row g and of row g + 8 of W. As they come, these bytes are fragments of the A
+// operand of the tensor cores, if k is permuted in the same way in B, the activations: no shared memory, no shuffle, no
+// second layout of W. The 8 warps of a block split k in chunks of 128 bytes and add their sums through shared memory,
+// in the order of k: the same bits in every run and on any number of multiprocessors. Each warp keeps DEPTH chunks in
+// flight, in registers. The loads run ahead over tiles and problems, and over the wait for the previous kernel, because
+// no kernel writes W.
 //
 // Compiled by nvcc; and as C++ with csrc/emulator/device.h in place of device.cuh.
 #pragma once
@@ -17,7 +17,8 @@ namespace t2 {
 // Where a warp loads next.
 struct Cursor {
   Place at;
-  int first;         // the warp with the first chunk of the tile; it moves on at each tile, so that short rows keep all warps busy
+  // the warp with the first chunk of the tile; it moves on at each tile, so that short rows keep all warps busy
+  int first;
   int from, end;     // bytes into the row: the chunk of this warp, the end of the row
   const char* row;   // row g of the tile
   long long second;  // distance to row g + 8
@@ -71,7 +72,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_
   Place here{};
   here.unit = blockIdx.x;
   find<1>(here, a);
-  int first = 0, slot = 0, side = 0;  // slot: chunk of the ring that comes next; side: of `partial`, which two tiles use in turn
+  // slot: chunk of the ring that comes next; side: of `partial`, which two tiles use in turn
+  int first = 0, slot = 0, side = 0;
   for (; here.problem >= 0; step<1>(here, a), side ^= 1) {
     const Problem& p = a.problem[here.problem];
 

@@ -1,4 +1,4 @@
-"""The op `svf_linear`: one equation, one reference, several implementations behind one table (`dispatch.IMPLEMENTATIONS`)."""
+"""The op `svf_linear`: one equation, one reference, several implementations in one table (dispatch.py)."""
 
 from .dispatch import ImplUnavailableError, plan
 from .op import svf_linear, svf_linear_group

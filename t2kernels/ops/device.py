@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Up to this many tokens Triton's two skinny kernels, whose tiles are made for streaming weights, are ahead of two library matmuls around a row
-# scaling. Predicted for an H200 from a time model (crossover at 128 to 160 tokens). `t2 tune` replaces it by a measured number.
+# Up to this many tokens Triton's two skinny kernels, whose tiles are made for streaming weights, are ahead of two
+# library matmuls around a row scaling. Predicted for an H200 from a time model (crossover at 128 to 160 tokens).
+# `t2 tune` replaces it by a measured number.
 PAIR_TOKENS = 160
-# Up to this many tokens `auto` prefers the CUDA kernel, for factors of 16 and of 8 bits. Every 16 rows of a factor read all of x again, from L2:
-# above these numbers this traffic passes that of the factor. Computed; `t2 tune` replaces it by a measured number. The kernel itself takes 32.
+# Up to this many tokens `auto` prefers the CUDA kernel, for factors of 16 and of 8 bits. Every 16 rows of a factor read
+# all of x again, from L2: above these numbers this traffic passes that of the factor. Computed; `t2 tune` replaces it
+# by a measured number. The kernel itself takes 32.
 DECODE_TOKENS = (16, 8)
 
 

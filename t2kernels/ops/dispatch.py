@@ -1,4 +1,4 @@
-"""Which implementation and path a call takes, and running it. `IMPLEMENTATIONS` is the one table: only this file knows all of them."""
+"""Choose the implementation and path of a call, and run it. Only this file knows all implementations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .impls.torch_kernels import TORCH, tokens_per_id
 from .impls.triton import TRITON
 from .planner import Call, Choice, could_be_dense
 
-# "auto" takes the last one that supports a call, is trusted on the device, and is not slower than others there. torch supports every call.
+# "auto" takes the last one that supports a call, is trusted on the device, and is not slower than others there. torch
+# supports every call.
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (TORCH, CPP, TRITON, CUDA)}
 
 
@@ -218,8 +219,9 @@ def expand(
 def _plan_half(
     a: Tensor, M: tuple[int, ...], C: tuple[int, ...], dtype: torch.dtype, V: Tensor | None, Us: list[Tensor]
 ) -> Choice:
-    # shrink and expand are planned separately. All kernels of a GPU use the same format for g. On a CPU both halves get the same T and dtypes,
-    # and pick the same kernel; there the layout is not asked. base=True disables the "dense" path.
+    # shrink and expand are planned separately. All kernels of a GPU use the same format for g. On a CPU both halves get
+    # the same T and dtypes, and pick the same kernel; there the layout is not asked. base=True disables the "dense"
+    # path.
     device, layout = device_of(a.device), ()
     for implementation in _strict(device, "auto"):
         if implementation.shares_g and (reason := implementation.unsupported_layout(a, V, Us)):
@@ -230,7 +232,7 @@ def _plan_half(
 
 
 def may_fuse_swiglu(device: torch.device) -> bool:
-    """True if `auto` may pick an implementation with a fused activation on a device. If not, no call needs to be asked about."""
+    """True if `auto` may pick an implementation with a fused activation on a device: asked before `fuses_swiglu`."""
     found = device_of(device)
     return any(i.fused_paths and found.trusts(i.name) for i in IMPLEMENTATIONS.values())
 

@@ -1,6 +1,7 @@
 """`svf_linear`: argument checks, gradients, and the registration under `torch.ops.t2kernels`. dispatch.py runs a call.
 
-The schemas are made with `Library.define` and `Library.impl`: the `custom_op` decorator does the same at about three times the cost a call.
+The schemas are made with `Library.define` and `Library.impl`: the `custom_op` decorator does the same at about three
+times the cost a call.
 """
 
 from __future__ import annotations
@@ -27,21 +28,26 @@ def svf_linear(
 ) -> Tensor:
     """y = base + ((x V) * scale[expert_ids]) Uᵀ + bias.
 
-    One op for both forms of a patched layer (Transformer², arXiv 2501.06252, section 3.1: W' = U diag(sigma * z) Vᵀ). *Factored*: base is None, and
-    scale rows are sigma * z. *Delta*: base = x Wᵀ, and scale rows are sigma * (z - 1) of a support of k components.
+    One op for both forms of a patched layer (Transformer², arXiv 2501.06252, section 3.1: W' = U diag(sigma * z) Vᵀ).
+    *Factored*: base is None, and scale rows are sigma * z. *Delta*: base = x Wᵀ, and scale rows are sigma * (z - 1) of
+    a support of k components.
 
     x: [..., N] fp32, bf16 or fp16 (fp64 for checks), of any rank
-    V: [N, C] right singular vectors in columns, best stored as a contiguous Vᵀ; x's dtype, or fp16, bf16 or int8 with any x (`ops.precision`)
-    U: [M, C] left singular vectors in columns; V's dtype. C is the rank R, or more if a component has several columns (int8)
+    V: [N, C] right singular vectors in columns, best stored as a contiguous Vᵀ; x's dtype, or fp16, bf16 or int8 with
+        any x (`ops.precision`)
+    U: [M, C] left singular vectors in columns; V's dtype. C is the rank R, or more if a component has several columns
+        (int8)
     scale: [E, C] fp32, one row an expert, times the column steps of int8 factors. Row 0 is the base model by convention
-    expert_ids: int32 or int64, the row of each token. Its shape is a leading part of x.shape[:-1]: () for one row for all, [B], [B, S]
+    expert_ids: int32 or int64, the row of each token. Its shape is a leading part of x.shape[:-1]: () for one row for
+        all, [B], [B, S]
     base: [..., M] x's dtype, added
     bias: [M] x's dtype, added
-    impl: "auto" chooses (`plan` says what and why). A name means that implementation or an error: "torch", "cpp" (CPU, no gradients), "triton",
-        "cuda" (1 to 32 tokens, no gradients)
+    impl: "auto" chooses (`plan` says what and why). A name means that implementation or an error: "torch", "cpp" (CPU,
+        no gradients), "triton", "cuda" (1 to 32 tokens, no gradients)
 
-    Returns y [..., M] in x's dtype; sums are fp32. Gradients for x, scale, base and bias; U and V are frozen and get none.
-    Raises ValueError for wrong shapes and dtypes, IndexError for rows that do not exist (on a CPU), ImplUnavailableError.
+    Returns y [..., M] in x's dtype; sums are fp32. x, scale, base and bias get gradients; U and V are frozen.
+    Raises ValueError for wrong shapes and dtypes, IndexError for rows that do not exist (on a CPU),
+    ImplUnavailableError for an implementation that cannot run.
     """
     _check(x, V, [U], scale, expert_ids, [base], [bias], impl)
     return call(x, V, U, scale, expert_ids, base, bias, impl)
@@ -86,7 +92,8 @@ def call(
 ) -> Tensor:
     """`svf_linear` without its checks, for callers whose arguments are right by construction."""
     if _differentiated(x, scale):
-        # h = x V, which the backward needs, is an output of this op: activation checkpointing drops it with the rest of the block.
+        # h = x V, which the backward needs, is an output of this op: activation checkpointing drops it with the rest of
+        # the block.
         op = torch.ops.t2kernels.svf_linear_saving
         return op(x, V, [U], scale, expert_ids, _listed(base), _listed(bias), impl)[0]
     if _unobserved(x, V, U, scale, expert_ids):
@@ -129,7 +136,8 @@ _CAN_TELL = None not in (_dispatch_modes, _transform, _tracing, _profiling)
 
 
 def _unobserved(x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> bool:
-    """True if we can skip torch's dispatcher: plain CPU tensors, no grad, no torch.compile, tracing, transform, dispatch mode or profiler.
+    """True if we can skip torch's dispatcher: plain CPU tensors, no grad, no torch.compile, tracing, transform,
+    dispatch mode or profiler.
 
     Saves about 6 us a call on a CPU, twice the time of a product with a 128 x 128 matrix.
     """
@@ -221,8 +229,8 @@ def _error(name: str, got: object, expected: object) -> ValueError:
 # --- registration ------------------------------------------------------------------------------------------
 
 _lib = torch.library.Library("t2kernels", "DEF")
-# Schemas with tensor lists have no defaults: the dispatcher drops arguments that equal their default before autograd sees them, and torch's
-# autograd for lists then finds more gradients than inputs.
+# Schemas with tensor lists have no defaults: the dispatcher drops arguments that equal their default before autograd
+# sees them, and torch's autograd for lists then finds more gradients than inputs.
 _GROUP = "Tensor x, Tensor V, Tensor[] U, Tensor scale, Tensor expert_ids"
 _lib.define(
     "svf_linear(Tensor x, Tensor V, Tensor U, Tensor scale, Tensor expert_ids, Tensor? base=None, Tensor? bias=None,"
@@ -231,7 +239,8 @@ _lib.define(
 _lib.define(f"svf_linear_group({_GROUP}, Tensor[] base, Tensor[] bias, str impl) -> Tensor[]")
 _lib.define(f"svf_linear_saving({_GROUP}, Tensor[] base, Tensor[] bias, str impl) -> Tensor[]")
 _lib.define(
-    f"svf_linear_backward(Tensor[] dy, {_GROUP}, Tensor? h, bool need_dx, bool need_dscale, str impl) -> (Tensor, Tensor)"
+    f"svf_linear_backward(Tensor[] dy, {_GROUP}, Tensor? h, bool need_dx, bool need_dscale, str impl)"
+    " -> (Tensor, Tensor)"
 )
 
 

@@ -1,4 +1,4 @@
-"""A call of `svf_linear` as sizes and formats, its cost, and the choice that was made for it. Pure functions: nothing runs.
+"""A call of `svf_linear` as sizes and formats, its cost, and the choice that was made for it. Nothing runs here.
 
 `dispatch` chooses, and `t2kernels.explain` shows the choices for a model.
 """
@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-# Making an expert's W' = U diag(scale) Vᵀ pays when x W'ᵀ plus making it takes clearly fewer operations than x V and g Uᵀ. The exact break-even is
-# max(M, N) tokens. The margin stands for the memory traffic of W', which a count of operations leaves out.
+# Making an expert's W' = U diag(scale) Vᵀ pays when x W'ᵀ plus making it takes clearly fewer operations than x V and g
+# Uᵀ. The exact break-even is max(M, N) tokens. The margin stands for the memory traffic of W', which a count of
+# operations leaves out.
 MATERIALISE_MARGIN = 1.1
 
 
@@ -44,8 +45,8 @@ class Call(NamedTuple):
 class Path(NamedTuple):
     """One way of an implementation to compute a call.
 
-    name: "mm", two matmuls around a row scaling; "pair", two Triton launches; "dense", W' is made; "stream", the C++ kernel; "decode", the CUDA
-        kernel; "refused", the implementation was asked for by name and cannot run this call
+    name: "mm", two matmuls around a row scaling; "pair", two Triton launches; "dense", W' is made; "stream", the C++
+        kernel; "decode", the CUDA kernel; "refused", the implementation was asked for by name and cannot run this call
     reason: why this path
     experts: for "dense", the rows whose W' is made; None for the single row that all tokens have
     """
@@ -71,7 +72,7 @@ class Choice(NamedTuple):
 
 
 def operations(call: Call, path: str = "mm", T: int | None = None) -> int:
-    """Floating-point operations of the products, summed over the members: 2 M N (C + T) for "dense", 2 T C (M + N) for other paths."""
+    """Floating-point operations of the products, summed over members: "dense" 2 M N (C + T), else 2 T C (M + N)."""
     T = call.T if T is None else T
     if path == "dense":
         return sum(2 * M * call.N * (C + T) for M, C in zip(call.M, call.C, strict=True))
@@ -79,12 +80,13 @@ def operations(call: Call, path: str = "mm", T: int | None = None) -> int:
 
 
 def bytes_moved(call: Call, path: str = "mm") -> int:
-    """Bytes that must be read and written at least once: factors, x, y and base, and the intermediate result (h, g or W')."""
+    """Bytes that must be read and written at least once: factors, x, y, base, and what lies between (h, g or W')."""
     w, a = call.factors.itemsize, call.x.itemsize
     C, M = sum(call.C), sum(call.M)
     factors = w * (C * call.N + sum(m * c for m, c in zip(call.M, call.C, strict=True)))
     around = a * call.T * (call.N + M * (2 if call.base else 1))
-    # "mm": one matmul writes h, the scaling reads and writes it, the other matmul reads it. "pair" writes and reads g once, "stream" in fp32.
+    # "mm": one matmul writes h, the scaling reads and writes it, the other matmul reads it. "pair" writes and reads g
+    # once, "stream" in fp32.
     between = {"mm": 4 * a * call.T * C, "dense": 2 * a * M * call.N, "stream": 8 * call.T * C}
     return factors + around + between.get(path, 2 * a * call.T * C)
 
@@ -94,7 +96,8 @@ def cheaper_form(
 ) -> tuple[str, str]:
     """("factored" or "delta", why): the form that reads fewer bytes for one token.
 
-    Factored reads U and V: factors * C (M + N) bytes. Delta reads the weight and k components: weight * M N + factors * k (M + N).
+    Factored reads U and V: factors * C (M + N) bytes.
+    Delta reads the weight and k components: weight * M N + factors * k (M + N).
 
     weight, factors: bytes of a number of W, and of U and V
     C: columns of the factored form; min(M, N) unless some components have several columns
@@ -118,7 +121,7 @@ def dense_path(call: Call) -> Path | None:
 
 
 def could_be_dense(call: Call) -> bool:
-    """True if W' would pay for an expert that had all tokens. Only then the tokens of each expert need to be counted."""
+    """True if W' would pay for an expert that had all tokens. Only then the tokens of each expert count."""
     return dense_path(call._replace(one=True)) is not None
 
 

@@ -1,4 +1,4 @@
-"""The precision of the products of `svf_linear` if x and the factors have different dtypes, and the headroom against overflow.
+"""The precision of the products of `svf_linear` for all dtypes of x and of the factors, and headroom against overflow.
 
 int8 factors have no scale of their own: it is part of `scale`. Converting them to floats is therefore exact.
 """
@@ -39,8 +39,9 @@ def forward_precision(x: torch.dtype, factors: torch.dtype) -> Precision:
     | bf16, bf16 | bf16 |
     | one of them fp16 | fp16 |
 
-    The largest number of fp16 is 65504. A bf16 x is therefore divided by 32, so that x, x V and the scaled product may reach 2e6. int8 V is
-    divided by 2048 for an fp16 x: its largest entry is 127, so its columns are up to 127 sqrt(N) / 4 long, while those of V have length 1.
+    The largest number of fp16 is 65504. A bf16 x is therefore divided by 32, so that x, x V and the scaled product may
+    reach 2e6. int8 V is divided by 2048 for an fp16 x: its largest entry is 127, so its columns are up to 127 sqrt(N) /
+    4 long, while those of V have length 1.
     """
     if x in (torch.float32, torch.float64):
         return Precision(x)
@@ -53,7 +54,8 @@ def forward_precision(x: torch.dtype, factors: torch.dtype) -> Precision:
 def backward_precision(x: torch.dtype, factors: torch.dtype) -> Precision:
     """The precision of p = dy U and dx = (p * scale) Vᵀ. The field V stands for U here.
 
-    Products are in x's dtype, because a bf16 gradient may be far below the range of fp16. int8 U is divided by only 64 for an fp16 x, because
-    gradients are small: over 4096 rows p is then about 30 dy, which fits for dy from 2e-6 to 2000.
+    Products are in x's dtype, because a bf16 gradient may be far below the range of fp16. int8 U is divided by only 64
+    for an fp16 x, because gradients are small: over 4096 rows p is then about 30 dy, which fits for dy from 2e-6 to
+    2000.
     """
     return Precision(x, V=2.0**-6, scale=2.0**6) if (x, factors) == (torch.float16, torch.int8) else Precision(x)

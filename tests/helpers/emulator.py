@@ -25,7 +25,8 @@ class EmulatorError(RuntimeError):
 def build(changes: tuple[tuple[str, str], ...] = (), one_kernel: bool = False) -> Path:
     """The emulator as a shared library.
 
-    changes: (old, new) text of the kernel, to put a fault in; one_kernel: only the instances for bf16 that `T2_ONE_KERNEL` names
+    changes: (old, new) text of the kernel, to put a fault in; one_kernel: only the instances for bf16 that
+        `T2_ONE_KERNEL` names
     """
     sources = {p.relative_to(CSRC): p.read_text() for p in sorted([*CSRC.glob("cuda/*.*h"), *CSRC.glob("emulator/*")])}
     for old, new in changes:

@@ -6,7 +6,8 @@ from tests.helpers.triton_cases import E, factor
 
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 TOKENS = (1, 5, 8, 13, 32, 33, 128, 300)
-# (N, ranks, out sizes): factored q,k,v (with residual columns) and down, delta q,k,v and down, and sizes that no wide load fits
+# (N, ranks, out sizes): factored q,k,v (with residual columns) and down, delta q,k,v and down, and sizes that no wide
+# load fits
 GROUPS = {
     "qkv": (4096, [4224, 1056, 1056], [4096, 1024, 1024]),
     "down": (14336, [4096], [4096]),
@@ -39,7 +40,8 @@ def exact(x, V, Us, scale, ids, bases, biases):
 
 
 def captured(f):
-    """A CUDA graph of f, after a run that compiles and lets libraries allocate, and what f returned while it was captured."""
+    """A CUDA graph of f, after a run that compiles and lets libraries allocate, and what f returned while it was
+    captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

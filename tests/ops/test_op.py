@@ -65,7 +65,7 @@ def exact(x, V, U, scale, ids, base=None, bias=None):
 
 
 def eager_error(x, V, U, scale, ids, base, bias, truth):
-    """What plain torch in this dtype does to the same numbers, and the rounding of the result itself: the yardstick of every tolerance."""
+    """The error of plain torch in this dtype, plus the rounding of the result itself: every tolerance comes from it."""
     lead = x.shape[:-1]
     rows = scale[ids.long()].reshape(*ids.shape, *(1,) * (len(lead) - ids.dim()), scale.shape[1]).to(x.dtype)
     y = ((x @ V) * rows) @ U.t()
@@ -140,7 +140,7 @@ MIXED = [
 
 
 def mixed_problem(x_dtype, factors, lead=(37,), N=48, C=40, M=56):
-    """Factors in another format than x; int8 ones with their column steps in scale, as a layer has them. Also those steps [C]."""
+    """Factors in another format than x, and their column steps [C]; the steps of int8 factors are in scale too."""
     x, V, U, scale, base, bias = problem(lead, N, C, M, torch.float32)
     steps = torch.ones(2, C)
     if factors == torch.int8:

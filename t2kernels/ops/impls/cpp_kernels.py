@@ -1,8 +1,10 @@
-"""impl="cpp": decoding on a CPU in C++ (csrc/cpu), on torch's own threads. Each factor is read once, as it is stored, and widened in registers.
+"""impl="cpp": decoding on a CPU in C++ (csrc/cpu), on torch's own threads.
 
-Factors in fp32, bf16, fp16 or int8, x in fp32, bf16 or fp16. x, V and U are widened to fp32, which is exact. Products, sums and
-g = (x V) * scale[expert_ids] are fp32, and y is rounded once: it rounds nowhere where `ops.precision` does not. Each number of y depends on its own
-token and row alone, to the last bit: threads, other tokens and other members do not change the order of a sum. There is no backward.
+Each factor is read once, as it is stored, and widened in registers. Factors in fp32, bf16, fp16 or int8, x in fp32,
+bf16 or fp16. x, V and U are widened to fp32, which is exact. Products, sums and g = (x V) * scale[expert_ids] are fp32,
+and y is rounded once: it rounds nowhere where `ops.precision` does not. Each number of y depends on its own token and
+row alone, to the last bit: threads, other tokens and other members do not change the order of a sum. There is no
+backward.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from .protocol import Implementation
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 MEMBERS = 8
 ISAS = ("portable", "avx2", "avx512")
-# Up to this many tokens it is ahead of torch by 5 % or more on every shape of benchmarks/cpp.py, for an instruction set and the dtypes of x and of
-# the factors; for other dtypes it never is. torch converts factors of another dtype whole before it multiplies. For bf16 alone torch has
-# instructions of its own with AVX-512, and they win from 8 tokens on.
+# Up to this many tokens it is ahead of torch by 5 % or more on every shape of benchmarks/cpp.py, for an instruction set
+# and the dtypes of x and of the factors; for other dtypes it never is. torch converts factors of another dtype whole
+# before it multiplies. For bf16 alone torch has instructions of its own with AVX-512, and they win from 8 tokens on.
 TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
     ("avx512", torch.float32, torch.float32): 16,
     ("avx512", torch.bfloat16, torch.bfloat16): 4,
@@ -44,7 +46,7 @@ TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
             (torch.float16, torch.int8),
         )
     },
-    # torch widens all of these factors in each call: C++ takes 0.20 to 0.86 of its time at T = 64, on one thread and on two.
+    # torch widens all of these factors in each call: C++ takes 0.20 to 0.86 of its time at T = 64, on 1 and 2 threads.
     **{("avx512", torch.float32, factors): 64 for factors in (torch.bfloat16, torch.float16, torch.int8)},
 }
 
@@ -140,7 +142,7 @@ CPP = Cpp()
 
 @functools.cache
 def isa() -> str:
-    """The instruction set that runs: the widest of this CPU, or the one in T2KERNELS_CPU_ISA ("portable", "avx2", "avx512")."""
+    """The instruction set that runs: the widest of this CPU, or the one of `ISAS` that T2KERNELS_CPU_ISA names."""
     return extension.load().cpu_isa(os.environ.get("T2KERNELS_CPU_ISA") or None)
 
 
@@ -153,7 +155,7 @@ def forward(
     bases: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], for calls and layouts that `CPP` supports."""
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], for calls that `CPP` supports."""
     held, first = _first_half(x, V, scale, expert_ids)
     lead = x.shape[:-1]
     ys = [x.new_empty((*lead, U.shape[0])) for U in Us]
@@ -180,7 +182,7 @@ def expand(
     dtype: torch.dtype,
     lead: Sequence[int],
 ) -> list[Tensor]:
-    """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, from the g [T, C] of `shrink`: the second half."""
+    """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, from the g of `shrink`: the second half."""
     ys = [torch.empty((*lead, U.shape[0]), dtype=dtype) for U in Us]
     held, second = _second_half(Us, bases, biases, ys)
     where = g.data_ptr(), *g.shape, g.stride(0), DTYPES[Us[0].dtype], DTYPES[dtype]
@@ -190,7 +192,7 @@ def expand(
 
 
 def _first_half(x: Tensor, V: Tensor, scale: Tensor, ids: Tensor) -> tuple[tuple, tuple]:
-    """Tensors that must live as long as their addresses are used, and the numbers of x, Vᵀ, scale and expert_ids for the extension."""
+    """Tensors to hold while their addresses are used, and the numbers of x, Vᵀ, scale and ids for the extension."""
     x, (N, C) = _rows(x), V.shape
     if scale.stride(1) != 1 or not ids.is_contiguous():  # no table of a bank is like that
         scale, ids = scale.index_select(0, ids.reshape(-1)), torch.arange(ids.numel())

@@ -1,12 +1,13 @@
-"""impl="cuda": the decode kernel of csrc/cuda for T <= 32 tokens, without gradients, through the extension `t2kernels._C`.
+"""impl="cuda": the decode kernel of csrc/cuda for T <= 32 tokens, without gradients.
 
-One kernel does everything: rows of y = base + times * ((x Wᵀ) * scale[e]) + bias, for up to eight W a launch. The first launch has W = Vᵀ and gives
-g; the second has W = U_i of every member. The second starts under the first and has its weights on the way when the first is done. Products, dtypes
-and headroom are those of `ops.precision`, as in Triton's kernels: sums in fp32, `scale` multiplied in fp32, g and y rounded once each. A row of
-`scale` that is zero returns base bit for bit. A row of scale that is not there gives NaN.
+One kernel does everything: rows of y = base + times * ((x Wᵀ) * scale[e]) + bias, for up to eight W a launch. The first
+launch has W = Vᵀ and gives g; the second has W = U_i of every member. The second starts under the first and has its
+weights on the way when the first is done. Products, dtypes and headroom are those of `ops.precision`, as in Triton's
+kernels: sums in fp32, `scale` multiplied in fp32, g and y rounded once each. A row of `scale` that is zero returns base
+bit for bit. A row of scale that is not there gives NaN.
 
-V and U are read before the previous kernel has ended: that kernel must not write them. They are never copied: a layout that the kernel does not
-read is refused (`Cuda.unsupported_layout`).
+V and U are read before the previous kernel has ended: that kernel must not write them. They are never copied: a layout
+that the kernel does not read is refused (`Cuda.unsupported_layout`).
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ FP16, BF16, INT8 = torch.float16, torch.bfloat16, torch.int8
 TOKENS, MEMBERS = 32, 8
 DTYPES = ((BF16, BF16), (BF16, INT8), (BF16, FP16), (FP16, FP16), (FP16, INT8))
 """The dtypes (x, factors) that the kernel multiplies."""
-# Above 8 tokens, blocks in clusters of 4 share the sums of 4 tiles, so that x is read a fourth as often (csrc/cuda/cluster.cuh). A row must be long
-# enough to give 16 of their 32 warps a chunk of 128 bytes. Computed from bytes, not measured.
+# Above 8 tokens, blocks in clusters of 4 share the sums of 4 tiles, so that x is read a fourth as often
+# (csrc/cuda/cluster.cuh). A row must be long enough to give 16 of their 32 warps a chunk of 128 bytes. Computed from
+# bytes, not measured.
 CLUSTER, CLUSTER_TOKENS, CLUSTER_BYTES = 4, 9, 2048
 
 
@@ -39,7 +41,8 @@ class Variant(NamedTuple):
     """How to launch. Other values than the default are for tests.
 
     dependent: each kernel may start under the previous one
-    cluster: thread blocks that share the sums of a tile, 1 or 4 (T > 8, sm_90 and later); 0 for the number that suits the sizes
+    cluster: thread blocks that share the sums of a tile, 1 or 4 (T > 8, sm_90 and later); 0 for the number that suits
+        the sizes
     """
 
     dependent: bool = True
@@ -191,7 +194,7 @@ def forward(
     biases: list[Tensor | None],
     variant: Variant = Variant(),
 ) -> list[Tensor]:
-    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]. Arguments as in `svf_linear_group`, T <= 32."""
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], for calls that `CUDA` supports."""
     ys = [x.new_empty(*x.shape[:-1], U.shape[0]) for U in Us]
     _two_launches(x, V, Us, scale, expert_ids, bases, biases, ys, variant)
     return ys
@@ -207,7 +210,7 @@ def forward_swiglu(
     biases: list[Tensor | None],
     variant: Variant = Variant(),
 ) -> Tensor:
-    """silu(y_gate) * y_up, [..., M], for two members U = [U_gate, U_up] of one M. y_gate, y_up and silu(y_gate) are rounded to x's dtype."""
+    """silu(y_gate) * y_up, [..., M], for two members of one M. y_gate, y_up and silu are rounded to x's dtype."""
     y = x.new_empty(*x.shape[:-1], Us[0].shape[0])
     _two_launches(x, V, Us, scale, expert_ids, bases, biases, [y], variant)
     return y
@@ -228,7 +231,7 @@ def expand(
     dtype: torch.dtype,
     variant: Variant = Variant(),
 ) -> list[Tensor]:
-    """y_i = base_i + g_i U_iᵀ + bias_i, each [T, M_i] in `dtype`, x's, for the g of `shrink`: the second launch alone."""
+    """y_i = base_i + g_i U_iᵀ + bias_i, each [T, M_i] in x's dtype, for the g of `shrink`: the second launch alone."""
     ys = [g.new_empty(g.shape[0], U.shape[0], dtype=dtype) for U in Us]
     _launch(_expanding(g, Us, bases, biases, ys, dtype), None, g, variant)
     return ys
@@ -308,9 +311,10 @@ def _words(p: Problem, T: int, product: torch.dtype, held: list[Tensor]) -> list
     bias = p.bias if p.bias is None or p.bias.stride(0) == 1 else _hold(held, p.bias.contiguous())
     scale = p.scale if p.scale is None or p.scale.stride(-1) == 1 else _hold(held, p.scale.contiguous())
     return [
-        p.W.data_ptr(), x.data_ptr(), _address(scale), _address(bias), _address(base), y.data_ptr(), R, K, x.stride(0) if T > 1 else K,
-        y.stride(0), 0 if base is None else base.stride(0), 0 if scale is None else scale.stride(0), p.shift, p.W.dtype == INT8,
-        product == FP16 and x.dtype == BF16, y.dtype == FP16,
+        p.W.data_ptr(), x.data_ptr(), _address(scale), _address(bias), _address(base), y.data_ptr(), R, K,
+        x.stride(0) if T > 1 else K, y.stride(0), 0 if base is None else base.stride(0),
+        0 if scale is None else scale.stride(0), p.shift, p.W.dtype == INT8, product == FP16 and x.dtype == BF16,
+        y.dtype == FP16,
     ]  # fmt: skip
 
 
@@ -347,7 +351,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The architecture (80, 90, 100) that the code running on a device was compiled for; 90 for the emulator, which has everything."""
+    """The architecture (80, 90, 100) that the code on a device was compiled for; 90 for the emulator."""
     if device.type != "cuda":
         return 90
     with torch.cuda.device(device):

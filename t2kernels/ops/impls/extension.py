@@ -1,4 +1,4 @@
-"""The compiled extension `t2kernels._C`, loaded once for all implementations that need it. docs/building.md says how to build it."""
+"""The compiled extension `t2kernels._C`, loaded once for all implementations. How to build it: docs/building.md."""
 
 from __future__ import annotations
 

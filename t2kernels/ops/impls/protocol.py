@@ -2,8 +2,9 @@
 
 A new kernel is one file with a subclass of `Implementation`, and one line in `dispatch.IMPLEMENTATIONS`.
 
-An implementation says what it cannot do in one vocabulary: `unsupported_device`, `unsupported` and `unsupported_layout` return the reason in words,
-or None if there is none. `slower` does the same for calls that it could run, but that `auto` should give to another implementation.
+An implementation says what it cannot do in one vocabulary: `unsupported_device`, `unsupported` and `unsupported_layout`
+return the reason in words, or None if there is none. `slower` does the same for calls that it could run, but that
+`auto` should give to another implementation.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Implementation(ABC):
         return "float64 is for checks, on impl='torch'" if call.x == torch.float64 else None
 
     def unsupported_layout(self, x: Tensor, V: Tensor | None, Us: list[Tensor]) -> str | None:
-        """Why it cannot read tensors as they lie in memory, or None. V is None, or Us is empty, for one half of the op."""
+        """Why it cannot read tensors as they lie in memory, or None. For half of the op V is None or Us is empty."""
         return None
 
     def slower(self, call: Call, device: Device) -> str | None:
@@ -96,7 +97,10 @@ class Implementation(ABC):
         dtype: torch.dtype,
         lead: torch.Size,
     ) -> list[Tensor]:
-        """y_i = base_i + g_i U_iᵀ + bias_i, [*lead, M_i] in dtype: the second half. dtype, lead: those of the x that g was made from."""
+        """y_i = base_i + g_i U_iᵀ + bias_i, [*lead, M_i] in dtype: the second half.
+
+        dtype, lead: those of the x that g was made from
+        """
 
     def swiglu(
         self,
@@ -138,6 +142,6 @@ class Implementation(ABC):
     ) -> tuple[Tensor, Tensor]:
         """p = dy U;  dx = (p * scale[expert_ids]) Vᵀ;  dscale[e] = sum over the tokens of e of (x V) * p, in fp32.
 
-        h: x V as `forward_saving` returned it; None: computed again. A gradient that is not needed is an empty tensor [0].
+        h: x V as `forward_saving` returned it; None: computed again. A gradient that is not needed is empty, [0].
         """
         raise NotImplementedError(f"impl={self.name!r} has no backward")

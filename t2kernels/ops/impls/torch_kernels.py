@@ -1,6 +1,7 @@
 """impl="torch": two matmuls around a row scaling, on any device of torch. Deterministic on the CPU.
 
-The general case is a group of matrices that share x: V's side by side along C, one U a member. A single matrix is a group of one.
+The general case is a group of matrices that share x: V's side by side along C, one U a member. A single matrix is a
+group of one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from t2kernels.ops.precision import backward_precision, forward_precision
 from .protocol import Implementation
 
 ScaleRows = Callable[..., Tensor]
-"""(h [T, C], scale [E, C], expert_ids, x's leading sizes, times, out) -> h * scale[expert_ids] * times, into `out` if that is a tensor."""
+"""A function with the arguments of `scale_rows`."""
 
 
 class Torch(Implementation):
@@ -110,7 +111,10 @@ TORCH = Torch()
 def scale_rows(
     h: Tensor, scale: Tensor, expert_ids: Tensor, lead: torch.Size, times: float, out: Tensor | None = None
 ) -> Tensor:
-    """h [T, C] * scale[expert_ids] * times, multiplied in scale's precision and rounded once to h's dtype; into `out` if it is given."""
+    """h * scale[expert_ids] * times [T, C], multiplied in scale's precision and rounded once to h's dtype.
+
+    h: [T, C]; scale: [E, C]; lead: x's leading sizes; out: where the result goes, h itself too; None for a new tensor
+    """
     ids = expert_ids if expert_ids.dim() == 1 else expert_ids.reshape(-1)
     rows = _floats(scale.index_select(0, ids), scale.dtype, times)  # [ids, C]
     out = torch.empty_like(h) if out is None else out
@@ -213,9 +217,10 @@ def materialised(
     biases: list[Tensor | None],
     experts: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """`forward` by W' = U diag(scale[e]) Vᵀ, made once for an expert, and x W'ᵀ: fewer operations for an expert with over max(M, N) tokens.
+    """`forward` by W' = U diag(scale[e]) Vᵀ, made once for an expert, and x W'ᵀ: fewer operations for an expert with
+    over max(M, N) tokens.
 
-    experts: the rows whose W' is made; tokens of other experts go through `forward`. None: all tokens have the same row.
+    experts: the rows whose W' is made; tokens of other experts go through `forward`. None: the one of all tokens.
     """
     x_, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     bases = [b if b is None else b.reshape(-1, b.shape[-1]) for b in bases]
@@ -262,7 +267,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """p = dy U;  dx = (p * scale[expert_ids]) Vᵀ;  dscale[e] = sum over the tokens of e of (x V) * p, in fp32.
 
-    h: x V as `forward_saving` returned it, or None: computed again. A gradient that is not needed is an empty tensor [0].
+    h: x V as `forward_saving` returned it, or None: computed again. A gradient that is not needed is empty, [0].
     """
     lead, p = x.shape[:-1], through_U(dys, Us)
     dx, dscale = x.new_empty(0), scale.new_empty(0)
@@ -281,7 +286,7 @@ def backward(
 
 
 def tokens_per_id(expert_ids: Tensor, lead: torch.Size) -> int:
-    """How many consecutive tokens share one id: x is [*lead, N], and the shape of the ids is a leading part of `lead`."""
+    """The number of consecutive tokens that share one id; the shape of the ids is a leading part of `lead`."""
     count = 1
     for size in lead[expert_ids.dim() :]:
         count *= size

@@ -1,6 +1,7 @@
 """Check on a device that an implementation computes `svf_linear` correctly: its numbers against fp64.
 
-`auto` takes kernels only on a kind of GPU where this check has passed; `t2 tune` keeps the verdict. Kernels that fail are not timed.
+`auto` takes kernels only on a kind of GPU where this check has passed; `t2 tune` keeps the verdict. Kernels that fail
+are not timed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ DTYPES = (
     (torch.float16, torch.int8),
     (torch.float32, torch.float32),
 )
-# (N, columns of each member, M of each member): a square matrix in factored form, a delta form with few columns, a group, odd sizes.
+# (N, columns of each member, M of each member): a square matrix in factored form, a delta form with few columns, a
+# group, odd sizes.
 SHAPES = (
     (1024, (1024,), (1024,)),
     (2048, (128,), (4096,)),
@@ -44,7 +46,8 @@ class Case(NamedTuple):
     """One checked call.
 
     x, factors: dtypes; T, N, C, M: sizes, as in `planner.Call`
-    error: the worst of forward, dx and dscale: ||result - truth|| over the allowed one, which is 1.1 times (fp32: 2 times) that of plain torch
+    error: the worst of forward, dx and dscale: ||result - truth|| over the allowed one, which is 1.1 times (fp32: 2
+        times) that of plain torch
     what: the result that was worst
     """
 
@@ -71,10 +74,11 @@ def selfcheck(
     dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = DTYPES,
     progress: Callable[[Case], object] | None = None,
 ) -> list[Case]:
-    """Check forward, dx and dscale of `impl` on `device`, with and without a base, against the reference in fp64. Unwritten memory holds NaN.
+    """Check forward, dx and dscale of `impl` on `device`, with and without a base, against the reference in fp64.
+    Unwritten memory holds NaN.
 
-    A result is right if its error is at most 1.1 times that of plain torch in the same dtype; 2 times in fp32, where only the order of sums
-    differs. The CUDA kernel is checked for forward, in the cases that it supports.
+    A result is right if its error is at most 1.1 times that of plain torch in the same dtype; 2 times in fp32, where
+    only the order of sums differs. The CUDA kernel is checked for forward, in the cases that it supports.
 
     tokens: T of the cases; None for numbers that fit the implementation
     shapes: (N, columns of each member, M of each member); dtypes: (x, factors)
@@ -137,7 +141,7 @@ def _errors(p: dict[str, Any], impl: str) -> dict[str, float]:
     with torch.no_grad():  # runs other kernels than a forward with gradients
         alone = svf_linear_group(p["x"], p["V"], p["U"], p["scale"], p["expert_ids"], p["base"], impl=impl)
     out, rows = {}, [("y", alone, plain[0], truth[0])]
-    if impl != "cuda":  # it has no backward
+    if IMPLEMENTATIONS[impl].unsupported(Call(1, 16, (16,), (16,), grad=True)) is None:
         got = _run(
             p, lambda x, scale: svf_linear_group(x, p["V"], p["U"], scale, p["expert_ids"], p["base"], impl=impl)
         )

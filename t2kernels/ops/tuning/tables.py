@@ -1,4 +1,4 @@
-"""The table files of `t2 tune`: for one kind of GPU, whether kernels were checked there, and the fastest tiles and cut-overs."""
+"""The table files of `t2 tune`, one a kind of GPU: the checks that passed there, the fastest tiles and cut-overs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def user_folder() -> Path:
 
 
 def table_path(device_name: str, triton_version: str, folder: Path = TABLES) -> Path:
-    """The file of a GPU's Triton table. Triton's major.minor is part of the name: another compiler is another machine."""
+    """The file of a GPU's Triton table, for one major.minor of Triton: another compiler is another machine."""
     return Path(folder) / f"{_file_name(device_name)}-triton{'.'.join(triton_version.split('.')[:2])}.json"
 
 
@@ -37,7 +37,8 @@ def cuda_table_path(device_name: str, folder: Path = TABLES) -> Path:
 def read_table(device_name: str, triton_version: str, folder: Path | None = None) -> dict[str, Any] | None:
     """The table of a GPU and a Triton: the user's own, else the package's; None if there is none.
 
-    {"tiles": {key: {T: Tiles}}, "checked": {...}, "pair_tokens": int, ...}. Raises ValueError for a file that is not a table.
+    {"tiles": {key: {T: Tiles}}, "checked": {...}, "pair_tokens": int, ...}
+    Raises ValueError for a file that is not a table.
     """
     return _read((table_path(device_name, triton_version, f) for f in _folders(folder)), "tiles", dict)
 
@@ -64,7 +65,8 @@ def write_table(
 def write_cuda_table(device_name: str, decode_tokens: tuple[int, int], folder: Path = TABLES, **facts: Any) -> Path:
     """Write the CUDA kernel's table of a GPU; returns its path.
 
-    decode_tokens: up to how many tokens it is the fastest, for factors of 16 and of 8 bits; facts: the checks and the times
+    decode_tokens: up to how many tokens it is the fastest, for factors of 16 and of 8 bits; facts: the checks and the
+        times
     """
     path = cuda_table_path(device_name, folder)
     return write_json(path, {"device": device_name, **facts, "decode_tokens": list(decode_tokens)})

@@ -1,7 +1,8 @@
 """Every tile of the Triton kernels, with its reason. Pure: no GPU, no Triton, no tuning while serving.
 
-`tiles` answers from a table made offline for one GPU (tables.py), or from the rules below. The rules follow from bytes, registers and shared
-memory, and were checked by compiling for sm_80, sm_90 and sm_100. No number here was measured on a GPU.
+`tiles` answers from a table made offline for one GPU (tables.py), or from the rules below. The rules follow from bytes,
+registers and shared memory, and were checked by compiling for sm_80, sm_90 and sm_100. No number here was measured on a
+GPU.
 """
 
 from __future__ import annotations
@@ -61,23 +62,27 @@ def tiles(
         if tuned:
             return Tiles(*tuned[min(tuned, key=lambda at: (abs(log2(int(at) / T)), int(at)))])
     if kernel == "scale_rows":
-        # Elementwise: 16 tokens share one row of scale where they share an expert; 256 columns are 16 bytes a lane in 16-bit floats.
+        # Elementwise: 16 tokens share one row of scale where they share an expert; 256 columns are 16 bytes a lane in
+        # 16-bit floats.
         return Tiles(BR=256, BT=16, BK=1, split=1, warps=4, stages=1)
     if kernel == "backward":
-        # 32 tokens a slot keep the slots under 1/16 of the bytes that are read; more tokens would put more experts into one tile.
+        # 32 tokens a slot keep the slots under 1/16 of the bytes that are read; more tokens would put more experts into
+        # one tile.
         return Tiles(BR=128, BT=32, BK=1, split=1, warps=4, stages=1)
     return _skinny(kernel, T, rows, K, x_dtype, w_dtype, capability, parts)
 
 
 def _skinny(
-    kernel: str, T: int, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dtype, capability: tuple[int, int], parts: int
+    kernel: str, T: int, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dtype,
+    capability: tuple[int, int], parts: int,
 ) -> Tiles:  # fmt: skip
     sms = SMS.get(capability[0], 132)
     # A tensor core takes 16 tokens or more.
     BT = min(max(16, 1 << (T - 1).bit_length()), 32 if x_dtype == torch.float32 else 128)
     # 256 bytes of a factor's row a step, for every dtype: long enough for the memory, short enough for several stages.
     BK = 64 if x_dtype == torch.float32 or BT >= 64 else 256 // w_dtype.itemsize
-    # On sm_90 the products of BR >= 64 rows are wgmma, with int8 read 8 bytes a lane instead of 16; mma.sync on 32 rows reads 16.
+    # On sm_90 the products of BR >= 64 rows are wgmma, with int8 read 8 bytes a lane instead of 16; mma.sync on 32 rows
+    # reads 16.
     narrow = x_dtype == torch.float32 or (w_dtype == torch.int8 and capability[0] == 9)
     # With BR = BT as many bytes of activations are read as of factors, so BR grows with BT.
     least = 32 if narrow else {16: 32, 32: 64}.get(BT, 64)
@@ -85,7 +90,8 @@ def _skinny(
     if kernel == "shrink" and rows * cdiv(T, BT) < 16 * sms and BT <= 32 and x_dtype != torch.float32:
         least = 16  # the few rows of the delta form: more blocks are better than more parts of a sum
     BR = next((b for b in (128, 64, 32) if least <= b <= largest and cdiv(rows, b) * cdiv(T, BT) >= 0.9 * sms), least)
-    # 32 numbers of the sum a thread, 64 at most. Two narrow int8 factors of 64 columns are 16 bytes a lane for four warps.
+    # 32 numbers of the sum a thread, 64 at most. Two narrow int8 factors of 64 columns are 16 bytes a lane for four
+    # warps.
     warps = 8 if BT == 128 and not (narrow and kernel == "swiglu") else 4
     if narrow and BT >= 64 and w_dtype == torch.int8:
         BK = 128  # 32 rows of 64 bytes would be 8 bytes a lane
@@ -98,8 +104,8 @@ def _skinny(
     BK = min(BK, max(32, 1 << (K - 1).bit_length()))
     split = 1
     if kernel == "shrink":
-        # Enough blocks to fill the chip, as long as a block of the expand reads all parts in about the time of its own factor (64 KiB), and every
-        # part has at least four steps.
+        # Enough blocks to fill the chip, as long as a block of the expand reads all parts in about the time of its own
+        # factor (64 KiB), and every part has at least four steps.
         while (
             split < 8
             and cdiv(rows, BR) * cdiv(T, BT) * split * 2 <= sms
@@ -118,7 +124,8 @@ def _skinny(
 def candidates(
     kernel: str, T: int, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dtype, capability: tuple[int, int]
 ) -> list[Tiles]:
-    """The tiles that an offline tuner should time: at most MAX_CANDIDATES, the rule's choice first, others by their distance from it."""
+    """The tiles that an offline tuner should time: at most MAX_CANDIDATES, the rule's choice first, others by their
+    distance from it."""
     first = tiles(kernel, T, rows, K, x_dtype, w_dtype, capability)
     if kernel in ("scale_rows", "backward"):
         found = [
@@ -148,7 +155,8 @@ def candidates(
 
 
 def _sensible(
-    t: Tiles, kernel: str, T: int, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dtype, capability: tuple[int, int]
+    t: Tiles, kernel: str, T: int, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dtype,
+    capability: tuple[int, int],
 ) -> bool:  # fmt: skip
     """True if the tile fits, does not spill, and leaves no part of a sum empty."""
     factors = 2 if kernel == "swiglu" else 1

@@ -1,8 +1,8 @@
 """Check the kernels on this GPU, then time them for the shapes of a model, offline: `t2 tune`.
 
-The results go into table files (tables.py). Without the checks in a table `auto` does not use the kernels. `tune` also keeps the fastest tiles of
-the Triton kernels, and up to how many tokens they beat two library matmuls; `tune_cuda` up to how many tokens the CUDA kernel beats Triton's.
-Nothing is timed while a model runs.
+The results go into table files (tables.py). Without the checks in a table `auto` does not use the kernels. `tune` also
+keeps the fastest tiles of the Triton kernels, and up to how many tokens they beat two library matmuls; `tune_cuda` up
+to how many tokens the CUDA kernel beats Triton's. Nothing is timed while a model runs.
 """
 
 from __future__ import annotations
@@ -72,8 +72,10 @@ def tune(
     folder: where the table goes; None: `user_folder()`
     timer: None for Triton's own benchmark, which empties the L2 cache before each run
     progress: called after each job
-    check: gives the cases that must be right before anything is timed; None for `selfcheck` of the Triton kernels on the device
-    Raises ImplUnavailableError if Triton cannot run, WrongResultError if a check fails, OSError if the table cannot be written.
+    check: gives the cases that must be right before anything is timed; None for `selfcheck` of the Triton kernels
+
+    Raises ImplUnavailableError if Triton cannot run, WrongResultError if a check fails, OSError if the table cannot
+    be written.
     """
     device = torch.device(device)
     if reason := TRITON.unsupported_device(device):
@@ -107,7 +109,8 @@ def tune_cuda(
     timer: Timer | None = None,
     check: Callable[[], Iterable[Case]] | None = None,
 ) -> Path:
-    """Check the CUDA kernel, time it beside Triton's pair if that runs, write the table; returns its path. Arguments and errors as in `tune`."""
+    """Check the CUDA kernel, time it beside Triton's pair if that runs, write the table; returns its path. Arguments
+    and errors as in `tune`."""
     device = torch.device(device)
     if reason := CUDA.unsupported_device(device):
         raise ImplUnavailableError(f"there is nothing to tune on {device}: {reason}")

@@ -24,7 +24,8 @@ REGISTERS, THREADS = 65536, 256
 
 
 class Instance(NamedTuple):
-    """Template arguments of a `skinny_kernel`, or of a `cluster_kernel`, which is 4 chunks deep and alone on its multiprocessor."""
+    """Template arguments of a `skinny_kernel`, or of a `cluster_kernel`, which is 4 chunks deep and alone on its
+    multiprocessor."""
 
     product: int
     weights: int
@@ -138,7 +139,8 @@ def faults(kernel: Instance, code: list[tuple[int, str]], usage: dict[str, int],
 
 
 def _waits(code: list[tuple[int, str]], loads: list[int], products: list[int]) -> list[str]:
-    """A chunk that is refilled in the loop must not be looked at before the loop comes round: that would wait for memory there and then."""
+    """A chunk that is refilled in the loop must not be looked at before the loop comes round: that would wait for
+    memory there and then."""
     inside = [i for i in loads if i > products[0]]
     ends = [
         i

@@ -1,6 +1,9 @@
-"""Compile the Triton kernels ahead of time, without a GPU, as they are launched for Llama-3 shapes, and print what the machine code holds.
+"""Compile the Triton kernels ahead of time, without a GPU, as they are launched for Llama-3 shapes, and print what the
+machine code holds.
 
-    python tests/ops/impls/compile_kernels.py ARCH [--all | --bad]     ARCH: 80, 90 or 100. A JSON object for each compiled kernel, with its faults.
+    python tests/ops/impls/compile_kernels.py ARCH [--all | --bad]     ARCH: 80, 90 or 100
+
+It prints a JSON object for each compiled kernel, with its faults.
 
 Launches are built from tensors without data, by the code that launches on a GPU. It must run without TRITON_INTERPRET.
 """
@@ -25,7 +28,8 @@ from t2kernels.ops.tuning.tiles import Tiles, shared_bytes, tiles
 
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", INT8: "*i8", torch.int32: "*i32", torch.int64: "*i64"}
-# (N, ranks, out sizes) of a group: q,k,v; o; gate,up; down. Factored with 3 % residual columns, and delta with 256 components.
+# (N, ranks, out sizes) of a group: q,k,v; o; gate,up; down. Factored with 3 % residual columns, and delta with 256
+# components.
 LLAMA_8B = [
     (4096, [1056], [4096]),
     (4096, [4224, 4224], [14336, 14336]),
@@ -86,7 +90,8 @@ def elementwise(x_dtype, arch):
 
 
 def every_launch(arch, everything):
-    """What `tiles` chooses for one group each of the shapes that differ: what make test compiles. Or for all shapes and dtypes."""
+    """What `tiles` chooses for one group each of the shapes that differ: what make test compiles. Or for all shapes and
+    dtypes."""
     if everything:
         for T in (1, 32, 64, 128):
             for x_dtype, w_dtype in ((BF16, BF16), (BF16, INT8), (FP16, INT8)):
@@ -109,7 +114,8 @@ def every_launch(arch, everything):
 
 
 def source(launch: Launch):
-    """The compiler's input for a launch, with the hints that Triton's own launcher would give, and a key that tells two such inputs apart."""
+    """The compiler's input for a launch, with the hints that Triton's own launcher would give, and a key that tells two
+    such inputs apart."""
     signature, constants, hints = {}, dict(launch.meta), {}
     runtime_only = {p.name for p in launch.kernel.params if p.do_not_specialize}
     for i, name in enumerate(launch.kernel.arg_names):
@@ -161,7 +167,8 @@ def faults(row: dict, ops: list[str], arch: tuple[int, int]) -> list[str]:
     narrow = {op for op in ops if op.startswith(("LDGSTS", "LDG.E.EF")) and ".128" not in op}
     if narrow:
         found.append(f"narrow loads of the factor or the activations: {', '.join(sorted(narrow))}")
-    # F2F and I2F convert one number a lane at a quarter of the rate or less. After the sum, a few are nothing; I2F.RP belongs to a division.
+    # F2F and I2F convert one number a lane at a quarter of the rate or less. After the sum, a few are nothing; I2F.RP
+    # belongs to a division.
     slow = {op for op in ops[: products[-1]] if op.startswith(("F2F.", "I2F")) and not op.startswith("I2F.RP")}
     if slow and not fp32:
         found.append(f"slow conversions in the sum: {', '.join(sorted(slow))}")

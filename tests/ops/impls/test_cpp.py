@@ -33,7 +33,8 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 ISAS = [isa for isa in cpp_kernels.ISAS if can(isa)]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 70)
-# N, columns and M of each member: nothing that a vector, a block of rows or a cache line divides, one larger than a block each way, and powers of 2
+# N, columns and M of each member: nothing that a vector, a block of rows or a cache line divides, one larger than a
+# block each way, and powers of 2
 SHAPES = (
     (33, (7,), (50,)),
     (64, (16, 8, 3), (24, 25, 1)),
@@ -88,8 +89,10 @@ def truth(x, V, Us, scale, ids, bases, biases):
 @pytest.mark.parametrize("x_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("w_dtype", [*FLOATS, torch.int8], ids=str)
 def test_every_format_and_size_against_fp64(isa, x_dtype, w_dtype, shape, poison):
-    """Off from fp64 by at most 1.1 times what torch is, and a quarter of a unit in the last place, the rounding of the result itself: over all
-    tokens and members, since a handful of numbers is luck; no case by more than three times that."""
+    """The error is at most 1.1 times that of torch plus a quarter of a unit in the last place, the rounding of y.
+
+    This holds over all tokens and members, since a few numbers are luck; no single case may exceed three times that.
+    """
     ratios = []
     for T, extra in zip(TOKENS, itertools.cycle((0, 1, 2, 3)), strict=False):
         x, V, Us, scale, ids, bases, biases = problem((T,), *shape, x_dtype, w_dtype)
@@ -266,13 +269,14 @@ def test_importing_the_extension_takes_nothing():
 import os, sys
 import t2kernels._C
 maps = open("/proc/self/maps").read()
-print([name for name in ("libcuda", "libcudart", "libtorch", "libc10", "gomp", "nvidia") if name in maps], len(os.listdir("/proc/self/task")), "torch" in sys.modules)
+found = [name for name in ("libcuda", "libcudart", "libtorch", "libc10", "gomp", "nvidia") if name in maps]
+print(found, len(os.listdir("/proc/self/task")), "torch" in sys.modules)
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.split() == ["[]", "1", "False"]
 
 
-# --- which calls go there ---------------------------------------------------------------------------------------------------------------
+# --- which calls go there ----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(ISAS == ["portable"], reason="auto leaves it to torch without AVX2")

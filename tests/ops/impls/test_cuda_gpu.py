@@ -1,4 +1,5 @@
-"""The CUDA decode kernel on a GPU, at the sizes of Llama-3-8B: against fp64, in CUDA graphs, a thousand times over, and beside other kernels."""
+"""The CUDA decode kernel on a GPU, at the sizes of Llama-3-8B: against fp64, in CUDA graphs, a thousand times over, and
+beside other kernels."""
 
 import itertools
 import subprocess

@@ -1,7 +1,9 @@
-"""The decode kernel's own source on the CPU, in the emulator, against fp64: every dtype, number of tokens, form and ragged size.
+"""The decode kernel's own source on the CPU, in the emulator, against fp64: every dtype, number of tokens, form and
+ragged size.
 
-The whole way from tensors to the launch is the one that a GPU takes; only the launch itself is replaced. Memory that is not written holds NaN,
-addresses outside of a tensor are refused to the byte, and so is what a GPU would let pass: csrc/emulator/emulator.h.
+The whole way from tensors to the launch is the one that a GPU takes; only the launch itself is replaced. Memory that is
+not written holds NaN, addresses outside of a tensor are refused to the byte, and so is what a GPU would let pass:
+csrc/emulator/emulator.h.
 """
 
 import itertools
@@ -22,7 +24,8 @@ pytestmark = [
     pytest.mark.skipif(emulator.WHY_NOT is not None, reason=str(emulator.WHY_NOT)),
 ]
 BF16, FP16, INT8 = torch.bfloat16, torch.float16, torch.int8
-# N, columns and rows of each member: one tile and a bit; rows of W that end within a chunk; more chunks than warps; three members
+# N, columns and rows of each member: one tile and a bit; rows of W that end within a chunk; more chunks than warps;
+# three members
 SHAPES = [
     (96, [48], [80]),
     (208, [32, 16], [83, 33]),
@@ -205,7 +208,7 @@ def test_long_rows_and_many_tokens_get_clusters(cuda, monkeypatch):
     assert clusters(9, 1024) == [1, 1]
 
 
-# --- through the op ----------------------------------------------------------------------------------------------------------------
+# --- through the op ------------------------------------------------------------
 
 
 def test_the_op_runs_it_and_auto_picks_it(cuda):
@@ -319,7 +322,7 @@ def test_its_own_check_passes_and_finds_a_wrong_kernel(cuda, monkeypatch):
     assert not all(c.right for c in selfcheck("cpu", "cuda", (5,), small[:1]))
 
 
-# --- the emulator itself -----------------------------------------------------------------------------------------------------------
+# --- the emulator itself ------------------------------------------------------------
 
 FAULTS = {
     "shared memory": ("    block_barrier();  // one a tile", "    // one a tile"),

@@ -1,4 +1,5 @@
-"""The Triton backward, the row scaling and the matmul path against fp64: dscale by expert, dx, every dtype, every mix and order of experts."""
+"""The Triton backward, the row scaling and the matmul path against fp64: dscale by expert, dx, every dtype, every mix
+and order of experts."""
 
 import pytest
 import torch

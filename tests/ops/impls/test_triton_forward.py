@@ -1,4 +1,5 @@
-"""The Triton forward against fp64, every dtype of x and of the factors: in the interpreter on a machine without a GPU, natively with one."""
+"""The Triton forward against fp64, every dtype of x and of the factors: in the interpreter on a machine without a GPU,
+natively with one."""
 # ruff: noqa: E402 (nothing here can be imported without Triton)
 
 import pytest

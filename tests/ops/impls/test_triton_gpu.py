@@ -1,6 +1,7 @@
 """The Triton kernels on a GPU, at the sizes of Llama-3-8B: against fp64, in CUDA graphs, and a thousand times over.
 
-What the small tests of test_triton_forward.py and test_triton_backward.py ask of the interpreter they ask natively too, where there is a GPU.
+What the small tests of test_triton_forward.py and test_triton_backward.py ask of the interpreter they ask natively too,
+where there is a GPU.
 """
 
 import pytest
@@ -22,7 +23,8 @@ BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int
 
 
 def eager_gradients(dys, x, V, Us, scale, ids):
-    """As plain torch does it in x's dtype; int8 factors over 128, with the table to match, since fp16 would overflow."""
+    """As plain torch does it in x's dtype; int8 factors over 128, with the table to match, since fp16 would
+    overflow."""
     if V.dtype != INT8:
         return gradients(dys, x, V, Us, scale, ids, x.dtype)
     dx, dscale = gradients(

@@ -1,4 +1,5 @@
-"""A whole model on the Triton kernels, in their interpreter, as `auto` runs it on a GPU where they have been checked."""
+"""A whole model on the Triton kernels, in their interpreter, as `auto` runs it on a GPU where they have been
+checked."""
 
 import pytest
 import torch

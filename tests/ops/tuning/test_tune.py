@@ -1,4 +1,4 @@
-"""Checks before trust: what `t2 tune` writes, what it refuses to time, and what the planner makes of it. The kernels run in the interpreter."""
+"""`t2 tune`: what it checks, times and writes, and how `auto` uses it. The kernels run in Triton's interpreter."""
 
 import json
 

@@ -1,15 +1,17 @@
-"""impl="triton": Triton kernels for NVIDIA GPUs. This file imports without Triton; a method that runs a kernel imports it.
+"""impl="triton": Triton kernels for NVIDIA GPUs. This file imports without Triton.
 
-Dtypes. Products are made in x's dtype, sums in fp32. `scale` is multiplied in fp32. g and y are rounded once each. The pairs that differ:
+Dtypes. Products are made in x's dtype, sums in fp32. `scale` is multiplied in fp32. g and y are rounded once each. The
+pairs that differ:
 
 - int8 factors are converted to x's dtype, exactly.
-- fp16 factors with bf16 x: products in fp16, x and g times 2^-5, the sum times 2^5, so that nothing below 65504 * 32 (about 2e6) overflows.
-  An x or g below 2^-9 loses its last bits (an error of 2^-20 at most).
+- fp16 factors with bf16 x: products in fp16, x and g times 2^-5, the sum times 2^5, so that nothing below 65504 * 32
+  (about 2e6) overflows. An x or g below 2^-9 loses its last bits (an error of 2^-20 at most).
 - bf16 factors with fp16 x are converted to fp16; any factors with fp32 x are converted to fp32, without tf32.
 
 A row of `scale` that is zero returns base bit for bit.
 
-Factors are read along their contiguous size: V as the view of a contiguous Vᵀ [C, N], U_i as contiguous [M_i, C_i]. Others are copied first.
+Factors are read along their contiguous size: V as the view of a contiguous Vᵀ [C, N], U_i as contiguous [M_i, C_i].
+Others are copied first.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ MEMBERS = 4  # matrices of one launch of the skinny expand: q, k, v and one more
 
 
 class Triton(Torch):
-    """The Triton kernels as an implementation: two skinny launches for few tokens, torch's matmuls around a Triton pass for many."""
+    """The Triton kernels: two skinny launches for few tokens, torch's matmuls around a Triton pass for many."""
 
     name = "triton"
     fused_paths = ("pair",)

@@ -1,13 +1,15 @@
-"""The passes between two matmuls. Forward: g = h * scale[e]. Backward, from p = dy U and h = x V, in one pass over [T, C]:
+"""The passes over [T, C] between two matmuls. Forward: g = h * scale[e]. Backward, from p = dy U and h = x V:
 
     q[t] = p[t] * scale[e(t)]                  for dx = q Vᵀ
     dscale[e] = sum over the tokens t of e of h[t] * p[t]
 
-`scale` is never gathered as a tile: a loop over the experts of the tile, smallest first, reads one row vector each. A tile of a sequence has one.
+`scale` is never gathered as a tile: a loop over the experts of the tile, smallest first, reads one row vector each. A
+tile of a sequence has one.
 
-dscale is summed in fp32, in a fixed order, without atomics. Tokens are taken in the stable order of their experts. Every tile of BT tokens writes
-one partial sum for each of its experts, and a second kernel adds the partial sums of each expert. The sum of tile i for the expert of rank j among
-those present goes to slot i + j: experts come in order, so slots are distinct, and the slots of an expert follow one another.
+dscale is summed in fp32, in a fixed order, without atomics. Tokens are taken in the stable order of their experts.
+Every tile of BT tokens writes one partial sum for each of its experts, and a second kernel adds the partial sums of
+each expert. The sum of tile i for the expert of rank j among those present goes to slot i + j: experts come in order,
+so slots are distinct, and the slots of an expert follow one another.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def backward_kernel(
     p_ptr, h_ptr, scale_ptr, ids_ptr, order_ptr, rank_ptr, q_ptr, slots_ptr, T, C, p_row, h_row, scale_row, repeat,
     BR: tl.constexpr, BT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """q[t] = p[t] * scale[e(t)] if q_ptr is given (it may be p_ptr), and the sums of h[t] * p[t] to slots [tiles + experts, C]."""
+    """q[t] = p[t] * scale[e(t)] if q_ptr is given (it may be p_ptr), and the sums of h[t] * p[t], into slots_ptr."""
     tile = tl.program_id(0)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     place = tile * BT + tl.arange(0, BT)
@@ -140,8 +142,8 @@ def scale_rows_launch(
         scale_rows_kernel,
         (cdiv(T, tile.BT), cdiv(C, tile.BR)),
         dict(
-            h_ptr=h, scale_ptr=scale, ids_ptr=ids, out_ptr=out, T=T, C=C, h_row=h.stride(0), scale_row=scale.stride(0), out_row=out.stride(0),
-            repeat=repeat,
+            h_ptr=h, scale_ptr=scale, ids_ptr=ids, out_ptr=out, T=T, C=C, h_row=h.stride(0),
+            scale_row=scale.stride(0), out_row=out.stride(0), repeat=repeat,
         ),
         dict(BR=tile.BR, BT=tile.BT, INTERPRETED=INTERPRETED),
         options(tile, arch, pdl=False),
@@ -149,8 +151,8 @@ def scale_rows_launch(
 
 
 def backward_launch(
-    p: Tensor, h: Tensor, scale: Tensor, ids: Tensor, repeat: int, parts: Segments, q: Tensor | None, slots: Tensor, tile: Tiles,
-    arch: tuple[int, int],
+    p: Tensor, h: Tensor, scale: Tensor, ids: Tensor, repeat: int, parts: Segments, q: Tensor | None, slots: Tensor,
+    tile: Tiles, arch: tuple[int, int],
 ) -> Launch:  # fmt: skip
     """p, h [T, C] -> q, if it is given, and slots [tiles + experts, C] fp32."""
     T, C = p.shape
@@ -197,7 +199,7 @@ def scale_rows(h: Tensor, scale: Tensor, expert_ids: Tensor, repeat: int, out: T
 
 
 def scale_and_sum(p: Tensor, h: Tensor, scale: Tensor, expert_ids: Tensor, repeat: int, q: Tensor | None) -> Tensor:
-    """dscale [E, C] fp32; and q[t] = p[t] * scale[e(t)], written to q if it is given (it may be p). One pass over p and h [T, C]."""
+    """dscale [E, C] fp32, and q[t] = p[t] * scale[e(t)] into q if it is given (it may be p). One pass over p and h."""
     (T, C), E = p.shape, scale.shape[0]
     if T == 0:
         return p.new_zeros(E, C, dtype=torch.float32)

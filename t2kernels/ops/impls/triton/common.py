@@ -1,4 +1,4 @@
-"""Shared by the Triton kernels: the dtype of the products, conversions, a launch as data. Importing this file imports Triton."""
+"""Shared by the Triton kernels: the dtype of the products, conversions, a launch as data. It imports Triton."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from t2kernels.ops.precision import forward_precision
 from t2kernels.ops.tuning.tables import read_table
 from t2kernels.ops.tuning.tiles import Tiles
 
-# True if the kernels of this process run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 when Triton was imported.
+# True if kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET was 1 when Triton was imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -61,7 +61,7 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def capability(t: Tensor) -> tuple[int, int]:
-    """(major, minor) of t's GPU. The interpreter, and tensors without data, count as sm_90 without dependent launches."""
+    """(major, minor) of t's GPU; (9, 0) for the interpreter and for tensors without data."""
     return torch.cuda.get_device_capability(t.device) if t.device.type == "cuda" else (9, 0)
 
 
@@ -102,8 +102,8 @@ def int8_as_bf16(a):
 
 @triton.jit
 def cast(a, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """a rounded to nearest in DTYPE. In the interpreter the rounded values stay in fp32: its bf16 casts truncate, and its bf16 products and
-    int8 to bf16 casts are wrong (numpy has no bf16)."""
+    """a rounded to nearest in DTYPE. In the interpreter the rounded values stay in fp32: its bf16 casts truncate, and
+    its bf16 products and int8 to bf16 casts are wrong (numpy has no bf16)."""
     if INTERPRETED:
         a = a.to(tl.float32)
         if DTYPE == tl.bfloat16:
@@ -113,7 +113,8 @@ def cast(a, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
             a = a.to(tl.float16).to(tl.float32)
         return a
     elif a.dtype == tl.int8 and DTYPE == tl.float16:
-        # 1024 + (a + 128) is the fp16 whose last bits are a + 128. A conversion would be one weight a lane at a quarter of the rate.
+        # 1024 + (a + 128) is the fp16 whose last bits are a + 128. A conversion would be one weight a lane at a quarter
+        # of the rate.
         return ((a.to(tl.int16) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
     elif a.dtype == tl.int8 and DTYPE == tl.bfloat16:
         low, high = int8_as_bf16(a)

@@ -1,13 +1,18 @@
-"""The kernels of the skinny forward, T up to about 200: y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i in two launches.
+"""The kernels of the skinny forward in two launches, for T up to about 200.
 
-*shrink* makes g = (x V) * scale[e], [T, C]; *expand* makes every y_i of a group. Each reads a factor once, in rows that are contiguous along
-the summed dimension (Vᵀ [C, N], U [M, C]). The factor is the left operand of acc [BR, BT]: with few tokens it has the long side of the product.
+    y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i
 
-On sm_90 and later the second launch starts under the first (programmatic dependent launch). A block loads its first one or two tiles of the
-factor by hand, waits for the previous kernel, and then reads activations, ids and scale. The previous kernel must therefore not write factors.
+*shrink* makes g = (x V) * scale[e], [T, C]; *expand* makes every y_i of a group. Each reads a factor once, in rows that
+are contiguous along the summed dimension (Vᵀ [C, N], U [M, C]). The factor is the left operand of acc [BR, BT]: with
+few tokens it has the long side of the product.
 
-`scale` is read as a [BR, BT] tile before the sum starts, at most 64 numbers a thread. The large tiles loop over the experts of a tile instead:
-here, where every token may have its own expert, that loop would be BT dependent trips to memory, longer than the whole kernel.
+On sm_90 and later the second launch starts under the first (programmatic dependent launch). A block loads its first one
+or two tiles of the factor by hand, waits for the previous kernel, and then reads activations, ids and scale. The
+previous kernel must therefore not write factors.
+
+`scale` is read as a [BR, BT] tile before the sum starts, at most 64 numbers a thread. The large tiles loop over the
+experts of a tile instead: here, where every token may have its own expert, that loop would be BT dependent trips to
+memory, longer than the whole kernel.
 """
 
 from __future__ import annotations
@@ -28,10 +33,10 @@ def _factor(ptrs, k, K, EVEN: tl.constexpr):
 
 @triton.jit
 def _activations(
-    ptrs, scale_ptrs, part, k, K, live, EVEN: tl.constexpr, SPLIT: tl.constexpr, HEADROOM: tl.constexpr, DTYPE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    ptrs, scale_ptrs, part, k, K, live, EVEN: tl.constexpr, SPLIT: tl.constexpr, HEADROOM: tl.constexpr,
+    DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Activations [BK, BT] in the dtype of the products. SPLIT > 1: the partial sums of h, added in order, times scale."""
+    """Activations [BK, BT] in the products' dtype. SPLIT > 1: the partial sums of h, added in order, times scale."""
     mask = live[None, :] if EVEN else live[None, :] & (k < K)[:, None]
     a = tl.load(ptrs, mask=mask, other=0.0)
     if SPLIT > 1:
@@ -50,7 +55,8 @@ def _dot(w, a, acc, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _plus_base(acc, base):
-    # A row of zeros must return the base model exactly. -0.0 + base is base bit for bit; +0.0 + base is not if base is -0.0.
+    # A row of zeros must return the base model exactly. -0.0 + base is base bit for bit; +0.0 + base is not, for
+    # base = -0.0.
     return tl.where(acc == 0.0, -0.0, acc) + base.to(tl.float32)
 
 
@@ -72,7 +78,8 @@ def shrink_kernel(
     BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     HEADROOM: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """SPLIT == 1: out [T, C] = (x V) * scale[e]. SPLIT > 1: out [SPLIT, T, C] fp32; part s is the unscaled sum over its piece of N."""
+    """SPLIT == 1: out [T, C] = (x V) * scale[e]. SPLIT > 1: out [SPLIT, T, C] fp32; part s is the unscaled sum over its
+    piece of N."""
     part = tl.program_id(2)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -124,13 +131,15 @@ def shrink_kernel(
 def expand_kernel(
     g_ptr, scale_ptr, ids_ptr, u0, u1, u2, u3, base0, base1, base2, base3, bias0, bias1, bias2, bias3, y0, y1, y2, y3,
     M0, M1, M2, M3, K0, K1, K2, K3, c1, c2, c3, T, C, scale_row, repeat,
-    MEMBERS: tl.constexpr, BASES: tl.constexpr, BIASES: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, HEADROOM: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    MEMBERS: tl.constexpr, BASES: tl.constexpr, BIASES: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, HEADROOM: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y_i [T, M_i] = base_i + g[:, c_i : c_i + K_i] U_iᵀ + bias_i for every member i. A block looks up the member of its tile.
+    """y_i [T, M_i] = base_i + g[:, c_i : c_i + K_i] U_iᵀ + bias_i for every member i. A block looks up the member of
+    its tile.
 
-    SPLIT == 1: g [T, C], scaled. SPLIT > 1: g [SPLIT, T, C] fp32, as shrink leaves it. BASES, BIASES: bit i is set if member i has one.
+    SPLIT == 1: g [T, C], scaled. SPLIT > 1: g [SPLIT, T, C] fp32, as shrink leaves it. BASES, BIASES: bit i is set if
+    member i has one.
     """
     tile = tl.program_id(1)
     n0 = tl.cdiv(M0, BR)
@@ -211,10 +220,12 @@ def expand_kernel(
 @triton.jit(do_not_specialize=["T", "repeat"])
 def swiglu_kernel(
     g_ptr, scale_ptr, ids_ptr, u0, u1, base0, base1, bias0, bias1, y_ptr, M, K0, K1, T, C, scale_row, repeat,
-    BASES: tl.constexpr, BIASES: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    AHEAD: tl.constexpr, EVEN: tl.constexpr, HEADROOM: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    BASES: tl.constexpr, BIASES: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, HEADROOM: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y [T, M] = silu(y_0) * y_1 with y_i as in expand_kernel. y_0, y_1 and silu are rounded to y's dtype, as three separate ops do."""
+    """y [T, M] = silu(y_0) * y_1 with y_i as in expand_kernel. y_0, y_1 and silu are rounded to y's dtype, as three
+    separate ops do."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     k = tl.arange(0, BK)

@@ -1,4 +1,4 @@
-"""The skinny forward from checked arguments to its launches: what is copied, which tiles, what is allocated, and each launch as data."""
+"""The skinny forward from checked arguments to its launches: copies, tiles, allocations, each launch as data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TilePair = tuple[Tiles, Tiles | None]
 
 
 def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
-    """g = (x V) * scale[expert_ids], [T, C] in the dtype of the products (times 2^-5 in fp16 for bf16 x and fp16 factors)."""
+    """g = (x V) * scale[expert_ids], [T, C] in the dtype and units of `forward_precision`."""
     Vt, _, settled = _factors(V, [])
     x, scale, ids, repeat = _operands(x, scale, expert_ids)
     arch = capability(x)
@@ -34,7 +34,10 @@ def expand(
     biases: list[Tensor | None],
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """y_i = base_i + g_i U_iᵀ + bias_i, each [T, M_i], for the g of `shrink`. dtype: x's; needed if there is neither a base nor a bias."""
+    """y_i = base_i + g_i U_iᵀ + bias_i, each [T, M_i], for the g of `shrink`.
+
+    dtype: x's; needed if there is neither a base nor a bias
+    """
     dtype = dtype or next((t.dtype for t in (*bases, *biases) if t is not None), g.dtype)
     _, Us, settled = _factors(None, Us)
     arch, g = capability(g), g if g.stride(-1) == 1 else g.contiguous()
@@ -47,10 +50,10 @@ def expand(
 
 
 def forward_pair(
-    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: list[Tensor | None], biases: list[Tensor | None],
-    tile_pair: TilePair | None = None,
+    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: list[Tensor | None],
+    biases: list[Tensor | None], tile_pair: TilePair | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], as two launches; for T up to about 200.
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], in two launches.
 
     V, Us: in x's dtype, in another float or in int8; at most `MEMBERS` members
     tile_pair: the tiles of shrink and expand, to time others than `tuning.tiles` gives
@@ -62,13 +65,13 @@ def forward_pair(
 
 
 def forward_swiglu(
-    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: list[Tensor | None], biases: list[Tensor | None],
-    tile_pair: TilePair | None = None,
+    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: list[Tensor | None],
+    biases: list[Tensor | None], tile_pair: TilePair | None = None,
 ) -> Tensor:  # fmt: skip
-    """silu(y_gate) * y_up, [..., M], for the two members of `forward_pair`, U = [U_gate, U_up] of one M. Neither is written to memory.
+    """silu(y_gate) * y_up, [..., M], for two members of one M. Neither is written to memory.
 
-    y_gate, y_up and silu(y_gate) are rounded to x's dtype, as separate ops would round them: only bits in which two exponential functions differ
-    are different.
+    y_gate, y_up and silu(y_gate) are rounded to x's dtype, as separate ops would round them: only bits in which two
+    exponential functions differ are different.
     """
     if len(Us) != 2 or Us[0].shape[0] != Us[1].shape[0]:
         raise ValueError(
@@ -80,7 +83,7 @@ def forward_swiglu(
 
 
 def _two_launches(kernel, second_launch, x, V, Us, scale, expert_ids, bases, biases, out, tile_pair) -> None:
-    """Shrink, then `second_launch` into `out`. Nothing is launched between the two, so the second starts under the first."""
+    """Shrink, then `second_launch` into `out`, with no launch between: so the second starts under the first."""
     x, scale, ids, repeat = _operands(x, scale, expert_ids)
     Vt, Us, settled = _factors(V, Us)
     bases, biases = _added(bases, biases, Us, x.shape[0])
@@ -141,7 +144,7 @@ def _added(bases, biases, Us: list[Tensor], T: int) -> tuple[list[Tensor | None]
 
 
 def _ahead(K: int, tile: Tiles, w_dtype: torch.dtype, split: int = 1, parts: int = 1) -> int:
-    """Steps that are loaded by hand before the wait: two, or one if the registers of two would spill, beside the sum and scale."""
+    """Steps that are loaded by hand before the wait: two, or one if the registers of two would spill."""
     a_bytes = 2 if parts == 1 else 4 * (parts + 1)  # partial sums and scale are fp32, and are all in flight together
     step = tile.BK * (tile.BR * w_dtype.itemsize + tile.BT * a_bytes) // (4 * 32 * tile.warps)  # registers of a thread
     both = tile.BT <= 32 and step <= 48
@@ -170,22 +173,24 @@ def shrink_launch(
         shrink_kernel,
         (cdiv(T, tile.BT), cdiv(C, tile.BR), tile.split),
         dict(
-            x_ptr=x, vt_ptr=Vt, scale_ptr=scale, ids_ptr=ids, out_ptr=out, T=T, C=C, N=N, x_row=x.stride(0), scale_row=scale.stride(0),
-            repeat=repeat,
+            x_ptr=x, vt_ptr=Vt, scale_ptr=scale, ids_ptr=ids, out_ptr=out, T=T, C=C, N=N, x_row=x.stride(0),
+            scale_row=scale.stride(0), repeat=repeat,
         ),
         dict(
-            BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=tile.split, AHEAD=_ahead(N, tile, Vt.dtype, split=tile.split), EVEN=N % (tile.BK * tile.split) == 0,
-            HEADROOM=headroom, DTYPE=triton_dtype(dtype), PDL="launch_pdl" in chosen, INTERPRETED=INTERPRETED,
+            BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=tile.split, AHEAD=_ahead(N, tile, Vt.dtype, split=tile.split),
+            EVEN=N % (tile.BK * tile.split) == 0, HEADROOM=headroom, DTYPE=triton_dtype(dtype),
+            PDL="launch_pdl" in chosen, INTERPRETED=INTERPRETED,
         ),
         chosen,
     )  # fmt: skip
 
 
 def expand_launch(
-    g: Tensor, Us: list[Tensor], bases: list[Tensor | None], biases: list[Tensor | None], ys: list[Tensor], tile: Tiles, arch: tuple[int, int],
-    scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1, settled: bool = True,
+    g: Tensor, Us: list[Tensor], bases: list[Tensor | None], biases: list[Tensor | None], ys: list[Tensor],
+    tile: Tiles, arch: tuple[int, int], scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1,
+    settled: bool = True,
 ) -> Launch:  # fmt: skip
-    """g as shrink left it ([T, C] with any stride between rows, or [split, T, C] with scale and ids) -> ys, each [T, M_i]."""
+    """g of the shrink ([T, C] with any row stride, or [split, T, C] with scale and ids) -> ys, each [T, M_i]."""
     split = g.shape[0] if g.dim() == 3 else 1
     T, C = g.shape[-2], g.stride(-2)
     dtype, headroom = products(ys[0].dtype, Us[0].dtype)
@@ -203,23 +208,26 @@ def expand_launch(
         expand_kernel,
         (cdiv(T, tile.BT), sum(cdiv(U.shape[0], tile.BR) for U in Us)),
         dict(
-            g_ptr=g, scale_ptr=scale, ids_ptr=ids, **four("u", Us), **four("base", present(bases)), **four("bias", present(biases)), **four("y", ys),
+            g_ptr=g, scale_ptr=scale, ids_ptr=ids, **four("u", Us), **four("base", present(bases)),
+            **four("bias", present(biases)), **four("y", ys),
             **four("M", [U.shape[0] for U in Us]), **four("K", [U.shape[1] for U in Us]),
             **{f"c{i}": columns[i] if i < len(Us) else 0 for i in range(1, MEMBERS)},
             T=T, C=C, scale_row=0 if scale is None else scale.stride(0), repeat=repeat,
         ),
         dict(
             MEMBERS=len(Us), BASES=_bits(bases), BIASES=_bits(biases), BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=split,
-            AHEAD=min(_ahead(U.shape[1], tile, U.dtype, parts=split) for U in Us), EVEN=all(U.shape[1] % tile.BK == 0 for U in Us), HEADROOM=headroom,
-            DTYPE=triton_dtype(dtype), PDL="launch_pdl" in chosen, INTERPRETED=INTERPRETED,
+            AHEAD=min(_ahead(U.shape[1], tile, U.dtype, parts=split) for U in Us),
+            EVEN=all(U.shape[1] % tile.BK == 0 for U in Us), HEADROOM=headroom, DTYPE=triton_dtype(dtype),
+            PDL="launch_pdl" in chosen, INTERPRETED=INTERPRETED,
         ),
         chosen,
     )  # fmt: skip
 
 
 def swiglu_launch(
-    g: Tensor, Us: list[Tensor], bases: list[Tensor | None], biases: list[Tensor | None], y: Tensor, tile: Tiles, arch: tuple[int, int],
-    scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1, settled: bool = True,
+    g: Tensor, Us: list[Tensor], bases: list[Tensor | None], biases: list[Tensor | None], y: Tensor,
+    tile: Tiles, arch: tuple[int, int], scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1,
+    settled: bool = True,
 ) -> Launch:  # fmt: skip
     """g of the two members gate and up -> y [T, M] = silu(gate) * up."""
     split = g.shape[0] if g.dim() == 3 else 1
@@ -231,8 +239,9 @@ def swiglu_launch(
         swiglu_kernel,
         (cdiv(T, tile.BT), cdiv(y.shape[1], tile.BR)),
         dict(
-            g_ptr=g, scale_ptr=scale, ids_ptr=ids, u0=Us[0], u1=Us[1], base0=bases[0], base1=bases[1], bias0=biases[0], bias1=biases[1],
-            y_ptr=y, M=y.shape[1], K0=K0, K1=K1, T=T, C=C, scale_row=0 if scale is None else scale.stride(0), repeat=repeat,
+            g_ptr=g, scale_ptr=scale, ids_ptr=ids, u0=Us[0], u1=Us[1], base0=bases[0], base1=bases[1],
+            bias0=biases[0], bias1=biases[1], y_ptr=y, M=y.shape[1], K0=K0, K1=K1, T=T, C=C,
+            scale_row=0 if scale is None else scale.stride(0), repeat=repeat,
         ),
         dict(
             BASES=_bits(bases), BIASES=_bits(biases), BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=split,

@@ -20,13 +20,16 @@ def row_scaling(
 
 
 def backward(
-    dys: list[Tensor], x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, need_dx: bool, need_dscale: bool,
-    h: Tensor | None = None,
+    dys: list[Tensor], x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, need_dx: bool,
+    need_dscale: bool, h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """p = dy U;  dx = (p * scale[expert_ids]) Vᵀ;  dscale[e] = sum over the tokens of e of (x V) * p, [E, C] fp32.
 
-    h: x V of the forward, or None: computed again. Products are made in x's dtype for factors of any dtype. The bits are the same in every run,
-    and in any order of tokens the same to fp32 rounding. An expert without tokens gets exactly 0. A gradient that is not needed is empty [0].
+    h: x V of the forward, or None: computed again
+
+    Products are made in x's dtype for factors of any dtype. The bits are the same in every run, and in any order of
+    tokens the same to fp32 rounding. An expert without tokens gets exactly 0. A gradient that is not
+    needed is empty, [0].
     """
     p, lead, times = torch_kernels.through_U(dys, Us), x.shape[:-1], backward_precision(x.dtype, V.dtype).scale
     dx, dscale = x.new_empty(0), scale.new_empty(0)
