@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def device_of(device: torch.device) -> Device:
 @functools.cache
 def probe(kind: str, index: int | None) -> Device:
     """Ask every implementation about a device."""
-    device = torch.device(kind, index)
+    device = torch.device(kind) if index is None else torch.device(kind, index)
     found = Device(kind, torch.cuda.get_device_name(device) if kind == "cuda" else kind)
     for implementation in IMPLEMENTATIONS.values():
         found = implementation.probe(device, found)
@@ -133,8 +134,8 @@ def run(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: list[Tensor],
-    biases: list[Tensor],
+    bases: Sequence[Tensor],
+    biases: Sequence[Tensor],
     impl: str = "auto",
 ) -> list[Tensor]:
     """y of each member, without gradients. bases, biases: one a member, or []. Raises ImplUnavailableError."""
@@ -149,8 +150,8 @@ def run_saving(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: list[Tensor],
-    biases: list[Tensor],
+    bases: Sequence[Tensor],
+    biases: Sequence[Tensor],
     impl: str,
 ) -> list[Tensor]:
     """y of each member, and behind them h = x V for `run_backward`."""
@@ -200,8 +201,8 @@ def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
 def expand(
     g: Tensor,
     Us: list[Tensor],
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     dtype: torch.dtype,
     lead: torch.Size,
 ) -> list[Tensor]:
@@ -249,8 +250,8 @@ def swiglu(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
 ) -> Tensor:
     """silu(y_0) * y_1 [..., M] of two members y_i, for calls that `fuses_swiglu`. Arguments as in `Implementation`."""
     choice = plan(x, V, Us, expert_ids, bases[0] is not None)

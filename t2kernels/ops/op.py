@@ -6,7 +6,7 @@ times the cost a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ def call_group(
     return torch.ops.t2kernels.svf_linear_group(x, V, U, scale, expert_ids, base, bias, impl)
 
 
-def _torch_private(path: str) -> Callable[[], Any] | None:
+def _torch_private(path: str) -> Any:
     """A private function of torch._C, or None if this torch does not have it."""
     found: Any = torch._C
     for name in path.split("."):
@@ -168,8 +168,8 @@ def _check(
     Us: list[Tensor],
     scale: Tensor,
     ids: Tensor,
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     impl: str,
 ) -> None:
     if impl != "auto" and impl not in IMPLEMENTATIONS:

@@ -12,8 +12,8 @@ from torch import nn
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.factors.matrices import stored_bytes
 from t2kernels.layers.linear import SVFLinear
+from t2kernels.ops import dispatch
 from t2kernels.ops.device import Device
-from t2kernels.ops.dispatch import choose, device_of
 from t2kernels.ops.planner import Call, Choice, bytes_moved
 
 
@@ -100,7 +100,7 @@ def explain(
     if bank is None:
         raise ValueError("explain wants a patched model: patch_model(model) first")
     B, S = _sizes(batch)
-    machine = machine or device_of(bank.device)
+    machine = machine or dispatch.device_of(bank.device)
     dtype = getattr(model, "dtype", None) or torch.get_default_dtype()
     one, tokens = _shares(experts, B, S)
     counts: dict[tuple, Counter] = defaultdict(Counter)
@@ -109,7 +109,7 @@ def explain(
         M, C = tuple(layer.U.shape[-2] for layer, _ in layers), tuple(layer.Vt.shape[-2] for layer, _ in layers)
         N, delta = first.Vt.shape[-1], first.form == "delta"
         call = Call(B * S, N, M, C, dtype, first.Vt.dtype, one, tokens, delta, bool(bank.in_training))
-        choice = choose(call, machine)
+        choice = dispatch.choose(call, machine)
         weights = sum(_weight_bytes(model, layer, names, dtype) for layer, names in layers)
         dense = weights + dtype.itemsize * B * S * (N * len(layers) + sum(M))
         moved = bytes_moved(call, choice.path) + (dense if delta else 0)

@@ -113,8 +113,8 @@ class Cpp(Implementation):
         Us: list[Tensor],
         scale: Tensor,
         expert_ids: Tensor,
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """See `Implementation`."""
         return forward(x, V, Us, scale, expert_ids, bases, biases)
@@ -128,8 +128,8 @@ class Cpp(Implementation):
         choice: Choice,
         g: Tensor,
         Us: list[Tensor],
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
         dtype: torch.dtype,
         lead: torch.Size,
     ) -> list[Tensor]:

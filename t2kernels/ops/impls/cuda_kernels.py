@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -144,8 +145,8 @@ class Cuda(Implementation):
         Us: list[Tensor],
         scale: Tensor,
         expert_ids: Tensor,
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """See `Implementation`."""
         return forward(x, V, Us, scale, expert_ids, bases, biases)
@@ -159,8 +160,8 @@ class Cuda(Implementation):
         choice: Choice,
         g: Tensor,
         Us: list[Tensor],
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
         dtype: torch.dtype,
         lead: torch.Size,
     ) -> list[Tensor]:
@@ -174,8 +175,8 @@ class Cuda(Implementation):
         Us: list[Tensor],
         scale: Tensor,
         expert_ids: Tensor,
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
     ) -> Tensor:
         """See `Implementation`."""
         return forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
@@ -190,8 +191,8 @@ def forward(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     variant: Variant = Variant(),
 ) -> list[Tensor]:
     """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], for calls that `CUDA` supports."""
@@ -206,8 +207,8 @@ def forward_swiglu(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     variant: Variant = Variant(),
 ) -> Tensor:
     """silu(y_gate) * y_up, [..., M], for two members of one M. y_gate, y_up and silu are rounded to x's dtype."""
@@ -226,8 +227,8 @@ def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor, variant: Var
 def expand(
     g: Tensor,
     Us: list[Tensor],
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     dtype: torch.dtype,
     variant: Variant = Variant(),
 ) -> list[Tensor]:
@@ -243,8 +244,8 @@ def _two_launches(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     ys: list[Tensor],
     variant: Variant,
 ) -> None:
@@ -255,8 +256,8 @@ def _two_launches(
 def _expanding(
     g: Tensor,
     Us: list[Tensor],
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     ys: list[Tensor],
     dtype: torch.dtype,
 ) -> list[Problem]:

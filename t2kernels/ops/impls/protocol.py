@@ -10,6 +10,7 @@ return the reason in words, or None if there is none. `slower` does the same for
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -77,8 +78,8 @@ class Implementation(ABC):
         Us: list[Tensor],
         scale: Tensor,
         expert_ids: Tensor,
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """y_i [..., M_i] of each member."""
 
@@ -92,8 +93,8 @@ class Implementation(ABC):
         choice: Choice,
         g: Tensor,
         Us: list[Tensor],
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
         dtype: torch.dtype,
         lead: torch.Size,
     ) -> list[Tensor]:
@@ -109,8 +110,8 @@ class Implementation(ABC):
         Us: list[Tensor],
         scale: Tensor,
         expert_ids: Tensor,
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
     ) -> Tensor:
         """silu(y_0) * y_1 [..., M] of two members, without writing either to memory. Exists on `fused_paths`."""
         raise NotImplementedError(f"impl={self.name!r} has no fused activation")
@@ -122,8 +123,8 @@ class Implementation(ABC):
         Us: list[Tensor],
         scale: Tensor,
         expert_ids: Tensor,
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
     ) -> tuple[list[Tensor], Tensor]:
         """y_i of each member, and h = x V [T, C] for `backward`."""
         raise NotImplementedError(f"impl={self.name!r} has no backward")

@@ -51,8 +51,8 @@ class Torch(Implementation):
         Us: list[Tensor],
         scale: Tensor,
         expert_ids: Tensor,
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """See `Implementation`."""
         if choice.path == "dense":
@@ -66,8 +66,8 @@ class Torch(Implementation):
         Us: list[Tensor],
         scale: Tensor,
         expert_ids: Tensor,
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
     ) -> tuple[list[Tensor], Tensor]:
         """See `Implementation`."""
         return forward_saving(x, V, Us, scale, expert_ids, bases, biases, self.row_scaling)
@@ -81,8 +81,8 @@ class Torch(Implementation):
         choice: Choice,
         g: Tensor,
         Us: list[Tensor],
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
         dtype: torch.dtype,
         lead: torch.Size,
     ) -> list[Tensor]:
@@ -131,8 +131,8 @@ def forward(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     row_scaling: ScaleRows = scale_rows,
 ) -> list[Tensor]:
     """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i].
@@ -149,8 +149,8 @@ def forward_saving(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     row_scaling: ScaleRows = scale_rows,
 ) -> tuple[list[Tensor], Tensor]:
     """`forward`, and h = x V [T, C] for `backward`."""
@@ -192,8 +192,8 @@ def unit_of_dscale(x: torch.dtype, factors: torch.dtype) -> float:
 def expand(
     g: Tensor,
     Us: list[Tensor],
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     dtype: torch.dtype,
     lead: torch.Size,
 ) -> list[Tensor]:
@@ -213,8 +213,8 @@ def materialised(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     experts: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """`forward` by W' = U diag(scale[e]) Vᵀ, made once for an expert, and x W'ᵀ: fewer operations for an expert with
@@ -244,7 +244,7 @@ def materialised(
 
 
 def _through_dense(
-    x: Tensor, V: Tensor, Us: list[Tensor], row: Tensor, bases: list[Tensor | None], biases: list[Tensor | None]
+    x: Tensor, V: Tensor, Us: list[Tensor], row: Tensor, bases: Sequence[Tensor | None], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
     how, ys = forward_precision(x.dtype, V.dtype), []
     row, x_ = row * how.scale, _floats(x, how.dtype, how.x)

@@ -95,9 +95,11 @@ def selfcheck(
                         continue
                     for base in (True, False):
                         off = _errors(_problem(T, N, C, M, x_dtype, w_dtype, base, torch.device(device)), impl)
-                        what = max(off, key=off.get)
-                        names = (str(d).removeprefix("torch.") for d in (x_dtype, w_dtype))
-                        found.append(Case(*names, T, N, C, M, off[what], f"{what}, {'with' if base else 'no'} base"))
+                        what = max(off, key=lambda name: off[name])
+                        x_name, w_name = (str(d).removeprefix("torch.") for d in (x_dtype, w_dtype))
+                        found.append(
+                            Case(x_name, w_name, T, N, C, M, off[what], f"{what}, {'with' if base else 'no'} base")
+                        )
                         if progress:
                             progress(found[-1])
     return found

@@ -179,7 +179,7 @@ def _fits(t: Tiles, kernel: str, x_dtype: torch.dtype, w_dtype: torch.dtype, cap
 
 def shared_bytes(capability: tuple[int, int]) -> int:
     """Bytes of shared memory that a block may have."""
-    return _SHARED_KB.get(tuple(capability), 99) * 1024
+    return _SHARED_KB.get(capability, 99) * 1024
 
 
 def cdiv(a: int, b: int) -> int:

@@ -7,11 +7,12 @@ to how many tokens the CUDA kernel beats Triton's. Nothing is timed while a mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from t2kernels import T2Error
 from t2kernels.ops.device import DECODE_TOKENS, PAIR_TOKENS
@@ -55,6 +56,8 @@ Timer = Callable[[Callable[[], object]], float]
 """f -> seconds of a call of f."""
 Progress = Callable[[str, int, int], object]
 """(what was timed, jobs done, jobs in all)."""
+Operands = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, list[Tensor | None], list[Tensor | None]]
+"""x, V, Us, scale, expert_ids, bases, biases."""
 
 
 def tune(
@@ -126,12 +129,12 @@ def tune_cuda(
             pairs = [_decode_and_pair(c, device, timer or _cold) for c in calls if CUDA.unsupported(c) is None]
             if pairs:
                 seconds.setdefault(bytes_, {})[T] = [sum(p) for p in zip(*pairs, strict=True)]
-    tokens = tuple(
+    wide, narrow = (
         crossover(seconds[b]) if b in seconds else usual for b, usual in zip((2, 1), DECODE_TOKENS, strict=True)
     )
     us = {b: {T: [round(s * 1e6, 2) for s in both] for T, both in found.items()} for b, found in seconds.items()}
     return write_cuda_table(
-        _name(device), tokens, folder or user_folder(), checked=_verdict(cases), decode_and_pair_us=us
+        _name(device), (wide, narrow), folder or user_folder(), checked=_verdict(cases), decode_and_pair_us=us
     )
 
 
@@ -151,7 +154,7 @@ def _verdict(cases: list[Case]) -> dict[str, Any]:
     return {"cases": len(cases), "worst": max(c.error for c in cases), "torch": torch.__version__}
 
 
-def crossover(seconds: dict[int, Sequence[float]]) -> int:
+def crossover(seconds: Mapping[int, Sequence[float]]) -> int:
     """The largest T up to which the first of two is at least as fast at every T that was timed; 0 if it never is.
 
     seconds: {T: (seconds of the first, of the second)}
@@ -180,9 +183,7 @@ def _best_tiles(shape: Shape, T: int, device: torch.device, timer: Timer) -> dic
             pair = {**chosen, kernel: t}
             try:
                 seconds = timer(lambda pair=pair: launch.forward_pair(*operands, (pair["shrink"], pair["expand"])))
-            except (
-                Exception
-            ) as e:  # a tile that does not compile or fit here; the class of the error differs between Tritons
+            except Exception as e:  # this tile does not compile or fit; the class of the error depends on Triton
                 if not timed:
                     raise RuntimeError(f"{kernel} with the tiles of the rule, {t}, does not run: {e}") from e
                 continue
@@ -206,8 +207,8 @@ def _decode_and_pair(call: Call, device: torch.device, timer: Timer) -> tuple[fl
     return timer(lambda: cuda_kernels.forward(*operands)), timer(lambda: launch.forward_pair(*operands))
 
 
-def _operands(shape: Shape, T: int, device: torch.device) -> tuple:
-    def factor(rows: int, columns: int) -> torch.Tensor:
+def _operands(shape: Shape, T: int, device: torch.device) -> Operands:
+    def factor(rows: int, columns: int) -> Tensor:
         w = torch.randn(rows, columns, device=device)
         return (
             (w * 30).round().clamp(-127, 127).to(torch.int8)
@@ -215,7 +216,7 @@ def _operands(shape: Shape, T: int, device: torch.device) -> tuple:
             else (w / columns**0.5).to(shape.factors)
         )
 
-    def rows(M: int) -> torch.Tensor:
+    def rows(M: int) -> Tensor:
         return torch.randn(T, M, device=device).to(shape.x)
 
     V, Us = factor(sum(shape.C), shape.N).t(), [factor(M, C) for M, C in zip(shape.M, shape.C, strict=True)]

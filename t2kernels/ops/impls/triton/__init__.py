@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
@@ -105,8 +106,8 @@ class Triton(Torch):
         Us: list[Tensor],
         scale: Tensor,
         expert_ids: Tensor,
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """See `Implementation`."""
         if choice.path == "pair":
@@ -128,8 +129,8 @@ class Triton(Torch):
         choice: Choice,
         g: Tensor,
         Us: list[Tensor],
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
         dtype: torch.dtype,
         lead: torch.Size,
     ) -> list[Tensor]:
@@ -147,8 +148,8 @@ class Triton(Torch):
         Us: list[Tensor],
         scale: Tensor,
         expert_ids: Tensor,
-        bases: list[Tensor | None],
-        biases: list[Tensor | None],
+        bases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None],
     ) -> Tensor:
         """See `Implementation`."""
         from .launch import forward_swiglu

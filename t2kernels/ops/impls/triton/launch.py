@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -20,7 +21,7 @@ TilePair = tuple[Tiles, Tiles | None]
 
 def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
     """g = (x V) * scale[expert_ids], [T, C] in the dtype and units of `forward_precision`."""
-    Vt, _, settled = _factors(V, [])
+    (Vt,), settled = _factors([V.t()])
     x, scale, ids, repeat = _operands(x, scale, expert_ids)
     arch = capability(x)
     tile = replace(_tiles("shrink", x, [Vt], arch), split=1)
@@ -30,8 +31,8 @@ def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
 def expand(
     g: Tensor,
     Us: list[Tensor],
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i, each [T, M_i], for the g of `shrink`.
@@ -39,7 +40,7 @@ def expand(
     dtype: x's; needed if there is neither a base nor a bias
     """
     dtype = dtype or next((t.dtype for t in (*bases, *biases) if t is not None), g.dtype)
-    _, Us, settled = _factors(None, Us)
+    Us, settled = _factors(_members(Us))
     arch, g = capability(g), g if g.stride(-1) == 1 else g.contiguous()
     tile = tiles(
         "expand", g.shape[0], sum(U.shape[0] for U in Us), max(U.shape[1] for U in Us), dtype, Us[0].dtype, arch
@@ -50,8 +51,8 @@ def expand(
 
 
 def forward_pair(
-    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: list[Tensor | None],
-    biases: list[Tensor | None], tile_pair: TilePair | None = None,
+    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None], tile_pair: TilePair | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], in two launches.
 
@@ -65,8 +66,8 @@ def forward_pair(
 
 
 def forward_swiglu(
-    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: list[Tensor | None],
-    biases: list[Tensor | None], tile_pair: TilePair | None = None,
+    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None], tile_pair: TilePair | None = None,
 ) -> Tensor:  # fmt: skip
     """silu(y_gate) * y_up, [..., M], for two members of one M. Neither is written to memory.
 
@@ -85,7 +86,7 @@ def forward_swiglu(
 def _two_launches(kernel, second_launch, x, V, Us, scale, expert_ids, bases, biases, out, tile_pair) -> None:
     """Shrink, then `second_launch` into `out`, with no launch between: so the second starts under the first."""
     x, scale, ids, repeat = _operands(x, scale, expert_ids)
-    Vt, Us, settled = _factors(V, Us)
+    (Vt, *Us), settled = _factors([V.t(), *_members(Us)])
     bases, biases = _added(bases, biases, Us, x.shape[0])
     arch = capability(x)
     first, second = tile_pair or (_tiles("shrink", x, [Vt], arch), None)
@@ -104,17 +105,19 @@ def _operands(x: Tensor, scale: Tensor, expert_ids: Tensor) -> tuple[Tensor, Ten
     )
 
 
-def _factors(V: Tensor | None, Us: list[Tensor]) -> tuple[Tensor | None, list[Tensor], bool]:
+def _factors(given: list[Tensor]) -> tuple[list[Tensor], bool]:
     """Vᵀ and U, contiguous along the summed size, and whether none of them was copied just now."""
-    given = [w for w in (V if V is None else V.t(), *Us) if w is not None]
     if len({w.dtype for w in given}) != 1:
         dtypes = [str(w.dtype) for w in given]
         raise ValueError(f"the factors are in {dtypes}, wanted one dtype for V and every U")
+    return [w.contiguous() for w in given], all(w.is_contiguous() for w in given)
+
+
+def _members(Us: list[Tensor]) -> list[Tensor]:
+    """Us, if one launch can hold them."""
     if len(Us) > MEMBERS:
         raise ValueError(f"the Triton expand takes a group of 1 to {MEMBERS} matrices, got {len(Us)}: split the group")
-    made = [w.contiguous() for w in given]
-    settled = all(w.is_contiguous() for w in given)
-    return (None, made, settled) if V is None else (made[0], made[1:], settled)
+    return Us
 
 
 def _tiles(kernel: str, x: Tensor, factors: list[Tensor], arch: tuple[int, int], parts: int = 1) -> Tiles:
@@ -186,7 +189,7 @@ def shrink_launch(
 
 
 def expand_launch(
-    g: Tensor, Us: list[Tensor], bases: list[Tensor | None], biases: list[Tensor | None], ys: list[Tensor],
+    g: Tensor, Us: list[Tensor], bases: Sequence[Tensor | None], biases: Sequence[Tensor | None], ys: list[Tensor],
     tile: Tiles, arch: tuple[int, int], scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1,
     settled: bool = True,
 ) -> Launch:  # fmt: skip
@@ -200,7 +203,7 @@ def expand_launch(
     def four(name: str, values: list) -> dict[str, object]:
         return {f"{name}{i}": v for i, v in enumerate(values + [values[0]] * (MEMBERS - len(values)))}
 
-    def present(given: list[Tensor | None]) -> list[Tensor | None]:
+    def present(given: Sequence[Tensor | None]) -> list[Tensor | None]:
         some = next((t for t in given if t is not None), None)  # a masked stand-in for members that have none
         return [some if t is None else t for t in given]
 
@@ -225,7 +228,7 @@ def expand_launch(
 
 
 def swiglu_launch(
-    g: Tensor, Us: list[Tensor], bases: list[Tensor | None], biases: list[Tensor | None], y: Tensor,
+    g: Tensor, Us: list[Tensor], bases: Sequence[Tensor | None], biases: Sequence[Tensor | None], y: Tensor,
     tile: Tiles, arch: tuple[int, int], scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1,
     settled: bool = True,
 ) -> Launch:  # fmt: skip
@@ -252,6 +255,6 @@ def swiglu_launch(
     )  # fmt: skip
 
 
-def _bits(given: list[Tensor | None]) -> int:
+def _bits(given: Sequence[Tensor | None]) -> int:
     """Bit i is set if member i has one."""
     return sum(1 << i for i, t in enumerate(given) if t is not None)
