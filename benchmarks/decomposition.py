@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import nn
 
 import t2kernels as t2
+from t2kernels.factors.matrices import find_matrices
 
 
 class Layers(nn.Module):
@@ -50,7 +51,7 @@ class Layers(nn.Module):
 def one(name: str, layers: int, rank: int | None, dtype: torch.dtype, device: torch.device) -> dict:
     torch.manual_seed(0)
     model = subjects.load("tiny", 1, device=device).model if name == "tiny" else Layers(name, layers, dtype, device)
-    matrices = t2.matrices.find_matrices(model, "all")
+    matrices = find_matrices(model, "all")
     numbers = sum(m.shape[0] * m.shape[1] for m in matrices.values())
     before = reset_peak(device)
     start = time.perf_counter()

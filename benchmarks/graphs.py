@@ -1,4 +1,4 @@
-"""Time calls with weights outside of the cache, on copies in turn: a CUDA graph on a GPU, a loop on a CPU. And ceilings."""
+"""Time calls whose weights are not in the cache, on copies in turn: a CUDA graph on a GPU, else a loop. And ceilings."""
 
 from __future__ import annotations
 

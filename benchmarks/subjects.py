@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerB
 import t2kernels as t2
 from t2kernels import tasks, tiny
 from t2kernels.factors.matrices import find_matrices
-from t2kernels.factors.store import Factor, Factors
+from t2kernels.factors.store import Factor, Factors, resolve_rank
 
 SIZES = {
     # hidden, intermediate, layers, heads, key-value heads, vocabulary
@@ -100,7 +100,7 @@ def _made(model: nn.Module, rank: int | float | None) -> Factors:
         U = (U * (torch.randint(2, (R,)) * 2.0 - 1)).roll(i, 1)
         sigma = 2.0 * torch.arange(1, R + 1).float().pow(-0.4) * (R / N) ** 0.5
         m.module.weight.data.copy_((U * sigma) @ V.t())
-        k = t2.factors.resolve_rank(rank, R)
+        k = resolve_rank(rank, R)
         kept[name] = Factor(
             U[:, :k].to(m.module.weight.dtype).contiguous(),
             sigma[:k].clone(),

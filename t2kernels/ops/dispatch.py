@@ -13,7 +13,7 @@ from t2kernels import T2Error
 from .device import Device
 from .impls.cpp_kernels import CPP
 from .impls.cuda_kernels import CUDA
-from .impls.protocol import Implementation
+from .impls.protocol import Added, Implementation, Operands
 from .impls.torch_kernels import TORCH, tokens_per_id
 from .impls.triton import TRITON
 from .planner import Call, Choice, could_be_dense
@@ -141,7 +141,7 @@ def run(
     """y of each member, without gradients. bases, biases: one a member, or []. Raises ImplUnavailableError."""
     added, bias = bases or [None] * len(Us), biases or [None] * len(Us)
     choice = plan(x, V, Us, expert_ids, added[0] is not None, impl)
-    return _implementation(choice).forward(choice, x, V, Us, scale, expert_ids, added, bias)
+    return _implementation(choice).forward(choice, Operands(x, V, Us, scale, expert_ids, added, bias))
 
 
 def run_saving(
@@ -157,7 +157,7 @@ def run_saving(
     """y of each member, and behind them h = x V for `run_backward`."""
     added, bias = bases or [None] * len(Us), biases or [None] * len(Us)
     choice = plan(x, V, Us, expert_ids, added[0] is not None, impl, grad=True)
-    ys, h = _implementation(choice).forward_saving(x, V, Us, scale, expert_ids, added, bias)
+    ys, h = _implementation(choice).forward_saving(Operands(x, V, Us, scale, expert_ids, added, bias))
     return [*ys, h]
 
 
@@ -175,7 +175,7 @@ def run_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx and dscale; see `Implementation.backward`."""
     choice = plan(x, V, Us, expert_ids, impl=impl, grad=True)
-    return _implementation(choice).backward(dys, x, V, Us, scale, expert_ids, need_dx, need_dscale, h)
+    return _implementation(choice).backward(dys, Operands(x, V, Us, scale, expert_ids, [], []), need_dx, need_dscale, h)
 
 
 def _implementation(choice: Choice) -> Implementation:
@@ -199,12 +199,7 @@ def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
 
 
 def expand(
-    g: Tensor,
-    Us: list[Tensor],
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    dtype: torch.dtype,
-    lead: torch.Size,
+    g: Tensor, Us: list[Tensor], bases: Added, biases: Added, dtype: torch.dtype, lead: torch.Size
 ) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i [*lead, M_i]: the second half of the op.
 
@@ -245,14 +240,8 @@ def fuses_swiglu(x: Tensor, V: Tensor, Us: list[Tensor], expert_ids: Tensor, bas
 
 
 def swiglu(
-    x: Tensor,
-    V: Tensor,
-    Us: list[Tensor],
-    scale: Tensor,
-    expert_ids: Tensor,
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
+    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: Added, biases: Added
 ) -> Tensor:
     """silu(y_0) * y_1 [..., M] of two members y_i, for calls that `fuses_swiglu`. Arguments as in `Implementation`."""
     choice = plan(x, V, Us, expert_ids, bases[0] is not None)
-    return IMPLEMENTATIONS[choice.impl].swiglu(x, V, Us, scale, expert_ids, bases, biases)
+    return IMPLEMENTATIONS[choice.impl].swiglu(Operands(x, V, Us, scale, expert_ids, bases, biases))

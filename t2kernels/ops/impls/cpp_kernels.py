@@ -20,7 +20,7 @@ from t2kernels.ops.device import Device
 from t2kernels.ops.planner import Call, Choice, Path
 
 from . import extension
-from .protocol import Implementation
+from .protocol import Added, Implementation, Operands
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 MEMBERS = 8
@@ -105,19 +105,9 @@ class Cpp(Implementation):
         """See `Implementation`."""
         return Path("stream", "factors read once, widened in registers")
 
-    def forward(
-        self,
-        choice: Choice,
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
-    ) -> list[Tensor]:
+    def forward(self, choice: Choice, given: Operands) -> list[Tensor]:
         """See `Implementation`."""
-        return forward(x, V, Us, scale, expert_ids, bases, biases)
+        return forward(*given)
 
     def shrink(self, choice: Choice, x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
         """See `Implementation`; g is fp32."""
@@ -128,8 +118,8 @@ class Cpp(Implementation):
         choice: Choice,
         g: Tensor,
         Us: list[Tensor],
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
+        bases: Added,
+        biases: Added,
         dtype: torch.dtype,
         lead: torch.Size,
     ) -> list[Tensor]:
@@ -147,13 +137,7 @@ def isa() -> str:
 
 
 def forward(
-    x: Tensor,
-    V: Tensor,
-    Us: list[Tensor],
-    scale: Tensor,
-    expert_ids: Tensor,
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
+    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: Added, biases: Added
 ) -> list[Tensor]:
     """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], for calls that `CPP` supports."""
     held, first = _first_half(x, V, scale, expert_ids)
@@ -175,12 +159,7 @@ def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
 
 
 def expand(
-    g: Tensor,
-    Us: list[Tensor],
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    dtype: torch.dtype,
-    lead: Sequence[int],
+    g: Tensor, Us: list[Tensor], bases: Added, biases: Added, dtype: torch.dtype, lead: Sequence[int]
 ) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, from the g of `shrink`: the second half."""
     ys = [torch.empty((*lead, U.shape[0]), dtype=dtype) for U in Us]
@@ -204,9 +183,7 @@ def _first_half(x: Tensor, V: Tensor, scale: Tensor, ids: Tensor) -> tuple[tuple
     )
 
 
-def _second_half(
-    Us: list[Tensor], bases: Sequence[Tensor | None], biases: Sequence[Tensor | None], ys: list[Tensor]
-) -> tuple[list, tuple]:
+def _second_half(Us: list[Tensor], bases: Added, biases: Added, ys: list[Tensor]) -> tuple[list, tuple]:
     """The same for U, base, bias and y of each member."""
     rows = [None if base is None else _rows(base) for base in bases]
     return rows, tuple(

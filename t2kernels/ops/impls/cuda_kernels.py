@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from t2kernels.ops.precision import forward_precision
 from t2kernels.ops.tuning.tables import read_cuda_table
 
 from . import extension
-from .protocol import Implementation
+from .protocol import Added, Implementation, Operands
 
 FP16, BF16, INT8 = torch.float16, torch.bfloat16, torch.int8
 TOKENS, MEMBERS = 32, 8
@@ -137,19 +136,9 @@ class Cuda(Implementation):
         """See `Implementation`."""
         return Path("decode", f"{_tokens(call.T)}: each factor streamed once")
 
-    def forward(
-        self,
-        choice: Choice,
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
-    ) -> list[Tensor]:
+    def forward(self, choice: Choice, given: Operands) -> list[Tensor]:
         """See `Implementation`."""
-        return forward(x, V, Us, scale, expert_ids, bases, biases)
+        return forward(*given)
 
     def shrink(self, choice: Choice, x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
         """See `Implementation`."""
@@ -160,26 +149,17 @@ class Cuda(Implementation):
         choice: Choice,
         g: Tensor,
         Us: list[Tensor],
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
+        bases: Added,
+        biases: Added,
         dtype: torch.dtype,
         lead: torch.Size,
     ) -> list[Tensor]:
         """See `Implementation`."""
         return [y.reshape(*lead, y.shape[-1]) for y in expand(g, Us, bases, biases, dtype)]
 
-    def swiglu(
-        self,
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
-    ) -> Tensor:
+    def swiglu(self, given: Operands) -> Tensor:
         """See `Implementation`."""
-        return forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
+        return forward_swiglu(*given)
 
 
 CUDA = Cuda()
@@ -191,8 +171,8 @@ def forward(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
+    bases: Added,
+    biases: Added,
     variant: Variant = Variant(),
 ) -> list[Tensor]:
     """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], for calls that `CUDA` supports."""
@@ -207,8 +187,8 @@ def forward_swiglu(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
+    bases: Added,
+    biases: Added,
     variant: Variant = Variant(),
 ) -> Tensor:
     """silu(y_gate) * y_up, [..., M], for two members of one M. y_gate, y_up and silu are rounded to x's dtype."""
@@ -225,12 +205,7 @@ def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor, variant: Var
 
 
 def expand(
-    g: Tensor,
-    Us: list[Tensor],
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    dtype: torch.dtype,
-    variant: Variant = Variant(),
+    g: Tensor, Us: list[Tensor], bases: Added, biases: Added, dtype: torch.dtype, variant: Variant = Variant()
 ) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i, each [T, M_i] in x's dtype, for the g of `shrink`: the second launch alone."""
     ys = [g.new_empty(g.shape[0], U.shape[0], dtype=dtype) for U in Us]
@@ -244,8 +219,8 @@ def _two_launches(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
+    bases: Added,
+    biases: Added,
     ys: list[Tensor],
     variant: Variant,
 ) -> None:
@@ -254,12 +229,7 @@ def _two_launches(
 
 
 def _expanding(
-    g: Tensor,
-    Us: list[Tensor],
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    ys: list[Tensor],
-    dtype: torch.dtype,
+    g: Tensor, Us: list[Tensor], bases: Added, biases: Added, ys: list[Tensor], dtype: torch.dtype
 ) -> list[Problem]:
     shift = int(forward_precision(dtype, Us[0].dtype).y).bit_length() - 1
     found, column = [], 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +19,34 @@ from torch import Tensor
 from t2kernels.ops.device import Device
 from t2kernels.ops.planner import Call, Choice, Path
 
+Added = Sequence[Tensor | None]
+"""Bases or biases of the members; None for members without."""
 
-class Implementation(ABC):
-    """One implementation of y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i.
 
-    Arguments of all methods that run something:
+class Operands(NamedTuple):
+    """The tensors of a call.
 
-    choice: what `dispatch` chose; its path says which kernels
     x: [..., N]
     V: [N, C] the members' V side by side
     Us: U_i [M_i, C_i] of each member; C is the sum of the C_i
     scale: [E, C] fp32
     expert_ids: rows of scale; its shape is a leading part of x.shape[:-1]
     bases, biases: [..., M_i] and [M_i], or None, for each member
+    """
+
+    x: Tensor
+    V: Tensor
+    Us: list[Tensor]
+    scale: Tensor
+    expert_ids: Tensor
+    bases: Added
+    biases: Added
+
+
+class Implementation(ABC):
+    """One implementation of y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i.
+
+    `choice`, an argument of the methods that run something, is what `dispatch` chose; its path says which kernels.
     """
 
     name: ClassVar[str]
@@ -70,17 +85,7 @@ class Implementation(ABC):
         """The path that it takes for a call."""
 
     @abstractmethod
-    def forward(
-        self,
-        choice: Choice,
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
-    ) -> list[Tensor]:
+    def forward(self, choice: Choice, given: Operands) -> list[Tensor]:
         """y_i [..., M_i] of each member."""
 
     @abstractmethod
@@ -93,8 +98,8 @@ class Implementation(ABC):
         choice: Choice,
         g: Tensor,
         Us: list[Tensor],
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
+        bases: Added,
+        biases: Added,
         dtype: torch.dtype,
         lead: torch.Size,
     ) -> list[Tensor]:
@@ -103,43 +108,16 @@ class Implementation(ABC):
         dtype, lead: those of the x that g was made from
         """
 
-    def swiglu(
-        self,
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
-    ) -> Tensor:
+    def swiglu(self, given: Operands) -> Tensor:
         """silu(y_0) * y_1 [..., M] of two members, without writing either to memory. Exists on `fused_paths`."""
         raise NotImplementedError(f"impl={self.name!r} has no fused activation")
 
-    def forward_saving(
-        self,
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
-    ) -> tuple[list[Tensor], Tensor]:
+    def forward_saving(self, given: Operands) -> tuple[list[Tensor], Tensor]:
         """y_i of each member, and h = x V [T, C] for `backward`."""
         raise NotImplementedError(f"impl={self.name!r} has no backward")
 
     def backward(
-        self,
-        dys: list[Tensor],
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        need_dx: bool,
-        need_dscale: bool,
-        h: Tensor | None,
+        self, dys: list[Tensor], given: Operands, need_dx: bool, need_dscale: bool, h: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """p = dy U;  dx = (p * scale[expert_ids]) Vᵀ;  dscale[e] = sum over the tokens of e of (x V) * p, in fp32.
 

@@ -15,7 +15,7 @@ from t2kernels.ops.device import Device
 from t2kernels.ops.planner import Call, Choice, Path, dense_path
 from t2kernels.ops.precision import backward_precision, forward_precision
 
-from .protocol import Implementation
+from .protocol import Added, Implementation, Operands
 
 ScaleRows = Callable[..., Tensor]
 """A function with the arguments of `scale_rows`."""
@@ -43,34 +43,15 @@ class Torch(Implementation):
         """See `Implementation`."""
         return dense_path(call) or Path("mm", "two matmuls around a row scaling")
 
-    def forward(
-        self,
-        choice: Choice,
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
-    ) -> list[Tensor]:
+    def forward(self, choice: Choice, given: Operands) -> list[Tensor]:
         """See `Implementation`."""
         if choice.path == "dense":
-            return materialised(x, V, Us, scale, expert_ids, bases, biases, choice.experts)
-        return forward(x, V, Us, scale, expert_ids, bases, biases, self.row_scaling)
+            return materialised(*given, choice.experts)
+        return forward(*given, self.row_scaling)
 
-    def forward_saving(
-        self,
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
-    ) -> tuple[list[Tensor], Tensor]:
+    def forward_saving(self, given: Operands) -> tuple[list[Tensor], Tensor]:
         """See `Implementation`."""
-        return forward_saving(x, V, Us, scale, expert_ids, bases, biases, self.row_scaling)
+        return forward_saving(*given, self.row_scaling)
 
     def shrink(self, choice: Choice, x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
         """See `Implementation`."""
@@ -81,8 +62,8 @@ class Torch(Implementation):
         choice: Choice,
         g: Tensor,
         Us: list[Tensor],
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
+        bases: Added,
+        biases: Added,
         dtype: torch.dtype,
         lead: torch.Size,
     ) -> list[Tensor]:
@@ -90,19 +71,10 @@ class Torch(Implementation):
         return expand(g, Us, bases, biases, dtype, lead)
 
     def backward(
-        self,
-        dys: list[Tensor],
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        need_dx: bool,
-        need_dscale: bool,
-        h: Tensor | None,
+        self, dys: list[Tensor], given: Operands, need_dx: bool, need_dscale: bool, h: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See `Implementation`."""
-        return backward(dys, x, V, Us, scale, expert_ids, need_dx, need_dscale, h)
+        return backward(dys, *given[:5], need_dx, need_dscale, h)
 
 
 TORCH = Torch()
@@ -131,8 +103,8 @@ def forward(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
+    bases: Added,
+    biases: Added,
     row_scaling: ScaleRows = scale_rows,
 ) -> list[Tensor]:
     """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i].
@@ -149,8 +121,8 @@ def forward_saving(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
+    bases: Added,
+    biases: Added,
     row_scaling: ScaleRows = scale_rows,
 ) -> tuple[list[Tensor], Tensor]:
     """`forward`, and h = x V [T, C] for `backward`."""
@@ -190,12 +162,7 @@ def unit_of_dscale(x: torch.dtype, factors: torch.dtype) -> float:
 
 
 def expand(
-    g: Tensor,
-    Us: list[Tensor],
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    dtype: torch.dtype,
-    lead: torch.Size,
+    g: Tensor, Us: list[Tensor], bases: Added, biases: Added, dtype: torch.dtype, lead: torch.Size
 ) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, the dtype of x, from the g of `shrink`."""
     how = forward_precision(dtype, Us[0].dtype)
@@ -213,8 +180,8 @@ def materialised(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
+    bases: Added,
+    biases: Added,
     experts: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """`forward` by W' = U diag(scale[e]) Vᵀ, made once for an expert, and x W'ᵀ: fewer operations for an expert with
@@ -243,9 +210,7 @@ def materialised(
     return [y.reshape(*lead, y.shape[-1]) for y in ys]
 
 
-def _through_dense(
-    x: Tensor, V: Tensor, Us: list[Tensor], row: Tensor, bases: Sequence[Tensor | None], biases: Sequence[Tensor | None]
-) -> list[Tensor]:
+def _through_dense(x: Tensor, V: Tensor, Us: list[Tensor], row: Tensor, bases: Added, biases: Added) -> list[Tensor]:
     how, ys = forward_precision(x.dtype, V.dtype), []
     row, x_ = row * how.scale, _floats(x, how.dtype, how.x)
     for c, U, base, bias in zip(_columns(Us), Us, bases, biases, strict=True):

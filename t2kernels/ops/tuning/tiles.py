@@ -21,6 +21,7 @@ SMS = {8: 108, 9: 132, 10: 148}
 _SHARED_KB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
 MAX_CANDIDATES = 40
+MEMBERS = 4  # matrices of one launch of the skinny expand: q, k, v and one more
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Tiles:
 
 def tiles(
     kernel: str, T: int, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dtype, capability: tuple[int, int],
-    parts: int = 1, table: dict[str, Any] | None = None,
+    parts: int = 1, table: dict[str, Any] | None = None
 ) -> Tiles:  # fmt: skip
     """The tiles of one launch: from the table of this GPU at the nearest T (as a ratio), else by rule.
 
@@ -74,7 +75,7 @@ def tiles(
 
 def _skinny(
     kernel: str, T: int, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dtype,
-    capability: tuple[int, int], parts: int,
+    capability: tuple[int, int], parts: int
 ) -> Tiles:  # fmt: skip
     sms = SMS.get(capability[0], 132)
     # A tensor core takes 16 tokens or more.
@@ -156,7 +157,7 @@ def candidates(
 
 def _sensible(
     t: Tiles, kernel: str, T: int, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dtype,
-    capability: tuple[int, int],
+    capability: tuple[int, int]
 ) -> bool:  # fmt: skip
     """True if the tile fits, does not spill, and leaves no part of a sum empty."""
     factors = 2 if kernel == "swiglu" else 1

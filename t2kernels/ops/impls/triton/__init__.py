@@ -18,19 +18,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
 from importlib import metadata
 
 import torch
 from torch import Tensor
 
 from t2kernels.ops.device import Device
-from t2kernels.ops.impls.protocol import Implementation
+from t2kernels.ops.impls.protocol import Added, Implementation, Operands
 from t2kernels.ops.impls.torch_kernels import ScaleRows, Torch
 from t2kernels.ops.planner import Call, Choice, Path, dense_path
 from t2kernels.ops.tuning.tables import read_table
-
-MEMBERS = 4  # matrices of one launch of the skinny expand: q, k, v and one more
+from t2kernels.ops.tuning.tiles import MEMBERS
 
 
 class Triton(Torch):
@@ -98,23 +96,13 @@ class Triton(Torch):
             return Path("mm", f"more than {device.pair_tokens} tokens: library matmuls around a row scaling")
         return Path("pair", f"at most {device.pair_tokens} tokens: skinny kernels")
 
-    def forward(
-        self,
-        choice: Choice,
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
-    ) -> list[Tensor]:
+    def forward(self, choice: Choice, given: Operands) -> list[Tensor]:
         """See `Implementation`."""
         if choice.path == "pair":
             from .launch import forward_pair
 
-            return forward_pair(x, V, Us, scale, expert_ids, bases, biases)
-        return super().forward(choice, x, V, Us, scale, expert_ids, bases, biases)
+            return forward_pair(*given)
+        return super().forward(choice, given)
 
     def shrink(self, choice: Choice, x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
         """See `Implementation`."""
@@ -129,8 +117,8 @@ class Triton(Torch):
         choice: Choice,
         g: Tensor,
         Us: list[Tensor],
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
+        bases: Added,
+        biases: Added,
         dtype: torch.dtype,
         lead: torch.Size,
     ) -> list[Tensor]:
@@ -141,37 +129,19 @@ class Triton(Torch):
             return [y.reshape(*lead, y.shape[-1]) for y in expand(g, Us, bases, biases, dtype)]
         return super().expand(choice, g, Us, bases, biases, dtype, lead)
 
-    def swiglu(
-        self,
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        bases: Sequence[Tensor | None],
-        biases: Sequence[Tensor | None],
-    ) -> Tensor:
+    def swiglu(self, given: Operands) -> Tensor:
         """See `Implementation`."""
         from .launch import forward_swiglu
 
-        return forward_swiglu(x, V, Us, scale, expert_ids, bases, biases)
+        return forward_swiglu(*given)
 
     def backward(
-        self,
-        dys: list[Tensor],
-        x: Tensor,
-        V: Tensor,
-        Us: list[Tensor],
-        scale: Tensor,
-        expert_ids: Tensor,
-        need_dx: bool,
-        need_dscale: bool,
-        h: Tensor | None,
+        self, dys: list[Tensor], given: Operands, need_dx: bool, need_dscale: bool, h: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See `Implementation`."""
         from .matmul import backward
 
-        return backward(dys, x, V, Us, scale, expert_ids, need_dx, need_dscale, h)
+        return backward(dys, *given[:5], need_dx, need_dscale, h)
 
 
 TRITON = Triton()

@@ -31,7 +31,7 @@ NO_EXPERT = tl.constexpr(2**31 - 1)
 @triton.jit(do_not_specialize=["T", "repeat"])
 def scale_rows_kernel(
     h_ptr, scale_ptr, ids_ptr, out_ptr, T, C, h_row, scale_row, out_row, repeat,
-    BR: tl.constexpr, BT: tl.constexpr, INTERPRETED: tl.constexpr,
+    BR: tl.constexpr, BT: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
     """out[t] = h[t] * scale[ids[t // repeat]]. out may be h."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -52,7 +52,7 @@ def scale_rows_kernel(
 @triton.jit(do_not_specialize=["T", "repeat"])
 def backward_kernel(
     p_ptr, h_ptr, scale_ptr, ids_ptr, order_ptr, rank_ptr, q_ptr, slots_ptr, T, C, p_row, h_row, scale_row, repeat,
-    BR: tl.constexpr, BT: tl.constexpr, INTERPRETED: tl.constexpr,
+    BR: tl.constexpr, BT: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
     """q[t] = p[t] * scale[e(t)] if q_ptr is given (it may be p_ptr), and the sums of h[t] * p[t], into slots_ptr."""
     tile = tl.program_id(0)
@@ -152,7 +152,7 @@ def scale_rows_launch(
 
 def backward_launch(
     p: Tensor, h: Tensor, scale: Tensor, ids: Tensor, repeat: int, parts: Segments, q: Tensor | None, slots: Tensor,
-    tile: Tiles, arch: tuple[int, int],
+    tile: Tiles, arch: tuple[int, int]
 ) -> Launch:  # fmt: skip
     """p, h [T, C] -> q, if it is given, and slots [tiles + experts, C] fp32."""
     T, C = p.shape

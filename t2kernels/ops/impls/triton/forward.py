@@ -34,7 +34,7 @@ def _factor(ptrs, k, K, EVEN: tl.constexpr):
 @triton.jit
 def _activations(
     ptrs, scale_ptrs, part, k, K, live, EVEN: tl.constexpr, SPLIT: tl.constexpr, HEADROOM: tl.constexpr,
-    DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
+    DTYPE: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
     """Activations [BK, BT] in the products' dtype. SPLIT > 1: the partial sums of h, added in order, times scale."""
     mask = live[None, :] if EVEN else live[None, :] & (k < K)[:, None]
@@ -76,7 +76,7 @@ def _finish(acc, base_ptr, bias_ptr, at, r, M, inside, BASE: tl.constexpr, BIAS:
 def shrink_kernel(
     x_ptr, vt_ptr, scale_ptr, ids_ptr, out_ptr, T, C, N, x_row, scale_row, repeat,
     BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    HEADROOM: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    HEADROOM: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
     """SPLIT == 1: out [T, C] = (x V) * scale[e]. SPLIT > 1: out [SPLIT, T, C] fp32; part s is the unscaled sum over its
     piece of N."""
@@ -133,7 +133,7 @@ def expand_kernel(
     M0, M1, M2, M3, K0, K1, K2, K3, c1, c2, c3, T, C, scale_row, repeat,
     MEMBERS: tl.constexpr, BASES: tl.constexpr, BIASES: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
     BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, HEADROOM: tl.constexpr,
-    DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
     """y_i [T, M_i] = base_i + g[:, c_i : c_i + K_i] U_iᵀ + bias_i for every member i. A block looks up the member of
     its tile.
@@ -222,7 +222,7 @@ def swiglu_kernel(
     g_ptr, scale_ptr, ids_ptr, u0, u1, base0, base1, bias0, bias1, y_ptr, M, K0, K1, T, C, scale_row, repeat,
     BASES: tl.constexpr, BIASES: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, HEADROOM: tl.constexpr, DTYPE: tl.constexpr,
-    PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
     """y [T, M] = silu(y_0) * y_1 with y_i as in expand_kernel. y_0, y_1 and silu are rounded to y's dtype, as three
     separate ops do."""

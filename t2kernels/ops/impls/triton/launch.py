@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from t2kernels.ops.tuning.tiles import Tiles, cdiv, tiles
+from t2kernels.ops.impls.protocol import Added
+from t2kernels.ops.tuning.tiles import MEMBERS, Tiles, cdiv, tiles
 
-from . import MEMBERS
 from .common import INTERPRETED, Launch, capability, options, products, repeat_of, rows_2d, table_of, triton_dtype
 from .forward import expand_kernel, shrink_kernel, swiglu_kernel
 
@@ -28,13 +27,7 @@ def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
     return _shrink(x, Vt, scale, ids, repeat, tile, arch, settled)
 
 
-def expand(
-    g: Tensor,
-    Us: list[Tensor],
-    bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    dtype: torch.dtype | None = None,
-) -> list[Tensor]:
+def expand(g: Tensor, Us: list[Tensor], bases: Added, biases: Added, dtype: torch.dtype | None = None) -> list[Tensor]:
     """y_i = base_i + g_i U_iᵀ + bias_i, each [T, M_i], for the g of `shrink`.
 
     dtype: x's; needed if there is neither a base nor a bias
@@ -51,8 +44,8 @@ def expand(
 
 
 def forward_pair(
-    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None], tile_pair: TilePair | None = None,
+    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: Added,
+    biases: Added, tile_pair: TilePair | None = None
 ) -> list[Tensor]:  # fmt: skip
     """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], in two launches.
 
@@ -66,8 +59,8 @@ def forward_pair(
 
 
 def forward_swiglu(
-    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None], tile_pair: TilePair | None = None,
+    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: Added,
+    biases: Added, tile_pair: TilePair | None = None
 ) -> Tensor:  # fmt: skip
     """silu(y_gate) * y_up, [..., M], for two members of one M. Neither is written to memory.
 
@@ -189,9 +182,9 @@ def shrink_launch(
 
 
 def expand_launch(
-    g: Tensor, Us: list[Tensor], bases: Sequence[Tensor | None], biases: Sequence[Tensor | None], ys: list[Tensor],
+    g: Tensor, Us: list[Tensor], bases: Added, biases: Added, ys: list[Tensor],
     tile: Tiles, arch: tuple[int, int], scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1,
-    settled: bool = True,
+    settled: bool = True
 ) -> Launch:  # fmt: skip
     """g of the shrink ([T, C] with any row stride, or [split, T, C] with scale and ids) -> ys, each [T, M_i]."""
     split = g.shape[0] if g.dim() == 3 else 1
@@ -203,7 +196,7 @@ def expand_launch(
     def four(name: str, values: list) -> dict[str, object]:
         return {f"{name}{i}": v for i, v in enumerate(values + [values[0]] * (MEMBERS - len(values)))}
 
-    def present(given: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def present(given: Added) -> list[Tensor | None]:
         some = next((t for t in given if t is not None), None)  # a masked stand-in for members that have none
         return [some if t is None else t for t in given]
 
@@ -228,9 +221,9 @@ def expand_launch(
 
 
 def swiglu_launch(
-    g: Tensor, Us: list[Tensor], bases: Sequence[Tensor | None], biases: Sequence[Tensor | None], y: Tensor,
+    g: Tensor, Us: list[Tensor], bases: Added, biases: Added, y: Tensor,
     tile: Tiles, arch: tuple[int, int], scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1,
-    settled: bool = True,
+    settled: bool = True
 ) -> Launch:  # fmt: skip
     """g of the two members gate and up -> y [T, M] = silu(gate) * up."""
     split = g.shape[0] if g.dim() == 3 else 1
@@ -255,6 +248,6 @@ def swiglu_launch(
     )  # fmt: skip
 
 
-def _bits(given: Sequence[Tensor | None]) -> int:
+def _bits(given: Added) -> int:
     """Bit i is set if member i has one."""
     return sum(1 << i for i, t in enumerate(given) if t is not None)

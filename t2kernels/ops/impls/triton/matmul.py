@@ -21,7 +21,7 @@ def row_scaling(
 
 def backward(
     dys: list[Tensor], x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, need_dx: bool,
-    need_dscale: bool, h: Tensor | None = None,
+    need_dscale: bool, h: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """p = dy U;  dx = (p * scale[expert_ids]) Vᵀ;  dscale[e] = sum over the tokens of e of (x V) * p, [E, C] fp32.
 
