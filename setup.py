@@ -1,7 +1,8 @@
-"""The compiled extension `t2kernels._C`; everything else is in pyproject.toml. How to steer the build: docs/howto/build.md.
+"""Build the compiled extension `t2kernels._C`. Everything else is in pyproject.toml; docs/howto/build.md has the options.
 
-csrc/bindings.cpp and csrc/cpu/ want a C++ compiler, pybind11 and ninja; csrc/cuda/ wants nvcc too. What is missing is said in one line: the
-package is complete without the extension, on torch and Triton. No torch header is included, so one build serves every version of torch.
+csrc/bindings.cpp and csrc/cpu/ need a C++ compiler, pybind11 and ninja; csrc/cuda/ also needs nvcc. If something is
+missing, one line says so: the package is complete without the extension, on torch and Triton. No torch header is
+included, so one build serves every version of torch.
 """
 
 import os
@@ -17,12 +18,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
-# sm_90a has Hopper's own instructions; compute_80 as PTX is for what comes later, compiled by the driver when it is first loaded.
+# sm_90a has Hopper's own instructions. compute_80 as PTX is for later GPUs: their driver compiles it at the first load.
 CUDA_ARCHS = "80+PTX;90a;100"
-# By the end of a file's name: instruction sets that only code behind a run-time check may use.
+# Compiler flags by the end of a file's name: instruction sets that only code behind a run-time check may use.
 SIMD = {
     "_avx2": "-mavx2 -mfma -mf16c",
-    # gcc 12 takes the deliberately undefined registers of its own headers for a mistake (its bug 105593).
+    # gcc 12 warns about deliberately undefined registers in its own headers (gcc bug 105593).
     "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512 "
     "-Wno-uninitialized -Wno-maybe-uninitialized",
 }
@@ -30,13 +31,15 @@ SWITCH = ("auto", "0", "1")
 
 
 def switch(name: str) -> str:
+    """The value of an environment variable that is "auto", "0" or "1"."""
     value = os.environ.get(name, "auto")
     if value not in SWITCH:
-        raise SystemExit(f"{name} is {value!r}, wanted one of {', '.join(SWITCH)}")
+        raise SystemExit(f"{name} is {value!r}, expected one of {', '.join(SWITCH)}")
     return value
 
 
 def compiler() -> str | None:
+    """The path of a C++ compiler, or None."""
     return next(
         (found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))),
         None,
@@ -44,6 +47,7 @@ def compiler() -> str | None:
 
 
 def ninja() -> list[str] | None:
+    """The command of ninja, or None."""
     try:
         import ninja  # the package, of a build in isolation
 
@@ -53,8 +57,8 @@ def ninja() -> list[str] | None:
         return [found] if found else None
 
 
-def why_no_extension() -> str | None:
-    """What the C++ part wants and cannot have, or None."""
+def unsupported() -> str | None:
+    """Why the C++ part cannot be built here, or None."""
     if switch("T2KERNELS_BUILD") == "0":
         return "T2KERNELS_BUILD=0"
     if not sys.platform.startswith("linux"):
@@ -88,26 +92,26 @@ class Cuda:
                 return nvcc.parent.parent
         return self.nvcc.resolve().parent.parent
 
-    def why_not(self, wheel: bool) -> str | None:
-        """Why the CUDA part is left out, or None."""
+    def unsupported(self, wheel: bool) -> str | None:
+        """Why the CUDA part is left out, or None. wheel: whether the build makes a wheel."""
         asked = switch("T2KERNELS_BUILD_CUDA")
         if asked == "0":
             return "T2KERNELS_BUILD_CUDA=0"
         if not list(CSRC.glob("cuda/*.cu")):
-            why = "csrc/cuda/ holds no kernel"
+            reason = "csrc/cuda/ holds no kernel"
         elif not self.nvcc.is_file():
-            why = "nvcc was not found (PATH, CUDA_HOME)"
+            reason = "nvcc was not found (PATH, CUDA_HOME)"
         elif self.lib is None or not (self.include / "cuda_runtime.h").is_file():
-            why = f"the toolkit of {self.nvcc} has no cuda_runtime.h or no libcudart_static.a"
+            reason = f"the toolkit of {self.nvcc} has no cuda_runtime.h or no libcudart_static.a"
         else:
-            why = None
+            reason = None
         if asked == "1":
-            if why:
-                raise SystemExit(f"T2KERNELS_BUILD_CUDA=1, but {why}")
+            if reason:
+                raise SystemExit(f"T2KERNELS_BUILD_CUDA=1, but {reason}")
             return None
-        if why is None and not wheel and not _has_gpu():
+        if reason is None and not wheel and not _has_gpu():
             return "this machine has no NVIDIA GPU, and it takes most of a minute (T2KERNELS_BUILD_CUDA=1 builds it)"
-        return why
+        return reason
 
 
 def _has_gpu() -> bool:
@@ -118,12 +122,14 @@ def _has_gpu() -> bool:
 
 
 def gencode(archs: str) -> str:
-    """nvcc's flags for a list such as "80+PTX;90a" or "8.0+PTX 9.0a"; +PTX: also as PTX."""
+    """The flags of nvcc for a list such as "80+PTX;90a" or "8.0+PTX 9.0a". +PTX: also as PTX."""
     flags = []
     for arch in archs.replace(";", " ").replace(",", " ").split():
         number, plus, what = arch.replace(".", "").partition("+")
         if not number[:-1].isdigit() or (plus and what != "PTX"):
-            raise SystemExit(f"T2KERNELS_CUDA_ARCHS: {arch!r} is not an architecture; wanted such as {CUDA_ARCHS!r}")
+            raise SystemExit(
+                f"T2KERNELS_CUDA_ARCHS: {arch!r} is not an architecture; expected for example {CUDA_ARCHS!r}"
+            )
         flags += [
             f"-gencode arch=compute_{number},code={kind}_{number}" for kind in (("sm", "compute") if plus else ("sm",))
         ]
@@ -139,8 +145,8 @@ class Build(build_ext):
         temp.mkdir(parents=True, exist_ok=True)
         in_place = self.inplace or self.editable_mode
         cuda = Cuda()
-        if why := cuda.why_not(wheel=not in_place):
-            say(f"no CUDA kernels in t2kernels._C: {why}")
+        if reason := cuda.unsupported(wheel=not in_place):
+            say(f"no CUDA kernels in t2kernels._C: {reason}")
             cuda = None
         (temp / "build.ninja").write_text(rules(out, temp, cuda))
         try:
@@ -148,13 +154,13 @@ class Build(build_ext):
         except subprocess.CalledProcessError:
             if not in_place or switch("T2KERNELS_BUILD") == "1" or switch("T2KERNELS_BUILD_CUDA") == "1":
                 raise
-            ext.optional = True  # the first look at the package must not end at somebody's compiler
+            ext.optional = True  # an editable install must not fail because of a compiler
             say("t2kernels._C could not be compiled, see above; the package works without it")
             raise CompileError("t2kernels._C") from None
 
 
 def rules(out: Path, temp: Path, cuda: Cuda | None) -> str:
-    """build.ninja: one object a source, one library."""
+    """The text of build.ninja: one object a source, one library."""
     import pybind11
 
     places = [sysconfig.get_path("include"), pybind11.get_include(), str(CSRC.resolve())]
@@ -183,8 +189,8 @@ def rules(out: Path, temp: Path, cuda: Cuda | None) -> str:
         host = "-Xcompiler -fPIC,-fvisibility=hidden,-pthread"
         lines += [
             "rule nvcc",
-            f"  command = {shell(str(cuda.nvcc))} -ccbin $cxx -std=c++17 -O3 --threads 0 {archs} {host} -I{shell(places[-1])} "
-            "-MD -MF $out.d -c $in -o $out",
+            f"  command = {shell(str(cuda.nvcc))} -ccbin $cxx -std=c++17 -O3 --threads 0 {archs} {host} "
+            f"-I{shell(places[-1])} -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
@@ -210,15 +216,16 @@ def shell(text: str) -> str:
 
 
 def say(what: str) -> None:
+    """Print a line of the build."""
     print(f"t2kernels: {what}", file=sys.stderr)
 
 
-why = why_no_extension()
-if why:
+reason = unsupported()
+if reason:
     if switch("T2KERNELS_BUILD") == "1" or switch("T2KERNELS_BUILD_CUDA") == "1":
-        raise SystemExit(f"t2kernels._C was asked for, but {why}")
-    say(f"no compiled extension: {why}; the package is complete without it")
+        raise SystemExit(f"t2kernels._C was asked for, but {reason}")
+    say(f"no compiled extension: {reason}; the package is complete without it")
 setup(
-    ext_modules=[] if why else [Extension("t2kernels._C", [str(CSRC / "bindings.cpp")])],
+    ext_modules=[] if reason else [Extension("t2kernels._C", [str(CSRC / "bindings.cpp")])],
     cmdclass={"build_ext": Build},
 )

@@ -1,7 +1,9 @@
-"""The work of one layer, op by op: shapes of known models, weights, which token has which expert, and every way to compute it that is compared.
+"""The work of one layer, op by op: shapes of known models, weights, which token has which expert, and every way to
+compute it that is compared.
 
-y_i = base_i + ((x V) * scale[ids])_i U_iᵀ for the members i of a group (q, k, v; gate, up). In delta form base = x Wᵀ and scale = sigma (z - 1),
-in factored form there is no W and scale = sigma z. All arms are given the same W, U, V and experts; LoRA arms have adapters of their own.
+y_i = base_i + ((x V) * scale[ids])_i U_iᵀ for the members i of a group (q, k, v; gate, up). In delta form base = x Wᵀ
+and scale = sigma (z - 1), in factored form there is no W and scale = sigma z. All arms are given the same W, U, V and
+experts; LoRA arms have adapters of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from t2kernels.factors.int8 import round_columns
 from t2kernels.ops import planner, svf_linear_group
-from t2kernels.ops.op import shrink
+from t2kernels.ops.dispatch import shrink
 
 # hidden, intermediate, width of k and v. Mistral-7B has the shapes of Llama-3-8B.
 MODELS = {
@@ -47,7 +49,8 @@ def shapes(model: str, group: str) -> tuple[int, tuple[int, ...]]:
 
 
 def mixed(mix: str, T: int, device) -> Tensor:
-    """[T] int32 rows: one expert for all; 8 in runs; 8 at random; half the tokens on the base model; every token another one, as far as rows last."""
+    """[T] int32 rows: one expert for all; 8 in runs; 8 at random; half the tokens on the base model; every token
+    another one, as far as rows last."""
     g = torch.Generator().manual_seed(0)
     ids = {
         "one": lambda: torch.ones(T, dtype=torch.long),
@@ -60,7 +63,8 @@ def mixed(mix: str, T: int, device) -> Tensor:
 
 
 class Weights(NamedTuple):
-    """One copy of a group. W: [M_i, N]; V [N, C], U [M_i, C_i]; scale [E, C] of the form; lora: PEFT's layers over the same W."""
+    """One copy of a group. W: [M_i, N]; V [N, C], U [M_i, C_i]; scale [E, C] of the form; lora: PEFT's layers over the
+    same W."""
 
     W: list[Tensor]
     V: Tensor
@@ -84,7 +88,8 @@ def weights(
     device,
     lora: int = 0,
 ) -> Weights:
-    """Random weights of the right sizes. k: components in delta form. format: of U and V; int8 with 3 % residual columns. lora: adapters."""
+    """Random weights of the right sizes. k: components in delta form. format: of U and V; int8 with 3 % residual
+    columns. lora: adapters."""
 
     def factor(rows: int, columns: int) -> Tensor:
         w = torch.randn(rows, columns, device=device) / columns**0.5
@@ -171,7 +176,8 @@ def _by_expert(
 
 
 def rebuilt(rows: dict[int, Tensor]) -> Arm:
-    """W' made anew for each expert of the batch, as the authors' release does it (it keeps all components: here as many as the form has)."""
+    """W' made anew for each expert of the batch, as the authors' release does it (it keeps all components: here as many
+    as the form has)."""
     return lambda x, ids, w: _by_expert(x, ids, w, lambda row: made(w, row), rows)
 
 
@@ -195,7 +201,8 @@ def peft_lora(names: list[str]) -> Arm:
 
 
 def dense_int8() -> Arm:
-    """W in int8 as the only factor, by the kernel that reads V: separates the gain of the format from that of factoring. No experts."""
+    """W in int8 as the only factor, by the kernel that reads V: separates the gain of the format from that of
+    factoring. No experts."""
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(x, ids, w):

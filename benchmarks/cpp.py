@@ -1,16 +1,15 @@
-"""Where do the C++ kernels beat torch on this CPU, call by call, and what does a decoded token cost with and without them?
+"""The C++ kernels beside torch on this CPU: call by call, and for decoding a model.
 
     python benchmarks/cpp.py                 calls, ten minutes on a quiet machine; --threads 1 2 repeats them
-    python benchmarks/cpp.py --decode        greedy decoding of the built-in model and of a random Llama (hidden 1024, 8 layers)
+    python benchmarks/cpp.py --decode        greedy decoding of the built-in model and of a random Llama
 
-Every case is checked against the reference in fp64 before it is timed. Factors larger than 4 MB are rotated through copies of 96 MB in all, so that
-they come from memory, as they do in a model. Rows are appended to benchmarks/results/cpp.jsonl.
+Every case is checked against the reference in fp64 before it is timed. Factors larger than 4 MB are taken from copies
+of 96 MB in turn, so that they come from memory, as in a model. Rows are appended to benchmarks/results/cpp.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +18,7 @@ from measure import RESULTS, append, interleaved, machine, show
 from rich.table import Table
 
 import t2kernels as t2
-from t2kernels.ops import svf_linear_ref
-from t2kernels.ops.device import machine_of
+from t2kernels.ops import dispatch, svf_linear_ref
 from t2kernels.ops.impls import cpp_kernels, torch_kernels
 
 # M of each member, N, columns of each member
@@ -71,9 +69,7 @@ def case(shape: str, form: str, T: int, repeats: int) -> dict:
 
         return timed
 
-    found = interleaved(
-        {"torch": run(lambda *a: torch_kernels.forward(*a, keep_h=False)), "cpp": run(cpp_kernels.forward)}, repeats
-    )
+    found = interleaved({"torch": run(torch_kernels.forward), "cpp": run(cpp_kernels.forward)}, repeats)
     return {
         "shape": shape,
         "M": M,
@@ -105,7 +101,7 @@ def _factors(M, N, C, dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
 def _errors(x, V, Us, scale, ids, bases) -> dict[str, float]:
     arguments, none = (x, V, Us, scale, ids, bases), [None] * len(Us)
     worst = {"torch": 0.0, "cpp": 0.0}
-    for name, forward in (("torch", lambda *a: torch_kernels.forward(*a)[0]), ("cpp", cpp_kernels.forward)):
+    for name, forward in (("torch", torch_kernels.forward), ("cpp", cpp_kernels.forward)):
         start = 0
         for y, U, base in zip(forward(*arguments, none), Us, bases, strict=True):
             c = slice(start, start + U.shape[1])
@@ -124,7 +120,6 @@ def _errors(x, V, Us, scale, ids, bases) -> dict[str, float]:
 
 def decode(name: str, form: str, factors: str, batch: int, tokens: int, repeats: int) -> dict:
     """Tokens a second of greedy decoding, every sequence with its own expert, with the C++ kernels and without."""
-    seam = importlib.import_module("t2kernels.ops.op")
     model = _model(name)
     bank = t2.patch_model(model, form=form, factors=factors, **({"rank": 64} if form == "delta" else {}))
     names = [f"e{i}" for i in range(min(batch, 4))]
@@ -132,12 +127,13 @@ def decode(name: str, form: str, factors: str, batch: int, tokens: int, repeats:
         bank.add(expert, bank.expert({n: 1 + 0.25 * torch.randn(k).clamp(-2, 2) for n, k in bank.matrices.items()}))
     prompt = torch.randint(5, model.config.vocab_size, (batch, 8))
     experts = [names[i % len(names)] for i in range(batch)]
-    here = machine_of(torch.device("cpu"))
-    without = here._replace(missing=(("cpp", "left out"), *here.missing))
+    probe = dispatch.device_of
+    here = probe(torch.device("cpu"))
+    without = here.without("cpp", "left out")
 
-    def run(machine):
+    def run(cpu):
         def timed():
-            seam.machine_of = lambda device: machine
+            dispatch.device_of = lambda device: cpu
             model.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), experts=experts, do_sample=False,
                 min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0,
@@ -146,7 +142,7 @@ def decode(name: str, form: str, factors: str, batch: int, tokens: int, repeats:
         return timed
 
     found = interleaved({"torch": run(without), "cpp": run(here)}, repeats, warmup=1)
-    seam.machine_of = machine_of
+    dispatch.device_of = probe
     return {
         "model": name,
         "form": form,
@@ -188,8 +184,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS / "cpp.jsonl")
     arguments = parser.parse_args()
-    if why := cpp_kernels.why_not(torch.device("cpu")):
-        raise SystemExit(why)
+    if reason := cpp_kernels.CPP.unsupported_device(torch.device("cpu")):
+        raise SystemExit(reason)
     torch.manual_seed(0)
     rows = []
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Time a call as it is when its weights are not in the cache: copies in turn; on a GPU in one CUDA graph, on a CPU in a loop. And the ceilings."""
+"""Time calls whose weights are not in the cache, on copies in turn: a CUDA graph on a GPU, else a loop. And ceilings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ CALLS = 16  # at least, in one graph
 
 
 def per_call(runs: Mapping[str, Callable], copies: Sequence, device: torch.device, seconds: float) -> dict[str, Timing]:
-    """Seconds of one call of each of `runs`, called with a copy. In turn, so that ratios, which are to the first, are of the same moments.
+    """Seconds of one call of each of `runs`, called with a copy. In turn, so that ratios, which are to the first, are
+    of the same moments.
 
     seconds: about how long each of them may take in all; one that takes twice that for a single run is run once
     """
@@ -98,7 +99,7 @@ def last_level_cache(device: torch.device) -> int:
 
 @functools.cache
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """GB/s of reading more than any cache holds, and TFLOP/s of a large matrix product in dtype: what this machine can do, measured."""
+    """The ceilings of this machine, measured: GB/s of reading from memory, TFLOP/s of a large product in dtype."""
     gpu = device.type == "cuda"
     data = torch.ones((2**30 if gpu else 2**27), device=device)
     n = 8192 if gpu else 1024

@@ -1,11 +1,12 @@
-"""What does svf_linear cost, forward and backward, beside every other way to compute it, and how near is that to the machine's ceilings?
+"""The cost of svf_linear, forward and backward, beside every other way to compute it and the ceilings of the machine.
 
     python benchmarks/ops.py                            this machine: some minutes on a CPU
     python benchmarks/ops.py --models llama-3-70b --tokens 1 8 --forms delta --ranks 64 256 1024
 
-Times are of calls whose weights are copies taken in turn, together larger than four times the cache; on a GPU inside one CUDA graph. Every arm is
-compared with fp64 first, ours with 1.1 times the error of plain torch in the same dtypes; a wrong result gets no time. "layer" is a whole layer
-without attention, with its norms and activation between the groups. Rows are appended to benchmarks/results/ops.jsonl.
+Calls take their weights from copies in turn, which together are larger than four times the cache; on a GPU they are in
+one CUDA graph. Every arm is compared with fp64 first. Ours may have 1.1 times the error of plain torch in the same
+dtypes; a wrong result gets no time. "layer" is a whole layer without attention, with its norms and activation between
+the groups. Rows are appended to benchmarks/results/ops.jsonl.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from measure import RESULTS, WrongResult, append, machine, require, show
 from rich.table import Table
 
 from t2kernels.ops import ImplUnavailableError, plan
-from t2kernels.ops.device import machine_of
-from t2kernels.ops.planner import IMPLS, bytes_moved, operations, why_missing
+from t2kernels.ops.dispatch import IMPLEMENTATIONS, device_of
+from t2kernels.ops.planner import Call, bytes_moved, operations
 
 ROOM = 1.1  # over the error of plain torch
 PEER_ROOM = 4.0  # peers round at other places: W' itself, once more
@@ -39,7 +40,7 @@ KEEPING = ("W' kept an expert", "dense int8, same kernel", "vLLM LoRA r=16")
 def arms(
     form: str, ids: torch.Tensor, impls: list[str], compiled: bool, adapters: int, kept: int, report: Callable
 ) -> dict[str, tuple[Arm, Arm]]:
-    """{name: (what it computes, the truth)}. kept: bytes of a dense copy for each expert."""
+    """{name: (arm, its truth)}. kept: bytes of a dense copy for each expert."""
     rows = cases.rows_of(ids)
     found: dict[str, tuple[Arm, Arm]] = {"dense, no expert": (cases.dense, cases.exact_dense)}
     found |= {f"t2 {impl}": (cases.ours(impl), cases.exact) for impl in impls}
@@ -63,7 +64,7 @@ def arms(
 
 
 def sampled(T: int, count: int = 16) -> slice:
-    """Rows of y that are compared with fp64: enough to find a wrong tile, few enough to be quick."""
+    """The rows of y that are compared with fp64: enough to find a wrong tile, and few enough to be quick."""
     return slice(None, None, max(1, T // count))
 
 
@@ -71,7 +72,7 @@ def check(name: str, arm: Arm, truth: Arm, x, ids, w: Weights) -> float:
     some = sampled(len(x))
     got = [y[some] for y in arm(x, ids, w)]
     work = x[some], ids[some], w
-    # What plain torch loses on the same work is the measure; LoRA arms are held to what it loses on the op.
+    # The allowance is the error of plain torch on the same work; for LoRA arms, its error on the op.
     torchs, exact = (cases.dense, cases.exact_dense) if truth is cases.exact_dense else (cases.two_matmuls, cases.exact)
     found = exact(*work)
     wanted = found if truth is exact else cases.exact_lora(cases.lora_names(ids[some], adapters_of(w)))(*work)
@@ -127,7 +128,7 @@ def one_case(
         except ImplUnavailableError as refused:  # an implementation by name that runs here, but not these sizes
             report(f"{model} {group} T={T} {form}: {name} not run, {refused}")
             del every[name]
-    for w in copies:  # what an arm keeps is made before the clock starts
+    for w in copies:  # arms that keep something make it before the clock starts
         for name, (arm, _) in every.items():
             if name in KEEPING:
                 arm(x, ids, w)
@@ -137,9 +138,8 @@ def one_case(
     ceiling = ceilings(device, dtype)
     for name, times in found.items():
         path = plan(x, copies[0].V, copies[0].U, ids, copies[0].delta).path if name == "t2 auto" else ""
-        dense_call = call._replace(base=False)
         moved = (
-            bytes_moved(dense_call, "kept")
+            dense_weights(call) + dense_activations(call)
             if name.startswith("dense")
             else bytes_moved(call) + (dense_weights(call) if form == "delta" else 0)
         )
@@ -177,20 +177,28 @@ def one_case(
 
 
 def counted(name: str) -> bool:
-    """Whether the counts of bytes and operations of the op are those of the arm."""
+    """True if the arm moves the bytes and does the operations of the op."""
     return name.startswith(("dense, no", "t2", "two"))
 
 
-def dense_weights(call) -> int:
+def dense_weights(call: Call) -> int:
+    """Bytes of W of all members."""
     return call.x.itemsize * sum(M * call.N for M in call.M)
 
 
-def dense_ops(call) -> int:
+def dense_activations(call: Call) -> int:
+    """Bytes of x and y of the dense layers; each member reads x."""
+    return call.x.itemsize * sum(call.T * (M + call.N) for M in call.M)
+
+
+def dense_ops(call: Call) -> int:
+    """Floating-point operations of the dense layers."""
     return sum(2 * call.T * M * call.N for M in call.M)
 
 
 def backward_case(model: str, group: str, T: int, mix: str, form: str, k, dtype, device, seconds) -> Iterator[dict]:
-    """Forward and backward, as in training: gradients of x and of the table (ours), of x and LoRA's A and B (PEFT), of x (dense)."""
+    """Forward and backward, as in training: gradients of x and of the table (ours), of x and LoRA's A and B (PEFT), of
+    x (dense)."""
     N, Ms = cases.shapes(model, group)
     ids = cases.mixed(mix, T, device)
     w = cases.weights(N, Ms, form, k, dtype, dtype, device, lora=1)
@@ -258,7 +266,10 @@ def layer_case(
     """A layer without attention: norm, q k v, o, norm, gate and up, activation, down; each group's weights its own."""
     hidden, _, kv = cases.MODELS[model]
     ids = cases.mixed(mix, T, device)
-    make = lambda: [cases.weights(*cases.shapes(model, g), form, k, format, dtype, device) for g in cases.GROUPS]  # noqa: E731
+
+    def make() -> list[Weights]:
+        return [cases.weights(*cases.shapes(model, g), form, k, format, dtype, device) for g in cases.GROUPS]
+
     copies = [make(), make()] if device.type == "cuda" else [make()]
     x = torch.randn(T, hidden, device=device).to(dtype)
 
@@ -308,9 +319,15 @@ def layer_case(
 
 
 def impls_here(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """auto, and each implementation by name that can run; Triton's interpreter is for checks, not for times."""
-    here = machine_of(device)
-    able = [i for i in IMPLS if not why_missing(here, i, dtype) and not (i == "triton" and device.type == "cpu")]
+    """auto, and each implementation by name that can run. Triton's interpreter is for checks, not for times."""
+    here = device_of(device)
+    able = [
+        name
+        for name, implementation in IMPLEMENTATIONS.items()
+        if not here.unsupported(name)
+        and not implementation.unsupported(Call(1, 16, (16,), (16,), dtype, dtype))
+        and not (name == "triton" and device.type == "cpu")
+    ]
     return ["auto", *able] if device.type == "cuda" or len(able) > 1 else ["auto"]
 
 
@@ -367,7 +384,8 @@ def run(device: torch.device, a: argparse.Namespace, report: Callable[[str], Non
 
 
 def table(rows: list[dict]) -> Table:
-    """A line for each arm, a column for each T: microseconds, over the dense layer of the same run, per cent of the nearer ceiling."""
+    """A line for each arm, a column for each T: microseconds, over the dense layer of the same run, per cent of the
+    nearer ceiling."""
     Ts = sorted({r["T"] for r in rows})
     out = Table("work", "experts", "arm", *(f"T={T}" for T in Ts), title="svf_linear: us, over dense, % of ceiling")
     cells: dict[tuple, dict[int, str]] = {}

@@ -1,6 +1,7 @@
-"""Models to measure on: the built-in one, and Llamas of any size with random weights whose exact factors are known, so that none is computed.
+"""Models to measure on: the built-in one, and random Llamas of any size whose exact factors are known.
 
-A random W is U diag(sigma) Vᵀ with orthonormal U and V and a spectrum that falls as a trained one does; time depends on shapes, not on values.
+A random W is U diag(sigma) Vᵀ with orthonormal U and V and a spectrum that falls as a trained one does; time depends on
+shapes, not on values.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ NAMES = ("tiny", *SIZES)
 
 
 class Subject(NamedTuple):
-    """A model, its factors (cut to what was asked for), and prompts [B, S] with their mask; tokenizer where there is one."""
+    """A model, its factors (cut to what was asked for), and prompts [B, S] with their mask; tokenizer where there is
+    one."""
 
     name: str
     model: nn.Module
@@ -51,7 +53,8 @@ def load(
     dtype=torch.float32,
     device: torch.device | str = "cpu",
 ) -> Subject:
-    """A subject with `batch` prompts: of the built-in tasks (tiny), or of `length` random tokens. rank: of the factors that are kept."""
+    """A subject with `batch` prompts: of the built-in tasks (tiny), or of `length` random tokens. rank: of the factors
+    that are kept."""
     torch.manual_seed(0)
     if name == "tiny":
         model, tokenizer = tiny.load()
@@ -86,7 +89,8 @@ def load(
 
 
 def _made(model: nn.Module, rank: int | float | None) -> Factors:
-    """Give every matrix W = U diag(sigma) Vᵀ, a shape's U and V made once, signs and order new for each matrix. Returns what is kept of them."""
+    """Give every matrix W = U diag(sigma) Vᵀ, a shape's U and V made once, signs and order new for each matrix. Returns
+    what is kept of them."""
     kept, bases, prints = {}, {}, {}
     for i, (name, m) in enumerate(find_matrices(model, "all").items()):
         M, N = m.shape
@@ -125,7 +129,8 @@ def add_experts(bank, count: int, strength: float = 0.5, seed: int = 0) -> list[
 
 
 def materialise(model: nn.Module, factors: Mapping[str, Factor], expert: t2.Expert) -> None:
-    """W' = W + U diag(sigma (z - 1)) Vᵀ, in fp32, into the weights of a dense model that holds W: what an expert is, by the equation."""
+    """W' = W + U diag(sigma (z - 1)) Vᵀ, in fp32, into the weights of a dense model that holds W: what an expert is, by
+    the equation."""
     with torch.no_grad():
         for name, z in expert.z.items():
             U, sigma, V = factors[name].cut(len(z))

@@ -1,5 +1,5 @@
-// t2kernels._C, the one door into compiled code. Tensors come as addresses, sizes and strides, streams as integers; what they must be is checked
-// in Python before (ops/impls/cpp_kernels.py), memory safety once more where they arrive.
+// t2kernels._C, the one door into compiled code. Tensors come as addresses, sizes and strides, streams as integers.
+// Python checks shapes and dtypes (ops/impls/); each binding checks again what memory safety needs.
 #include <pybind11/pybind11.h>
 
 void bind_cpu(pybind11::module_&);

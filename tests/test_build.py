@@ -82,7 +82,7 @@ def settings(**env: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(settings()["why_no_extension"]()), reason="no compiler here")
+@pytest.mark.skipif(bool(settings()["unsupported"]()), reason="no compiler here")
 def test_a_wheel_has_the_extension_and_it_runs_from_there(sources, tmp_path):
     found, said = wheel(sources, tmp_path)
     assert "no CUDA kernels in t2kernels._C: T2KERNELS_BUILD_CUDA=0" in said
@@ -125,23 +125,23 @@ def test_an_sdist_has_the_sources(sources, tmp_path):
     assert not [n for n in names if n.endswith((".so", ".pyc"))]
 
 
-@pytest.mark.skipif(bool(settings()["why_no_extension"]()), reason="no compiler here")
+@pytest.mark.skipif(bool(settings()["unsupported"]()), reason="no compiler here")
 def test_what_can_be_built_was_built():
     """Without the extension its tests are left out, so that nothing else would say that its build broke."""
-    assert cpp_kernels.why_not(torch.device("cpu")) is None
+    assert cpp_kernels.CPP.unsupported_device(torch.device("cpu")) is None
 
 
 def test_why_there_is_no_extension(monkeypatch):
     found = settings()
     monkeypatch.setenv("T2KERNELS_BUILD", "0")
-    assert found["why_no_extension"]() == "T2KERNELS_BUILD=0"
+    assert found["unsupported"]() == "T2KERNELS_BUILD=0"
     monkeypatch.setenv("T2KERNELS_BUILD", "yes")
-    with pytest.raises(SystemExit, match="wanted one of auto, 0, 1"):
-        found["why_no_extension"]()
+    with pytest.raises(SystemExit, match="expected one of auto, 0, 1"):
+        found["unsupported"]()
     monkeypatch.delenv("T2KERNELS_BUILD")
     monkeypatch.setitem(sys.modules, "pybind11", None)
     if sys.platform.startswith("linux") and found["compiler"]():
-        assert found["why_no_extension"]() == "pybind11 is not installed"
+        assert found["unsupported"]() == "pybind11 is not installed"
 
 
 def test_architectures():
@@ -175,8 +175,8 @@ def test_when_the_cuda_part_is_built(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("T2KERNELS_BUILD_CUDA", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(home))
-    ask = lambda wheel: found["Cuda"]().why_not(wheel)  # noqa: E731
-    globals_of_setup = found["Cuda"].why_not.__globals__
+    ask = lambda wheel: found["Cuda"]().unsupported(wheel)  # noqa: E731
+    globals_of_setup = found["Cuda"].unsupported.__globals__
     for gpu, wheel_, why in ((False, True, None), (True, False, None), (False, False, "no NVIDIA GPU")):
         monkeypatch.setitem(globals_of_setup, "_has_gpu", lambda gpu=gpu: gpu)
         assert ask(wheel_) == why or why in ask(wheel_)
@@ -197,7 +197,7 @@ def test_when_the_cuda_part_is_built(tmp_path, monkeypatch):
         ask(True)
 
 
-@pytest.mark.skipif(bool(settings()["why_no_extension"]()), reason="no compiler here")
+@pytest.mark.skipif(bool(settings()["unsupported"]()), reason="no compiler here")
 def test_an_editable_install_goes_on_where_the_compiler_fails_and_a_wheel_does_not(sources, tmp_path):
     def build(hook: str, **env: str):
         code = f"from setuptools import build_meta; build_meta.{hook}({str(tmp_path)!r})"

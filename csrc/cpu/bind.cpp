@@ -1,5 +1,5 @@
-// Addresses, sizes and strides come from ops/impls/cpp_kernels.py, which looks at shapes and dtypes; here it is seen to that no row is read or written
-// that is not there.
+// The bindings of the C++ kernels. ops/impls/cpp_kernels.py checks shapes and dtypes and passes addresses, sizes and
+// strides. This file checks that no row outside of a tensor is read or written.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -13,7 +13,9 @@ using namespace t2cpu;
 namespace {
 
 int dtype_of(int dtype, bool factor) {
-  if (dtype < F32 || dtype > (factor ? I8 : F16)) throw std::invalid_argument("dtype " + std::to_string(dtype) + " is unknown");
+  if (dtype < F32 || dtype > (factor ? I8 : F16)) {
+    throw std::invalid_argument("dtype " + std::to_string(dtype) + " is unknown");
+  }
   return dtype;
 }
 
@@ -47,12 +49,16 @@ Shrink shrink_of(const py::tuple& numbers) {
   s.ids = r.address();
   const int64_t count = r.next<int64_t>();
   s.ids64 = r.next<bool>();
-  if (count == 0 ? s.T != 0 : s.T % count != 0) throw std::invalid_argument(std::to_string(count) + " ids for " + std::to_string(s.T) + " tokens");
+  if (count == 0 ? s.T != 0 : s.T % count != 0) {
+    throw std::invalid_argument(std::to_string(count) + " ids for " + std::to_string(s.T) + " tokens");
+  }
   s.repeat = count ? s.T / count : 1;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t e = s.ids64 ? static_cast<const int64_t*>(s.ids)[i] : static_cast<const int32_t*>(s.ids)[i];
-    if (e < 0 || e >= s.E)
-      throw py::index_error("svf_linear: expert_ids holds " + std::to_string(e) + "; scale has rows 0 to " + std::to_string(s.E - 1));
+    if (e < 0 || e >= s.E) {
+      throw py::index_error("svf_linear: expert_ids holds " + std::to_string(e) + "; scale has rows 0 to " +
+                            std::to_string(s.E - 1));
+    }
   }
   return s;
 }
@@ -75,7 +81,9 @@ int expand_of(const py::tuple& members, int64_t C, Expand* out) {
     e.column = column;
     column += e.U.K;
   }
-  if (column != C) throw std::invalid_argument("the members have " + std::to_string(column) + " columns, V has " + std::to_string(C));
+  if (column != C) {
+    throw std::invalid_argument("the members have " + std::to_string(column) + " columns, V has " + std::to_string(C));
+  }
   return count;
 }
 

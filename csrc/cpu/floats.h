@@ -1,4 +1,4 @@
-// bf16 and fp16 as bits, and each number of them to and from fp32. Included by each file for its own instruction set.
+// bf16 and fp16 as bits, and conversions to and from fp32. Each file includes them for its own instruction set.
 #pragma once
 #ifdef __F16C__
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// AVX2, FMA and F16C. Compiled for them alone: call nothing of this file but through `kernels`, which asks the CPU.
+// AVX2, FMA and F16C. This file is compiled for them: call it only through `kernels`, which asks the CPU first.
 #include "svf_cpu.h"
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
@@ -16,7 +16,8 @@ struct Avx2 {
   static Float zero() { return _mm256_setzero_ps(); }
   static Float load(const float* p) { return _mm256_loadu_ps(p); }
   static Float load(const Bf16* p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
   static Float load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static Float load(const int8_t* p) {
@@ -24,7 +25,7 @@ struct Avx2 {
   }
   static void store(float* p, Float f) { _mm256_storeu_ps(p, f); }
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
-  // Always four at a time, so that a sum is added up in the same order wherever it stands.
+  // Always four at a time, so that each sum is added up in the same order in any position.
   static void sums(Float a, Float b, Float c, Float d, float* out) {
     const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL). Compiled for it alone: call nothing of this file but through `kernels`, which asks the CPU.
+// AVX-512 (F, BW, DQ, VL). This file is compiled for it: call it only through `kernels`, which asks the CPU first.
 #include "svf_cpu.h"
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -16,7 +16,8 @@ struct Avx512 {
   static Float zero() { return _mm512_setzero_ps(); }
   static Float load(const float* p) { return _mm512_loadu_ps(p); }
   static Float load(const Bf16* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
   static Float load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Float load(const int8_t* p) {
@@ -25,7 +26,7 @@ struct Avx512 {
   static void store(float* p, Float f) { _mm512_storeu_ps(p, f); }
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static __m256 half(Float f) { return _mm256_add_ps(_mm512_castps512_ps256(f), _mm512_extractf32x8_ps(f, 1)); }
-  // Always four at a time, so that a sum is added up in the same order wherever it stands.
+  // Always four at a time, so that each sum is added up in the same order in any position.
   static void sums(Float a, Float b, Float c, Float d, float* out) {
     const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));

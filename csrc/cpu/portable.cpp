@@ -1,4 +1,4 @@
-// Any CPU: vectors of eight as plain arrays, which the compiler turns into what the target has.
+// Any CPU: vectors of eight as plain arrays, which the compiler maps to the vectors of the target.
 #include "rows.h"
 
 namespace t2cpu {
@@ -23,7 +23,9 @@ struct Portable {
     for (int i = 0; i < lanes; ++i) c.v[i] += a.v[i] * b.v[i];
     return c;
   }
-  static float sum(const Float& f) { return ((f.v[0] + f.v[1]) + (f.v[2] + f.v[3])) + ((f.v[4] + f.v[5]) + (f.v[6] + f.v[7])); }
+  static float sum(const Float& f) {
+    return ((f.v[0] + f.v[1]) + (f.v[2] + f.v[3])) + ((f.v[4] + f.v[5]) + (f.v[6] + f.v[7]));
+  }
   static void sums(const Float& a, const Float& b, const Float& c, const Float& d, float* out) {
     out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
   }

@@ -1,7 +1,9 @@
-// The kernels, written once over a vector type S of an instruction set. Each file that includes this is compiled for one instruction set; all
-// is in an unnamed namespace, so that nothing compiled for a wide one can stand in for the same function elsewhere.
+// The kernels, written once over a vector type S of an instruction set. Each file that includes this is compiled for
+// one instruction set. Everything is in an unnamed namespace: otherwise the linker might use code for a wide
+// instruction set in place of the same function elsewhere.
 #pragma once
 #include <cstring>
+#include <type_traits>
 
 #include "floats.h"
 #include "svf_cpu.h"
@@ -9,10 +11,11 @@
 namespace t2cpu {
 namespace {
 
-#define T2_UNROLL _Pragma("GCC unroll 32")  // sums live in registers only where every loop over them is gone
+#define T2_UNROLL _Pragma("GCC unroll 32")  // sums stay in registers only if every loop over them is unrolled
 
 template <class S, class W, int R, int T>
-[[gnu::always_inline]] inline void tile(const W* const (&w)[R], int64_t K, const float* x, int64_t stride_x, float* out) {
+[[gnu::always_inline]] inline void tile(
+    const W* const (&w)[R], int64_t K, const float* x, int64_t stride_x, float* out) {
   typename S::Float sum[(R * T + 3) / 4 * 4];
   T2_UNROLL for (auto& s : sum) s = S::zero();
   const auto step = [&](const auto& row, const float* xk) __attribute__((always_inline)) {
@@ -25,7 +28,7 @@ template <class S, class W, int R, int T>
   };
   int64_t k = 0;
   for (; k + S::lanes <= K; k += S::lanes) step([&](int r) { return w[r] + k; }, x + k);
-  if (k < K) {  // zeros behind the end of a row, whatever lies there in memory
+  if (k < K) {  // zeros stand for the memory behind the end of a row
     W rest[R][S::lanes] = {};
     for (int r = 0; r < R; ++r) std::memcpy(rest[r], w[r] + k, (K - k) * sizeof(W));
     step([&](int r) { return rest[r]; }, x + k);
@@ -39,7 +42,8 @@ void rows_by(const W* w, int64_t stride, int rows, int64_t K, const float* x, in
   static_assert(BLOCK % R == 0);
   for (int r = 0; r < rows; r += R) {
     const W* row[R];
-    for (int i = 0; i < R; ++i) row[i] = w + (r + i < rows ? r + i : rows - 1) * stride;  // behind the last row the last one again
+    // behind the last row, the last one again
+    for (int i = 0; i < R; ++i) row[i] = w + (r + i < rows ? r + i : rows - 1) * stride;
     tile<S, W, R, T>(row, K, x, stride_x, out + r * T);
   }
 }
@@ -53,7 +57,8 @@ void rows_of(const void* w, int64_t stride, int rows, int64_t K, const float* x,
 }
 
 template <class S>
-void dot(int dtype, const void* w, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, int T, float* out) {
+void dot(int dtype, const void* w, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, int T,
+         float* out) {
   switch (dtype) {
     case F32: return rows_of<S, float>(w, stride, rows, K, x, stride_x, T, out);
     case BF16: return rows_of<S, Bf16>(w, stride, rows, K, x, stride_x, T, out);
@@ -81,15 +86,19 @@ void narrow_as(const float* sum, int stride, int n, const X* base, const X* bias
   for (int i = 0; i < n; ++i) {
     float v = sum[i * stride];
     if (bias) v += widened(bias[i]);
-    if (base) v = v == 0 ? widened(base[i]) : v + widened(base[i]);  // nothing added: base's bits, -0 too
+    if (base) v = v == 0 ? widened(base[i]) : v + widened(base[i]);  // 0 added: the bits of base, -0 too
     y[i] = narrowed<X>(v);
   }
 }
 
 void narrow(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y) {
-  if (dtype == F32) narrow_as(sum, stride, n, static_cast<const float*>(base), static_cast<const float*>(bias), static_cast<float*>(y));
-  else if (dtype == BF16) narrow_as(sum, stride, n, static_cast<const Bf16*>(base), static_cast<const Bf16*>(bias), static_cast<Bf16*>(y));
-  else narrow_as(sum, stride, n, static_cast<const Half*>(base), static_cast<const Half*>(bias), static_cast<Half*>(y));
+  const auto as = [&](auto* out) {
+    using X = std::remove_pointer_t<decltype(out)>;
+    narrow_as(sum, stride, n, static_cast<const X*>(base), static_cast<const X*>(bias), out);
+  };
+  if (dtype == F32) as(static_cast<float*>(y));
+  else if (dtype == BF16) as(static_cast<Bf16*>(y));
+  else as(static_cast<Half*>(y));
 }
 
 template <class S>

@@ -1,10 +1,13 @@
-// What the C++ implementation for CPUs is made of: a call as plain pointers and sizes, and one table of functions an instruction set.
+// The C++ implementation for CPUs: a call as plain pointers and sizes, and one table of functions an instruction set.
 //
-//   g[t, c] = (sum_n x[t, n] Vt[c, n]) * scale[ids[t / repeat], c]          Vt [C, N], U [M, C]: rows contiguous, streamed once
+//   g[t, c] = (sum_n x[t, n] Vt[c, n]) * scale[ids[t / repeat], c]
 //   y[t, m] = base[t, m] + sum_c g[t, c] U[m, c] + bias[m]
 //
-// x, V and U are widened to fp32, exactly; products, g and sums are fp32; y is rounded once. A number of y or g is summed by one thread in an
-// order that depends on its row alone: the same bits in every run, whatever the threads, the other tokens and the other members.
+// Vt [C, N] and U [M, C] have contiguous rows and are streamed once.
+//
+// x, V and U are widened to fp32, exactly. Products, g and sums are fp32, and y is rounded once. One thread sums a
+// number of y or g, in an order that depends on its row alone: threads, other tokens and other members do not change
+// its bits.
 #pragma once
 #include <cstdint>
 
@@ -13,10 +16,11 @@ namespace t2cpu {
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2, I8 = 3 };
 constexpr int64_t size_of(int dtype) { return dtype == F32 ? 4 : dtype == I8 ? 1 : 2; }
 
-constexpr int TILE = 8;    // tokens that a weight in a register is used for
+constexpr int TILE = 8;    // tokens that use a weight while it is in a register
 constexpr int BLOCK = 24;  // rows that are finished together: a multiple of the rows that any kernel takes at once
 constexpr int SUMS = BLOCK * TILE + 4;
-constexpr int TOKENS = 64; // tokens between two readings of the factors, which bounds the scratch: at 8 and more, arithmetic costs more than reading
+// Tokens between two readings of the factors, which bounds the scratch. From 8 on arithmetic costs more than reading.
+constexpr int TOKENS = 64;
 constexpr int MEMBERS = 8;  // matrices that share x in one call
 constexpr int LANE = 16;   // fp32 numbers of the widest vector; x and g are padded with zeros to a multiple of it
 
@@ -50,9 +54,10 @@ struct Kernels {
   const char* name;
   // out[n] = in[n] as fp32
   void (*widen)(int dtype, const void* in, int64_t n, float* out);
-  // out[r * T + t] = sum_k W[r, k] x[t, k] for r < rows <= BLOCK, t < T <= TILE; x padded with zeros to a multiple of LANE.
-  // out: SUMS numbers; those behind the last sum hold anything afterwards
-  void (*dot)(int dtype, const void* W, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, int T, float* out);
+  // out[r * T + t] = sum_k W[r, k] x[t, k] for r < rows <= BLOCK, t < T <= TILE. x is padded with zeros to a multiple
+  // of LANE. out: SUMS numbers; those behind the last sum are undefined afterwards
+  void (*dot)(int dtype, const void* W, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, int T,
+              float* out);
   // y[n] = base[n] + sum[n * stride] + bias[n], rounded once to dtype
   void (*narrow)(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y);
 };
@@ -61,16 +66,18 @@ const Kernels* portable();
 const Kernels* avx2();    // null where it was not compiled
 const Kernels* avx512();  // the same
 
-// The widest that this CPU runs, or the one that is named ("portable", "avx2", "avx512"); null if that cannot run here.
+// The widest that this CPU runs, or the named one ("portable", "avx2", "avx512"); null if that cannot run here.
 const Kernels* kernels(const char* name);
 
-// Threads are those of torch's OpenMP runtime, found in the library at `path` or what it depends on. False: there is none; calls use one thread.
+// Find torch's OpenMP runtime, in the library at `path` or its dependencies; calls use its threads. False if there is
+// none: calls then use one thread.
 bool find_threads(const char* path);
 
 // g [T, C] fp32, contiguous. threads: at most so many.
 void shrink(const Kernels&, const Shrink&, float* g, int threads);
 // g: as `shrink` made it. dtype: of U; x_dtype: of base, bias and y.
-void expand(const Kernels&, const float* g, int64_t stride_g, int64_t T, const Expand*, int members, int dtype, int x_dtype, int threads);
+void expand(const Kernels&, const float* g, int64_t stride_g, int64_t T, const Expand*, int members, int dtype,
+            int x_dtype, int threads);
 void svf_linear(const Kernels&, const Shrink&, const Expand*, int members, int threads);
 
 }  // namespace t2cpu

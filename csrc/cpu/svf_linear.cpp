@@ -12,15 +12,18 @@
 namespace t2cpu {
 namespace {
 
-// Below so many microseconds one thread does it alone. Two save half of it at best; where something else keeps the other core busy, which happens to
-// everybody, waiting for its share took 4 to 16 ms (two cores of an AMD EPYC, load 4).
+// One thread works alone below this many microseconds. Two threads save half of them at best. If another process keeps
+// the other core busy, waiting for its share took 4 to 16 ms (two cores of an AMD EPYC, load 4).
 constexpr int64_t ALONE = 200;
 
-constexpr int64_t PAGE_OFFSET = LANE;  // rows of x one line apart from a power of two, where they would share the sets of a cache
+// Keeps rows of x one cache line off a power of two, at which they would share the sets of a cache.
+constexpr int64_t PAGE_OFFSET = LANE;
 
 int64_t padded(int64_t K) { return (K + LANE - 1) / LANE * LANE + PAGE_OFFSET; }
 
-const char* at(const void* p, int64_t offset, int dtype) { return static_cast<const char*>(p) + offset * size_of(dtype); }
+const char* at(const void* p, int64_t offset, int dtype) {
+  return static_cast<const char*>(p) + offset * size_of(dtype);
+}
 
 // Scratch of the calling thread, kept for its next call.
 float* scratch(int64_t count) {
@@ -44,7 +47,8 @@ struct Rows {  // [stride] fp32 a token
 };
 
 void clear_ends(Rows rows, int64_t T, int64_t K) {
-  for (int64_t t = 0; t < T; ++t) std::memset(rows.data + t * rows.stride + K, 0, (padded(K) - PAGE_OFFSET - K) * sizeof(float));
+  const int64_t bytes = (padded(K) - PAGE_OFFSET - K) * sizeof(float);
+  for (int64_t t = 0; t < T; ++t) std::memset(rows.data + t * rows.stride + K, 0, bytes);
 }
 
 void widen_rows(const Kernels& k, const void* x, int64_t stride_x, int dtype, int64_t T, int64_t N, Rows out) {
@@ -61,11 +65,11 @@ void by_tiles(int64_t T, F f) {  // of equal size: 9 tokens are 5 and 4
   for (int64_t i = 0; i < tiles; ++i) f(T * i / tiles, int(T * (i + 1) / tiles - T * i / tiles));
 }
 
-// Blocks of rows that threads take one by one. What a thread is late for, since something else has its core or it is a slow one, others do.
+// Blocks of rows that threads take one by one. If a thread is late, because its core is slow or busy, others take more.
 struct Blocks {
   std::atomic<int64_t> taken{0}, done{0};
 
-  // f(member, first row, rows) for every block that no other thread has taken; then, on a wish, until the others' are done too.
+  // Calls f(member, first row, rows) for every block that no other thread has taken. wait: until the others are done.
   template <class Count, class F>
   void each(int members, Count rows_of, bool wait, F f) {
     const auto blocks = [&](int i) { return (rows_of(i) + BLOCK - 1) / BLOCK; };
@@ -82,7 +86,8 @@ struct Blocks {
   }
 };
 
-// A round of at most TOKENS tokens: x, and for each member its g, as padded rows of fp32. in or out may be null: a half alone.
+// A round of at most TOKENS tokens: x, and g of each member, as padded rows of fp32. For one half of the op, in or out
+// is null.
 struct Round {
   const Kernels& k;
   const Shrink* in;
@@ -101,7 +106,8 @@ void shrink_rows(Round& r, bool wait) {
     const int64_t c = r.out[i].column + row;
     by_tiles(r.T, [&](int64_t t0, int T) {
       float sums[SUMS];
-      r.k.dot(s.dtype, at(s.Vt.data, c * s.Vt.stride, s.dtype), s.Vt.stride, rows, s.Vt.K, r.x.data + t0 * r.x.stride, r.x.stride, T, sums);
+      const char* Vt = at(s.Vt.data, c * s.Vt.stride, s.dtype);
+      r.k.dot(s.dtype, Vt, s.Vt.stride, rows, s.Vt.K, r.x.data + t0 * r.x.stride, r.x.stride, T, sums);
       for (int t = 0; t < T; ++t) {
         const int64_t id = (r.first + t0 + t) / s.repeat;
         const int64_t e = s.ids64 ? static_cast<const int64_t*>(s.ids)[id] : static_cast<const int32_t*>(s.ids)[id];
@@ -119,7 +125,8 @@ void expand_rows(Round& r) {
     by_tiles(r.T, [&](int64_t t0, int T) {
       float sums[SUMS];
       const Rows& g = r.g[i];
-      r.k.dot(r.dtype, at(e.U.data, m * e.U.stride, r.dtype), e.U.stride, rows, e.U.K, g.data + t0 * g.stride, g.stride, T, sums);
+      const char* U = at(e.U.data, m * e.U.stride, r.dtype);
+      r.k.dot(r.dtype, U, e.U.stride, rows, e.U.K, g.data + t0 * g.stride, g.stride, T, sums);
       for (int t = 0; t < T; ++t) {
         const int64_t row = r.first + t0 + t;
         const void* base = e.base ? at(e.base, row * e.stride_base + m, r.x_dtype) : nullptr;
@@ -130,7 +137,8 @@ void expand_rows(Round& r) {
   });
 }
 
-// 1 where the work is small. Reading goes at some 60 bytes a nanosecond (32 to 84 measured, memory to L3), arithmetic at 80 products.
+// The number of threads: 1 for little work. About 60 bytes (32 to 84 measured, memory to L3) are read, and 80 products
+// are made, in a nanosecond.
 int worth(int threads, const Shrink* in, const Expand* out, int members, int dtype, int64_t T) {
   int64_t numbers = in ? in->Vt.rows * in->Vt.K : 0;
   for (int i = 0; i < members; ++i) numbers += out[i].U.rows * out[i].U.K;
@@ -168,13 +176,15 @@ void shrink(const Kernels& k, const Shrink& in, float* g, int threads) {
   float* room = scratch(std::min<int64_t>(in.T, TOKENS) * padded(in.Vt.K));
   for (int64_t first = 0; first < in.T; first += TOKENS) {
     const int64_t T = std::min<int64_t>(TOKENS, in.T - first);
-    Round r{k, &in, &all, 1, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {{g + first * in.Vt.rows, in.Vt.rows}}, {}, {}};
+    const Rows out{g + first * in.Vt.rows, in.Vt.rows};
+    Round r{k, &in, &all, 1, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {out}, {}, {}};
     widen_rows(k, at(in.x, first * in.stride_x, in.x_dtype), in.stride_x, in.x_dtype, T, in.Vt.K, r.x);
     parallel(threads, [&] { shrink_rows(r, false); });
   }
 }
 
-void expand(const Kernels& k, const float* g, int64_t stride_g, int64_t T_all, const Expand* out, int members, int dtype, int x_dtype, int threads) {
+void expand(const Kernels& k, const float* g, int64_t stride_g, int64_t T_all, const Expand* out, int members,
+            int dtype, int x_dtype, int threads) {
   threads = worth(threads, nullptr, out, members, dtype, T_all);
   int64_t width = 0;
   for (int i = 0; i < members; ++i) width += padded(out[i].U.K);
@@ -194,9 +204,10 @@ void expand(const Kernels& k, const float* g, int64_t stride_g, int64_t T_all, c
 
 const Kernels* kernels(const char* name) {
 #if defined(__x86_64__)
-  static const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                              __builtin_cpu_supports("avx512vl");
-  static const bool has_2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool has_2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #else
   constexpr bool has_512 = false, has_2 = false;
 #endif

@@ -1,11 +1,11 @@
-// Work on torch's own threads. A second pool would spin against the first: after each of its regions an OpenMP runtime keeps its threads busy
-// waiting for the next, on the very cores that a pool of ours would want.
+// Work on torch's own threads. After each parallel region an OpenMP runtime keeps its threads spinning for the next
+// one. A second pool of threads would have to share the cores with them.
 #pragma once
 
 namespace t2cpu {
 
-// f(data) on `threads` threads, and back when all have left it; on this one alone where 1 is asked for, where there is no runtime, and in a forked
-// child, whose parent's threads are not there any more.
+// Calls f(data) on `threads` threads, and returns when all have left it. It runs on this thread alone for threads = 1,
+// without a runtime, and in a forked child, which does not have the threads of its parent.
 void parallel(int threads, void (*f)(void*), void* data);
 
 template <class F>

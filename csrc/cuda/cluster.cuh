@@ -1,8 +1,10 @@
-// The decode kernel for T = 9..32 on sm_90 and later: thread blocks in clusters of CLUSTER share the sums of CLUSTER tiles.
+// The decode kernel for T = 9..32 on sm_90 and later. Clusters of CLUSTER thread blocks share the sums of CLUSTER
+// tiles.
 //
-// In skinny.cuh every 16 rows of W read all of x, from L2 or L1; above 8 tokens that is as much as W itself. Here a warp holds x once for CLUSTER
-// tiles of 16 rows, so x is read a CLUSTER-th as often; the blocks of a cluster split k instead of the rows. Block c adds up tile c, from the
-// sums that the blocks of its cluster left in their shared memories, in their order: the same bits in every run on one GPU.
+// In skinny.cuh every 16 rows of W read all of x, from L2 or L1; above 8 tokens that is as much as W itself. Here a
+// warp holds x once for CLUSTER tiles of 16 rows, so that x is read a CLUSTER-th as often. The blocks of a cluster
+// split k instead of the rows. Block c adds up tile c from the sums in the shared memories of its cluster, in the order
+// of the blocks: the same bits in every run on one GPU.
 #pragma once
 #include "parts.cuh"
 
@@ -33,9 +35,10 @@ __device__ __forceinline__ void load(Strip& u, const Args& a, int rank, int lane
     }
   if (u.at.problem < 0) return;
   const Problem& p = a.problem[u.at.problem];
-  // Rows behind the last repeat it, and behind the end of a row stands its beginning, where x is zero.
+  // Rows behind the last one repeat it. Behind the end of a row its beginning is read, where x is zero.
   const int r = u.at.row + q * ROWS + (lane >> 2), g = min(r, p.R - 1), g8 = min(r + 8, p.R - 1);
-  const char *row = static_cast<const char*>(p.W) + static_cast<long long>(g) * u.end, *row8 = static_cast<const char*>(p.W) + static_cast<long long>(g8) * u.end;
+  const char* row = static_cast<const char*>(p.W) + static_cast<long long>(g) * u.end;
+  const char* row8 = static_cast<const char*>(p.W) + static_cast<long long>(g8) * u.end;
   const int i = u.from + (lane & 3) * 16, i0 = i < u.end ? i : 0, i1 = i + 64 < u.end ? i + 64 : 0;
   chunk.a[0] = load_weights(row + i0);
   chunk.a[1] = load_weights(row + i1);
@@ -66,7 +69,7 @@ __global__ void __launch_bounds__(THREADS, 1) cluster_kernel(const __grid_consta
 #pragma unroll
   for (int q = 0; q < CLUSTER; ++q) load<CLUSTER>(ahead, a, rank, lane, q, ring[q]);
   launch_dependents();
-  wait_for_kernel_before();  // only W was touched so far
+  wait_for_kernel_before();  // only W was read before this
 
   Outputs<TILES> outputs;
   outputs.find_experts(a);
@@ -122,18 +125,20 @@ __global__ void __launch_bounds__(THREADS, 1) cluster_kernel(const __grid_consta
       for (int w = 0; w < WARPS; ++w) sum += load_shared(partial + (w * CLUSTER + q) * TILE + t * PITCH + o % ROWS);
       store_shared(mine + o, sum);
     }
-    // One a unit: `partial` is free then, and the other side of `block_sums` when all have come here again.
+    // One a unit: `partial` is free then, and the other side of `block_sums` when all threads have come here again.
     cluster_barrier();
 #pragma unroll
     for (int i = 0; i < Outputs<TILES>::COUNT; ++i) {
       if (!outputs.exists(a, p, my_row, i)) continue;
       float sum = 0;
 #pragma unroll
-      for (int b = 0; b < CLUSTER; ++b) sum += load_shared_of(mine + block * SUMS + outputs.token(i) * ROWS + outputs.row(), b);
+      for (int b = 0; b < CLUSTER; ++b) {
+        sum += load_shared_of(mine + block * SUMS + outputs.token(i) * ROWS + outputs.row(), b);
+      }
       outputs.finish(a, here.problem, my_row, i, sum);
     }
   }
-  cluster_barrier();  // nobody ends while another reads its sums
+  cluster_barrier();  // nobody ends while another block reads its sums
 }
 
 }  // namespace t2

@@ -1,4 +1,4 @@
-// From a `Launch` to a kernel on a stream; included once for each product, so that the two compile side by side.
+// From a `Launch` to a kernel on a stream. Included once for each product, so that the two compile side by side.
 #pragma once
 #include <map>
 #include <mutex>
@@ -8,8 +8,8 @@
 
 namespace t2 {
 
-// How many clusters of a launch run at one time on the current device: fewer than a quarter of the multiprocessors where some of their groups have
-// an odd number. One more would run alone, after the others.
+// How many clusters of a launch run at one time on the current device. If some groups of multiprocessors have an odd
+// number, these are fewer than a quarter of the multiprocessors. One cluster more would run alone, after the others.
 inline cudaError_t resident_clusters(const void* kernel, const cudaLaunchConfig_t& how, int& found) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> known;
@@ -29,10 +29,7 @@ cudaError_t launch_product(const Launch& l) {
   const bool found = with_kernel<P>(l, [&](auto kernel, int blocks, int shared) {
     cudaLaunchAttribute attributes[2] = {};
     int count = 0;
-    if (l.fused) {
-      attributes[count].id = cudaLaunchAttributeCooperative;
-      attributes[count++].val.cooperative = 1;
-    } else if (l.dependent) {
+    if (l.dependent) {
       attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[count++].val.programmaticStreamSerializationAllowed = 1;
     }
@@ -60,13 +57,14 @@ cudaError_t launch_product(const Launch& l) {
   return found ? error : cudaErrorInvalidValue;
 }
 
-// Loads every kernel on the current device, which must not happen first while a graph is captured, and says for which architecture (80, 90, ...)
-// the code that runs there was written: only from 90 on does it wait for the kernel before, which a dependent launch relies on.
+// Loads every kernel on the current device, which must not happen first while a graph is captured. `architecture`
+// becomes that of the code which runs there (80, 90, ...): only from 90 on it waits for the previous kernel, and a
+// dependent launch needs that wait.
 template <Product P>
 cudaError_t load_product(int& architecture) {
   Launch l{};
   l.sms = 1;
-  l.args.problems = l.args.first = 1;
+  l.args.problems = 1;
   l.args.unit_end[0] = 1;
   cudaError_t error = cudaSuccess;
   const auto load = [&](auto kernel, int, int shared) {
@@ -76,14 +74,13 @@ cudaError_t load_product(int& architecture) {
     if (error == cudaSuccess && shared > 48 * 1024 && attributes.ptxVersion >= 90)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   };
-  for (const Weights weights : {WIDE, INT8, BOTH})
+  for (const Weights weights : {WIDE, INT8})
     for (const int T : {8, 16, 32})
-      for (const int cluster : {1, CLUSTER})
-        for (const bool fused : {false, true}) {
-          l.weights = weights, l.args.T = T, l.cluster = cluster, l.fused = fused;
-          with_kernel<P>(l, load);
-          if (error != cudaSuccess) return error;
-        }
+      for (const int cluster : {1, CLUSTER}) {
+        l.weights = weights, l.args.T = T, l.cluster = cluster;
+        with_kernel<P>(l, load);
+        if (error != cudaSuccess) return error;
+      }
   return cudaSuccess;
 }
 

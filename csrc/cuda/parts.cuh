@@ -1,4 +1,4 @@
-// What the decode kernels are made of: conversions, a block's way through the tiles, products, and what becomes of a sum.
+// The parts of the decode kernels: conversions, a block's way through the tiles, products, and finishing a sum.
 #pragma once
 #include "problem.h"
 #ifdef T2_EMULATED
@@ -9,7 +9,8 @@
 
 namespace t2 {
 
-constexpr int PITCH = 20;  // floats of a token's 16 sums in shared memory: 4 lanes that write 2 tokens apart meet no bank twice
+// Floats of a token's 16 sums in shared memory: 4 lanes that write 2 tokens apart use different banks.
+constexpr int PITCH = 20;
 
 // Four int8 to two pairs of P, exactly.
 template <Product P>
@@ -31,8 +32,8 @@ __device__ __forceinline__ uint32_t bf16_to_fp16(uint32_t v) {
   return pack_fp16(float_of_bits(v << 16) * 0.03125f, float_of_bits(v & 0xffff0000u) * 0.03125f);
 }
 
-// A block's, or a cluster's, way through the tiles: every n-th unit, a unit being 16 rows of a problem for each block of a cluster, or 16 of gate
-// and then of up.
+// The way of a block, or of a cluster, through the tiles: it takes every n-th unit. A unit is 16 rows of a problem for
+// each block of a cluster; of gate and up, 16 rows of one and then of the other.
 struct Place {
   int unit, second;  // second: 1 at `up`
   int problem;       // -1 behind the end
@@ -62,19 +63,22 @@ __device__ __forceinline__ void step(Place& at, const Args& a) {
   }
 }
 
-// One chunk, ready to be multiplied: row g and row g + 8, 2 x 16 bytes each.
+// One chunk, ready for the product: row g and row g + 8, 2 x 16 bytes each.
 struct Chunk {
   uint4 a[2], b[2];
 };
 
 // 16 bytes of x for each of TILES groups of 8 tokens; zero for tokens behind T and behind the end of a row.
 template <Product P, bool CONVERT, int TILES>
-__device__ __forceinline__ void load_x(uint4 (&X)[TILES], const char* x, long long eight_rows, int tokens, bool inside, bool convert) {
+__device__ __forceinline__ void load_x(
+    uint4 (&X)[TILES], const char* x, long long eight_rows, int tokens, bool inside, bool convert) {
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
     X[n] = make_uint4(0, 0, 0, 0);
     if (inside && n * 8 < tokens) X[n] = load_activations(x + n * eight_rows);
-    if (CONVERT && convert) X[n] = make_uint4(bf16_to_fp16(X[n].x), bf16_to_fp16(X[n].y), bf16_to_fp16(X[n].z), bf16_to_fp16(X[n].w));
+    if (CONVERT && convert) {
+      X[n] = make_uint4(bf16_to_fp16(X[n].x), bf16_to_fp16(X[n].y), bf16_to_fp16(X[n].z), bf16_to_fp16(X[n].w));
+    }
   }
 }
 
@@ -90,7 +94,8 @@ __device__ __forceinline__ void multiply_wide(float (&sums)[TILES][4], const Chu
 
 // The same for int8, where 16 bytes of W meet 2 x 16 of x: `half` of the half.
 template <Product P, int TILES>
-__device__ __forceinline__ void multiply_int8(float (&sums)[TILES][4], const Chunk& w, int h, int half, const uint4 (&X)[TILES]) {
+__device__ __forceinline__ void multiply_int8(
+    float (&sums)[TILES][4], const Chunk& w, int h, int half, const uint4 (&X)[TILES]) {
   const uint4 &a = w.a[h], &b = w.b[h];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -102,7 +107,7 @@ __device__ __forceinline__ void multiply_int8(float (&sums)[TILES][4], const Chu
   }
 }
 
-// The numbers of y that a thread finishes in a tile, and what they need beside the sums.
+// The numbers of y that a thread finishes in a tile, and their scale, bias and base.
 template <int TILES>
 struct Outputs {
   static constexpr int COUNT = (TILES * 8 * ROWS + THREADS - 1) / THREADS;
@@ -120,7 +125,7 @@ struct Outputs {
     }
   }
 
-  // Asked for before the products, which hide the latency. A row of scale that is not there gives NaN instead of somebody's memory.
+  // Loads before the products, which hide the latency. A row of scale that does not exist gives NaN, and is not read.
   __device__ __forceinline__ void ask(const Args& a, const Problem& p, int first_row) {
     const int r = first_row + row();
 #pragma unroll
@@ -134,7 +139,10 @@ struct Outputs {
         if (there) scale[i] = load_float(p.scale + expert[i] * p.scale_row + r);
       }
       if (p.bias) bias[i] = widen(load_bias(static_cast<const uint16_t*>(p.bias) + r), p.y_is_fp16);
-      if (p.base) base[i] = widen(load_base(static_cast<const uint16_t*>(p.base) + static_cast<long long>(t) * p.base_row + r), p.y_is_fp16);
+      if (p.base) {
+        const auto* row = static_cast<const uint16_t*>(p.base) + static_cast<long long>(t) * p.base_row;
+        base[i] = widen(load_base(row + r), p.y_is_fp16);
+      }
     }
   }
 
@@ -145,7 +153,7 @@ struct Outputs {
   __device__ __forceinline__ void finish(const Args& a, int problem, int first_row, int i, float sum) {
     const Problem& p = a.problem[problem];
     float y = sum * scale[i] * p.times;
-    // -0.0 + base is base bit for bit, +0.0 + base is not where base is -0.0: a row of zeros returns the base model exactly.
+    // A row of zeros must return the base model exactly: -0.0 + base is base bit for bit, +0.0 + base is not for -0.0.
     if (p.base) y = (y == 0.f ? -0.f : y) + base[i];
     if (p.bias) y += bias[i];
     uint16_t out = round_to(y, p.y_is_fp16);

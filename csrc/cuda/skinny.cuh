@@ -1,12 +1,14 @@
-// The decode kernel: y = base + times * ((x Wᵀ) * scale[e]) + bias for up to eight W at once and T <= 8 * TILES tokens, W streamed once.
+// The decode kernel: y = base + times * ((x Wᵀ) * scale[e]) + bias for up to eight W at once and T <= 8 * TILES tokens.
+// W is streamed once.
 //
-// A warp's lane loads 16 bytes of row g and of row g + 8 of W. Those bytes are fragments of the tensor cores' A operand as they come, if k is
-// permuted alike in B, the activations: no shared memory, no shuffle, no second layout of W. The 8 warps of a block split k in chunks of 128
-// bytes and add their sums through shared memory, in the order of k: the same bits in every run and on every number of multiprocessors.
-// Each warp keeps DEPTH chunks in flight, in registers; the chunks run ahead over tiles, problems and phases, and over the wait for the kernel
-// before, because W depends on nothing.
+// A lane of a warp loads 16 bytes of row g and of row g + 8 of W. As they come, these bytes are fragments of the A
+// operand of the tensor cores, if k is permuted in the same way in B, the activations: no shared memory, no shuffle, no
+// second layout of W. The 8 warps of a block split k in chunks of 128 bytes and add their sums through shared memory,
+// in the order of k: the same bits in every run and on any number of multiprocessors. Each warp keeps DEPTH chunks in
+// flight, in registers. The loads run ahead over tiles and problems, and over the wait for the previous kernel, because
+// no kernel writes W.
 //
-// Compiled by nvcc, and as C++ with csrc/emulator/device.h in place of device.cuh.
+// Compiled by nvcc; and as C++ with csrc/emulator/device.h in place of device.cuh.
 #pragma once
 #include "parts.cuh"
 
@@ -15,16 +17,17 @@ namespace t2 {
 // Where a warp loads next.
 struct Cursor {
   Place at;
-  int first;         // the warp that takes the first chunk of the tile: it moves on from tile to tile, so that short rows keep every warp busy
-  int from, end;     // bytes into the row: this warp's chunk, the row's end
-  const char* row;   // of W: row g of the tile
-  long long second;  // and from there to row g + 8
+  // the warp with the first chunk of the tile; it moves on at each tile, so that short rows keep all warps busy
+  int first;
+  int from, end;     // bytes into the row: the chunk of this warp, the end of the row
+  const char* row;   // row g of the tile
+  long long second;  // distance to row g + 8
 };
 
 __device__ __forceinline__ void enter(Cursor& u, const Args& a, int warp, int lane) {
   if (u.at.problem < 0) return;
   const Problem& p = a.problem[u.at.problem];
-  // Rows behind the last repeat it; what is computed for them is not stored.
+  // Rows behind the last one repeat it. What is computed for them is not stored.
   const int g = min(u.at.row + (lane >> 2), p.R - 1), g8 = min(u.at.row + (lane >> 2) + 8, p.R - 1);
   u.end = p.int8 ? p.K : 2 * p.K;
   u.row = static_cast<const char*>(p.W) + static_cast<long long>(g) * u.end;
@@ -39,7 +42,7 @@ __device__ __forceinline__ void load(Cursor& u, const Args& a, int warp, int lan
     enter(u, a, warp, lane);
   }
   if (u.at.problem < 0) return;
-  // Behind the end of a row stands its beginning: x is zero there, and W is a number.
+  // Behind the end of a row its beginning is read: x is zero there, and W is a number.
   const int i = u.from + (lane & 3) * 16, i0 = i < u.end ? i : 0, i1 = i + 64 < u.end ? i + 64 : 0;
   chunk.a[0] = load_weights(u.row + i0);
   chunk.a[1] = load_weights(u.row + i1);
@@ -48,24 +51,7 @@ __device__ __forceinline__ void load(Cursor& u, const Args& a, int warp, int lan
   u.from += WARPS * CHUNK;
 }
 
-// All blocks of the grid have come here. Two words, {arrived, generation}; the last to arrive sets the first back, so that a launch leaves the
-// barrier as it found it, and a graph may replay it. What was written before by any thread is seen by all after.
-__device__ __forceinline__ void grid_barrier(unsigned* words) {
-  block_barrier();
-  if (threadIdx.x == 0) {
-    const unsigned generation = load_acquire(words + 1);
-    if (add_acquire_release(words, 1) == gridDim.x - 1) {
-      store_release(words, 0);
-      store_release(words + 1, generation + 1);
-    } else {
-      while (load_acquire(words + 1) == generation) {
-      }
-    }
-  }
-  block_barrier();
-}
-
-template <Product P, Weights W, int TILES, bool FUSED, int DEPTH, int RESIDENT>
+template <Product P, Weights W, int TILES, int DEPTH, int RESIDENT>
 __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_constant__ Args a) {
   T2_SHARED(float, partial, [2][WARPS][TILES * 8 * PITCH]);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, quarter = lane & 3;
@@ -77,8 +63,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_
   enter(ahead, a, warp, lane);
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d) load(ahead, a, warp, lane, ring[d]);
-  if constexpr (!FUSED) launch_dependents();
-  wait_for_kernel_before();  // only W was touched so far
+  launch_dependents();
+  wait_for_kernel_before();  // only W was read before this
 
   Outputs<TILES> outputs;
   outputs.find_experts(a);
@@ -86,13 +72,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_
   Place here{};
   here.unit = blockIdx.x;
   find<1>(here, a);
-  bool crossed = false;
-  int first = 0, slot = 0, side = 0;  // slot: of the ring, whose chunk comes next; side: of `partial`, which two tiles use in turn
+  // slot: chunk of the ring that comes next; side: of `partial`, which two tiles use in turn
+  int first = 0, slot = 0, side = 0;
   for (; here.problem >= 0; step<1>(here, a), side ^= 1) {
-    if (FUSED && !crossed && here.problem >= a.first) {
-      crossed = true;
-      grid_barrier(a.barrier);
-    }
     const Problem& p = a.problem[here.problem];
 
     outputs.ask(a, p, here.row);
@@ -106,7 +88,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_
     while (from < end) {
 #pragma unroll
       for (int d = 0; d < DEPTH; ++d) {
-        if (d < slot) continue;  // where the tile before left off
+        if (d < slot) continue;  // where the previous tile stopped
         if (from >= end) {
           slot = d;
           break;
@@ -116,7 +98,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const bool inside = i + h * 64 < end;
-          if (W == INT8 || (W == BOTH && p.int8)) {
+          if constexpr (W == INT8) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               load_x<P, false>(X, x + 2 * (i + h * 64) + half * 16, eight_rows, a.T - g, inside, false);
@@ -127,7 +109,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_
             multiply_wide<P>(sums, ring[d], h, X);
           }
         }
-        // Refilled in place, after its use: a copy first would wait for the load it has just sent.
+        // Refilled in place, after its use. A copy before the use would wait for the load that was just sent.
         load(ahead, a, warp, lane, ring[d]);
         from += WARPS * CHUNK;
         if (d == DEPTH - 1) slot = 0;
@@ -135,18 +117,18 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) skinny_kernel(const __grid_
     }
 
     put_sums<TILES>(partial[side][rank], sums, lane);
-    block_barrier();  // one a tile: the other side of `partial` is free when all have come here again
+    block_barrier();  // one a tile: the other side of `partial` is free when all threads have come here again
 #pragma unroll
     for (int i = 0; i < Outputs<TILES>::COUNT; ++i) {
       if (!outputs.exists(a, p, here.row, i)) continue;
       float sum = 0;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) sum += load_shared(partial[side][w] + outputs.token(i) * PITCH + outputs.row());
+      for (int w = 0; w < WARPS; ++w) {
+        sum += load_shared(partial[side][w] + outputs.token(i) * PITCH + outputs.row());
+      }
       outputs.finish(a, here.problem, here.row, i, sum);
     }
   }
-  if constexpr (FUSED)
-    if (!crossed) grid_barrier(a.barrier);  // no tile of the second phase, but waited for
 }
 
 }  // namespace t2

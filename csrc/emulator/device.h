@@ -1,4 +1,4 @@
-// csrc/cuda/device.cuh for the CPU: the same functions, with what they are checked for.
+// csrc/cuda/device.cuh for the CPU: the same functions, with checks.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -14,7 +14,8 @@
   typedef type name##_type __VA_ARGS__; \
   static_assert(sizeof(name##_type) <= t2::emulator::SHARED_WORDS * 4); \
   name##_type& name = *reinterpret_cast<name##_type*>(t2::emulator::machine.current->block->shared.data())
-#define T2_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(t2::emulator::machine.current->block->shared.data())
+#define T2_DYNAMIC_SHARED(type, name) \
+  type* const name = reinterpret_cast<type*>(t2::emulator::machine.current->block->shared.data())
 #define threadIdx (t2::emulator::Index{t2::emulator::machine.current->thread})
 #define blockIdx (t2::emulator::Index{t2::emulator::machine.current->block->index})
 #define gridDim (t2::emulator::Index{unsigned(t2::emulator::machine.blocks.size())})
@@ -43,7 +44,8 @@ inline uint16_t round_to(float f, bool fp16) {
   if (!fp16) return size > 0x7f800000u ? 0x7fff : uint16_t((v + 0x7fff + (v >> 16 & 1)) >> 16);
   if (size > 0x7f800000u) return uint16_t(sign | 0x7fff);
   if (size >= 0x477ff000u) return uint16_t(sign | 0x7c00);               // rounds to 65536 or more
-  if (size < 0x38800000u) return uint16_t(sign | uint32_t(std::nearbyint(std::fabs(double(f)) * 16777216.0)));  // subnormal: steps of 2^-24
+  // subnormal: steps of 2^-24
+  if (size < 0x38800000u) return uint16_t(sign | uint32_t(std::nearbyint(std::fabs(double(f)) * 16777216.0)));
   return uint16_t(sign | ((size - 0x38000000u + 0xfff + (size >> 13 & 1)) >> 13));
 }
 
@@ -68,7 +70,8 @@ inline float load_float(const float* p) { return get<float>(p, emulator::SCALE);
 inline uint16_t load_bias(const void* p) { return get<uint16_t>(p, emulator::BIAS); }
 inline uint16_t load_base(const void* p) { return get<uint16_t>(p, emulator::BASE); }
 inline long long load_id(const void* p, int i, bool wide) {
-  return wide ? get<int64_t>(static_cast<const int64_t*>(p) + i, emulator::IDS) : get<int32_t>(static_cast<const int32_t*>(p) + i, emulator::IDS);
+  if (wide) return get<int64_t>(static_cast<const int64_t*>(p) + i, emulator::IDS);
+  return get<int32_t>(static_cast<const int32_t*>(p) + i, emulator::IDS);
 }
 inline void store_16(void* p, uint16_t v) {
   emulator::check(p, 2, emulator::Y);
@@ -134,7 +137,9 @@ inline void store_shared(float* p, float v) {
   const unsigned now = block.generation;
   if ((s.writer >= 0 && s.writer != me && s.written == now) || (s.reader >= 0 && s.reader != me && s.read == now))
     emulator::fail("a race in shared memory: a word is written that another thread uses before the next barrier");
-  if (s.cluster_read == block.cluster->generation) emulator::fail("a race in shared memory: a word is written that another block has read since the last barrier");
+  if (s.cluster_read == block.cluster->generation) {
+    emulator::fail("a race in shared memory: a word is written that another block has read since the last barrier");
+  }
   s.writer = me, s.written = now, s.cluster_written = block.cluster->generation;
   *p = v;
 }
@@ -144,7 +149,9 @@ inline float load_shared(const float* p) {
   const int me = int(emulator::machine.current->thread);
   const unsigned now = block.generation;
   if (s.writer < 0) emulator::fail("a word of shared memory is read that nobody wrote");
-  if (s.writer != me && s.written == now) emulator::fail("a race in shared memory: a word is read that another thread wrote since the last barrier");
+  if (s.writer != me && s.written == now) {
+    emulator::fail("a race in shared memory: a word is read that another thread wrote since the last barrier");
+  }
   s.reader = me, s.read = now;
   return *p;
 }
@@ -152,11 +159,14 @@ inline float load_shared(const float* p) {
 inline float load_shared_of(const float* p, unsigned rank) {
   emulator::Block& mine = *emulator::machine.current->block;
   emulator::Block& other = emulator::machine.blocks[mine.index - mine.rank + rank];
-  const auto* there = reinterpret_cast<const float*>(other.shared.data()) + (p - reinterpret_cast<const float*>(mine.shared.data()));
+  const auto offset = p - reinterpret_cast<const float*>(mine.shared.data());
+  const auto* there = reinterpret_cast<const float*>(other.shared.data()) + offset;
   emulator::Shadow& s = emulator::shadow_of(there, other);
   if (other.ended) emulator::fail("shared memory is read of a block that has ended");
   if (s.writer < 0) emulator::fail("a word of shared memory is read that nobody wrote");
-  if (s.cluster_written == mine.cluster->generation) emulator::fail("a race in shared memory: a word is read that another block wrote since the last barrier");
+  if (s.cluster_written == mine.cluster->generation) {
+    emulator::fail("a race in shared memory: a word is read that another block wrote since the last barrier");
+  }
   s.cluster_read = mine.cluster->generation;
   return *there;
 }
@@ -179,23 +189,5 @@ inline void block_barrier() {
 
 inline void launch_dependents() {}
 inline void wait_for_kernel_before() { emulator::machine.current->waited = true; }
-
-inline unsigned add_acquire_release(unsigned* p, unsigned v) {
-  emulator::check(p, 4, emulator::BARRIER);
-  ++emulator::machine.progress;
-  const unsigned old = *p;
-  *p += v;
-  return old;
-}
-inline unsigned load_acquire(const unsigned* p) {
-  emulator::check(p, 4, emulator::BARRIER);
-  emulator::yield();
-  return *p;
-}
-inline void store_release(unsigned* p, unsigned v) {
-  emulator::check(p, 4, emulator::BARRIER);
-  ++emulator::machine.progress;
-  *p = v;
-}
 
 }  // namespace t2

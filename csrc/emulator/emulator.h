@@ -1,10 +1,14 @@
-// Runs a kernel's source on the CPU, for tests: every CUDA thread of every block is a fiber; barriers and tensor-core instructions are places
-// where fibers wait for each other. No GPU, no CUDA header.
+// Runs the source of a kernel on the CPU, for tests. Every CUDA thread of every block is a fiber; fibers wait for each
+// other at barriers and tensor-core instructions. No GPU, no CUDA header.
 //
-// It refuses what a GPU may let pass: an address outside of what the launch was given, or not aligned; anything but W read, and anything
-// written, before the wait for the kernel before; a thread that ends without that wait; two threads that use a word of shared memory without a
-// barrier between; a deadlock. The order in which fibers run is the caller's choice: a result that depends on it is a race.
-// What it cannot see: the order in which memory becomes visible between blocks, and time.
+// The emulator refuses:
+//   an address that is not aligned, or outside of the tensors of the launch;
+//   a read of anything but W, and any write, before the wait for the previous kernel;
+//   a thread that ends without that wait;
+//   two threads that use a word of shared memory without a barrier between;
+//   a deadlock.
+// The caller chooses the order in which fibers run: a result that depends on it is a race. The emulator cannot see
+// time, and the order in which memory becomes visible between blocks.
 #pragma once
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -53,7 +57,7 @@ struct Block {
   std::vector<Shadow> shadow;
 };
 
-enum Kind { W, X, SCALE, BIAS, BASE, IDS, Y, BARRIER };
+enum Kind { W, X, SCALE, BIAS, BASE, IDS, Y };
 
 struct Range {
   Kind kind;
@@ -92,11 +96,12 @@ inline Machine machine;
 
 [[noreturn]] inline void fail(const std::string& what) {
   const Fiber& f = *machine.current;
-  throw std::runtime_error(what + " (block " + std::to_string(f.block->index) + ", thread " + std::to_string(f.thread) + ")");
+  const std::string block = std::to_string(f.block->index), thread = std::to_string(f.thread);
+  throw std::runtime_error(what + " (block " + block + ", thread " + thread + ")");
 }
 
 #if defined(__x86_64__)
-// Saves what a callee must keep and the stack pointer in *from, and takes up `to` where it left off.
+// Saves the callee-saved registers and the stack pointer in *from, and continues `to` where it stopped.
 extern "C" void t2_switch(void** from, void* to);
 asm(R"(
 .text
@@ -142,7 +147,7 @@ inline void sleep_while(const unsigned& word, unsigned value) {
 inline void enter_fiber() {
   try {
     machine.body();
-    if (!machine.current->waited) fail("a thread ended without waiting for the kernel before");
+    if (!machine.current->waited) fail("a thread ended without waiting for the previous kernel");
   } catch (const std::exception& e) {
     if (machine.error.empty()) machine.error = e.what();
   }
@@ -155,7 +160,8 @@ inline void enter_fiber() {
 inline void prepare(Fiber& f, char* stack) {
 #if defined(__x86_64__)
   auto top = reinterpret_cast<uintptr_t>(stack + STACK) & ~uintptr_t(15);
-  auto* words = reinterpret_cast<void**>(top - 64);  // six registers, the address to return to, and what a call would have pushed
+  // six registers, the return address, and the words that a call would have pushed
+  auto* words = reinterpret_cast<void**>(top - 64);
   std::memset(words, 0, 64);
   words[6] = reinterpret_cast<void*>(&enter_fiber);
   f.stack_pointer = words;
@@ -168,7 +174,8 @@ inline void prepare(Fiber& f, char* stack) {
 #endif
 }
 
-// Runs `body` in every thread of every block, all blocks together. order: 0 forwards, 1 backwards, else another shuffle each.
+// Runs `body` in every thread of every block, all blocks together. order: 0 forwards, 1 backwards, others a shuffle
+// each.
 inline void run(unsigned blocks, unsigned threads, unsigned cluster, unsigned order, std::function<void()> body) {
   Machine& m = machine;
   const size_t count = size_t(blocks) * threads;
@@ -220,10 +227,12 @@ inline void run(unsigned blocks, unsigned threads, unsigned cluster, unsigned or
 }
 
 inline void check(const void* p, size_t bytes, Kind kind) {
-  static const char* const NAMES[] = {"W", "x", "scale", "bias", "base", "ids", "y", "the barrier"};
+  static const char* const NAMES[] = {"W", "x", "scale", "bias", "base", "ids", "y"};
   const auto at = reinterpret_cast<uintptr_t>(p);
   if (at % bytes) fail(std::string(NAMES[kind]) + ": an address is not aligned");
-  if (kind != W && !machine.current->waited) fail(std::string(NAMES[kind]) + " is used before the wait for the kernel before");
+  if (kind != W && !machine.current->waited) {
+    fail(std::string(NAMES[kind]) + " is used before the wait for the previous kernel");
+  }
   for (const Range& r : machine.ranges)
     if (r.kind == kind && at >= r.begin && at + bytes <= r.end) return;
   fail(std::string(NAMES[kind]) + ": an address outside of it");

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from t2kernels.ops.op import SKINNY, call_group, expand, plan, shrink, swiglu
+from t2kernels.ops.dispatch import expand, fuses_swiglu, shrink, swiglu
+from t2kernels.ops.op import call_group
 
 from .active import Route
 
@@ -109,7 +110,7 @@ class Group:
             return None
         V, scale = found
         Us = [m.U for m in self.layers]
-        if plan(x, V, Us, ids, bases is not None).path not in SKINNY:
+        if not fuses_swiglu(x, V, Us, ids, bases is not None):
             return None
         for member in self.layers:
             member.table()

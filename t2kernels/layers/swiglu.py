@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2kernels.ops.op import skinny_kernels
+from t2kernels.ops.dispatch import may_fuse_swiglu
 
 from . import subclass
 from .hooks import has_other_hooks
@@ -82,7 +82,7 @@ def _computes_the_formula(m: Any) -> bool:
 
 def _inner(m: Any, x: Tensor) -> Tensor | None:
     """silu(gate(x)) * up(x) from the kernel; None if the MLP's own forward must run."""
-    if not skinny_kernels(x.device):
+    if not may_fuse_swiglu(x.device):
         return None
     projections = m.gate_proj, m.up_proj
     gate, up = (_layer(p) for p in projections)

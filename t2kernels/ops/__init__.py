@@ -1,6 +1,7 @@
-"""The operator: one equation, one reference, several implementations behind one seam."""
+"""The op `svf_linear`: one equation, one reference, several implementations in one table (dispatch.py)."""
 
-from .op import ImplUnavailableError, plan, svf_linear, svf_linear_group
+from .dispatch import ImplUnavailableError, plan
+from .op import svf_linear, svf_linear_group
 from .planner import Choice
 from .reference import svf_linear_ref
 

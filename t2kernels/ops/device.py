@@ -1,53 +1,49 @@
-"""What a device can run, found out once: what the planner needs to know of it."""
+"""What the dispatcher knows of a device. `dispatch.device_of` finds it out, once for each device."""
 
 from __future__ import annotations
 
-import functools
-from importlib import metadata
+from typing import NamedTuple
 
-import torch
-
-from t2kernels.ops.tuning.tiles import read_cuda_table, read_table
-
-from .impls import cpp_kernels, cuda_kernels
-from .impls import triton as triton_kernels
-from .planner import DECODE_TOKENS, PAIR_TOKENS, Machine
-
-
-@torch.compiler.assume_constant_result  # a compiler need not look at how it is found out
-def machine_of(device: torch.device) -> Machine:
-    """The `Machine` of a device."""
-    return _machine(device.type, device.index)
+# Up to this many tokens Triton's two skinny kernels, whose tiles are made for streaming weights, are ahead of two
+# library matmuls around a row scaling. Predicted for an H200 from a time model (crossover at 128 to 160 tokens).
+# `t2 tune` replaces it by a measured number.
+PAIR_TOKENS = 160
+# Up to this many tokens `auto` prefers the CUDA kernel, for factors of 16 and of 8 bits. Every 16 rows of a factor read
+# all of x again, from L2: above these numbers this traffic passes that of the factor. Computed; `t2 tune` replaces it
+# by a measured number. The kernel itself takes 32.
+DECODE_TOKENS = (16, 8)
 
 
-@functools.cache
-def _machine(kind: str, index: int | None) -> Machine:
-    device = torch.device(kind, index)
-    missing = {}
-    if no_cuda := cuda_kernels.why_not(device):
-        missing["cuda"] = no_cuda
-    if cpp := cpp_kernels.why_not(device):
-        missing["cpp"] = cpp
-    if why := triton_kernels.why_not(device):
-        missing["triton"] = why
-    name, unchecked, pair_tokens, decode_tokens, isa = kind, {}, PAIR_TOKENS, DECODE_TOKENS, ""
-    if kind == "cpu":
-        unchecked["triton"] = "its interpreter is for checks"
-        if not cpp:
-            isa = cpp_kernels.isa()
-            name = f"{kind} ({isa})"
-            if isa == "portable":
-                unchecked["cpp"] = "without AVX2 it is slower than torch"
-    elif kind == "cuda":
-        name = torch.cuda.get_device_name(device)
-        table = None if why else read_table(name, metadata.version("triton"))
-        if table is None or not table.get("checked"):
-            unchecked["triton"] = "its kernels have not been checked on this kind of GPU; `t2 tune` does that"
-        else:
-            pair_tokens = table.get("pair_tokens", pair_tokens)
-        table = None if no_cuda else read_cuda_table(name)
-        if table is None or not table.get("checked"):
-            unchecked["cuda"] = "its kernel has not been checked on this kind of GPU; `t2 tune` does that"
-        else:
-            decode_tokens = tuple(table.get("decode_tokens", decode_tokens))
-    return Machine(kind, name, tuple(missing.items()), tuple(unchecked.items()), pair_tokens, decode_tokens, isa)
+class Device(NamedTuple):
+    """One device, and the implementations of the op on it.
+
+    kind, name: "cpu" or "cuda"; the name of the CPU's instruction set or of the GPU
+    missing: ((implementation, why it cannot run here), ...)
+    unchecked: ((implementation, why `auto` does not trust it here yet), ...)
+    pair_tokens, decode_tokens: cut-overs of the Triton and CUDA kernels
+    isa: instruction set of the C++ kernels on a CPU
+    """
+
+    kind: str = "cpu"
+    name: str = "CPU"
+    missing: tuple[tuple[str, str], ...] = ()
+    unchecked: tuple[tuple[str, str], ...] = ()
+    pair_tokens: int = PAIR_TOKENS
+    decode_tokens: tuple[int, int] = DECODE_TOKENS
+    isa: str = ""
+
+    def unsupported(self, impl: str) -> str | None:
+        """Why an implementation cannot run on this device, or None."""
+        return dict(self.missing).get(impl)
+
+    def trusts(self, impl: str) -> bool:
+        """True if `auto` may take an implementation here."""
+        return all(name != impl for name, _ in (*self.missing, *self.unchecked))
+
+    def without(self, impl: str, reason: str) -> Device:
+        """The device, where an implementation cannot run."""
+        return self._replace(missing=(*self.missing, (impl, reason)))
+
+    def distrusting(self, impl: str, reason: str) -> Device:
+        """The device, where `auto` does not take an implementation."""
+        return self._replace(unchecked=(*self.unchecked, (impl, reason)))

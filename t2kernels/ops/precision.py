@@ -1,6 +1,6 @@
-"""In which precision the products of `svf_linear` run when x and the factors have different dtypes, and how overflow is kept out.
+"""The precision of the products of `svf_linear` for all dtypes of x and of the factors, and headroom against overflow.
 
-int8 factors carry no scale of their own: it stands in `scale`, so that turning them into floats is a plain conversion, and exact.
+int8 factors have no scale of their own: it is part of `scale`. Converting them to floats is therefore exact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, to
 
 
 class Precision(NamedTuple):
-    """dtype: of both products. x, V, scale, y: powers of two that x, V, the scale and the result are multiplied by; their product is 1."""
+    """How two products are computed.
+
+    dtype: of both products
+    x, V, scale, y: powers of two that x, V, the scale and the result are multiplied by. Their product is 1.
+    """
 
     dtype: torch.dtype
     x: float = 1.0
@@ -26,11 +30,18 @@ class Precision(NamedTuple):
 
 @functools.cache
 def forward_precision(x: torch.dtype, factors: torch.dtype) -> Precision:
-    """How y = ((x V) * scale) Uᵀ is computed.
+    """The precision of y = ((x V) * scale) Uᵀ, for the dtypes of x and of the factors.
 
-    fp32 and fp64 inputs: in their own dtype. int8 factors: in x's. bf16 with bf16: in bf16. Where either is fp16: in fp16, whose largest number
-    is 65504: a bf16 x is divided by 32, so that x, x V and the scaled product may reach 2e6; int8 V is divided by 2048, because its columns,
-    with a largest entry of 127, are up to 127 sqrt(N) / 4 long where those of V have length 1.
+    | x, factors | products |
+    |---|---|
+    | fp32 or fp64, any | in x's dtype |
+    | any, int8 | in x's dtype |
+    | bf16, bf16 | bf16 |
+    | one of them fp16 | fp16 |
+
+    The largest number of fp16 is 65504. A bf16 x is therefore divided by 32, so that x, x V and the scaled product may
+    reach 2e6. int8 V is divided by 2048 for an fp16 x: its largest entry is 127, so its columns are up to 127 sqrt(N) /
+    4 long, while those of V have length 1.
     """
     if x in (torch.float32, torch.float64):
         return Precision(x)
@@ -41,8 +52,10 @@ def forward_precision(x: torch.dtype, factors: torch.dtype) -> Precision:
 
 @functools.cache
 def backward_precision(x: torch.dtype, factors: torch.dtype) -> Precision:
-    """How p = dy U and dx = (p * scale) Vᵀ are computed; here V stands for U. In x's dtype: a bf16 gradient may be far smaller than fp16 can hold.
+    """The precision of p = dy U and dx = (p * scale) Vᵀ. The field V stands for U here.
 
-    int8 U is divided by 64 only, because gradients are small: over 4096 rows p is then about 30 dy, which holds from dy = 2e-6 to 2000.
+    Products are in x's dtype, because a bf16 gradient may be far below the range of fp16. int8 U is divided by only 64
+    for an fp16 x, because gradients are small: over 4096 rows p is then about 30 dy, which fits for dy from 2e-6 to
+    2000.
     """
     return Precision(x, V=2.0**-6, scale=2.0**6) if (x, factors) == (torch.float16, torch.int8) else Precision(x)

@@ -1,4 +1,4 @@
-"""The specification: slow, obvious, plain torch. Every implementation is held to it."""
+"""The specification: slow, obvious, plain torch. Every implementation is tested against it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def svf_linear_ref(
 ) -> Tensor:
     """y = base + ((x V) * scale[expert_ids]) Uᵀ + bias, token by token in at least fp32, rounded once at the end.
 
-    Arguments and result as in `svf_linear`. Differentiable in every argument, U and V included.
+    Arguments and result as in `svf_linear`. Every argument gets a gradient, U and V too. Source: arXiv 2501.06252,
+    section 3.1.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     ids = expert_ids.long()

@@ -14,8 +14,9 @@ from torch import nn
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.factors.matrices import stored_bytes
 from t2kernels.layers.linear import SVFLinear
-from t2kernels.ops.device import machine_of
-from t2kernels.ops.planner import Call, Choice, Machine, bytes_moved, choose
+from t2kernels.ops import dispatch
+from t2kernels.ops.device import Device
+from t2kernels.ops.planner import Call, Choice, bytes_moved
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def explain(
     model: nn.Module,
     batch: int | Mapping[str, Any] | torch.Tensor = 1,
     experts: str | Mapping[str, float] | Sequence[Any] | None = (),
-    machine: Machine | None = None,
+    machine: Device | None = None,
 ) -> Explanation:
     """The kernel that every layer of a patched model runs for a forward of `batch`, why, and the bytes it moves.
 
@@ -116,7 +117,7 @@ def explain(
     if bank is None:
         raise ValueError("the model is not patched; explain needs patch_model(model) first")
     B, S = _sizes(batch)
-    machine = machine or machine_of(bank.device)
+    machine = machine or dispatch.device_of(bank.device)
     dtype = getattr(model, "dtype", None) or torch.get_default_dtype()
     one, tokens = _shares(experts, B, S)
     counts: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
@@ -125,7 +126,7 @@ def explain(
         M, C = tuple(layer.U.shape[-2] for layer, _ in layers), tuple(layer.Vt.shape[-2] for layer, _ in layers)
         N, delta = first.Vt.shape[-1], first.form == "delta"
         call = Call(B * S, N, M, C, dtype, first.Vt.dtype, one, tokens, base=delta, grad=bool(bank.in_training))
-        choice = choose(call, machine)
+        choice = dispatch.choose(call, machine)
         weights = sum(_weight_bytes(model, layer, names, dtype) for layer, names in layers)
         dense = weights + dtype.itemsize * B * S * (N * len(layers) + sum(M))
         moved = bytes_moved(call, choice.path) + (dense if delta else 0)

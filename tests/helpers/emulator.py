@@ -1,4 +1,4 @@
-"""The decode kernel on the CPU: csrc/emulator, compiled once, in place of the launch."""
+"""The decode kernel on the CPU: csrc/emulator, compiled once, replaces the launch."""
 
 import contextlib
 import ctypes
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-from t2kernels.ops import device as machine
+from t2kernels.ops import dispatch
 from t2kernels.ops.impls import cuda_kernels
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -19,11 +19,15 @@ WHY_NOT = None if COMPILER else "the emulator wants a C++ compiler (c++, g++ or 
 
 
 class EmulatorError(RuntimeError):
-    """What the emulator refused."""
+    """The emulator refused something. The message says what."""
 
 
 def build(changes: tuple[tuple[str, str], ...] = (), one_kernel: bool = False) -> Path:
-    """The emulator as a shared library. changes: (old, new) text of the kernel, to see whether a test finds a fault; one_kernel: bf16, T <= 8."""
+    """The emulator as a shared library.
+
+    changes: (old, new) text of the kernel, to put a fault in; one_kernel: only the instances for bf16 that
+        `T2_ONE_KERNEL` names
+    """
     sources = {p.relative_to(CSRC): p.read_text() for p in sorted([*CSRC.glob("cuda/*.*h"), *CSRC.glob("emulator/*")])}
     for old, new in changes:
         assert any(old in text for text in sources.values()), f"csrc no longer holds {old!r}"
@@ -58,7 +62,7 @@ def build(changes: tuple[tuple[str, str], ...] = (), one_kernel: bool = False) -
 
 
 class Emulator:
-    """order: in which order threads run: 0 forwards, 1 backwards, else a shuffle each."""
+    """The emulator, loaded. order: in which order threads run: 0 forwards, 1 backwards, others a shuffle each."""
 
     def __init__(self, changes: tuple[tuple[str, str], ...] = (), one_kernel: bool = False):
         self.library = ctypes.CDLL(str(build(changes, one_kernel)))
@@ -72,6 +76,7 @@ class Emulator:
         self.order, self.launches = 0, []
 
     def send(self, packed: bytes) -> None:
+        """Run a launch. Raises EmulatorError."""
         self.launches.append(packed)
         error = ctypes.create_string_buffer(400)
         if self.library.t2_emulate(packed, len(packed) // 8, self.order, error, len(error)):
@@ -80,12 +85,12 @@ class Emulator:
 
 @contextlib.contextmanager
 def in_place_of_a_gpu():
-    """impl="cuda" on the CPU: launches go to the emulator, which it gives, and `auto` trusts the kernel."""
+    """impl="cuda" on the CPU: launches go to the emulator, which it yields, and `auto` trusts the kernel."""
     emulated = Emulator()
-    machine._machine.cache_clear()
+    dispatch.probe.cache_clear()
     with (
-        mock.patch.object(cuda_kernels, "_send", emulated.send),
-        mock.patch.object(cuda_kernels, "why_not", return_value=None),
+        mock.patch.object(cuda_kernels, "send", emulated.send),
+        mock.patch.object(cuda_kernels.CUDA, "unsupported_device", return_value=None),
     ):
         yield emulated
-    machine._machine.cache_clear()
+    dispatch.probe.cache_clear()

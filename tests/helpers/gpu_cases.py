@@ -2,11 +2,12 @@
 
 import torch
 
-from tests.helpers.triton_cases import DEVICE, E, factor
+from tests.helpers.triton_cases import E, factor
 
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 TOKENS = (1, 5, 8, 13, 32, 33, 128, 300)
-# (N, ranks, out sizes): factored q,k,v (with residual columns) and down, delta q,k,v and down, and sizes that no wide load fits
+# (N, ranks, out sizes): factored q,k,v (with residual columns) and down, delta q,k,v and down, and sizes that no wide
+# load fits
 GROUPS = {
     "qkv": (4096, [4224, 1056, 1056], [4096, 1024, 1024]),
     "down": (14336, [4096], [4096]),
@@ -38,19 +39,9 @@ def exact(x, V, Us, scale, ids, bases, biases):
     return [g_i @ U.double().t() + (0 if b is None else b.double()) for g_i, U, b in zip(parts, Us, bases, strict=True)]
 
 
-def base_weights(Ms, N, dtype, int8):
-    """(W [M, N] of each member in dtype, or in int8 with its row scales; the row scales or None; what they stand for in fp64)."""
-    Ws, rows = [torch.randn(M, N, device=DEVICE) / N**0.5 for M in Ms], None
-    if int8:
-        rows = [W.abs().amax(1) / 127 for W in Ws]
-        Ws = [(W / r[:, None]).round().to(INT8) for W, r in zip(Ws, rows, strict=True)]
-        return Ws, rows, [W.double() * r[:, None] for W, r in zip(Ws, rows, strict=True)]
-    Ws = [W.to(dtype) for W in Ws]
-    return Ws, rows, [W.double() for W in Ws]
-
-
 def captured(f):
-    """A CUDA graph of f, after a run that compiles and lets libraries allocate, and what f returned while it was captured."""
+    """A CUDA graph of f, after a run that compiles and lets libraries allocate, and what f returned while it was
+    captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

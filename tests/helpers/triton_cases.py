@@ -28,7 +28,8 @@ def draw_ids(mix, n):
 
 
 def among_nans(t, dtype):
-    """t on the device with NaN before and after it: what is read there by mistake shows, even where it is multiplied by zero."""
+    """t on the device with NaN before and after it: what is read there by mistake shows, even where it is multiplied by
+    zero."""
     if dtype == torch.int8:
         return t.to(dtype).to(DEVICE)
     room = torch.full((t.numel() + 512,), torch.nan, dtype=dtype, device=DEVICE)
@@ -89,14 +90,16 @@ def check(got, plain, want, x_dtype):
     for y, eager_y, exact_y in zip(got, plain, want, strict=True):
         assert y.dtype == x_dtype
         assert y.shape == exact_y.shape
-        # fp32 sums differ in order alone, so neither is the more exact: 2. In 16 bits the kernel rounds less often than eager does.
+        # fp32 sums differ in order alone, so neither is the more exact: 2. In 16 bits the kernel rounds less often than
+        # eager does.
         room = 2 if x_dtype == torch.float32 else 1.1
         error, allowed = (y.double() - exact_y).norm(), room * (eager_y.double() - exact_y).norm()
         assert error <= allowed, f"error {error:.3e}, eager's {allowed / room:.3e}"
 
 
 def gradients(dys, x, V, Us, scale, ids, dtype):
-    """dx and dscale of the definition, by autograd in a dtype: fp64 is the truth, x's dtype is what eager torch does."""
+    """dx and dscale of the definition, by autograd in a dtype: fp64 is the truth, x's dtype is what eager torch
+    does."""
     x, scale = (
         x.detach().to(dtype).requires_grad_(),
         scale.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_(),

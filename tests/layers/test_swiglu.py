@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import sys
 
 import pytest
 import torch
@@ -11,15 +10,14 @@ from torch import nn
 import t2kernels as t2
 from t2kernels.layers import swiglu
 from t2kernels.layers.swiglu import FusedMLP
-from t2kernels.ops.device import machine_of
-from t2kernels.ops.planner import Machine
+from t2kernels.ops import dispatch
+from t2kernels.ops.device import Device
 from tests.helpers.families import build
 
-seam = sys.modules["t2kernels.ops.op"]  # the package's attribute of that name is the function
-CHECKED = Machine("cpu", "a machine where Triton was checked", (("cuda", "not built"),), pair_tokens=16)
+CHECKED = Device("cpu", "a machine where Triton was checked", (("cuda", "not built"),), pair_tokens=16)
 FORMS = [("delta", 6), ("factored", None)]
 needs_triton = pytest.mark.skipif(
-    "triton" in dict(machine_of(torch.device("cpu")).missing), reason="no Triton interpreter here"
+    dispatch.device_of(torch.device("cpu")).unsupported("triton") is not None, reason="no Triton interpreter here"
 )
 
 
@@ -38,9 +36,10 @@ def fused(model):
 @pytest.fixture
 def launches(monkeypatch):
     """Triton is trusted, and what the fused kernel is called with is kept."""
-    ran, real = [], seam.triton_kernels.forward_swiglu
-    monkeypatch.setattr(seam, "machine_of", lambda device: CHECKED)
-    monkeypatch.setattr(seam.triton_kernels, "forward_swiglu", lambda *a: ran.append(a) or real(*a))
+    launch = pytest.importorskip("t2kernels.ops.impls.triton.launch")
+    ran, real = [], launch.forward_swiglu
+    monkeypatch.setattr(dispatch, "device_of", lambda device: CHECKED)
+    monkeypatch.setattr(launch, "forward_swiglu", lambda *a: ran.append(a) or real(*a))
     return ran
 
 

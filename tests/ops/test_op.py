@@ -10,13 +10,12 @@ import torch
 import torch._dynamo.testing
 
 from t2kernels.ops import ImplUnavailableError, plan, svf_linear, svf_linear_group, svf_linear_ref
-from t2kernels.ops.device import machine_of
+from t2kernels.ops.dispatch import device_of
 from t2kernels.ops.impls import torch_kernels
-from t2kernels.ops.planner import why_missing
 
 E = 5
 # Triton's kernels run on CPU tensors in its interpreter, which conftest asks for where there is no GPU.
-IMPLS = [impl for impl in ("torch", "triton") if why_missing(machine_of(torch.device("cpu")), impl) is None]
+IMPLS = [impl for impl in ("torch", "triton") if device_of(torch.device("cpu")).unsupported(impl) is None]
 SHAPES = [
     ((1,), 7, 3, 5),
     ((17,), 33, 20, 9),
@@ -66,7 +65,7 @@ def exact(x, V, U, scale, ids, base=None, bias=None):
 
 
 def eager_error(x, V, U, scale, ids, base, bias, truth):
-    """What plain torch in this dtype does to the same numbers, and the rounding of the result itself: the yardstick of every tolerance."""
+    """The error of plain torch in this dtype, plus the rounding of the result itself: every tolerance comes from it."""
     lead = x.shape[:-1]
     rows = scale[ids.long()].reshape(*ids.shape, *(1,) * (len(lead) - ids.dim()), scale.shape[1]).to(x.dtype)
     y = ((x @ V) * rows) @ U.t()
@@ -141,7 +140,7 @@ MIXED = [
 
 
 def mixed_problem(x_dtype, factors, lead=(37,), N=48, C=40, M=56):
-    """Factors in another format than x; int8 ones with their column steps in scale, as a layer has them. Also those steps [C]."""
+    """Factors in another format than x, and their column steps [C]; the steps of int8 factors are in scale too."""
     x, V, U, scale, base, bias = problem(lead, N, C, M, torch.float32)
     steps = torch.ones(2, C)
     if factors == torch.int8:
@@ -391,6 +390,20 @@ except ImplUnavailableError as e:
     said = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True).stdout
     assert "impl='triton' cannot run here" in said
     assert "GPU" in said or "not installed" in said
+
+
+def test_a_torch_without_one_of_its_private_functions_runs_through_the_dispatcher():
+    code = """
+import torch
+del torch._C._autograd._profiler_enabled
+from t2kernels.ops import svf_linear
+x, ids = torch.eye(4), torch.zeros(4, dtype=torch.int32)
+with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    right = torch.equal(svf_linear(x, x, x, torch.ones(1, 4), ids), x)
+print(right, any(e.key == "t2kernels::svf_linear" for e in profile.key_averages()))
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["True", "True"]
 
 
 def test_triton_is_in_the_interpreter_here_or_on_a_gpu():

@@ -1,26 +1,18 @@
-"""The planner on a table of cases: sizes, formats and machines in, implementation and path out. Nothing runs here."""
+"""Choices on a table of cases: sizes, formats and devices in, implementation and path out. Nothing runs here."""
 
 import pytest
 import torch
 
-from t2kernels.ops.planner import (
-    IMPLS,
-    Call,
-    Machine,
-    bytes_moved,
-    cheaper_form,
-    choose,
-    could_be_dense,
-    operations,
-    why_missing,
-)
+from t2kernels.ops.device import Device
+from t2kernels.ops.dispatch import IMPLEMENTATIONS, choose
+from t2kernels.ops.planner import Call, bytes_moved, cheaper_form, could_be_dense, operations
 
 NO_CUDA = ("cuda", "not built")
-CPU = Machine("cpu", "CPU", (("cpp", "not built"), ("triton", "needs a GPU"), NO_CUDA))
-CPP = Machine("cpu", "a CPU with AVX-512", (("triton", "needs a GPU"), NO_CUDA), isa="avx512")
-CHECKED = Machine("cuda", "a checked GPU", (NO_CUDA,))
-UNCHECKED = Machine("cuda", "another GPU", (NO_CUDA,), (("triton", "not checked on this GPU"),))
-CUDA = Machine("cuda", "a GPU with everything")
+CPU = Device("cpu", "CPU", (("cpp", "not built"), ("triton", "needs a GPU"), NO_CUDA))
+CPP = Device("cpu", "a CPU with AVX-512", (("triton", "needs a GPU"), NO_CUDA), isa="avx512")
+CHECKED = Device("cuda", "a checked GPU", (NO_CUDA,))
+UNCHECKED = Device("cuda", "another GPU", (NO_CUDA,), (("triton", "not checked on this GPU"),))
+CUDA = Device("cuda", "a GPU with everything")
 HIDDEN, MLP, KV = 4096, 14336, 1024  # Llama-3-8B
 
 
@@ -43,7 +35,7 @@ def call(T, M=HIDDEN, N=HIDDEN, C=None, **more):
         (call(4000), CUDA, "triton", "mm"),
         (call(0), CUDA, "triton", "pair"),
         (call(1, grad=True), CUDA, "triton", "mm"),
-        (call(1, unfit="U lies badly"), CUDA, "triton", "pair"),
+        (call(1, layout=(("cuda", "U lies badly"),)), CUDA, "triton", "pair"),
         (call(1, x=torch.float32, factors=torch.float32), CUDA, "triton", "pair"),
         (call(1, x=torch.float16), CUDA, "triton", "pair"),  # bf16 factors of an fp16 model
         (call(1, C=252), CUDA, "triton", "pair"),
@@ -77,7 +69,7 @@ def call(T, M=HIDDEN, N=HIDDEN, C=None, **more):
         (call(8, factors=torch.int8), CPP, "cpp", "stream"),
         (call(64, x=torch.float32, factors=torch.int8), CPP, "cpp", "stream"),
         (call(1, grad=True), CPP, "torch", "mm"),
-        (call(1, rows=False), CPP, "torch", "mm"),
+        (call(1, layout=(("cpp", "V lies badly"),)), CPP, "torch", "mm"),
         (call(5), CPP, "torch", "mm"),  # bf16 factors
         (call(16, x=torch.float32, factors=torch.float32), CPP, "cpp", "stream"),
         (call(17, x=torch.float32, factors=torch.float32), CPP, "torch", "mm"),
@@ -111,12 +103,12 @@ def test_the_break_even_is_max_M_N_tokens():
 
 def test_asked_by_name_means_that_one():
     for machine in (CPU, CPP, CHECKED, UNCHECKED, CUDA):
-        for impl in IMPLS:
+        for impl in IMPLEMENTATIONS:
             choice = choose(call(8), machine, impl)
             assert choice.impl == impl
             assert choice.why_impl == "asked for"
-    assert why_missing(CPU, "triton") == "needs a GPU"
-    assert why_missing(UNCHECKED, "triton") is None  # it can be asked for; `auto` does not take it
+    assert CPU.unsupported("triton") == "needs a GPU"
+    assert UNCHECKED.unsupported("triton") is None  # it can be asked for; `auto` does not take it
     assert "not checked on this GPU" in choose(call(8), UNCHECKED).why_impl
 
 
@@ -183,7 +175,7 @@ def test_the_cheaper_form(M, N, k, weight, factors, form):
         (call(1, N=100), "N is 100"),
         (call(1, x=torch.float32), "x in float32"),
         (call(1, M=0, C=8), "no rows"),
-        (call(1, unfit="U lies badly"), "U lies badly"),
+        (call(1, layout=(("cuda", "U lies badly"),)), "U lies badly"),
         (Call(8, HIDDEN, (8,) * 9, (8,) * 9), "9 matrices"),
     ],
 )

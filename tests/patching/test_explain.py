@@ -1,20 +1,17 @@
 """What `explain` says is what the op runs."""
 
-import sys
-
 import pytest
 import torch
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import t2kernels as t2
 from t2kernels.factors.matrices import stored_bytes
-from t2kernels.ops import plan
-from t2kernels.ops.planner import Machine
+from t2kernels.ops import dispatch, plan
+from t2kernels.ops.device import Device
 from tests.helpers.families import build
 
-seam = sys.modules["t2kernels.ops.op"]  # the package's attribute of that name is the function
-PLAIN = Machine("cpu", "CPU", (("cpp", "not built"), ("cuda", "not built"), ("triton", "needs a GPU")))
-GPU = Machine("cuda", "a GPU", (("cuda", "not built"),))
+PLAIN = Device("cpu", "CPU", (("cpp", "not built"), ("cuda", "not built"), ("triton", "needs a GPU")))
+GPU = Device("cuda", "a GPU", (("cuda", "not built"),))
 
 
 def test_every_matrix_is_in_it_and_the_bytes_are_counted():
@@ -46,7 +43,7 @@ def test_it_says_what_runs(monkeypatch):
     bank = t2.patch_model(model, form="factored")
     bank.add("a", bank.expert({n: torch.rand(k) + 0.5 for n, k in bank.matrices.items()}))
     ran = []
-    monkeypatch.setattr(seam, "plan", lambda *a, **k: ran.append(plan(*a, **k)) or ran[-1])
+    monkeypatch.setattr(dispatch, "plan", lambda *a, **k: ran.append(plan(*a, **k)) or ran[-1])
     for experts, S, path in (
         ("a", 150, "dense"),
         (["a", None], 150, "dense"),

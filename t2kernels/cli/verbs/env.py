@@ -118,14 +118,14 @@ def _impls() -> dict[str, str]:
     import torch
 
     from t2kernels.ops import plan, svf_linear
-    from t2kernels.ops.planner import IMPLS
+    from t2kernels.ops.dispatch import IMPLEMENTATIONS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, table = torch.ones(2, 16, device=device, dtype=torch.bfloat16), torch.ones(1, 16, device=device)
     square, ids = torch.eye(16, device=device, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32, device=device)
     choice = plan(x, square.t(), [square], ids)
     found = {"auto": f"{choice.impl} ({choice.why})"}
-    for impl in IMPLS:
+    for impl in IMPLEMENTATIONS:
         try:
             right = torch.allclose(svf_linear(x, square.t(), square, table, ids, impl=impl), x)
             found[impl] = f"runs on {device}" if right else f"runs on {device}, WRONG RESULT"

@@ -41,8 +41,7 @@ def tune(
     import torch
     from transformers import AutoConfig
 
-    from t2kernels.ops.impls import cuda_kernels
-    from t2kernels.ops.impls import triton as triton_kernels
+    from t2kernels.ops.dispatch import device_of
     from t2kernels.ops.tuning.tuner import tune as run
     from t2kernels.ops.tuning.tuner import tune_cuda
 
@@ -53,7 +52,7 @@ def tune(
     x = parse_dtype(dtype)
     formats = [x if f == "same" else torch.int8 if f == "int8" else parse_dtype(f) for f in comma_list(factors)]
     wanted = shapes(AutoConfig.from_pretrained(model), [int(k) for k in comma_list(ranks)], factored, x, formats)
-    triton, cuda = (k.why_not(torch.device(device)) is None for k in (triton_kernels, cuda_kernels))
+    triton, cuda = (device_of(torch.device(device)).unsupported(impl) is None for impl in ("triton", "cuda"))
     paths = []
     with bar("[dim]{task.fields[name]}[/]") as progress:
         task = progress.add_task("checking, then timing", total=None, name="")

@@ -1,102 +1,179 @@
-"""impl="cpp": decoding on a CPU, in C++ (csrc/cpu), on torch's own threads. Factors are read once, as they are stored, and widened in registers.
+"""impl="cpp": decoding on a CPU in C++ (csrc/cpu), on torch's own threads.
 
-fp32, bf16, fp16 and int8 factors with an x in fp32, bf16 or fp16. x, V and U are widened to fp32, which is exact, and products, sums and
-g = (x V) * scale[expert_ids] are fp32; y is rounded once: nothing is rounded that `ops.precision` does not round. A number of y depends on its own
-token and row alone, to the last bit: neither the threads, the other tokens nor the other members of a group change the order of a sum.
-There is no backward.
+Each factor is read once, as it is stored, and widened in registers. Factors in fp32, bf16, fp16 or int8, x in fp32,
+bf16 or fp16. x, V and U are widened to fp32, which is exact. Products, sums and g = (x V) * scale[expert_ids] are fp32,
+and y is rounded once: it rounds nowhere where `ops.precision` does not. Each number of y depends on its own token and
+row alone, to the last bit: threads, other tokens and other members do not change the order of a sum. There is no
+backward.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from t2kernels.ops.device import Device
+from t2kernels.ops.planner import Call, Choice, Path
+
+from . import extension
+from .protocol import Added, Implementation, Operands
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 MEMBERS = 8
 ISAS = ("portable", "avx2", "avx512")
+# Up to this many tokens it is ahead of torch by 5 % or more on every shape of benchmarks/cpp.py, for an instruction set
+# and the dtypes of x and of the factors; for other dtypes it never is. torch converts factors of another dtype whole
+# before it multiplies. For bf16 alone torch has instructions of its own with AVX-512, and they win from 8 tokens on.
+TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
+    ("avx512", torch.float32, torch.float32): 16,
+    ("avx512", torch.bfloat16, torch.bfloat16): 4,
+    ("avx2", torch.float32, torch.float32): 4,
+    ("avx2", torch.bfloat16, torch.bfloat16): 16,
+    **{
+        (isa, x, factors): 16
+        for isa in ("avx512", "avx2")
+        for x, factors in (
+            (torch.float32, torch.bfloat16),
+            (torch.float32, torch.float16),
+            (torch.float32, torch.int8),
+            (torch.bfloat16, torch.float16),
+            (torch.bfloat16, torch.int8),
+            (torch.float16, torch.float16),
+            (torch.float16, torch.int8),
+        )
+    },
+    # torch widens all of these factors in each call: C++ takes 0.20 to 0.86 of its time at T = 64, on 1 and 2 threads.
+    **{("avx512", torch.float32, factors): 64 for factors in (torch.bfloat16, torch.float16, torch.int8)},
+}
 
 
-@functools.cache
-def _extension():
-    """t2kernels._C with torch's threads, or why it cannot be had."""
-    try:
-        _C = importlib.import_module("t2kernels._C")
-    except ModuleNotFoundError:
-        return "t2kernels._C is not built: install t2kernels again where there is a C++ compiler (docs/howto/build.md)"
-    except ImportError as e:
-        return f"t2kernels._C cannot be loaded: {e}"
-    _C.cpu_find_threads(torch._C.__file__)
-    return _C
+class Cpp(Implementation):
+    """The C++ kernels as an implementation."""
+
+    name = "cpp"
+    merit = "measured to be faster than torch on"
+    strict = True
+    shares_g = False
+
+    def unsupported_device(self, device: torch.device) -> str | None:
+        """See `Implementation`."""
+        if device.type != "cpu":
+            return f"the C++ kernels are for tensors on the CPU, these are on {device.type}"
+        return extension.unsupported()
+
+    def probe(self, device: torch.device, found: Device) -> Device:
+        """See `Implementation`."""
+        if reason := self.unsupported_device(device):
+            return found.without(self.name, reason)
+        found = found._replace(name=f"{found.name} ({isa()})", isa=isa())
+        return found.distrusting(self.name, "without AVX2 it is slower than torch") if isa() == "portable" else found
+
+    def unsupported(self, call: Call) -> str | None:
+        """See `Implementation`."""
+        if call.grad:
+            return "it has no backward: call it under torch.no_grad()"
+        if reason := super().unsupported(call):
+            return reason
+        return None if call.factors in DTYPES else f"V's dtype is {call.factors}"
+
+    def unsupported_layout(self, x: Tensor, V: Tensor | None, Us: list[Tensor]) -> str | None:
+        """Why factors do not lie in memory as the kernels read them, or None. Layers keep them so that they do."""
+        if len(Us) > MEMBERS:
+            return f"{len(Us)} members, at most {MEMBERS} are taken"
+        if V is not None and V.stride(0) != 1 and V.shape[0] > 1:  # a size of 1 may have any stride
+            return f"V has strides {tuple(V.stride())}, wanted the transpose of a Vᵀ whose rows are contiguous"
+        for i, U in enumerate(Us):
+            if U.stride(1) != 1 and U.shape[1] > 1:
+                return f"U[{i}] has strides {tuple(U.stride())}, wanted contiguous rows"
+        return None
+
+    def slower(self, call: Call, device: Device) -> str | None:
+        """See `Implementation`."""
+        if device.kind != "cpu":
+            return "it is for CPUs"
+        most = TOKENS.get((device.isa, call.x, call.factors), 0)
+        if 0 < call.T <= most:
+            return None
+        formats = f"{call.x} with {call.factors} factors on {device.isa}".replace("torch.", "")
+        return f"faster up to {most} tokens only ({formats})" if most else f"not measured to be faster ({formats})"
+
+    def path(self, call: Call, device: Device) -> Path:
+        """See `Implementation`."""
+        return Path("stream", "factors read once, widened in registers")
+
+    def forward(self, choice: Choice, given: Operands) -> list[Tensor]:
+        """See `Implementation`."""
+        return forward(*given)
+
+    def shrink(self, choice: Choice, x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
+        """See `Implementation`; g is fp32."""
+        return shrink(x, V, scale, expert_ids)
+
+    def expand(
+        self,
+        choice: Choice,
+        g: Tensor,
+        Us: list[Tensor],
+        bases: Added,
+        biases: Added,
+        dtype: torch.dtype,
+        lead: torch.Size,
+    ) -> list[Tensor]:
+        """See `Implementation`."""
+        return expand(g, Us, bases, biases, dtype, lead)
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why the C++ kernels cannot run for tensors on a device; None where they can."""
-    if device.type != "cpu":
-        return f"the C++ kernels are for tensors on the CPU, these are on {device.type}"
-    found = _extension()
-    return found if isinstance(found, str) else None
+CPP = Cpp()
 
 
 @functools.cache
 def isa() -> str:
-    """The instruction set that runs: the widest of this CPU, or the one that T2KERNELS_CPU_ISA names ("portable", "avx2", "avx512")."""
-    return _extension().cpu_isa(os.environ.get("T2KERNELS_CPU_ISA") or None)
+    """The instruction set that runs: the widest of this CPU, or the one of `ISAS` that T2KERNELS_CPU_ISA names."""
+    return extension.load().cpu_isa(os.environ.get("T2KERNELS_CPU_ISA") or None)
 
 
-def why_not_these(V: Tensor, Us: list[Tensor]) -> str | None:
-    """Why factors cannot be read as they lie in memory; None where they can. Layers keep them so that they can."""
-    if len(Us) > MEMBERS:
-        return f"{len(Us)} members, at most {MEMBERS} are taken"
-    if V.dtype not in DTYPES:
-        return f"V's dtype is {V.dtype}"
-    if V.stride(0) != 1 and V.shape[0] > 1:  # a size of 1 may have any stride
-        return f"V has strides {tuple(V.stride())}, wanted the transpose of a Vᵀ whose rows are contiguous"
-    for i, U in enumerate(Us):
-        if U.stride(1) != 1 and U.shape[1] > 1:
-            return f"U[{i}] has strides {tuple(U.stride())}, wanted contiguous rows"
-    return None
-
-
-def forward(x, V, Us, scale, expert_ids, bases, biases) -> list[Tensor]:
-    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], for factors that `why_not_these` has nothing against."""
+def forward(
+    x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor, bases: Added, biases: Added
+) -> list[Tensor]:
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], for calls that `CPP` supports."""
     held, first = _first_half(x, V, scale, expert_ids)
     lead = x.shape[:-1]
     ys = [x.new_empty((*lead, U.shape[0])) for U in Us]
     held_too, second = _second_half(Us, bases, biases, ys)
-    _extension().cpu_svf_linear(first, second, torch.get_num_threads(), isa())
-    del held, held_too  # until here their memory was read
+    extension.load().cpu_svf_linear(first, second, torch.get_num_threads(), isa())
+    del held, held_too  # their memory was read until here
     return ys
 
 
-def shrink(x, V, scale, expert_ids) -> Tensor:
+def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
     """g = (x V) * scale[expert_ids], [T, C] fp32: the first half of `forward`."""
     g = torch.empty((x.shape[:-1].numel(), V.shape[1]))
     held, first = _first_half(x, V, scale, expert_ids)
-    _extension().cpu_shrink(first, g.data_ptr(), torch.get_num_threads(), isa())
+    extension.load().cpu_shrink(first, g.data_ptr(), torch.get_num_threads(), isa())
     del held
     return g
 
 
-def expand(g, Us, bases, biases, dtype, lead) -> list[Tensor]:
-    """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, from the g [T, C] of `shrink`: the second half."""
+def expand(
+    g: Tensor, Us: list[Tensor], bases: Added, biases: Added, dtype: torch.dtype, lead: Sequence[int]
+) -> list[Tensor]:
+    """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, from the g of `shrink`: the second half."""
     ys = [torch.empty((*lead, U.shape[0]), dtype=dtype) for U in Us]
     held, second = _second_half(Us, bases, biases, ys)
     where = g.data_ptr(), *g.shape, g.stride(0), DTYPES[Us[0].dtype], DTYPES[dtype]
-    _extension().cpu_expand(where, second, torch.get_num_threads(), isa())
+    extension.load().cpu_expand(where, second, torch.get_num_threads(), isa())
     del held
     return ys
 
 
-def _first_half(x, V, scale, ids) -> tuple[tuple, tuple]:
-    """Tensors that must live as long as their addresses are used, and what the extension is told of x, Vᵀ, scale and expert_ids."""
+def _first_half(x: Tensor, V: Tensor, scale: Tensor, ids: Tensor) -> tuple[tuple, tuple]:
+    """Tensors to hold while their addresses are used, and the numbers of x, Vᵀ, scale and ids for the extension."""
     x, (N, C) = _rows(x), V.shape
-    if (
-        scale.stride(1) != 1 or not ids.is_contiguous()
-    ):  # as no table of a bank is: the rows in question, in the order of the tokens
+    if scale.stride(1) != 1 or not ids.is_contiguous():  # no table of a bank is like that
         scale, ids = scale.index_select(0, ids.reshape(-1)), torch.arange(ids.numel())
     return (x, scale, ids), (
         *(x.data_ptr(), x.shape[0], x.stride(0), DTYPES[x.dtype]),
@@ -106,21 +183,21 @@ def _first_half(x, V, scale, ids) -> tuple[tuple, tuple]:
     )
 
 
-def _second_half(Us, bases, biases, ys) -> tuple[list, tuple]:
-    """The same of U, base, bias and y of each member."""
-    bases = [None if base is None else _rows(base) for base in bases]
-    return bases, tuple(
+def _second_half(Us: list[Tensor], bases: Added, biases: Added, ys: list[Tensor]) -> tuple[list, tuple]:
+    """The same for U, base, bias and y of each member."""
+    rows = [None if base is None else _rows(base) for base in bases]
+    return rows, tuple(
         (
             *(U.data_ptr(), *U.shape, U.stride(0)),
             *((0, 0) if base is None else (base.data_ptr(), base.stride(0))),
             0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
         )
-        for U, base, bias, y in zip(Us, bases, biases, ys, strict=True)
+        for U, base, bias, y in zip(Us, rows, biases, ys, strict=True)
     )
 
 
 def _rows(t: Tensor) -> Tensor:
-    """t [..., n] as [T, n] with contiguous rows; copied only where it does not lie so."""
+    """t [..., n] as [T, n] with contiguous rows; copied only if it does not lie so."""
     t = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()

@@ -1,12 +1,13 @@
-"""impl="cuda": the decode kernel of csrc/cuda for T <= 32 tokens, without gradients, through the extension `t2kernels._C`.
+"""impl="cuda": the decode kernel of csrc/cuda for T <= 32 tokens, without gradients.
 
-One kernel does everything: a row of y = base + times * ((x Wᵀ) * scale[e]) + bias, for up to eight W a launch. x V is a launch with W = Vᵀ, the
-expand one with W = U_i of every member; the second starts under the first and has its weights on the way when the first is done. Products,
-dtypes and headroom are those of `ops.precision`, as in `triton_kernels`: sums in fp32, `scale` multiplied in fp32, one rounding each for g and
-for y; a row of `scale` that is zero returns base bit for bit.
+One kernel does everything: rows of y = base + times * ((x Wᵀ) * scale[e]) + bias, for up to eight W a launch. The first
+launch has W = Vᵀ and gives g; the second has W = U_i of every member. The second starts under the first and has its
+weights on the way when the first is done. Products, dtypes and headroom are those of `ops.precision`, as in Triton's
+kernels: sums in fp32, `scale` multiplied in fp32, g and y rounded once each. A row of `scale` that is zero returns base
+bit for bit. A row of scale that is not there gives NaN.
 
-W, V and U are read before the wait for the kernel before: they must not be written by the kernel just before. They are never copied: what does
-not lie as the kernel reads it is refused (`misfit`). A row of scale that is not there gives NaN.
+V and U are read before the previous kernel has ended: that kernel must not write them. They are never copied: a layout
+that the kernel does not read is refused (`Cuda.unsupported_layout`).
 """
 
 from __future__ import annotations
@@ -18,31 +19,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from t2kernels.ops.device import Device
+from t2kernels.ops.planner import Call, Choice, Path
 from t2kernels.ops.precision import forward_precision
+from t2kernels.ops.tuning.tables import read_cuda_table
+
+from . import extension
+from .protocol import Added, Implementation, Operands
 
 FP16, BF16, INT8 = torch.float16, torch.bfloat16, torch.int8
-# Above 8 tokens, blocks in clusters of 4 share the sums of 4 tiles, so that x is read a fourth as often (csrc/cuda/cluster.cuh), where a row is
-# long enough to give 16 of their 32 warps a chunk of 128 bytes. Computed from bytes, not measured.
+TOKENS, MEMBERS = 32, 8
+DTYPES = ((BF16, BF16), (BF16, INT8), (BF16, FP16), (FP16, FP16), (FP16, INT8))
+"""The dtypes (x, factors) that the kernel multiplies."""
+# Above 8 tokens, blocks in clusters of 4 share the sums of 4 tiles, so that x is read a fourth as often
+# (csrc/cuda/cluster.cuh). A row must be long enough to give 16 of their 32 warps a chunk of 128 bytes. Computed from
+# bytes, not measured.
 CLUSTER, CLUSTER_TOKENS, CLUSTER_BYTES = 4, 9, 2048
 
 
 class Variant(NamedTuple):
-    """How to launch; what is not the default is for measuring.
+    """How to launch. Other values than the default are for tests.
 
-    dependent: each kernel may start under the one before; fused: both halves in one cooperative launch with a grid barrier, T <= 8
-    blocks: at most so many thread blocks, 0 for as many as are resident; depth: chunks in flight a warp, 0 for the usual
-    cluster: thread blocks that share the sums of a tile, 1 or 4 (T > 8, sm_90 and later); 0 for what suits the sizes
+    dependent: each kernel may start under the previous one
+    cluster: thread blocks that share the sums of a tile, 1 or 4 (T > 8, sm_90 and later); 0 for the number that suits
+        the sizes
     """
 
     dependent: bool = True
-    fused: bool = False
-    blocks: int = 0
-    depth: int = 0
     cluster: int = 0
 
 
 class Problem(NamedTuple):
-    """y [T, R] = base + times * ((x Wᵀ) * scale[e]) + bias for W [R, K], x [T, K]; shift: log2(times)."""
+    """y [T, R] = base + times * ((x Wᵀ) * scale[e]) + bias for W [R, K] and x [T, K]; shift: log2(times)."""
 
     W: Tensor
     x: Tensor
@@ -53,136 +61,176 @@ class Problem(NamedTuple):
     shift: int = 0
 
 
-@functools.cache
-def why_not(device: torch.device) -> str | None:
-    """Why the CUDA kernel cannot run for tensors on a device; None where it can."""
-    if device.type != "cuda":
-        return f"the CUDA kernel is for NVIDIA GPUs, not for {device.type}"
-    if why := why_not_built():
-        return why
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no GPU here"
-    if torch.version.hip:
-        return "the CUDA kernel is written for NVIDIA GPUs, and this torch is built for AMD"
-    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-        name = torch.cuda.get_device_name(device)
-        return (
-            f"the CUDA kernel needs compute capability 8.0 (A100) or later; {name} has {capability[0]}.{capability[1]}"
-        )
-    return None
+class Cuda(Implementation):
+    """The CUDA kernel as an implementation."""
+
+    name = "cuda"
+    strict = True
+    fused_paths = ("decode",)
+
+    def unsupported_device(self, device: torch.device) -> str | None:
+        """See `Implementation`."""
+        if device.type != "cuda":
+            return f"the CUDA kernel is for NVIDIA GPUs, not for {device.type}"
+        if reason := extension.unsupported(cuda=True):
+            return reason
+        if not torch.cuda.is_available():
+            return f"torch {torch.__version__} finds no GPU here"
+        if torch.version.hip:
+            return "the CUDA kernel is written for NVIDIA GPUs, and this torch is built for AMD"
+        if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+            name, (major, minor) = torch.cuda.get_device_name(device), capability
+            return f"the CUDA kernel needs compute capability 8.0 (A100) or later; {name} has {major}.{minor}"
+        return None
+
+    def probe(self, device: torch.device, found: Device) -> Device:
+        """See `Implementation`; `auto` trusts it on a GPU whose table says that it was checked there."""
+        if reason := self.unsupported_device(device):
+            return found.without(self.name, reason)
+        if device.type != "cuda":
+            return found
+        table = read_cuda_table(found.name)
+        if table is None or not table.get("checked"):
+            reason = "its kernel has not been checked on this kind of GPU; `t2 tune` does that"
+            return found.distrusting(self.name, reason)
+        wide, narrow = table.get("decode_tokens", found.decode_tokens)
+        return found._replace(decode_tokens=(wide, narrow))
+
+    def unsupported(self, call: Call) -> str | None:
+        """See `Implementation`."""
+        if call.grad:
+            return "the decode kernel has no backward"
+        if not 1 <= call.T <= TOKENS:
+            return f"{_tokens(call.T)}, the decode kernel takes 1 to {TOKENS}"
+        if reason := super().unsupported(call):
+            return reason
+        if (call.x, call.factors) not in DTYPES:
+            return f"the decode kernel does not multiply x in {_dtype(call.x)} by factors in {_dtype(call.factors)}"
+        if not 1 <= len(call.M) <= MEMBERS:
+            return f"{len(call.M)} matrices, the decode kernel takes {MEMBERS}"
+        step = 16 // call.factors.itemsize
+        for name, size in (("N", call.N), *(("the number of columns", c) for c in call.C)):
+            if size < 1 or size % step:
+                return f"{name} is {size}, the decode kernel wants a multiple of {step} in {_dtype(call.factors)}"
+        return "a member has no rows" if min(call.M) < 1 else None
+
+    def unsupported_layout(self, x: Tensor, V: Tensor | None, Us: list[Tensor]) -> str | None:
+        """See `Implementation`."""
+        if x.dim() and (x.stride(-1) != 1 or not (x.dim() == 2 or x.is_contiguous())):
+            return "x is not contiguous"
+        if x.data_ptr() % 16 or (x.dim() == 2 and x.shape[0] > 1 and x.stride(0) % 8):
+            return "a row of x does not begin on 16 bytes"
+        for name, w in [("Vᵀ", None if V is None else V.t()), *((f"U[{i}]", U) for i, U in enumerate(Us))]:
+            if w is not None and not w.is_contiguous():
+                return f"{name} is not contiguous"
+            if w is not None and w.data_ptr() % 16:
+                return f"{name} does not begin on 16 bytes"
+        return None
+
+    def slower(self, call: Call, device: Device) -> str | None:
+        """See `Implementation`."""
+        most = device.decode_tokens[call.factors.itemsize == 1]
+        return None if call.T <= most else f"{_tokens(call.T)}, the decode kernel is preferred up to {most}"
+
+    def path(self, call: Call, device: Device) -> Path:
+        """See `Implementation`."""
+        return Path("decode", f"{_tokens(call.T)}: each factor streamed once")
+
+    def forward(self, choice: Choice, given: Operands) -> list[Tensor]:
+        """See `Implementation`."""
+        return forward(*given)
+
+    def shrink(self, choice: Choice, x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
+        """See `Implementation`."""
+        return shrink(x, V, scale, expert_ids)
+
+    def expand(
+        self,
+        choice: Choice,
+        g: Tensor,
+        Us: list[Tensor],
+        bases: Added,
+        biases: Added,
+        dtype: torch.dtype,
+        lead: torch.Size,
+    ) -> list[Tensor]:
+        """See `Implementation`."""
+        return [y.reshape(*lead, y.shape[-1]) for y in expand(g, Us, bases, biases, dtype)]
+
+    def swiglu(self, given: Operands) -> Tensor:
+        """See `Implementation`."""
+        return forward_swiglu(*given)
 
 
-@functools.cache
-def why_not_built() -> str | None:
-    """Why the extension holds no CUDA kernel, or None."""
-    try:
-        from t2kernels import _C
-    except ModuleNotFoundError:
-        return "t2kernels._C is not built: install t2kernels again where there are a C++ compiler and nvcc (docs/howto/build.md)"
-    except ImportError as e:
-        return f"t2kernels._C cannot be loaded: {e}"
-    return (
-        None
-        if _C.has_cuda
-        else "t2kernels._C was built without CUDA: install t2kernels again where there is nvcc (docs/howto/build.md)"
-    )
+CUDA = Cuda()
 
 
-def misfit(x: Tensor, V: Tensor | None, Us: list[Tensor]) -> str | None:
-    """Why tensors do not lie in memory as the kernel reads them, or None. Sizes and dtypes are `planner.why_no_decode`'s to judge."""
-    if x.dim() and (x.stride(-1) != 1 or not (x.dim() == 2 or x.is_contiguous())):
-        return "x is not contiguous"
-    if x.data_ptr() % 16 or (x.dim() == 2 and x.shape[0] > 1 and x.stride(0) % 8):
-        return "a row of x does not begin on 16 bytes"
-    for name, w in [("Vᵀ", None if V is None else V.t()), *((f"U[{i}]", U) for i, U in enumerate(Us))]:
-        if w is not None and not w.is_contiguous():
-            return f"{name} is not contiguous"
-        if w is not None and w.data_ptr() % 16:
-            return f"{name} does not begin on 16 bytes"
-    return None
-
-
-def forward(x, V, Us, scale, expert_ids, bases, biases, variant=Variant()) -> list[Tensor]:
-    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]; arguments as in `svf_linear_group`, T <= 32."""
+def forward(
+    x: Tensor,
+    V: Tensor,
+    Us: list[Tensor],
+    scale: Tensor,
+    expert_ids: Tensor,
+    bases: Added,
+    biases: Added,
+    variant: Variant = Variant(),
+) -> list[Tensor]:
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], for calls that `CUDA` supports."""
     ys = [x.new_empty(*x.shape[:-1], U.shape[0]) for U in Us]
-    _two_phases(x, [], V, Us, scale, expert_ids, bases, biases, ys, variant)
+    _two_launches(x, V, Us, scale, expert_ids, bases, biases, ys, variant)
     return ys
 
 
-def forward_swiglu(x, V, Us, scale, expert_ids, bases, biases, variant=Variant()) -> Tensor:
-    """silu(y_gate) * y_up, [..., M], for two members U = [U_gate, U_up] of one M; y_gate, y_up and silu(y_gate) are rounded to x's dtype."""
+def forward_swiglu(
+    x: Tensor,
+    V: Tensor,
+    Us: list[Tensor],
+    scale: Tensor,
+    expert_ids: Tensor,
+    bases: Added,
+    biases: Added,
+    variant: Variant = Variant(),
+) -> Tensor:
+    """silu(y_gate) * y_up, [..., M], for two members of one M. y_gate, y_up and silu are rounded to x's dtype."""
     y = x.new_empty(*x.shape[:-1], Us[0].shape[0])
-    _two_phases(x, [], V, Us, scale, expert_ids, bases, biases, [y], variant)
+    _two_launches(x, V, Us, scale, expert_ids, bases, biases, [y], variant)
     return y
 
 
-def forward_over(
-    x, Ws, V, Us, scale, expert_ids, biases, row_scales=None, swiglu=False, variant=Variant()
-) -> list[Tensor]:
-    """y_i = x W_iᵀ + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i with the base layers read in the same launch as V, each [..., M_i].
-
-    Ws: [M_i, N] contiguous, in x's dtype, or int8 with row_scales: fp32 [M_i] each, W_i = int8 * row_scale[:, None]
-    swiglu: [silu(y_gate) * y_up] for two members. The rest as in `forward`. Raises ValueError on weights that the kernel does not read.
-    """
-    how = forward_precision(x.dtype, V.dtype)
-    row_scales = row_scales or [None] * len(Ws)
-    for W, rows, U in zip(Ws, row_scales, Us, strict=True):
-        if W.dtype not in (how.dtype, INT8) or how.dtype != x.dtype or (W.dtype == INT8) != (rows is not None):
-            raise ValueError(
-                f"forward_over: W is {W.dtype} for x in {x.dtype} and V in {V.dtype}, wanted x's dtype, or int8 with row_scales"
-            )
-        if (
-            W.shape != (U.shape[0], x.shape[-1])
-            or W.shape[1] * W.element_size() % 16
-            or not W.is_contiguous()
-            or W.data_ptr() % 16
-        ):
-            raise ValueError(
-                f"forward_over: W is {list(W.shape)}, wanted [M, N] contiguous, on 16 bytes, its rows a multiple of 16 bytes"
-            )
-    bases = [x.new_empty(*x.shape[:-1], U.shape[0]) for U in Us]
-    ys = bases[:1] if swiglu else bases  # the second phase adds to what the first has left there
-    over = [Problem(W, x, b, rows) for W, b, rows in zip(Ws, bases, row_scales, strict=True)]
-    _two_phases(x, over, V, Us, scale, expert_ids, bases, biases, ys, variant)
-    return ys
-
-
-def dense(x, Ws, row_scales=None, variant=Variant()) -> list[Tensor]:
-    """y_i = x W_iᵀ, the base layers of `forward_over` without experts: what the kernel itself costs beside a library's, for measuring."""
-    ys = [x.new_empty(*x.shape[:-1], W.shape[0]) for W in Ws]
-    _launch(
-        [Problem(W, x, y, r) for W, y, r in zip(Ws, ys, row_scales or [None] * len(Ws), strict=True)], None, x, variant
-    )
-    return ys
-
-
-def shrink(x, V, scale, expert_ids, variant=Variant()) -> Tensor:
-    """g = (x V) * scale[expert_ids], [T, C], in the dtype and units of `forward_precision`: for a base product that another library makes."""
+def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor, variant: Variant = Variant()) -> Tensor:
+    """g = (x V) * scale[expert_ids], [T, C], in the dtype and units of `forward_precision`: the first launch alone."""
     g = x.new_empty(x.shape[:-1].numel(), V.shape[1], dtype=forward_precision(x.dtype, V.dtype).dtype)
     _launch([Problem(V.t(), x, g, scale)], expert_ids, x, variant)
     return g
 
 
-def expand(g, Us, bases, biases, dtype, variant=Variant()) -> list[Tensor]:
-    """y_i = base_i + g_i U_iᵀ + bias_i, each [T, M_i] in `dtype`, x's, for g as `shrink` returned it."""
+def expand(
+    g: Tensor, Us: list[Tensor], bases: Added, biases: Added, dtype: torch.dtype, variant: Variant = Variant()
+) -> list[Tensor]:
+    """y_i = base_i + g_i U_iᵀ + bias_i, each [T, M_i] in x's dtype, for the g of `shrink`: the second launch alone."""
     ys = [g.new_empty(g.shape[0], U.shape[0], dtype=dtype) for U in Us]
     _launch(_expanding(g, Us, bases, biases, ys, dtype), None, g, variant)
     return ys
 
 
-def _two_phases(x, over: list[Problem], V, Us, scale, expert_ids, bases, biases, ys, variant) -> None:
-    g = x.new_empty(x.shape[:-1].numel(), V.shape[1], dtype=forward_precision(x.dtype, V.dtype).dtype)
-    first = [Problem(V.t(), x, g, scale), *over]
-    second = _expanding(g, Us, bases, biases, ys, x.dtype)
-    pair = len(ys) < len(Us)
-    if variant.fused:
-        _launch([*first, *second], expert_ids, x, variant, len(first), pair)
-    else:
-        _launch(first, expert_ids, x, variant)
-        _launch(second, None, x, variant, pair=pair)
+def _two_launches(
+    x: Tensor,
+    V: Tensor,
+    Us: list[Tensor],
+    scale: Tensor,
+    expert_ids: Tensor,
+    bases: Added,
+    biases: Added,
+    ys: list[Tensor],
+    variant: Variant,
+) -> None:
+    g = shrink(x, V, scale, expert_ids, variant)
+    _launch(_expanding(g, Us, bases, biases, ys, x.dtype), None, x, variant, gated=len(ys) < len(Us))
 
 
-def _expanding(g: Tensor, Us, bases, biases, ys, dtype: torch.dtype) -> list[Problem]:
+def _expanding(
+    g: Tensor, Us: list[Tensor], bases: Added, biases: Added, ys: list[Tensor], dtype: torch.dtype
+) -> list[Problem]:
     shift = int(forward_precision(dtype, Us[0].dtype).y).bit_length() - 1
     found, column = [], 0
     for i, (U, base, bias) in enumerate(zip(Us, bases, biases, strict=True)):
@@ -191,110 +239,96 @@ def _expanding(g: Tensor, Us, bases, biases, ys, dtype: torch.dtype) -> list[Pro
     return found
 
 
-# --- one launch --------------------------------------------------------------------------------------------------------------------
+# --- one launch --------------------------------------------------------------------------------------------
 
 
 def _launch(
-    problems: list[Problem],
-    expert_ids: Tensor | None,
-    x: Tensor,
-    variant: Variant,
-    first: int | None = None,
-    pair: bool = False,
+    problems: list[Problem], expert_ids: Tensor | None, x: Tensor, variant: Variant, gated: bool = False
 ) -> None:
-    """problems of one launch; first: how many of them make the first of two phases; pair: the last two are gate and up."""
-    device, kept = x.device, []
-    T = problems[0].x.shape[:-1].numel()
-    products = {FP16, BF16} & {p.W.dtype for p in problems}
-    product = products.pop() if products else FP16 if x.dtype == FP16 else BF16  # int8 alone: in x's dtype
-    if products:
-        raise ValueError("the CUDA kernel takes bf16 or fp16 weights in a launch, not both")
+    """One launch of problems whose W have one dtype. gated: the last two are gate and up."""
+    device, held = x.device, []
+    T, W = problems[0].x.shape[:-1].numel(), problems[0].W
+    product = W.dtype if W.dtype != INT8 else FP16 if x.dtype == FP16 else BF16  # int8: in x's dtype
     on_gpu = device.type == "cuda"
-    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-    barrier = _barrier(device, stream) if variant.fused else None
     words = [
         product == FP16,
         T,
-        0 if expert_ids is None else _keep(kept, expert_ids.reshape(-1).contiguous()).data_ptr(),
+        0 if expert_ids is None else _hold(held, expert_ids.reshape(-1).contiguous()).data_ptr(),
         expert_ids is not None and expert_ids.dtype == torch.int64,
         1 if expert_ids is None else max(1, T // max(1, expert_ids.numel())),
-        max((p.scale.shape[0] for p in problems if p.scale is not None and p.scale.dim() == 2), default=1),
-        len(problems) if first is None else first,
-        len(problems) - 2 if pair else -1,
-        0 if barrier is None else barrier.data_ptr(),
+        max((p.scale.shape[0] for p in problems if p.scale is not None), default=1),
+        len(problems) - 2 if gated else -1,
         variant.dependent,
-        variant.fused,
-        variant.cluster or _cluster(problems, T, variant, device),
-        variant.blocks,
-        variant.depth,
-        _multiprocessors(device),
-        stream,
+        variant.cluster or _cluster(problems, T, device),
+        multiprocessors(device),
+        torch.cuda.current_stream(device).cuda_stream if on_gpu else 0,
     ]
     for p in problems:
-        words += _words(p, T, product, kept)
+        words += _words(p, T, product, held)
     packed = struct.pack(f"={len(words)}q", *words)
     if on_gpu and torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            _send(packed)
+            send(packed)
     else:
-        _send(packed)
+        send(packed)
 
 
-def _words(p: Problem, T: int, product: torch.dtype, kept: list[Tensor]) -> list[int]:
-    """A problem as csrc/cuda/problem.h's `Word` orders it. Copies that are made on the way are kept until the launch."""
+def _words(p: Problem, T: int, product: torch.dtype, held: list[Tensor]) -> list[int]:
+    """A problem in the order of `Word` in csrc/cuda/problem.h. Copies that are made here are held until the launch."""
     R, K = p.W.shape
     y, x = p.y.view(T, R), p.x.view(T, K)
-    base = None if p.base is None else _keep(kept, p.base.reshape(T, R))
-    base = base if base is None or base.stride(1) == 1 else _keep(kept, base.contiguous())
-    bias = p.bias if p.bias is None or p.bias.stride(0) == 1 else _keep(kept, p.bias.contiguous())
-    scale = p.scale if p.scale is None or p.scale.stride(-1) == 1 else _keep(kept, p.scale.contiguous())
+    base = None if p.base is None else _hold(held, p.base.reshape(T, R))
+    base = base if base is None or base.stride(1) == 1 else _hold(held, base.contiguous())
+    bias = p.bias if p.bias is None or p.bias.stride(0) == 1 else _hold(held, p.bias.contiguous())
+    scale = p.scale if p.scale is None or p.scale.stride(-1) == 1 else _hold(held, p.scale.contiguous())
     return [
-        p.W.data_ptr(), x.data_ptr(), _address(scale), _address(bias), _address(base), y.data_ptr(), R, K, x.stride(0) if T > 1 else K, y.stride(0),
-        0 if base is None else base.stride(0), 0 if scale is None or scale.dim() == 1 else scale.stride(0), p.shift,
-        p.W.dtype == INT8, product == FP16 and x.dtype == BF16, y.dtype == FP16,
+        p.W.data_ptr(), x.data_ptr(), _address(scale), _address(bias), _address(base), y.data_ptr(), R, K,
+        x.stride(0) if T > 1 else K, y.stride(0), 0 if base is None else base.stride(0),
+        0 if scale is None else scale.stride(0), p.shift, p.W.dtype == INT8, product == FP16 and x.dtype == BF16,
+        y.dtype == FP16,
     ]  # fmt: skip
 
 
-def _cluster(problems: list[Problem], T: int, variant: Variant, device: torch.device) -> int:
-    """How many blocks should share their sums."""
-    if T < CLUSTER_TOKENS or variant.fused or variant.depth or len({p.W.dtype for p in problems}) > 1:
+def _cluster(problems: list[Problem], T: int, device: torch.device) -> int:
+    """How many thread blocks should share their sums."""
+    if T < CLUSTER_TOKENS:
         return 1
     short = min(p.W.shape[1] * p.W.element_size() for p in problems) < CLUSTER_BYTES
-    return 1 if short or _architecture(device) < 90 else CLUSTER
+    return 1 if short or architecture(device) < 90 else CLUSTER
+
+
+def _tokens(T: int) -> str:
+    return f"{T} token{'' if T == 1 else 's'}"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _keep(kept: list[Tensor], t: Tensor) -> Tensor:
-    kept.append(t)
+def _hold(held: list[Tensor], t: Tensor) -> Tensor:
+    held.append(t)
     return t
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """The multiprocessors of a GPU; 3 for the emulator of csrc/emulator."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 @functools.cache
-def _architecture(device: torch.device) -> int:
-    """For which architecture the code that runs on a device was compiled: 80, 90, 100. The emulator's has everything."""
+def architecture(device: torch.device) -> int:
+    """The architecture (80, 90, 100) that the code on a device was compiled for; 90 for the emulator."""
     if device.type != "cuda":
         return 90
-    from t2kernels import _C
-
     with torch.cuda.device(device):
-        return _C.cuda_architecture()
+        return extension.load().cuda_architecture()
 
 
-@functools.cache
-def _barrier(device: torch.device, stream: int) -> Tensor:
-    """{arrived, generation} of the grid barrier. Two launches that run at one time must not share it, hence one a stream."""
-    return torch.zeros(2, dtype=torch.int32, device=device)
-
-
-def _send(packed: bytes) -> None:
-    from t2kernels import _C
-
-    _C.cuda_launch(packed)
+def send(packed: bytes) -> None:
+    """Launch: the words of csrc/cuda/problem.h, in the order of the host. Tests replace it by the emulator."""
+    extension.load().cuda_launch(packed)

@@ -1,6 +1,7 @@
-"""impl="torch": two matmuls around a row scaling, on any device that torch has. Deterministic on the CPU.
+"""impl="torch": two matmuls around a row scaling, on any device of torch. Deterministic on the CPU.
 
-A group of matrices that share x is the general case: V's side by side along C, one U per member. A single matrix is a group of one.
+The general case is a group of matrices that share x: V's side by side along C, one U a member. A single matrix is a
+group of one.
 """
 
 from __future__ import annotations
@@ -10,10 +11,90 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from t2kernels.ops.device import Device
+from t2kernels.ops.planner import Call, Choice, Path, dense_path
 from t2kernels.ops.precision import backward_precision, forward_precision
 
+from .protocol import Added, Implementation, Operands
+
 ScaleRows = Callable[..., Tensor]
-"""(h [T, C], scale [E, C], expert_ids, x's leading sizes, times, out) -> h * scale[expert_ids] * times, to `out` if that is a tensor."""
+"""A function with the arguments of `scale_rows`."""
+
+
+class Torch(Implementation):
+    """Plain torch as an implementation. It supports every call, so `auto` falls back to it."""
+
+    name = "torch"
+
+    @property
+    def row_scaling(self) -> ScaleRows:
+        """The row scaling between the two products."""
+        return scale_rows
+
+    def unsupported_device(self, device: torch.device) -> str | None:
+        """See `Implementation`."""
+        return None
+
+    def unsupported(self, call: Call) -> str | None:
+        """See `Implementation`."""
+        return None
+
+    def path(self, call: Call, device: Device) -> Path:
+        """See `Implementation`."""
+        return dense_path(call) or Path("mm", "two matmuls around a row scaling")
+
+    def forward(self, choice: Choice, given: Operands) -> list[Tensor]:
+        """See `Implementation`."""
+        if choice.path == "dense":
+            return materialised(*given, choice.experts)
+        return forward(*given, self.row_scaling)
+
+    def forward_saving(self, given: Operands) -> tuple[list[Tensor], Tensor]:
+        """See `Implementation`."""
+        return forward_saving(*given, self.row_scaling)
+
+    def shrink(self, choice: Choice, x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
+        """See `Implementation`."""
+        return shrink(x, V, scale, expert_ids, self.row_scaling)
+
+    def expand(
+        self,
+        choice: Choice,
+        g: Tensor,
+        Us: list[Tensor],
+        bases: Added,
+        biases: Added,
+        dtype: torch.dtype,
+        lead: torch.Size,
+    ) -> list[Tensor]:
+        """See `Implementation`."""
+        return expand(g, Us, bases, biases, dtype, lead)
+
+    def backward(
+        self, dys: list[Tensor], given: Operands, need_dx: bool, need_dscale: bool, h: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Implementation`."""
+        return backward(dys, *given[:5], need_dx, need_dscale, h)
+
+
+TORCH = Torch()
+
+
+def scale_rows(
+    h: Tensor, scale: Tensor, expert_ids: Tensor, lead: torch.Size, times: float, out: Tensor | None = None
+) -> Tensor:
+    """h * scale[expert_ids] * times [T, C], multiplied in scale's precision and rounded once to h's dtype.
+
+    h: [T, C]; scale: [E, C]; lead: x's leading sizes; out: where the result goes, h itself too; None for a new tensor
+    """
+    ids = expert_ids if expert_ids.dim() == 1 else expert_ids.reshape(-1)
+    rows = _floats(scale.index_select(0, ids), scale.dtype, times)  # [ids, C]
+    out = torch.empty_like(h) if out is None else out
+    if rows.shape[0] in (1, h.shape[0]):
+        return torch.mul(h, rows, out=out)
+    by_id = (rows.shape[0], -1, h.shape[1]) if h.numel() else (rows.shape[0], 0, h.shape[1])
+    torch.mul(h.view(by_id), rows[:, None], out=out.view(by_id))
+    return out
 
 
 def forward(
@@ -22,26 +103,38 @@ def forward(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
-    keep_h: bool = True,
-    scale_rows: ScaleRows | None = None,
-) -> tuple[list[Tensor], Tensor | None]:
-    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i]; and h = x V [T, C] for `backward`, if that is wanted.
+    bases: Added,
+    biases: Added,
+    row_scaling: ScaleRows = scale_rows,
+) -> list[Tensor]:
+    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i].
 
-    scale_rows: another implementation of the row scaling between the two products
+    row_scaling: the row scaling between the two products; here and below
     """
-    g, h = shrink(x, V, scale, expert_ids, keep_h, scale_rows)
+    g = shrink(x, V, scale, expert_ids, row_scaling)
+    return expand(g, Us, bases, biases, x.dtype, x.shape[:-1])
+
+
+def forward_saving(
+    x: Tensor,
+    V: Tensor,
+    Us: list[Tensor],
+    scale: Tensor,
+    expert_ids: Tensor,
+    bases: Added,
+    biases: Added,
+    row_scaling: ScaleRows = scale_rows,
+) -> tuple[list[Tensor], Tensor]:
+    """`forward`, and h = x V [T, C] for `backward`."""
+    h = through_V(x, V)
+    g = row_scaling(h, scale, expert_ids, x.shape[:-1], forward_precision(x.dtype, V.dtype).scale)
     return expand(g, Us, bases, biases, x.dtype, x.shape[:-1]), h
 
 
-def shrink(
-    x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor, keep_h: bool = False, scale_rows: ScaleRows | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """g = (x V) * scale[expert_ids] [T, C], in the dtype and units of `forward_precision`, and h = x V if it is to be kept."""
-    h, times = through_V(x, V), forward_precision(x.dtype, V.dtype).scale
-    g = (scale_rows or _scale_rows)(h, scale, expert_ids, x.shape[:-1], times, out=None if keep_h else h)
-    return g, h if keep_h else None
+def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor, row_scaling: ScaleRows = scale_rows) -> Tensor:
+    """g = (x V) * scale[expert_ids] [T, C], in the dtype and units of `forward_precision`."""
+    h = through_V(x, V)
+    return row_scaling(h, scale, expert_ids, x.shape[:-1], forward_precision(x.dtype, V.dtype).scale, h)
 
 
 def through_V(x: Tensor, V: Tensor) -> Tensor:
@@ -63,20 +156,15 @@ def back_through_V(q: Tensor, V: Tensor, shape: torch.Size) -> Tensor:
 
 
 def unit_of_dscale(x: torch.dtype, factors: torch.dtype) -> float:
-    """What sums of `through_V` times `through_U` must be multiplied by."""
+    """The factor that turns sums of `through_V` times `through_U` into dscale."""
     there, back = forward_precision(x, factors), backward_precision(x, factors)
     return 1 / (there.x * there.V * back.V)
 
 
 def expand(
-    g: Tensor,
-    Us: list[Tensor],
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
-    dtype: torch.dtype,
-    lead: torch.Size,
+    g: Tensor, Us: list[Tensor], bases: Added, biases: Added, dtype: torch.dtype, lead: torch.Size
 ) -> list[Tensor]:
-    """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, x's, from what `shrink` returned."""
+    """y_i = base_i + g_i U_iᵀ + bias_i, each [*lead, M_i] in `dtype`, the dtype of x, from the g of `shrink`."""
     how = forward_precision(dtype, Us[0].dtype)
     columns = (slice(None),) if len(Us) == 1 else _columns(Us)
     ys = [
@@ -92,13 +180,14 @@ def materialised(
     Us: list[Tensor],
     scale: Tensor,
     expert_ids: Tensor,
-    bases: list[Tensor | None],
-    biases: list[Tensor | None],
+    bases: Added,
+    biases: Added,
     experts: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """The same with W' = U diag(scale[e]) Vᵀ made once for an expert of many tokens, then x W'ᵀ: fewer operations from max(M, N) tokens on.
+    """`forward` by W' = U diag(scale[e]) Vᵀ, made once for an expert, and x W'ᵀ: fewer operations for an expert with
+    over max(M, N) tokens.
 
-    experts: the rows to do so for; tokens of other experts go through `forward`. None: all tokens have one expert, whichever it is.
+    experts: the rows whose W' is made; tokens of other experts go through `forward`. None: the one of all tokens.
     """
     x_, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     bases = [b if b is None else b.reshape(-1, b.shape[-1]) for b in bases]
@@ -114,18 +203,14 @@ def materialised(
             part = x_[mine], V, Us, scale
             added = [b if b is None else b[mine] for b in bases], biases
             found = (
-                forward(*part, ids[mine], *added, keep_h=False)[0]
-                if e is None
-                else _through_dense(*part[:3], scale[e : e + 1], *added)
+                forward(*part, ids[mine], *added) if e is None else _through_dense(*part[:3], scale[e : e + 1], *added)
             )
             for y, y_e in zip(ys, found, strict=True):
                 y[mine] = y_e
     return [y.reshape(*lead, y.shape[-1]) for y in ys]
 
 
-def _through_dense(
-    x: Tensor, V: Tensor, Us: list[Tensor], row: Tensor, bases: list[Tensor | None], biases: list[Tensor | None]
-) -> list[Tensor]:
+def _through_dense(x: Tensor, V: Tensor, Us: list[Tensor], row: Tensor, bases: Added, biases: Added) -> list[Tensor]:
     how, ys = forward_precision(x.dtype, V.dtype), []
     row, x_ = row * how.scale, _floats(x, how.dtype, how.x)
     for c, U, base, bias in zip(_columns(Us), Us, bases, biases, strict=True):
@@ -145,15 +230,15 @@ def backward(
     need_dscale: bool,
     h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """p = dy U;  dx = (p * scale[expert_ids]) Vᵀ;  dscale[e] = sum over the tokens of e of (x V) * p, in fp32. Not needed: empty [0].
+    """p = dy U;  dx = (p * scale[expert_ids]) Vᵀ;  dscale[e] = sum over the tokens of e of (x V) * p, in fp32.
 
-    h: x V as `forward` returned it, or None: computed again
+    h: x V as `forward_saving` returned it, or None: computed again. A gradient that is not needed is empty, [0].
     """
     lead, p = x.shape[:-1], through_U(dys, Us)
     dx, dscale = x.new_empty(0), scale.new_empty(0)
     if need_dx:
         dx = back_through_V(
-            _scale_rows(p, scale, expert_ids, lead, backward_precision(x.dtype, V.dtype).scale), V, x.shape
+            scale_rows(p, scale, expert_ids, lead, backward_precision(x.dtype, V.dtype).scale), V, x.shape
         )
     if need_dscale:
         product = (through_V(x, V) if h is None else h).to(scale.dtype) * p.to(scale.dtype)  # [T, C]
@@ -166,32 +251,17 @@ def backward(
 
 
 def tokens_per_id(expert_ids: Tensor, lead: torch.Size) -> int:
-    """How many tokens in a row share one id, where x is [*lead, N] and the shape of the ids is a leading part of `lead`."""
+    """The number of consecutive tokens that share one id; the shape of the ids is a leading part of `lead`."""
     count = 1
     for size in lead[expert_ids.dim() :]:
         count *= size
     return count
 
 
-def _scale_rows(
-    h: Tensor, scale: Tensor, expert_ids: Tensor, lead: torch.Size, times: float, out: Tensor | None = None
-) -> Tensor:
-    """h [T, C] * scale[expert_ids] * times, multiplied in scale's precision and rounded once to h's; into `out` where one is given."""
-    rows = _floats(
-        scale.index_select(0, expert_ids if expert_ids.dim() == 1 else expert_ids.reshape(-1)), scale.dtype, times
-    )  # [ids, C]
-    out = torch.empty_like(h) if out is None else out
-    if rows.shape[0] in (1, h.shape[0]):
-        return torch.mul(h, rows, out=out)
-    by_id = (rows.shape[0], -1, h.shape[1]) if h.numel() else (rows.shape[0], 0, h.shape[1])
-    torch.mul(h.view(by_id), rows[:, None], out=out.view(by_id))
-    return out
-
-
 def _product(
     g: Tensor, U: Tensor, times: float, base: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """base + g Uᵀ * times + bias [T, M] in `dtype`. g = 0 leaves base's bits alone."""
+    """base + g Uᵀ * times + bias [T, M] in `dtype`. g = 0 returns base bit for bit."""
     if times != 1:
         y = (g @ U.t()).float() * times
         for added in (base, bias):

@@ -1,6 +1,7 @@
-"""Whether an implementation computes `svf_linear` rightly on a device: numbers against fp64, before anybody trusts it.
+"""Check on a device that an implementation computes `svf_linear` correctly: its numbers against fp64.
 
-`auto` takes kernels only where this has passed on that kind of device (`t2 tune` keeps the verdict), and no tuner times what fails here.
+`auto` takes kernels only on a kind of GPU where this check has passed; `t2 tune` keeps the verdict. Kernels that fail
+are not timed.
 """
 
 from __future__ import annotations
@@ -8,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from t2kernels.ops.dispatch import IMPLEMENTATIONS
 from t2kernels.ops.op import svf_linear_group
-from t2kernels.ops.planner import Call, why_no_decode
+from t2kernels.ops.planner import Call
 from t2kernels.ops.reference import svf_linear_ref
 
 E = 7
-# x's dtype and the factors'. A bf16 x is the usual case; int8 factors are what makes the factored form pay.
+# Dtypes of x and of the factors. A bf16 x is the usual case; int8 factors make the factored form pay.
 DTYPES = (
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.int8),
@@ -28,8 +30,8 @@ DTYPES = (
     (torch.float16, torch.int8),
     (torch.float32, torch.float32),
 )
-# (N, columns of each member, M of each member): a square matrix in factored form, a delta form of few columns, a group, and sizes that nothing
-# divides.
+# (N, columns of each member, M of each member): a square matrix in factored form, a delta form with few columns, a
+# group, odd sizes.
 SHAPES = (
     (1024, (1024,), (1024,)),
     (2048, (128,), (4096,)),
@@ -37,11 +39,17 @@ SHAPES = (
     (333, (77, 21), (129, 65)),
 )
 TOKENS = (1, 5, 8, 33, 128, 300)
-FEW = (1, 2, 5, 8, 9, 13, 16, 17, 32)  # what the decode kernel takes, both sides of every change of its tiles
+FEW = (1, 2, 5, 8, 9, 13, 16, 17, 32)  # for the decode kernel: both sides of every change of its tiles
 
 
 class Case(NamedTuple):
-    """error: ||y - truth|| of the worst of forward, dx and dscale, over what plain torch in the same dtype is off by, or its allowance."""
+    """One checked call.
+
+    x, factors: dtypes; T, N, C, M: sizes, as in `planner.Call`
+    error: the worst of forward, dx and dscale: ||result - truth|| over the allowed one, which is 1.1 times (fp32: 2
+        times) that of plain torch
+    what: the result that was worst
+    """
 
     x: str
     factors: str
@@ -54,6 +62,7 @@ class Case(NamedTuple):
 
     @property
     def right(self) -> bool:
+        """True if the error is within the allowance."""
         return self.error <= 1
 
 
@@ -61,14 +70,19 @@ def selfcheck(
     device: torch.device | str,
     impl: str,
     tokens: tuple[int, ...] | None = None,
-    shapes: tuple = SHAPES,
-    dtypes: tuple = DTYPES,
+    shapes: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]] = SHAPES,
+    dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = DTYPES,
     progress: Callable[[Case], object] | None = None,
 ) -> list[Case]:
-    """Forward, dx and dscale of `impl` on `device`, with and without a base, against the reference in fp64; memory that is not written holds NaN.
+    """Check forward, dx and dscale of `impl` on `device`, with and without a base, against the reference in fp64.
+    Unwritten memory holds NaN.
 
-    A result is right if it is off by at most 1.1 times what plain torch is in that dtype (fp32: 2 times, where only the order of sums differs).
-    Of the CUDA kernel: forward, in those cases that it takes. tokens: None for a choice that fits the implementation.
+    A result is right if its error is at most 1.1 times that of plain torch in the same dtype; 2 times in fp32, where
+    only the order of sums differs. The CUDA kernel is checked for forward, in the cases that it supports.
+
+    tokens: T of the cases; None for numbers that fit the implementation
+    shapes: (N, columns of each member, M of each member); dtypes: (x, factors)
+    progress: called with each case
     """
     found = []
     tokens = tokens or (FEW if impl == "cuda" else TOKENS)
@@ -77,19 +91,30 @@ def selfcheck(
         for x_dtype, w_dtype in dtypes:
             for N, C, M in shapes:
                 for T in tokens:
-                    if impl == "cuda" and why_no_decode(Call(T, N, M, C, x_dtype, w_dtype)):
+                    if IMPLEMENTATIONS[impl].unsupported(Call(T, N, M, C, x_dtype, w_dtype)):
                         continue
                     for base in (True, False):
                         off = _errors(_problem(T, N, C, M, x_dtype, w_dtype, base, torch.device(device)), impl)
-                        what = max(off, key=off.get)
-                        names = (str(d).removeprefix("torch.") for d in (x_dtype, w_dtype))
-                        found.append(Case(*names, T, N, C, M, off[what], f"{what}, {'with' if base else 'no'} base"))
+                        what = max(off, key=lambda name: off[name])
+                        x_name, w_name = (str(d).removeprefix("torch.") for d in (x_dtype, w_dtype))
+                        found.append(
+                            Case(x_name, w_name, T, N, C, M, off[what], f"{what}, {'with' if base else 'no'} base")
+                        )
                         if progress:
                             progress(found[-1])
     return found
 
 
-def _problem(T: int, N: int, C: tuple[int, ...], M: tuple[int, ...], x_dtype, w_dtype, base: bool, device) -> dict:
+def _problem(
+    T: int,
+    N: int,
+    C: tuple[int, ...],
+    M: tuple[int, ...],
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    base: bool,
+    device: torch.device,
+) -> dict[str, Any]:
     V, Us = (
         torch.randn(sum(C), N, device=device) / N**0.5,
         [torch.randn(m, c, device=device) / c**0.5 for m, c in zip(M, C, strict=True)],
@@ -111,14 +136,14 @@ def _problem(T: int, N: int, C: tuple[int, ...], M: tuple[int, ...], x_dtype, w_
     }
 
 
-def _errors(p: dict, impl: str) -> dict[str, float]:
+def _errors(p: dict[str, Any], impl: str) -> dict[str, float]:
     """{forward, forward without gradients, dx, dscale: error over what is allowed}."""
     x_dtype, room = p["x"].dtype, 2 if p["x"].dtype == torch.float32 else 1.1
     truth, plain = _run(p, _reference), _run(p, _eager)
-    with torch.no_grad():  # other kernels than where gradients are wanted
+    with torch.no_grad():  # runs other kernels than a forward with gradients
         alone = svf_linear_group(p["x"], p["V"], p["U"], p["scale"], p["expert_ids"], p["base"], impl=impl)
     out, rows = {}, [("y", alone, plain[0], truth[0])]
-    if impl != "cuda":  # which has no backward
+    if IMPLEMENTATIONS[impl].unsupported(Call(1, 16, (16,), (16,), grad=True)) is None:
         got = _run(
             p, lambda x, scale: svf_linear_group(x, p["V"], p["U"], scale, p["expert_ids"], p["base"], impl=impl)
         )
@@ -133,20 +158,18 @@ def _errors(p: dict, impl: str) -> dict[str, float]:
         )
         scale = [torch.finfo(x_dtype).eps / 4 * b.norm().item() for b in want]  # the rounding of the result itself
         ratios = [o / (room * a + s) if a or s else float(o > 0) for o, a, s in zip(off, allowed, scale, strict=True)]
-        out[name] = max(
-            r if math.isfinite(r) else math.inf for r in ratios
-        )  # NaN is neither more nor less than anything
+        out[name] = max(r if math.isfinite(r) else math.inf for r in ratios)  # a NaN would lose every comparison
     return out
 
 
-def _run(p: dict, f) -> tuple[list[Tensor], Tensor, Tensor]:
+def _run(p: dict[str, Any], f) -> tuple[list[Tensor], Tensor, Tensor]:
     x, scale = p["x"].clone().requires_grad_(), p["scale"].clone().requires_grad_()
     ys = f(x, scale) if f not in (_reference, _eager) else f(p, x, scale)
     torch.autograd.backward(ys, [dy.to(y.dtype) for dy, y in zip(p["dy"], ys, strict=True)])
     return [y.detach() for y in ys], x.grad, scale.grad
 
 
-def _reference(p: dict, x: Tensor, scale: Tensor) -> list[Tensor]:
+def _reference(p: dict[str, Any], x: Tensor, scale: Tensor) -> list[Tensor]:
     return _members(
         p,
         lambda V, U, s, base: svf_linear_ref(x.double(), V.double(), U.double(), s.double(), p["expert_ids"], base),
@@ -155,19 +178,19 @@ def _reference(p: dict, x: Tensor, scale: Tensor) -> list[Tensor]:
     )
 
 
-def _eager(p: dict, x: Tensor, scale: Tensor) -> list[Tensor]:
-    """Plain torch in x's dtype; int8 factors times their steps first, as anybody would."""
+def _eager(p: dict[str, Any], x: Tensor, scale: Tensor) -> list[Tensor]:
+    """Plain torch in x's dtype; int8 factors are multiplied by their steps first."""
     V_step = p["fold"] if p["V"].dtype == torch.int8 else torch.ones_like(p["fold"])
 
     def one(V, U, s, base):
         y = ((x @ V.to(x.dtype)) * s.to(x.dtype)[p["expert_ids"].long()]) @ U.to(x.dtype).t()
         return y if base is None else y + base
 
-    # The steps are moved from scale into V, so that nothing of this yardstick overflows or vanishes.
+    # The steps are moved from scale into V, so that nothing overflows or vanishes here.
     return _members(p, one, scale / V_step, x.dtype, V_step)
 
 
-def _members(p: dict, one, scale: Tensor, dtype: torch.dtype, V_step: Tensor | None = None) -> list[Tensor]:
+def _members(p: dict[str, Any], one, scale: Tensor, dtype: torch.dtype, V_step: Tensor | None = None) -> list[Tensor]:
     ys, start = [], 0
     for i, U in enumerate(p["U"]):
         columns = slice(start, start + U.shape[1])
@@ -179,7 +202,7 @@ def _members(p: dict, one, scale: Tensor, dtype: torch.dtype, V_step: Tensor | N
 
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
-    """torch.empty returns NaN within it."""
+    """Within it, torch.empty returns NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

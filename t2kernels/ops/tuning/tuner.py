@@ -1,25 +1,31 @@
-"""Check the kernels on this GPU, then time them for the shapes of a model, offline; `t2 tune`.
+"""Check the kernels on this GPU, then time them for the shapes of a model, offline: `t2 tune`.
 
-What is found goes into small files that `tuning` finds. Of the Triton kernels (`tune`): the checks, without which `auto` does not use them, the
-tiles that were fastest, and up to how many tokens they beat two library matmuls. Of the CUDA kernel (`tune_cuda`): the checks, and up to how many
-tokens it beats Triton's. Nothing is timed while a model runs.
+The results go into table files (tables.py). Without the checks in a table `auto` does not use the kernels. `tune` also
+keeps the fastest tiles of the Triton kernels, and up to how many tokens they beat two library matmuls; `tune_cuda` up
+to how many tokens the CUDA kernel beats Triton's. Nothing is timed while a model runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from t2kernels import T2Error
+from t2kernels.ops.device import DECODE_TOKENS, PAIR_TOKENS
+from t2kernels.ops.dispatch import ImplUnavailableError
 from t2kernels.ops.impls import cuda_kernels
-from t2kernels.ops.impls import triton as triton_kernels
-from t2kernels.ops.op import ImplUnavailableError
-from t2kernels.ops.planner import DECODE_TOKENS, PAIR_TOKENS, Call, why_no_decode
+from t2kernels.ops.impls.cuda_kernels import CUDA
+from t2kernels.ops.impls.torch_kernels import forward as forward_mm
+from t2kernels.ops.impls.triton import TRITON
+from t2kernels.ops.planner import Call
 
 from .selfcheck import Case, selfcheck
-from .tiles import Tiles, candidates, tiles, user_folder, write_cuda_table, write_table
+from .tables import Timed, user_folder, write_cuda_table, write_table
+from .tiles import Tiles, candidates, tiles
 
 TOKENS = (1, 8, 32, 128)
 CROSSOVER = (32, 64, 96, 128, 160, 192, 256, 384)
@@ -27,7 +33,12 @@ DECODE = (1, 2, 4, 8, 16, 32)
 
 
 class Shape(NamedTuple):
-    """Matrices that run as one call: N in_features, M and C (columns) by member, whether a base is added, dtypes of x and of the factors."""
+    """Matrices that run as one call.
+
+    N: in_features; M, C: out_features and columns of each member
+    base: whether a base is added
+    x, factors: dtypes
+    """
 
     N: int
     M: tuple[int, ...]
@@ -37,12 +48,16 @@ class Shape(NamedTuple):
     factors: torch.dtype
 
 
-class WrongResultError(RuntimeError):
-    """A kernel computes something else than the reference on this device; nothing was timed or written."""
+class WrongResultError(T2Error, RuntimeError):
+    """A kernel does not compute the reference on this device. Nothing was timed or written."""
 
 
 Timer = Callable[[Callable[[], object]], float]
+"""f -> seconds of a call of f."""
 Progress = Callable[[str, int, int], object]
+"""(what was timed, jobs done, jobs in all)."""
+Operands = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, list[Tensor | None], list[Tensor | None]]
+"""x, V, Us, scale, expert_ids, bases, biases."""
 
 
 def tune(
@@ -54,15 +69,20 @@ def tune(
     progress: Progress | None = None,
     check: Callable[[], Iterable[Case]] | None = None,
 ) -> Path:
-    """Check, time, write the table of this GPU; returns where. Takes minutes.
+    """Check the Triton kernels, time them, write the table of this GPU; returns its path. Takes minutes.
 
-    timer: f -> seconds; None: Triton's own benchmark, which empties the L2 cache before each run
-    check: what must pass before anything is timed; None: `selfcheck` of the Triton kernels on the device
-    Raises ImplUnavailableError where Triton cannot run, WrongResultError where a check fails, OSError where the table cannot be written.
+    shapes: the calls to tune for; tokens: T of each
+    folder: where the table goes; None: `user_folder()`
+    timer: None for Triton's own benchmark, which empties the L2 cache before each run
+    progress: called after each job
+    check: gives the cases that must be right before anything is timed; None for `selfcheck` of the Triton kernels
+
+    Raises ImplUnavailableError if Triton cannot run, WrongResultError if a check fails, OSError if the table cannot
+    be written.
     """
     device = torch.device(device)
-    if why := triton_kernels.why_not(device):
-        raise ImplUnavailableError(f"there is nothing to tune on {device}: {why}")
+    if reason := TRITON.unsupported_device(device):
+        raise ImplUnavailableError(f"there is nothing to tune on {device}: {reason}")
     import triton
 
     cases = _checked(check() if check else selfcheck(device, "triton"))
@@ -92,49 +112,53 @@ def tune_cuda(
     timer: Timer | None = None,
     check: Callable[[], Iterable[Case]] | None = None,
 ) -> Path:
-    """Check the CUDA kernel, time it beside Triton's pair where there is one, write what was found; returns where. As `tune`."""
+    """Check the CUDA kernel, time it beside Triton's pair if that runs, write the table; returns its path. Arguments
+    and errors as in `tune`."""
     device = torch.device(device)
-    if why := cuda_kernels.why_not(device):
-        raise ImplUnavailableError(f"there is nothing to tune on {device}: {why}")
+    if reason := CUDA.unsupported_device(device):
+        raise ImplUnavailableError(f"there is nothing to tune on {device}: {reason}")
     cases = _checked(check() if check else selfcheck(device, "cuda"))
     seconds: dict[int, dict[int, list[float]]] = {}
-    if triton_kernels.why_not(device) is None:
+    if TRITON.unsupported_device(device) is None:
         for bytes_, T in ((b, T) for b in (2, 1) for T in DECODE):
             calls = [
                 Call(T, s.N, s.M, s.C, s.x, s.factors, base=s.base)
                 for s in dict.fromkeys(shapes)
                 if s.factors.itemsize == bytes_
             ]
-            pairs = [_decode_and_pair(c, device, timer or _cold) for c in calls if why_no_decode(c) is None]
+            pairs = [_decode_and_pair(c, device, timer or _cold) for c in calls if CUDA.unsupported(c) is None]
             if pairs:
                 seconds.setdefault(bytes_, {})[T] = [sum(p) for p in zip(*pairs, strict=True)]
-    tokens = tuple(
+    wide, narrow = (
         crossover(seconds[b]) if b in seconds else usual for b, usual in zip((2, 1), DECODE_TOKENS, strict=True)
     )
     us = {b: {T: [round(s * 1e6, 2) for s in both] for T, both in found.items()} for b, found in seconds.items()}
     return write_cuda_table(
-        _name(device), tokens, folder or user_folder(), checked=_verdict(cases), decode_and_pair_us=us
+        _name(device), (wide, narrow), folder or user_folder(), checked=_verdict(cases), decode_and_pair_us=us
     )
 
 
 def _checked(cases: Iterable[Case]) -> list[Case]:
-    """The cases, if there are any and all of them are right."""
+    """The cases. Raises WrongResultError unless there are some and all are right."""
     cases = list(cases)
     wrong = [c for c in cases if not c.right]
     if wrong or not cases:
         raise WrongResultError(
             f"{len(wrong)} of {len(cases)} checks fail on this device, e.g. {wrong[0] if wrong else 'none ran'}; "
-            "`auto` does without these kernels here. Please report this with the output of `t2 env`"
+            "`auto` does not use these kernels here. Please report this with the output of `t2 env`"
         )
     return cases
 
 
-def _verdict(cases: list[Case]) -> dict[str, object]:
+def _verdict(cases: list[Case]) -> dict[str, Any]:
     return {"cases": len(cases), "worst": max(c.error for c in cases), "torch": torch.__version__}
 
 
-def crossover(seconds: dict[int, Sequence[float]]) -> int:
-    """{T: (seconds of one, of the other)} -> the tokens up to which the one is at least as fast at every smaller T that was timed; 0: never."""
+def crossover(seconds: Mapping[int, Sequence[float]]) -> int:
+    """The largest T up to which the first of two is at least as fast at every T that was timed; 0 if it never is.
+
+    seconds: {T: (seconds of the first, of the second)}
+    """
     found = 0
     for T in sorted(seconds):
         pair, mm = seconds[T]
@@ -144,9 +168,11 @@ def crossover(seconds: dict[int, Sequence[float]]) -> int:
     return found if seconds else PAIR_TOKENS
 
 
-def _best_tiles(shape: Shape, T: int, device: torch.device, timer: Timer) -> dict[tuple, Tiles]:
-    """The fastest tiles of shrink, then, with these, of expand."""
+def _best_tiles(shape: Shape, T: int, device: torch.device, timer: Timer) -> dict[Timed, Tiles]:
+    """The fastest tiles of shrink, and, with these, of expand."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    from t2kernels.ops.impls.triton import launch
+
     operands = _operands(shape, T, device)
     kinds = {"shrink": (sum(shape.C), shape.N), "expand": (sum(shape.M), max(shape.C))}
     found = {}
@@ -156,36 +182,33 @@ def _best_tiles(shape: Shape, T: int, device: torch.device, timer: Timer) -> dic
         for t in candidates(kernel, T, rows, K, shape.x, shape.factors, capability):
             pair = {**chosen, kernel: t}
             try:
-                timed.append(
-                    (
-                        timer(
-                            lambda pair=pair: triton_kernels.forward_pair(*operands, (pair["shrink"], pair["expand"]))
-                        ),
-                        t,
-                    )
-                )
-            except (
-                Exception
-            ) as e:  # a tile that does not compile or fit here; which error that is differs between Tritons
+                seconds = timer(lambda pair=pair: launch.forward_pair(*operands, (pair["shrink"], pair["expand"])))
+            except Exception as e:  # this tile does not compile or fit; the class of the error depends on Triton
                 if not timed:
-                    raise RuntimeError(f"{kernel} with the rule's own tiles {t} does not run: {e}") from e
+                    raise RuntimeError(f"{kernel} with the tiles of the rule, {t}, does not run: {e}") from e
+                continue
+            timed.append((seconds, t))
         chosen[kernel] = min(timed, key=lambda pair: pair[0])[1]
         found[kernel, T, rows, K, shape.x, shape.factors] = chosen[kernel]
     return found
 
 
 def _pair_and_mm(shape: Shape, T: int, device: torch.device, timer: Timer) -> tuple[float, float]:
+    from t2kernels.ops.impls.triton import launch
+
     operands = _operands(shape, T, device)
-    return timer(lambda: triton_kernels.forward_pair(*operands)), timer(lambda: triton_kernels.forward_mm(*operands))
+    return timer(lambda: launch.forward_pair(*operands)), timer(lambda: forward_mm(*operands, TRITON.row_scaling))
 
 
 def _decode_and_pair(call: Call, device: torch.device, timer: Timer) -> tuple[float, float]:
+    from t2kernels.ops.impls.triton import launch
+
     operands = _operands(Shape(call.N, call.M, call.C, call.base, call.x, call.factors), call.T, device)
-    return timer(lambda: cuda_kernels.forward(*operands)), timer(lambda: triton_kernels.forward_pair(*operands))
+    return timer(lambda: cuda_kernels.forward(*operands)), timer(lambda: launch.forward_pair(*operands))
 
 
-def _operands(shape: Shape, T: int, device: torch.device) -> tuple:
-    def factor(rows: int, columns: int) -> torch.Tensor:
+def _operands(shape: Shape, T: int, device: torch.device) -> Operands:
+    def factor(rows: int, columns: int) -> Tensor:
         w = torch.randn(rows, columns, device=device)
         return (
             (w * 30).round().clamp(-127, 127).to(torch.int8)
@@ -193,7 +216,7 @@ def _operands(shape: Shape, T: int, device: torch.device) -> tuple:
             else (w / columns**0.5).to(shape.factors)
         )
 
-    def rows(M: int) -> torch.Tensor:
+    def rows(M: int) -> Tensor:
         return torch.randn(T, M, device=device).to(shape.x)
 
     V, Us = factor(sum(shape.C), shape.N).t(), [factor(M, C) for M, C in zip(shape.M, shape.C, strict=True)]

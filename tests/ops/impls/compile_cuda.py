@@ -24,12 +24,12 @@ REGISTERS, THREADS = 65536, 256
 
 
 class Instance(NamedTuple):
-    """Template arguments of a `skinny_kernel`, or of a `cluster_kernel`, which is never fused, 4 chunks deep and alone on its multiprocessor."""
+    """Template arguments of a `skinny_kernel`, or of a `cluster_kernel`, which is 4 chunks deep and alone on its
+    multiprocessor."""
 
     product: int
     weights: int
     tiles: int
-    fused: int
     depth: int
     resident: int
     cluster: int = 1
@@ -81,7 +81,7 @@ def kernels(text: str) -> dict[Instance, tuple[list[tuple[int, str]], dict[str, 
         numbers = [int(n) for n in re.findall(r"(?:E|L[ib])(\d+)E", name[name.index("_kernelI") :])]
         clustered = "cluster_kernel" in name
         return found.setdefault(
-            Instance(*numbers[:3], 0, 4, 1, numbers[3]) if clustered else Instance(*numbers[:6]), ([], {})
+            Instance(*numbers[:3], 4, 1, numbers[3]) if clustered else Instance(*numbers[:5]), ([], {})
         )
 
     current = None
@@ -135,16 +135,12 @@ def faults(kernel: Instance, code: list[tuple[int, str]], usage: dict[str, int],
         found += _dependent_launch(kernel, ops, loads)
     if kernel.cluster > 1 and arch >= 90 and not {"UCGABAR_ARV", "UCGABAR_WAIT"} <= set(ops):
         found.append("no barrier of the cluster")
-    if kernel.fused and not (
-        any(op.startswith("ATOM") and "STRONG.GPU" in op for op in ops)
-        and any(op.startswith("LD") and "STRONG.GPU" in op for op in ops)
-    ):
-        found.append("no atomics of the grid barrier")
     return found
 
 
 def _waits(code: list[tuple[int, str]], loads: list[int], products: list[int]) -> list[str]:
-    """A chunk that is refilled in the loop must not be looked at before the loop comes round: that would wait for memory there and then."""
+    """A chunk that is refilled in the loop must not be looked at before the loop comes round: that would wait for
+    memory there and then."""
     inside = [i for i in loads if i > products[0]]
     ends = [
         i
@@ -188,12 +184,12 @@ def _dependent_launch(kernel: Instance, ops: list[str], loads: list[int]) -> lis
         [i for i, op in enumerate(ops) if op == "ACQBULK"],
         [i for i, op in enumerate(ops) if op == "PREEXIT"],
     )
-    if len(waits) != 1 or len(triggers) != (0 if kernel.fused else 1):
+    if len(waits) != 1 or len(triggers) != 1:
         return [f"{len(waits)} griddepcontrol.wait and {len(triggers)} launch_dependents"]
     before = [i for i, op in enumerate(ops[: waits[0]]) if op.startswith("LD") and not op.startswith(("LDC", "LDS"))]
     if before != loads[: 4 * kernel.depth]:
         found.append(f"before the wait stand {len(before)} loads, not the first {4 * kernel.depth} of W")
-    if triggers and triggers[0] > waits[0]:
+    if triggers[0] > waits[0]:
         found.append("dependents are launched after the wait")
     if any(op.startswith(("ST", "RED", "ATOM")) for op in ops[: waits[0]]):
         found.append("something is written before the wait")

@@ -1,6 +1,9 @@
-"""Compile the Triton kernels ahead of time, without a GPU, as they are launched for Llama-3 shapes, and print what the machine code holds.
+"""Compile the Triton kernels ahead of time, without a GPU, as they are launched for Llama-3 shapes, and print what the
+machine code holds.
 
-    python tests/ops/impls/compile_kernels.py ARCH [--all | --bad]     ARCH: 80, 90 or 100. A JSON object for each compiled kernel, with its faults.
+    python tests/ops/impls/compile_kernels.py ARCH [--all | --bad]     ARCH: 80, 90 or 100
+
+It prints a JSON object for each compiled kernel, with its faults.
 
 Launches are built from tensors without data, by the code that launches on a GPU. It must run without TRITON_INTERPRET.
 """
@@ -19,13 +22,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from t2kernels.ops.impls.triton import backward as triton_backward
-from t2kernels.ops.impls.triton import forward as triton_forward
+from t2kernels.ops.impls.triton import launch as triton_launch
 from t2kernels.ops.impls.triton.common import Launch, products
 from t2kernels.ops.tuning.tiles import Tiles, shared_bytes, tiles
 
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", INT8: "*i8", torch.int32: "*i32", torch.int64: "*i64"}
-# (N, ranks, out sizes) of a group: q,k,v; o; gate,up; down. Factored with 3 % residual columns, and delta with 256 components.
+# (N, ranks, out sizes) of a group: q,k,v; o; gate,up; down. Factored with 3 % residual columns, and delta with 256
+# components.
 LLAMA_8B = [
     (4096, [1056], [4096]),
     (4096, [4224, 4224], [14336, 14336]),
@@ -60,15 +64,15 @@ def launches(T, group, x_dtype, w_dtype, arch):
     Us = [empty(M, R, dtype=w_dtype) for M, R in zip(outs, ranks, strict=True)]
     first = tiles("shrink", T, C, N, x_dtype, w_dtype, arch)
     g = empty(first.split, T, C, dtype=FP32) if first.split > 1 else empty(T, C, dtype=products(x_dtype, w_dtype)[0])
-    yield triton_forward.shrink_launch(x, empty(C, N, dtype=w_dtype), scale, ids, 1, g, first, arch)
+    yield triton_launch.shrink_launch(x, empty(C, N, dtype=w_dtype), scale, ids, 1, g, first, arch)
     ys, none = [empty(T, M, dtype=x_dtype) for M in outs], [None] * len(outs)
     second = tiles("expand", T, sum(outs), max(ranks), x_dtype, w_dtype, arch, parts=first.split)
-    yield triton_forward.expand_launch(
+    yield triton_launch.expand_launch(
         g, Us, ys if delta else none, none, ys, second, arch, *((scale, ids) if first.split > 1 else ())
     )
     if len(outs) == 2:
         second = tiles("swiglu", T, outs[0], max(ranks), x_dtype, w_dtype, arch, parts=first.split)
-        yield triton_forward.swiglu_launch(
+        yield triton_launch.swiglu_launch(
             g, Us, ys if delta else none, none, ys[0], second, arch, *((scale, ids) if first.split > 1 else ())
         )
 
@@ -81,13 +85,13 @@ def elementwise(x_dtype, arch):
     )
     small = [empty(n, dtype=torch.int32) for n in (T, T, E + 1, E)]
     parts, tile = triton_backward.Segments(*small), tiles("backward", T, C, 1, x_dtype, x_dtype, arch)
-    for p in (parts, None):
-        yield triton_backward.backward_launch(h, h, scale, ids, 1, p, h, scale, tile, arch)
+    yield triton_backward.backward_launch(h, h, scale, ids, 1, parts, h, scale, tile, arch)
     yield triton_backward.sum_slots_launch(empty(T, C, dtype=FP32), parts, 1, scale, tile.BT, arch)
 
 
 def every_launch(arch, everything):
-    """What `tiles` chooses for one group each of the shapes that differ: what make test compiles. Or for all shapes and dtypes."""
+    """What `tiles` chooses for one group each of the shapes that differ: what make test compiles. Or for all shapes and
+    dtypes."""
     if everything:
         for T in (1, 32, 64, 128):
             for x_dtype, w_dtype in ((BF16, BF16), (BF16, INT8), (FP16, INT8)):
@@ -110,7 +114,8 @@ def every_launch(arch, everything):
 
 
 def source(launch: Launch):
-    """The compiler's input for a launch, with the hints that Triton's own launcher would give, and a key that tells two such inputs apart."""
+    """The compiler's input for a launch, with the hints that Triton's own launcher would give, and a key that tells two
+    such inputs apart."""
     signature, constants, hints = {}, dict(launch.meta), {}
     runtime_only = {p.name for p in launch.kernel.params if p.do_not_specialize}
     for i, name in enumerate(launch.kernel.arg_names):
@@ -162,7 +167,8 @@ def faults(row: dict, ops: list[str], arch: tuple[int, int]) -> list[str]:
     narrow = {op for op in ops if op.startswith(("LDGSTS", "LDG.E.EF")) and ".128" not in op}
     if narrow:
         found.append(f"narrow loads of the factor or the activations: {', '.join(sorted(narrow))}")
-    # F2F and I2F convert one number a lane at a quarter of the rate or less. After the sum, a few are nothing; I2F.RP belongs to a division.
+    # F2F and I2F convert one number a lane at a quarter of the rate or less. After the sum, a few are nothing; I2F.RP
+    # belongs to a division.
     slow = {op for op in ops[: products[-1]] if op.startswith(("F2F.", "I2F")) and not op.startswith("I2F.RP")}
     if slow and not fp32:
         found.append(f"slow conversions in the sum: {', '.join(sorted(slow))}")
@@ -198,11 +204,11 @@ def bad_launches(arch):
     """Launches that must be found bad: a tile that spills; rows of 33 numbers, which no wide load fits."""
     x, scale, ids = empty(128, 4096, dtype=BF16), empty(8, 4096, dtype=FP32), empty(128, dtype=torch.int32)
     spills = Tiles(BR=128, BT=128, BK=128, split=1, warps=4, stages=2)
-    yield triton_forward.shrink_launch(
+    yield triton_launch.shrink_launch(
         x, empty(4096, 4096, dtype=BF16), scale, ids, 1, empty(128, 4096, dtype=BF16), spills, arch
     )
     odd = Tiles(BR=32, BT=16, BK=32, split=1, warps=4, stages=2)
-    yield triton_forward.shrink_launch(
+    yield triton_launch.shrink_launch(
         x[:8, :33].clone(), empty(64, 33, dtype=BF16), scale, ids, 1, empty(8, 64, dtype=BF16), odd, arch
     )
 

@@ -1,4 +1,5 @@
-"""The CUDA decode kernel compiled for Hopper, without a GPU: no spills, wide loads, W on its way before the wait, and no load waited for at once.
+"""The CUDA decode kernel compiled for Hopper, without a GPU: no spills, wide loads, W on its way before the wait, and
+no load waited for at once.
 
 `python tests/ops/impls/compile_cuda.py 80 90a 100` asks the same of every generation; it takes a minute.
 """
@@ -9,7 +10,7 @@ from tests.ops.impls import compile_cuda
 from tests.ops.impls.compile_cuda import CSRC, SOURCES, Instance
 
 pytestmark = pytest.mark.skipif(compile_cuda.why_not() is not None, reason=f"compile checks: {compile_cuda.why_not()}")
-PLAIN = Instance(product=0, weights=0, tiles=1, fused=0, depth=4, resident=2)
+PLAIN = Instance(product=0, weights=0, tiles=1, depth=4, resident=2)
 
 
 def test_machine_code_is_what_the_source_promises(tmp_path):
@@ -17,9 +18,7 @@ def test_machine_code_is_what_the_source_promises(tmp_path):
     for product in (0, 1):
         mine = [k for k in rows if k.product == product]
         alone, together = ([k for k in mine if (k.cluster > 1) == c] for c in (False, True))
-        assert {(k.weights, k.tiles, k.fused) for k in alone} == {
-            (w, t, f) for w in range(3) for t, f in ((1, 0), (2, 0), (4, 0), (1, 1))
-        }
+        assert {(k.weights, k.tiles) for k in alone} == {(w, t) for w in range(2) for t in (1, 2, 4)}
         assert {(k.weights, k.tiles) for k in together} == {(w, t) for w in range(2) for t in (2, 4)}
     bad = [f"{kernel}: {row['faults']}" for kernel, row in rows.items() if row["faults"]]
     assert not bad, "\n".join(bad)
@@ -28,7 +27,8 @@ def test_machine_code_is_what_the_source_promises(tmp_path):
 SPOILED = {
     "waited for in its own turn": (
         "        const int i = from + quarter * 16;\n        uint4 X",
-        "        const Chunk used = ring[d];\n        load(ahead, a, warp, lane, ring[d]);\n        const int i = from + quarter * 16;\n        uint4 X",
+        "        const Chunk used = ring[d];\n        load(ahead, a, warp, lane, ring[d]);\n"
+        "        const int i = from + quarter * 16;\n        uint4 X",
     ),
     "not read 16 bytes a lane": ("ld.global.nc.L1::no_allocate.L2::256B.v4.u32", "ld.global.nc.v4.u32"),
     "before the wait stand 0 loads": ("  Chunk ring[DEPTH];", "  wait_for_kernel_before();\n  Chunk ring[DEPTH];"),
@@ -53,7 +53,8 @@ def test_the_checks_can_fail(fault, tmp_path):
     assert hits == 1
     source = tmp_path / "one.cu"
     source.write_text(
-        '#include "skinny.cuh"\ntemplate __global__ void t2::skinny_kernel<t2::BF16, t2::WIDE, 1, false, 4, 2>(const __grid_constant__ t2::Args);\n'
+        '#include "skinny.cuh"\ntemplate __global__ void t2::skinny_kernel<t2::BF16, t2::WIDE, 1, 4, 2>('
+        "const __grid_constant__ t2::Args);\n"
     )
     rows = compile_cuda.report("90a", [source], tmp_path)
     assert any(fault in said for said in rows[PLAIN]["faults"]), rows

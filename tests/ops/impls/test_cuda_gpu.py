@@ -1,4 +1,5 @@
-"""The CUDA decode kernel on a GPU, at the sizes of Llama-3-8B: against fp64, in CUDA graphs, a thousand times over, and beside other kernels."""
+"""The CUDA decode kernel on a GPU, at the sizes of Llama-3-8B: against fp64, in CUDA graphs, a thousand times over, and
+beside other kernels."""
 
 import itertools
 import subprocess
@@ -9,20 +10,19 @@ import torch
 
 from t2kernels.ops import svf_linear_group
 from t2kernels.ops.impls import cuda_kernels
-from t2kernels.ops.impls.cuda_kernels import Variant
-from t2kernels.ops.planner import DECODE_DTYPES
+from t2kernels.ops.impls.cuda_kernels import CUDA, DTYPES, Variant
 from t2kernels.ops.tuning.selfcheck import selfcheck
-from tests.helpers.gpu_cases import BF16, FP16, GROUPS, INT8, base_weights, captured, exact, problem
+from tests.helpers.gpu_cases import BF16, GROUPS, INT8, captured, exact, problem
 from tests.helpers.triton_cases import MIXES, E, check, draw_ids, eager
 
 pytestmark = [pytest.mark.gpu]
 if not torch.cuda.is_available():
     pytestmark.append(pytest.mark.skip(reason="no CUDA GPU"))
-elif why := cuda_kernels.why_not(torch.device("cuda")):
+elif why := CUDA.unsupported_device(torch.device("cuda")):
     pytestmark.append(pytest.mark.skip(reason=why))
 
 TOKENS = (1, 2, 5, 8, 9, 13, 16, 17, 32)
-FUSED, ALONE = Variant(fused=True), Variant(dependent=False)
+ALONE = Variant(dependent=False)
 FITTING = [name for name in GROUPS if name != "odd"]
 
 
@@ -36,50 +36,31 @@ def same(a, b):
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("x_dtype, w_dtype", DECODE_DTYPES)
+@pytest.mark.parametrize("x_dtype, w_dtype", DTYPES)
 @pytest.mark.parametrize("name", FITTING)
-def test_forward(name, x_dtype, w_dtype):
+def test_forward(name, x_dtype, w_dtype, monkeypatch):
     for T, mix in zip(TOKENS, itertools.cycle(MIXES)):
         args = arguments(T, name, x_dtype, w_dtype, mix)
         got = cuda_kernels.forward(*args)
         check(got, eager(*args), exact(*args), x_dtype)
         assert same(got, cuda_kernels.forward(*args, ALONE))
-        if T <= 8:
-            assert same(got, cuda_kernels.forward(*args, FUSED))
-            assert same(got, cuda_kernels.forward(*args, Variant(blocks=7)))
-        else:  # without clusters, and with few of them
-            alone = cuda_kernels.forward(*args, Variant(cluster=1))
-            check(alone, eager(*args), exact(*args), x_dtype)
-            assert same(alone, cuda_kernels.forward(*args, Variant(cluster=1, blocks=7)))
-            check(cuda_kernels.forward(*args, Variant(blocks=8)), eager(*args), exact(*args), x_dtype)
+        alone = cuda_kernels.forward(*args, Variant(cluster=1))
+        check(alone, eager(*args), exact(*args), x_dtype)
+        with monkeypatch.context() as few:  # few thread blocks, and few clusters of them
+            few.setattr(cuda_kernels, "multiprocessors", lambda device: 8)
+            assert same(alone, cuda_kernels.forward(*args, Variant(cluster=1)))
+            check(cuda_kernels.forward(*args), eager(*args), exact(*args), x_dtype)
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("x_dtype, w_dtype", DECODE_DTYPES)
-@pytest.mark.parametrize("variant", [Variant(), FUSED])
-def test_swiglu(x_dtype, w_dtype, variant):
-    for T in TOKENS[: 4 if variant.fused else None]:
+@pytest.mark.parametrize("x_dtype, w_dtype", DTYPES)
+def test_swiglu(x_dtype, w_dtype):
+    for T in TOKENS:
         p = problem(T, (2048, [256, 2048], [5632, 5632]), x_dtype, w_dtype)
         args = *p[:4], draw_ids("uniform", T), *p[4:]
         (gate, up), (plain_gate, plain_up) = exact(*args), eager(*args)
         want, plain = gate / (1 + (-gate).exp()) * up, torch.nn.functional.silu(plain_gate) * plain_up
-        check([cuda_kernels.forward_swiglu(*args, variant)], [plain], [want], x_dtype)
-
-
-@pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("x_dtype, w_dtype", [(BF16, BF16), (BF16, INT8), (FP16, INT8)])
-@pytest.mark.parametrize("W_is_int8", [False, True])
-def test_over_a_base_in_the_same_launch(x_dtype, w_dtype, W_is_int8):
-    for T in TOKENS:
-        x, V, Us, scale, ids, _, biases = arguments(T, "qkv delta", x_dtype, w_dtype, base=False)
-        Ws, rows, floats = base_weights([U.shape[0] for U in Us], x.shape[1], x_dtype, W_is_int8)
-        args = x, V, Us, scale, ids
-        want = exact(*args, [x.double() @ W.t() for W in floats], biases)
-        plain = eager(*args, [x @ W.to(x_dtype).t() for W in floats], biases)
-        got = cuda_kernels.forward_over(x, Ws, V, Us, scale, ids, biases, rows)
-        check(got, plain, want, x_dtype)
-        if T <= 8:
-            assert same(got, cuda_kernels.forward_over(x, Ws, V, Us, scale, ids, biases, rows, variant=FUSED))
+        check([cuda_kernels.forward_swiglu(*args)], [plain], [want], x_dtype)
 
 
 def test_its_own_check_passes():
@@ -96,16 +77,12 @@ def test_a_row_that_is_not_there_gives_nan():
             assert y[[0, 2, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("variant", [Variant(), FUSED])
-def test_a_graph_follows_experts_that_are_swapped_between_replays(variant):
+def test_a_graph_follows_experts_that_are_swapped_between_replays():
     x, V, Us, scale, ids, bases, biases = args = arguments(8, "qkv delta")
 
     def steps():
-        found = cuda_kernels.forward(*args, variant)
-        return [
-            *found,
-            cuda_kernels.forward_swiglu(x, V[:, 256:], Us[1:], scale[:, 256:], ids, bases[1:], biases[1:], variant),
-        ]
+        gated = cuda_kernels.forward_swiglu(x, V[:, 256:], Us[1:], scale[:, 256:], ids, bases[1:], biases[1:])
+        return [*cuda_kernels.forward(*args), gated]
 
     graph, captured_ys = captured(steps)
     for row in range(4):
@@ -117,11 +94,9 @@ def test_a_graph_follows_experts_that_are_swapped_between_replays(variant):
         check(captured_ys[:3], eager(*args), exact(*args), BF16)
 
 
-@pytest.mark.parametrize(
-    "T, variant", [(8, Variant()), (8, FUSED), (8, Variant(blocks=64)), (32, Variant()), (16, Variant(cluster=1))]
-)
+@pytest.mark.parametrize("T, variant", [(8, Variant()), (32, Variant()), (16, Variant(cluster=1))])
 def test_a_thousand_runs_give_the_same_bits(T, variant):
-    """A race in shared memory, in the dependent launch, in a cluster or in the grid barrier would show as a bit that moves."""
+    """A race in shared memory, in the dependent launch or in a cluster would show as a bit that moves."""
     for name, w_dtype in (("qkv delta", BF16), ("down", INT8)):
         args = arguments(T, name, BF16, w_dtype)
         first, moved = cuda_kernels.forward(*args, variant), torch.zeros((), dtype=torch.int64, device="cuda")
@@ -131,8 +106,8 @@ def test_a_thousand_runs_give_the_same_bits(T, variant):
         assert moved.item() == 0
 
 
-@pytest.mark.parametrize("T, variant", [(4, Variant()), (4, FUSED), (12, Variant())])
-def test_a_chain_of_dependent_launches_is_what_waiting_gives(T, variant):
+@pytest.mark.parametrize("T", [4, 12])
+def test_a_chain_of_dependent_launches_is_what_waiting_gives(T):
     """x of each call is y of the one before, and memory is reused at once: nothing may start too early."""
     p = problem(T, (2048, [256], [2048]), BF16, BF16, base=False)
     x, V, Us, scale = p[:4]
@@ -141,7 +116,7 @@ def test_a_chain_of_dependent_launches_is_what_waiting_gives(T, variant):
     def chain(wait, torch_between):
         y = x
         for _ in range(200):
-            (y,) = cuda_kernels.forward(y, V, Us, scale, ids, [y], [None], variant)
+            (y,) = cuda_kernels.forward(y, V, Us, scale, ids, [y], [None])
             y = y * 0.5 if torch_between else y
             if wait:
                 torch.cuda.synchronize()
@@ -152,7 +127,6 @@ def test_a_chain_of_dependent_launches_is_what_waiting_gives(T, variant):
 
 
 def test_streams_do_not_disturb_each_other():
-    """Two grid barriers at one time, each with its own counter."""
     args = [arguments(4, "qkv delta") for _ in range(2)]
     want = [cuda_kernels.forward(*a) for a in args]
     torch.cuda.synchronize()
@@ -160,14 +134,14 @@ def test_streams_do_not_disturb_each_other():
     for _ in range(50):
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                found[i].append(cuda_kernels.forward(*args[i], Variant(fused=True, blocks=48)))
+                found[i].append(cuda_kernels.forward(*args[i]))
     torch.cuda.synchronize()
     assert all(same(y, w) for ys, w in zip(found, want, strict=True) for y in ys)
 
 
 def test_loading_the_extension_makes_no_context():
     asks = (
-        "import ctypes; from t2kernels import _C; import t2kernels.ops.cuda_kernels; c = ctypes.c_void_p();"
+        "import ctypes; from t2kernels import _C; import t2kernels.ops.impls.cuda_kernels; c = ctypes.c_void_p();"
         "r = ctypes.CDLL('libcuda.so.1').cuCtxGetCurrent(ctypes.byref(c)); assert r == 3 or not c.value, (r, c)"
     )
     subprocess.run([sys.executable, "-c", asks], check=True)

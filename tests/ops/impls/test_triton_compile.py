@@ -1,4 +1,5 @@
-"""The kernels compiled for three generations of GPUs, without one: no spills, tensor cores, wide loads, the factor loaded before the wait."""
+"""The kernels compiled for three generations of GPUs, without one: no spills, tensor cores, wide loads, the factor
+loaded before the wait."""
 
 import json
 import os

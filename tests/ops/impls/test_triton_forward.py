@@ -1,4 +1,5 @@
-"""The Triton forward against fp64, every dtype of x and of the factors: in the interpreter on a machine without a GPU, natively with one."""
+"""The Triton forward against fp64, every dtype of x and of the factors: in the interpreter on a machine without a GPU,
+natively with one."""
 # ruff: noqa: E402 (nothing here can be imported without Triton)
 
 import pytest
@@ -9,8 +10,8 @@ from tests.helpers.triton_cases import DEVICE, MIXES, PAIRS, E, check, draw_ids,
 triton = pytest.importorskip("triton")
 import triton.language as tl
 
-from t2kernels.ops.impls import triton as tk
 from t2kernels.ops.impls.triton import common as triton_common
+from t2kernels.ops.impls.triton import launch
 from t2kernels.ops.impls.triton.common import cast, int8_as_bf16
 from t2kernels.ops.tuning.tiles import Tiles, tiles
 
@@ -27,7 +28,7 @@ def test_forward_is_as_exact_as_eager(x_dtype, w_dtype):
         x, V, Us, scale, bases, biases = problem(T, N, Rs, Ms, x_dtype, w_dtype)
         ids = draw_ids(mix, T)
         args = x, V, Us, scale, ids, bases, biases
-        check(tk.forward_pair(*args), eager(*args), exact(*args), x_dtype)
+        check(launch.forward_pair(*args), eager(*args), exact(*args), x_dtype)
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -35,10 +36,10 @@ def test_every_mix_of_experts_and_every_way_to_add(mix):
     for base, bias in ((True, False), (False, True), (False, False)):
         x, V, Us, scale, bases, biases = problem(21, 48, [16, 32], [24, 40], torch.bfloat16, torch.bfloat16, base, bias)
         args = x, V, Us, scale, draw_ids(mix, 21), bases, biases
-        check(tk.forward_pair(*args), eager(*args), exact(*args), torch.bfloat16)
+        check(launch.forward_pair(*args), eager(*args), exact(*args), torch.bfloat16)
     bases, biases = [bases[0], torch.randn(21, 40).to(x)], [torch.randn(24).to(x), None]
     args = *args[:5], bases, biases
-    check(tk.forward_pair(*args), eager(*args), exact(*args), torch.bfloat16)
+    check(launch.forward_pair(*args), eager(*args), exact(*args), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_odd_sizes(T, N, Rs, Ms, split):
     args = problem(T, N, Rs, Ms, torch.float32, torch.float32)
     args = *args[:4], draw_ids("uniform", T), *args[4:]
     pair = Tiles(16, 16, 16, split, 4, 2), Tiles(16, 16, 16, 1, 4, 2)
-    check(tk.forward_pair(*args, tiles=pair), eager(*args), exact(*args), torch.float32)
+    check(launch.forward_pair(*args, pair), eager(*args), exact(*args), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_odd_sizes(T, N, Rs, Ms, split):
 def test_empty_sizes(T, N, Rs, Ms):
     args = problem(T, N, Rs, Ms, torch.float32, torch.float32)
     args = *args[:4], draw_ids("uniform", T), *args[4:]
-    check(tk.forward_pair(*args), eager(*args), exact(*args), torch.float32)
+    check(launch.forward_pair(*args), eager(*args), exact(*args), torch.float32)
 
 
 @pytest.mark.parametrize("w_dtype", [torch.bfloat16, torch.int8, torch.float16])
@@ -67,9 +68,9 @@ def test_split_sums_are_added_in_order(w_dtype, split):
     args = problem(12, 256, [32, 16], [48, 32], torch.bfloat16, w_dtype)
     args = *args[:4], draw_ids("distinct", 12), *args[4:]
     pair = Tiles(32, 16, 32, split, 4, 2), Tiles(32, 16, 16, 1, 4, 2)
-    got = tk.forward_pair(*args, tiles=pair)
+    got = launch.forward_pair(*args, pair)
     check(got, eager(*args), exact(*args), torch.bfloat16)
-    assert all(torch.equal(a, b) for a, b in zip(got, tk.forward_pair(*args, tiles=pair), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, launch.forward_pair(*args, pair), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_a_row_of_zeros_returns_base_bit_for_bit(x_dtype, w_dtype, split):
     bases[0][:, ::3] = -0.0
     ids = torch.tensor([0, 1, 0, 2, 0, 0], device=DEVICE)
     pair = Tiles(16, 16, 32, split, 4, 2), Tiles(32, 16, 32, 1, 4, 2)
-    (y,) = tk.forward_pair(x, V, Us, scale, ids, bases, [None], tiles=pair)
+    (y,) = launch.forward_pair(x, V, Us, scale, ids, bases, [None], tile_pair=pair)
     same = y.view(torch.int16) == bases[0].view(torch.int16)
     assert same[ids == 0].all()
     assert not same[ids != 0].all(1).any()
@@ -98,7 +99,7 @@ def test_ids_cover_sequences_and_scale_may_be_a_view():
         ((24,), torch.tensor(3, device=DEVICE)),
     ):
         each = ids.reshape(-1).repeat_interleave(24 // ids.numel())
-        (got,) = tk.forward_pair(x.reshape(*lead, 64), V, Us, wide[:, 7:39], ids, [None], [None])
+        (got,) = launch.forward_pair(x.reshape(*lead, 64), V, Us, wide[:, 7:39], ids, [None], [None])
         args = x, V, Us, scale, each, [None], [None]
         assert got.shape == (*lead, 48)
         check([got.reshape(24, 48)], eager(*args), exact(*args), torch.float32)
@@ -110,7 +111,7 @@ def test_inputs_in_any_memory_order():
     args = x, V, Us, scale, ids, bases, biases
     turned = [t.t().contiguous().t() for t in (x, V, Us[0], scale, bases[0])]
     assert not any(t.is_contiguous() for t in (turned[0], *turned[2:]))
-    got = tk.forward_pair(turned[0], turned[1], [turned[2]], turned[3], ids, [turned[4]], biases)
+    got = launch.forward_pair(turned[0], turned[1], [turned[2]], turned[3], ids, [turned[4]], biases)
     check(got, eager(*args), exact(*args), torch.float32)
 
 
@@ -120,14 +121,14 @@ def test_inputs_in_any_memory_order():
 def test_shrink_then_expand_is_the_pair(x_dtype, w_dtype):
     x, V, Us, scale, bases, biases = problem(7, 64, [32, 32], [48, 32], x_dtype, w_dtype)
     ids = draw_ids("distinct", 7)
-    g = tk.shrink(x, V, scale, ids)
-    want = tk.forward_pair(
-        x, V, Us, scale, ids, bases, biases, tiles=(tiles("shrink", 300, 64, 64, x_dtype, w_dtype, (9, 0)), None)
+    g = launch.shrink(x, V, scale, ids)
+    want = launch.forward_pair(
+        x, V, Us, scale, ids, bases, biases, tile_pair=(tiles("shrink", 300, 64, 64, x_dtype, w_dtype, (9, 0)), None)
     )
-    for got, y in zip(tk.expand(g, Us, bases, biases), want, strict=True):
+    for got, y in zip(launch.expand(g, Us, bases, biases), want, strict=True):
         assert torch.equal(got, y)
     args = x, V, Us, scale, ids, [None] * 2, [None] * 2
-    check(tk.expand(g, Us, [None] * 2, [None] * 2, dtype=x_dtype), eager(*args), exact(*args), x_dtype)
+    check(launch.expand(g, Us, [None] * 2, [None] * 2, dtype=x_dtype), eager(*args), exact(*args), x_dtype)
 
 
 def test_fp16_factors_have_headroom_for_bf16_data():
@@ -137,7 +138,7 @@ def test_fp16_factors_have_headroom_for_bf16_data():
     ids = draw_ids("uniform", 4)
     args = x, V, Us, scale, ids, [None], [None]
     assert exact(*args)[0].abs().max() > 65504
-    check(tk.forward_pair(*args), eager(*args), exact(*args), torch.bfloat16)
+    check(launch.forward_pair(*args), eager(*args), exact(*args), torch.bfloat16)
 
 
 @pytest.mark.parametrize("x_dtype, w_dtype", PAIRS)
@@ -151,15 +152,15 @@ def test_swiglu_in_the_epilogue(x_dtype, w_dtype, split):
         plain = eager(*args)
         plain = torch.nn.functional.silu(plain[0]) * plain[1]
         pair = Tiles(16, 16, 32, split, 4, 2), Tiles(32, 16, 32, 1, 4, 2)
-        check([tk.forward_swiglu(*args, tiles=pair)], [plain], [want], x_dtype)
+        check([launch.forward_swiglu(*args, tile_pair=pair)], [plain], [want], x_dtype)
 
 
 @pytest.mark.parametrize("base, bias", [(False, False), (True, False), (False, True)])
 def test_swiglu_is_what_separate_ops_give(base, bias):
     args = problem(8, 64, [32, 32], [48, 48], torch.bfloat16, torch.bfloat16, base, bias)
     args = *args[:4], draw_ids("uniform", 8), *args[4:]
-    gate, up = tk.forward_pair(*args)
-    assert torch.equal(tk.forward_swiglu(*args), torch.nn.functional.silu(gate) * up)
+    gate, up = launch.forward_pair(*args)
+    assert torch.equal(launch.forward_swiglu(*args), torch.nn.functional.silu(gate) * up)
 
 
 @triton.jit
@@ -185,27 +186,25 @@ def test_no_dependent_launch_where_a_factor_was_just_copied(monkeypatch):
     """The copy may still be under way when a block reads ahead of the wait."""
     launched = []
     monkeypatch.setattr(triton_common, "INTERPRETED", False)
-    monkeypatch.setattr(triton_common.Launch, "run", lambda launch: launched.append(launch))
+    monkeypatch.setattr(triton_common.Launch, "run", lambda one: launched.append(one))
     x, V, Us, scale, bases, biases = problem(4, 64, [32, 32], [48, 48], torch.float32, torch.float32)
     ids, copied = draw_ids("one", 4), Us[0].t().contiguous().t()
     for v, us, pdl in ((V, Us, True), (V.contiguous(), Us, False), (V, [copied, Us[1]], False)):
-        for forward in (tk.forward_pair, tk.forward_swiglu):
+        for forward in (launch.forward_pair, launch.forward_swiglu):
             launched.clear()
             forward(x, v, us, scale, ids, bases, biases)
-            assert [(launch.meta["PDL"], launch.options.get("launch_pdl", False)) for launch in launched] == [
-                (pdl, pdl)
-            ] * 2
+            assert [(one.meta["PDL"], one.options.get("launch_pdl", False)) for one in launched] == [(pdl, pdl)] * 2
 
 
 def test_what_does_not_fit_is_said():
     x, V, Us, scale, bases, biases = problem(2, 8, [4], [6], torch.float64, torch.float64)
     ids = draw_ids("one", 2)
     with pytest.raises(ValueError, match="float64"):
-        tk.forward_pair(x, V, Us, scale, ids, bases, biases)
+        launch.forward_pair(x, V, Us, scale, ids, bases, biases)
     x, V, Us, scale, bases, biases = problem(2, 8, [4] * 5, [6] * 5, torch.float32, torch.float32)
     with pytest.raises(ValueError, match="1 to 4"):
-        tk.forward_pair(x, V, Us, scale, ids, bases, biases)
+        launch.forward_pair(x, V, Us, scale, ids, bases, biases)
     with pytest.raises(ValueError, match="one M"):
-        tk.forward_swiglu(x, V[:, :8], [Us[0], Us[1][:3]], scale[:, :8], ids, bases[:2], biases[:2])
+        launch.forward_swiglu(x, V[:, :8], [Us[0], Us[1][:3]], scale[:, :8], ids, bases[:2], biases[:2])
     with pytest.raises(ValueError, match="one dtype"):
-        tk.forward_pair(x, V[:, :8], [Us[0], Us[1].half()], scale[:, :8], ids, bases[:2], biases[:2])
+        launch.forward_pair(x, V[:, :8], [Us[0], Us[1].half()], scale[:, :8], ids, bases[:2], biases[:2])

@@ -1,20 +1,18 @@
-"""A whole model on the Triton kernels, in their interpreter, as `auto` runs it on a GPU where they have been checked."""
-
-import sys
+"""A whole model on the Triton kernels, in their interpreter, as `auto` runs it on a GPU where they have been
+checked."""
 
 import pytest
 import torch
 
 import t2kernels as t2
-from t2kernels.ops.device import machine_of
-from t2kernels.ops.planner import Machine
+from t2kernels.ops import dispatch
+from t2kernels.ops.device import Device
 from tests.helpers.families import build
 
-seam = sys.modules["t2kernels.ops.op"]  # the package's attribute of that name is the function
-CHECKED = Machine("cpu", "a machine where Triton was checked", (("cuda", "not built"),), pair_tokens=16)
+CHECKED = Device("cpu", "a machine where Triton was checked", (("cuda", "not built"),), pair_tokens=16)
 
 pytestmark = pytest.mark.skipif(
-    "triton" in dict(machine_of(torch.device("cpu")).missing), reason="no Triton interpreter here"
+    dispatch.device_of(torch.device("cpu")).unsupported("triton") is not None, reason="no Triton interpreter here"
 )
 
 
@@ -30,10 +28,10 @@ def model(request):
 
 def paths(monkeypatch):
     ran = []
-    seam._planned.cache_clear()  # what was asked before would not be asked again
-    monkeypatch.setattr(seam, "machine_of", lambda device: CHECKED)
-    real = seam.choose
-    monkeypatch.setattr(seam, "choose", lambda *a: ran.append(real(*a)) or ran[-1])
+    dispatch.planned.cache_clear()  # what was asked before would not be asked again
+    monkeypatch.setattr(dispatch, "device_of", lambda device: CHECKED)
+    real = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *a: ran.append(real(*a)) or ran[-1])
     return ran
 
 

@@ -3,17 +3,8 @@
 import pytest
 import torch
 
-from t2kernels.ops.tuning.tiles import (
-    KERNELS,
-    MAX_CANDIDATES,
-    Tiles,
-    candidates,
-    read_table,
-    shared_bytes,
-    table_path,
-    tiles,
-    write_table,
-)
+from t2kernels.ops.tuning.tables import read_table, table_path, write_table
+from t2kernels.ops.tuning.tiles import KERNELS, MAX_CANDIDATES, Tiles, candidates, shared_bytes, tiles
 
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 ARCHS = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]

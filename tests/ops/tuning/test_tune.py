@@ -1,4 +1,4 @@
-"""Checks before trust: what `t2 tune` writes, what it refuses to time, and what the planner makes of it. The kernels run in the interpreter."""
+"""`t2 tune`: what it checks, times and writes, and how `auto` uses it. The kernels run in Triton's interpreter."""
 
 import json
 
@@ -7,27 +7,27 @@ import torch
 import transformers
 
 from t2kernels.cli.verbs.tune import shapes
-from t2kernels.ops import device as machine
-from t2kernels.ops.device import machine_of
+from t2kernels.ops import dispatch
+from t2kernels.ops.dispatch import ImplUnavailableError, choose, device_of
 from t2kernels.ops.impls import cuda_kernels
-from t2kernels.ops.impls import triton as triton_kernels
-from t2kernels.ops.op import ImplUnavailableError
-from t2kernels.ops.planner import Call, choose
+from t2kernels.ops.impls.cuda_kernels import CUDA
+from t2kernels.ops.impls.triton import TRITON
+from t2kernels.ops.planner import Call
 from t2kernels.ops.tuning.selfcheck import Case, E, selfcheck
-from t2kernels.ops.tuning.tiles import (
-    Tiles,
+from t2kernels.ops.tuning.tables import (
     read_cuda_table,
     read_table,
     table_path,
-    tiles,
     user_folder,
     write_cuda_table,
     write_table,
 )
+from t2kernels.ops.tuning.tiles import Tiles, tiles
 from t2kernels.ops.tuning.tuner import CROSSOVER, Shape, WrongResultError, crossover, tune, tune_cuda
 
 CPU = torch.device("cpu")
-needs_triton = pytest.mark.skipif("triton" in dict(machine_of(CPU).missing), reason="no Triton interpreter here")
+MISSING = device_of(CPU).unsupported("triton")
+needs_triton = pytest.mark.skipif(MISSING is not None, reason=f"no Triton interpreter here: {MISSING}")
 SMALL = ((40, (24, 8), (56, 20)),)
 BF16 = ((torch.bfloat16, torch.int8),)
 GOOD = [Case("bfloat16", "bfloat16", 1, 8, (8,), (8,), 0.5, "y")]
@@ -51,14 +51,17 @@ def test_triton_passes():
     [
         ("forward_pair", lambda ys: [y * 1.02 for y in ys]),
         ("forward_pair", lambda ys: [ys[0], y0_left_unwritten(ys[1])]),
-        ("forward_mm", lambda found: ([found[0][0], found[0][1] * 1.02], found[1])),
+        ("row_scaling", lambda g: g * 1.02),
         ("backward", lambda found: (found[0] * 1.02, found[1])),
         ("backward", lambda found: (found[0], found[1] * 1.02)),
     ],
 )
 def test_a_wrong_kernel_does_not(monkeypatch, name, spoil):
-    real = getattr(triton_kernels, name)
-    monkeypatch.setattr(triton_kernels, name, lambda *a, **k: spoil(real(*a, **k)))
+    from t2kernels.ops.impls.triton import launch, matmul
+
+    module = launch if name == "forward_pair" else matmul
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a, **k: spoil(real(*a, **k)))
     assert not all(c.right for c in selfcheck("cpu", "triton", (5,), SMALL, BF16))
 
 
@@ -84,8 +87,10 @@ SHAPES = [
 
 @needs_triton
 def test_tune_times_candidates_and_writes_what_was_fastest(tmp_path, monkeypatch):
+    from t2kernels.ops.impls.triton import launch
+
     calls, tried = [], []
-    real = triton_kernels.forward_pair
+    real = launch.forward_pair
     monkeypatch.setattr("t2kernels.ops.tuning.tuner.CROSSOVER", (4, 8))
     monkeypatch.setattr(
         "t2kernels.ops.tuning.tuner.candidates",
@@ -97,7 +102,7 @@ def test_tune_times_candidates_and_writes_what_was_fastest(tmp_path, monkeypatch
             tried.append(a[7])
         return real(*a)
 
-    monkeypatch.setattr(triton_kernels, "forward_pair", pair)
+    monkeypatch.setattr(launch, "forward_pair", pair)
 
     def timer(f):
         calls.append(f())
@@ -133,7 +138,7 @@ def test_nothing_is_timed_or_written_where_a_check_fails(tmp_path):
 
 
 def test_no_triton_nothing_to_tune(monkeypatch, tmp_path):
-    monkeypatch.setattr(triton_kernels, "why_not", lambda device: "no Triton here")
+    monkeypatch.setattr(TRITON, "unsupported_device", lambda device: "no Triton here")
     with pytest.raises(ImplUnavailableError, match="no Triton here"):
         tune(SHAPES, "cpu", (1,), tmp_path)
 
@@ -145,20 +150,20 @@ def test_the_crossover_is_where_the_pair_first_loses():
 
 
 def asked():
-    """The machine of a GPU, found out again."""
-    machine._machine.cache_clear()
+    """A GPU, probed again."""
+    dispatch.probe.cache_clear()
     try:
-        return machine_of(torch.device("cuda", 0))
+        return device_of(torch.device("cuda", 0))
     finally:
-        machine._machine.cache_clear()
+        dispatch.probe.cache_clear()
 
 
 def test_auto_uses_triton_only_on_a_gpu_with_a_table_that_says_checked(tmp_path, monkeypatch):
     """A GPU that is not there, by the functions that ask for it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
-    monkeypatch.setattr(triton_kernels, "why_not", lambda device: None)
-    monkeypatch.setattr(machine.metadata, "version", lambda name: "3.6.0")
+    monkeypatch.setattr(TRITON, "unsupported_device", lambda device: None)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.6.0")
     call = Call(8, 64, (64,), (64,))
 
     assert choose(call, asked()).impl == "torch"
@@ -169,17 +174,17 @@ def test_auto_uses_triton_only_on_a_gpu_with_a_table_that_says_checked(tmp_path,
     found = asked()
     assert choose(call, found)[::2] == ("triton", "pair", None)
     assert choose(call._replace(T=65), found).path == "mm"
-    monkeypatch.setattr(machine.metadata, "version", lambda name: "3.7.0")  # another compiler is another machine
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.7.0")  # another compiler is another machine
     assert choose(call, asked()).impl == "torch"
-    monkeypatch.setattr(machine.metadata, "version", lambda name: "3.6.1")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.6.1")
     assert choose(call, asked()).impl == "triton"
 
 
 def test_auto_uses_the_cuda_kernel_only_on_a_gpu_with_a_table_of_it_that_says_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
-    monkeypatch.setattr(triton_kernels, "why_not", lambda device: "no Triton here")
-    monkeypatch.setattr(cuda_kernels, "why_not", lambda device: None)
+    monkeypatch.setattr(TRITON, "unsupported_device", lambda device: "no Triton here")
+    monkeypatch.setattr(CUDA, "unsupported_device", lambda device: None)
     call = Call(8, 64, (64,), (64,))
 
     assert choose(call, asked()).impl == "torch"
@@ -191,15 +196,16 @@ def test_auto_uses_the_cuda_kernel_only_on_a_gpu_with_a_table_of_it_that_says_ch
     assert choose(call, asked())[::2] == ("cuda", "decode", None)
     assert asked().decode_tokens == (12, 4)
     assert choose(call._replace(T=13), asked()).impl == "torch"
-    monkeypatch.setattr(cuda_kernels, "why_not", lambda device: "built without CUDA")
+    monkeypatch.setattr(CUDA, "unsupported_device", lambda device: "built without CUDA")
     assert "built without CUDA" in choose(call, asked()).why
 
 
 def test_tune_cuda_checks_then_times_and_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda_kernels, "why_not", lambda device: None)
-    monkeypatch.setattr(triton_kernels, "why_not", lambda device: None)
+    monkeypatch.setattr(CUDA, "unsupported_device", lambda device: None)
+    monkeypatch.setattr(TRITON, "unsupported_device", lambda device: None)
     monkeypatch.setattr(cuda_kernels, "forward", lambda x, *a: ("cuda", x.shape[0], a[0].dtype))
-    monkeypatch.setattr(triton_kernels, "forward_pair", lambda x, *a: ("triton", x.shape[0], a[0].dtype))
+    launch = pytest.importorskip("t2kernels.ops.impls.triton.launch")
+    monkeypatch.setattr(launch, "forward_pair", lambda x, *a: ("triton", x.shape[0], a[0].dtype))
 
     def timer(f):
         kernel, T, dtype = f()
@@ -216,7 +222,7 @@ def test_tune_cuda_checks_then_times_and_writes(tmp_path, monkeypatch):
     assert found["decode_and_pair_us"]["2"]["8"] == [5e5, 1e6]
     with pytest.raises(WrongResultError, match="1 of 1 checks fail"):
         tune_cuda(SHAPES, "cpu", tmp_path, timer, check=lambda: [GOOD[0]._replace(error=float("nan"))])
-    monkeypatch.setattr(triton_kernels, "why_not", lambda device: "none")
+    monkeypatch.setattr(TRITON, "unsupported_device", lambda device: "none")
     assert tune_cuda(SHAPES, "cpu", tmp_path, timer, check=lambda: GOOD)
     assert read_cuda_table("Triton's interpreter", tmp_path)["decode_tokens"] == [
         16,

@@ -21,7 +21,8 @@ from t2kernels.factors.identity import check_weight, leading_pair
 from t2kernels.factors.int8 import Int8Factor
 from t2kernels.layers.groups import Group
 from t2kernels.layers.linear import DeltaLinear, SVFLinear
-from t2kernels.ops.op import call, call_group, expand, shrink
+from t2kernels.ops.dispatch import expand, shrink
+from t2kernels.ops.op import call, call_group
 
 # Replicated factors cost no communication, sharded ones a collective of T x R numbers a layer and 1/tp of the bytes. Estimated, not measured: a
 # bf16 factor of 4096 x 4096 takes an H200 about 7 us to read, about what a small collective takes; twice as wide, it takes 28 us.

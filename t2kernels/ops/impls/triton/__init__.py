@@ -1,123 +1,147 @@
-"""impl="triton": what `svf_linear` calls. This file imports without Triton; a function that runs a kernel imports it.
+"""impl="triton": Triton kernels for NVIDIA GPUs. This file imports without Triton.
 
-Dtypes. Products are made in x's dtype, sums in fp32, `scale` is multiplied in fp32, one rounding each for g and for y. int8 factors convert to
-x's dtype exactly. fp16 factors with bf16 x: the products are made in fp16, x and g times 2^-5, the sum times 2^5, so that nothing below 65504 *
-32, about 2e6, overflows; of an x or g under 2^-9 the last bits are lost (an error of 2^-20 at the most). bf16 factors with fp16 x convert to
-fp16; any factors with fp32 x convert to fp32, without tf32. A row of `scale` that is zero returns base bit for bit.
+Dtypes. Products are made in x's dtype, sums in fp32. `scale` is multiplied in fp32. g and y are rounded once each. The
+pairs that differ:
 
-Factors are read along their contiguous size: V as the view of a contiguous Vᵀ [C, N], U_i contiguous [M_i, C_i]; others are copied first.
+- int8 factors are converted to x's dtype, exactly.
+- fp16 factors with bf16 x: products in fp16, x and g times 2^-5, the sum times 2^5, so that nothing below 65504 * 32
+  (about 2e6) overflows. An x or g below 2^-9 loses its last bits (an error of 2^-20 at most).
+- bf16 factors with fp16 x are converted to fp16; any factors with fp32 x are converted to fp32, without tf32.
+
+A row of `scale` that is zero returns base bit for bit.
+
+Factors are read along their contiguous size: V as the view of a contiguous Vᵀ [C, N], U_i as contiguous [M_i, C_i].
+Others are copied first.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from importlib import metadata
 
 import torch
 from torch import Tensor
 
-from t2kernels.ops.impls import torch_kernels
+from t2kernels.ops.device import Device
+from t2kernels.ops.impls.protocol import Added, Implementation, Operands
+from t2kernels.ops.impls.torch_kernels import ScaleRows, Torch
+from t2kernels.ops.planner import Call, Choice, Path, dense_path
+from t2kernels.ops.tuning.tables import read_table
+from t2kernels.ops.tuning.tiles import MEMBERS
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run for tensors on a device; None where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 't2kernels[gpu]'"
-    if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            return "Triton needs a GPU; tensors on the CPU run only in its interpreter, for tests (TRITON_INTERPRET=1)"
+class Triton(Torch):
+    """The Triton kernels: two skinny launches for few tokens, torch's matmuls around a Triton pass for many."""
+
+    name = "triton"
+    fused_paths = ("pair",)
+
+    @property
+    def row_scaling(self) -> ScaleRows:
+        """The row scaling between the two products."""
+        from .matmul import row_scaling
+
+        return row_scaling
+
+    def unsupported_device(self, device: torch.device) -> str | None:
+        """See `Implementation`."""
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install 't2kernels[gpu]'"
+        if device.type == "cpu":
+            if os.environ.get("TRITON_INTERPRET") != "1":
+                return "Triton needs a GPU; on the CPU there is only its interpreter, for tests (TRITON_INTERPRET=1)"
+            return None
+        if device.type != "cuda":
+            return f"the Triton kernels are written for NVIDIA GPUs, not for {device.type}"
+        if not torch.cuda.is_available():
+            return f"torch {torch.__version__} finds no GPU here"
+        if torch.version.hip:
+            return "the Triton kernels are written for NVIDIA GPUs, and this torch is built for AMD"
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return "TRITON_INTERPRET=1 is set: Triton runs on the CPU only"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            name, (major, minor) = torch.cuda.get_device_name(device), capability
+            return f"the Triton kernels need compute capability 8.0 (A100) or later; {name} has {major}.{minor}"
         return None
-    if device.type != "cuda":
-        return f"the Triton kernels are written for NVIDIA GPUs, not for {device.type}"
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no GPU here"
-    if torch.version.hip:
-        return "the Triton kernels are written for NVIDIA GPUs, and this torch is built for AMD"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "TRITON_INTERPRET=1 is set: Triton runs on the CPU only"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"the Triton kernels need compute capability 8.0 (A100) or later; {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
-    return None
+
+    def probe(self, device: torch.device, found: Device) -> Device:
+        """See `Implementation`; `auto` trusts it on a GPU whose table says that it was checked there."""
+        if device.type == "cpu":
+            found = found.distrusting(self.name, "its interpreter is for checks")
+        if reason := self.unsupported_device(device):
+            return found.without(self.name, reason)
+        if device.type != "cuda":
+            return found
+        table = read_table(found.name, metadata.version("triton"))
+        if table is None or not table.get("checked"):
+            reason = "its kernels have not been checked on this kind of GPU; `t2 tune` does that"
+            return found.distrusting(self.name, reason)
+        return found._replace(pair_tokens=table.get("pair_tokens", found.pair_tokens))
+
+    def unsupported(self, call: Call) -> str | None:
+        """See `Implementation`."""
+        return Implementation.unsupported(self, call)
+
+    def path(self, call: Call, device: Device) -> Path:
+        """See `Implementation`."""
+        if dense := dense_path(call):
+            return dense
+        if call.grad:
+            return Path("mm", "two matmuls around a row scaling")
+        if len(call.M) > MEMBERS:
+            return Path("mm", f"more than {MEMBERS} matrices: library matmuls around a row scaling")
+        if call.T > device.pair_tokens:
+            return Path("mm", f"more than {device.pair_tokens} tokens: library matmuls around a row scaling")
+        return Path("pair", f"at most {device.pair_tokens} tokens: skinny kernels")
+
+    def forward(self, choice: Choice, given: Operands) -> list[Tensor]:
+        """See `Implementation`."""
+        if choice.path == "pair":
+            from .launch import forward_pair
+
+            return forward_pair(*given)
+        return super().forward(choice, given)
+
+    def shrink(self, choice: Choice, x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
+        """See `Implementation`."""
+        if choice.path == "pair":
+            from .launch import shrink
+
+            return shrink(x, V, scale, expert_ids)
+        return super().shrink(choice, x, V, scale, expert_ids)
+
+    def expand(
+        self,
+        choice: Choice,
+        g: Tensor,
+        Us: list[Tensor],
+        bases: Added,
+        biases: Added,
+        dtype: torch.dtype,
+        lead: torch.Size,
+    ) -> list[Tensor]:
+        """See `Implementation`."""
+        if choice.path == "pair":
+            from .launch import expand
+
+            return [y.reshape(*lead, y.shape[-1]) for y in expand(g, Us, bases, biases, dtype)]
+        return super().expand(choice, g, Us, bases, biases, dtype, lead)
+
+    def swiglu(self, given: Operands) -> Tensor:
+        """See `Implementation`."""
+        from .launch import forward_swiglu
+
+        return forward_swiglu(*given)
+
+    def backward(
+        self, dys: list[Tensor], given: Operands, need_dx: bool, need_dscale: bool, h: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Implementation`."""
+        from .matmul import backward
+
+        return backward(dys, *given[:5], need_dx, need_dscale, h)
 
 
-def forward_pair(x, V, Us, scale, expert_ids, bases, biases, tiles=None) -> list[Tensor]:
-    """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], as two launches; for T up to about 200.
-
-    tiles: (shrink's, expand's) `tuning.Tiles`, where the choice is not to be `tuning.tiles`'. The rest as in `svf_linear_group`, with at most
-    four members, and factors in x's dtype, in another float or in int8.
-    """
-    from .pair import forward_pair
-
-    return forward_pair(x, V, Us, scale, expert_ids, bases, biases, tiles)
-
-
-def forward_swiglu(x, V, Us, scale, expert_ids, bases, biases, tiles=None) -> Tensor:
-    """silu(y_gate) * y_up, [..., M], for two members U = [U_gate, U_up] of one M; else as `forward_pair`.
-
-    y_gate, y_up and silu(y_gate) are rounded to x's dtype, as they would be by separate ops, so that fusing changes no bit but those in which
-    two exponential functions differ.
-    """
-    from .pair import forward_swiglu
-
-    return forward_swiglu(x, V, Us, scale, expert_ids, bases, biases, tiles)
-
-
-def shrink(x, V, scale, expert_ids) -> Tensor:
-    """g = (x V) * scale[expert_ids], [T, C]: the first half of `forward_pair`, for a base product that another library makes meanwhile."""
-    from .pair import shrink
-
-    return shrink(x, V, scale, expert_ids)
-
-
-def shrink_mm(x, V, scale, expert_ids) -> Tensor:
-    """`shrink` for many tokens: torch.mm and one pass of `scale_rows`."""
-    from .matmul import row_scaling
-
-    return torch_kernels.shrink(x, V, scale, expert_ids, scale_rows=row_scaling)[0]
-
-
-def expand(g, Us, bases, biases, dtype=None) -> list[Tensor]:
-    """y_i = base_i + g_i U_iᵀ + bias_i, each [T, M_i]: the second half. dtype: x's, where neither a base nor a bias tells it."""
-    from .pair import expand
-
-    return expand(g, Us, bases, biases, dtype)
-
-
-def forward_mm(x, V, Us, scale, expert_ids, bases, biases, need_h=False) -> tuple[list[Tensor], Tensor | None]:
-    """(y_i, h): as `forward_pair` for many tokens, with the two products by torch.mm and one pass of `scale_rows` between them.
-
-    Factors in int8 or in another float than x's are converted whole before the product, except fp16 factors with bf16 x, where x is.
-    h: x V as `backward` takes it, or None where need_h is False.
-    """
-    from .matmul import row_scaling
-
-    return torch_kernels.forward(x, V, Us, scale, expert_ids, bases, biases, need_h, row_scaling)
-
-
-def scale_rows(h, scale, expert_ids, repeat, out=None) -> Tensor:
-    """g[t] = h[t] * scale[expert_ids[t // repeat]] for h [T, C], multiplied in fp32, in h's dtype. out: where to, h itself too."""
-    from .backward import scale_rows
-
-    return scale_rows(h, scale, expert_ids, repeat, out)
-
-
-def segments(expert_ids, E):
-    """The order of the tokens by expert that `backward` needs: made on the device, without a sync, once for all layers of a step."""
-    from .backward import segments
-
-    return segments(expert_ids, E)
-
-
-def backward(
-    dys, x, V, Us, scale, expert_ids, need_dx, need_dscale, h=None, deterministic=True, segments=None
-) -> tuple[Tensor, Tensor]:
-    """p = dy U;  dx = (p * scale[expert_ids]) Vᵀ;  dscale[e] = sum over the tokens of e of (x V) * p, [E, C] fp32. Not needed: empty [0].
-
-    h: what `forward_mm` returned, else x V is made again. Products of gradients are made in x's dtype, whatever the factors'.
-    deterministic: the same bits in every run, in any order of tokens the same to fp32 rounding; False: fp32 atomics, no sort.
-    segments: what `segments` returned for these expert_ids, else they are sorted here. An expert without tokens gets exactly 0.
-    """
-    from .matmul import backward
-
-    return backward(dys, x, V, Us, scale, expert_ids, need_dx, need_dscale, h, deterministic, segments)
+TRITON = Triton()

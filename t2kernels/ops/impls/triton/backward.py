@@ -1,13 +1,15 @@
-"""What stands between two matmuls: g = h * scale[e] on the way forward; on the way back, from p = dy U and h = x V, in one pass over [T, C],
+"""The passes over [T, C] between two matmuls. Forward: g = h * scale[e]. Backward, from p = dy U and h = x V:
 
     q[t] = p[t] * scale[e(t)]                  for dx = q Vᵀ
     dscale[e] = sum over the tokens t of e of h[t] * p[t]
 
-`scale` is never gathered as a tile: a loop over the experts of the tile, smallest first, takes one row vector each. A tile of a sequence has one.
+`scale` is never gathered as a tile: a loop over the experts of the tile, smallest first, reads one row vector each. A
+tile of a sequence has one.
 
-dscale is summed in fp32, in a fixed order, without atomics: tokens are taken in the stable order of their experts, every tile of BT of them
-writes one partial sum for each of its experts, and a second kernel adds an expert's partial sums up. Tile i's sum for the expert of rank j among
-those present goes to slot i + j: since experts come in order, slots are distinct, and an expert's slots follow one another.
+dscale is summed in fp32, in a fixed order, without atomics. Tokens are taken in the stable order of their experts.
+Every tile of BT tokens writes one partial sum for each of its experts, and a second kernel adds the partial sums of
+each expert. The sum of tile i for the expert of rank j among those present goes to slot i + j: experts come in order,
+so slots are distinct, and the slots of an expert follow one another.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ NO_EXPERT = tl.constexpr(2**31 - 1)
 @triton.jit(do_not_specialize=["T", "repeat"])
 def scale_rows_kernel(
     h_ptr, scale_ptr, ids_ptr, out_ptr, T, C, h_row, scale_row, out_row, repeat,
-    BR: tl.constexpr, BT: tl.constexpr, INTERPRETED: tl.constexpr,
+    BR: tl.constexpr, BT: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """out[t] = h[t] * scale[ids[t // repeat]]; out may be h."""
+    """out[t] = h[t] * scale[ids[t // repeat]]. out may be h."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     inside = (t < T)[:, None] & (r < C)[None, :]
@@ -49,19 +51,16 @@ def scale_rows_kernel(
 
 @triton.jit(do_not_specialize=["T", "repeat"])
 def backward_kernel(
-    p_ptr, h_ptr, scale_ptr, ids_ptr, order_ptr, rank_ptr, q_ptr, sums_ptr, T, C, p_row, h_row, scale_row, repeat,
-    BR: tl.constexpr, BT: tl.constexpr, DETERMINISTIC: tl.constexpr, INTERPRETED: tl.constexpr,
+    p_ptr, h_ptr, scale_ptr, ids_ptr, order_ptr, rank_ptr, q_ptr, slots_ptr, T, C, p_row, h_row, scale_row, repeat,
+    BR: tl.constexpr, BT: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """q[t] = p[t] * scale[e(t)], if q_ptr is given (it may be p_ptr), and sums of h[t] * p[t]: to slots [tiles + experts, C], or, where not
-    DETERMINISTIC, added to dscale [E, C] by atomics, tokens in the order they come in."""
+    """q[t] = p[t] * scale[e(t)] if q_ptr is given (it may be p_ptr), and the sums of h[t] * p[t], into slots_ptr."""
     tile = tl.program_id(0)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     place = tile * BT + tl.arange(0, BT)
     live = place < T
-    place = tl.minimum(place, T - 1)  # the places past the end repeat the last expert, with nothing to add
-    at = place // repeat
-    if DETERMINISTIC:
-        at = tl.load(order_ptr + at)
+    place = tl.minimum(place, T - 1)  # places past the end repeat the last expert and add nothing
+    at = tl.load(order_ptr + place // repeat)
     t = at.to(tl.int64) * repeat + place % repeat
     e = tl.load(ids_ptr + at).to(tl.int32)
     inside = live[:, None] & (r < C)[None, :]
@@ -71,17 +70,12 @@ def backward_kernel(
     q = p
     now = tl.min(e, 0)
     last = tl.max(e, 0)
-    slot = tile
-    if DETERMINISTIC:
-        slot += tl.load(rank_ptr + tile * BT // repeat)
+    slot = tile + tl.load(rank_ptr + tile * BT // repeat)
     while now <= last:
         mine = (e == now)[:, None]
         total = tl.sum(tl.where(mine, product, 0.0), 0)
-        if DETERMINISTIC:
-            tl.store(sums_ptr + slot.to(tl.int64) * C + r, total, mask=r < C)
-            slot += 1
-        else:
-            tl.atomic_add(sums_ptr + now.to(tl.int64) * C + r, total, mask=r < C, sem="relaxed")
+        tl.store(slots_ptr + slot.to(tl.int64) * C + r, total, mask=r < C)
+        slot += 1
         if q_ptr is not None:
             row = tl.load(scale_ptr + now.to(tl.int64) * scale_row + r, mask=r < C, other=0.0)
             q = tl.where(mine, p * row[None, :], q)
@@ -94,7 +88,7 @@ def backward_kernel(
 def sum_slots_kernel(
     slots_ptr, starts_ptr, rank_ptr, dscale_ptr, C, repeat, BT: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr
 ):
-    """dscale[e] = the sum of the slots of e, BS at a time; an expert without tokens gets 0."""
+    """dscale[e] = the sum of the slots of e, BS at a time. An expert without tokens gets 0."""
     e = tl.program_id(0)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     start = tl.load(starts_ptr + e).to(tl.int64) * repeat
@@ -113,15 +107,22 @@ def sum_slots_kernel(
 
 
 class Segments(NamedTuple):
-    """Where the tokens of each expert are, in the stable order of their experts. Made on the device, once a step, for all layers."""
+    """The tokens in the stable order of their experts.
 
-    order: Tensor  # [ids] the places of expert_ids, sorted by expert
-    rank: Tensor  # [ids] rank of each of them among the experts present
-    starts: Tensor  # [E + 1] where an expert's places begin in `order`
-    expert_rank: Tensor  # [E] rank of an expert among those present
+    order: [ids] int32, positions in expert_ids, sorted by expert
+    rank: [ids] int32, rank of the expert of each position of `order` among the experts present
+    starts: [E + 1] int32, where the positions of an expert begin in `order`
+    expert_rank: [E] int32, rank of an expert among those present
+    """
+
+    order: Tensor
+    rank: Tensor
+    starts: Tensor
+    expert_rank: Tensor
 
 
 def segments(expert_ids: Tensor, E: int) -> Segments:
+    """The segments of expert_ids for a table of E rows, made on the device without a sync."""
     ids, order = torch.sort(expert_ids.reshape(-1), stable=True)
     starts = torch.searchsorted(ids, torch.arange(E + 1, dtype=ids.dtype, device=ids.device), out_int32=True)
     present = (starts[1:] > starts[:-1]).int()
@@ -129,19 +130,20 @@ def segments(expert_ids: Tensor, E: int) -> Segments:
     return Segments(order.int(), expert_rank.index_select(0, ids), starts, expert_rank)
 
 
-# --- launches ----------------------------------------------------------------------------------------------------------------------
+# --- launches as data ---------------------------------------------------------------------------------
 
 
 def scale_rows_launch(
     h: Tensor, scale: Tensor, ids: Tensor, repeat: int, out: Tensor, tile: Tiles, arch: tuple[int, int]
 ) -> Launch:
+    """h [T, C] -> out = h * scale[ids], a token's id at its place // repeat."""
     T, C = h.shape
     return Launch(
         scale_rows_kernel,
         (cdiv(T, tile.BT), cdiv(C, tile.BR)),
         dict(
-            h_ptr=h, scale_ptr=scale, ids_ptr=ids, out_ptr=out, T=T, C=C, h_row=h.stride(0), scale_row=scale.stride(0), out_row=out.stride(0),
-            repeat=repeat,
+            h_ptr=h, scale_ptr=scale, ids_ptr=ids, out_ptr=out, T=T, C=C, h_row=h.stride(0),
+            scale_row=scale.stride(0), out_row=out.stride(0), repeat=repeat,
         ),
         dict(BR=tile.BR, BT=tile.BT, INTERPRETED=INTERPRETED),
         options(tile, arch, pdl=False),
@@ -149,18 +151,19 @@ def scale_rows_launch(
 
 
 def backward_launch(
-    p: Tensor, h: Tensor, scale: Tensor, ids: Tensor, repeat: int, parts: Segments | None, q: Tensor | None, sums: Tensor, tile: Tiles,
-    arch: tuple[int, int],
+    p: Tensor, h: Tensor, scale: Tensor, ids: Tensor, repeat: int, parts: Segments, q: Tensor | None, slots: Tensor,
+    tile: Tiles, arch: tuple[int, int]
 ) -> Launch:  # fmt: skip
+    """p, h [T, C] -> q, if it is given, and slots [tiles + experts, C] fp32."""
     T, C = p.shape
     return Launch(
         backward_kernel,
         (cdiv(T, tile.BT), cdiv(C, tile.BR)),
         dict(
-            p_ptr=p, h_ptr=h, scale_ptr=scale, ids_ptr=ids, order_ptr=parts and parts.order, rank_ptr=parts and parts.rank, q_ptr=q,
-            sums_ptr=sums, T=T, C=C, p_row=p.stride(0), h_row=h.stride(0), scale_row=scale.stride(0), repeat=repeat,
+            p_ptr=p, h_ptr=h, scale_ptr=scale, ids_ptr=ids, order_ptr=parts.order, rank_ptr=parts.rank, q_ptr=q,
+            slots_ptr=slots, T=T, C=C, p_row=p.stride(0), h_row=h.stride(0), scale_row=scale.stride(0), repeat=repeat,
         ),
-        dict(BR=tile.BR, BT=tile.BT, DETERMINISTIC=parts is not None, INTERPRETED=INTERPRETED),
+        dict(BR=tile.BR, BT=tile.BT, INTERPRETED=INTERPRETED),
         options(tile, arch, pdl=False),
     )  # fmt: skip
 
@@ -168,6 +171,7 @@ def backward_launch(
 def sum_slots_launch(
     slots: Tensor, parts: Segments, repeat: int, dscale: Tensor, BT: int, arch: tuple[int, int]
 ) -> Launch:
+    """slots of `backward_launch` -> dscale [E, C]. BT: tokens of a tile there."""
     E, C = dscale.shape
     tile = Tiles(BR=64, BT=BT, BK=1, split=1, warps=4, stages=1)
     return Launch(
@@ -181,7 +185,7 @@ def sum_slots_launch(
     )
 
 
-# --- what the matmul paths call ----------------------------------------------------------------------------------------------------
+# --- called by matmul.py ---------------------------------------------------------------------------------
 
 
 def scale_rows(h: Tensor, scale: Tensor, expert_ids: Tensor, repeat: int, out: Tensor | None = None) -> Tensor:
@@ -194,27 +198,15 @@ def scale_rows(h: Tensor, scale: Tensor, expert_ids: Tensor, repeat: int, out: T
     return out
 
 
-def scale_and_sum(
-    p: Tensor,
-    h: Tensor,
-    scale: Tensor,
-    expert_ids: Tensor,
-    repeat: int,
-    q: Tensor | None,
-    parts: Segments | None,
-    deterministic: bool,
-) -> Tensor:
-    """q[t] = p[t] * scale[e(t)] written to q, if given (it may be p), and dscale [E, C] fp32, returned: one pass over p and h."""
+def scale_and_sum(p: Tensor, h: Tensor, scale: Tensor, expert_ids: Tensor, repeat: int, q: Tensor | None) -> Tensor:
+    """dscale [E, C] fp32, and q[t] = p[t] * scale[e(t)] into q if it is given (it may be p). One pass over p and h."""
     (T, C), E = p.shape, scale.shape[0]
+    if T == 0:
+        return p.new_zeros(E, C, dtype=torch.float32)
     if q is not None and q.stride() != p.stride():
         raise ValueError(f"q's strides are {q.stride()}, wanted p's, {p.stride()}")
     arch, scale, ids = capability(p), scale if scale.stride(1) == 1 else scale.contiguous(), expert_ids.reshape(-1)
-    tile = tiles("backward", T, C, 1, p.dtype, p.dtype, arch)
-    if not deterministic or T == 0:
-        dscale = p.new_zeros(E, C, dtype=torch.float32)
-        backward_launch(p, h, scale, ids, repeat, None, q, dscale, tile, arch).run()
-        return dscale
-    parts = segments(ids, E) if parts is None else parts
+    tile, parts = tiles("backward", T, C, 1, p.dtype, p.dtype, arch), segments(ids, E)
     slots = p.new_empty(cdiv(T, tile.BT) + min(E, ids.numel()), C, dtype=torch.float32)
     backward_launch(p, h, scale, ids, repeat, parts, q, slots, tile, arch).run()
     dscale = p.new_empty(E, C, dtype=torch.float32)

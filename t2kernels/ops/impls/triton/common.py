@@ -1,14 +1,11 @@
-"""What the Triton kernels share: the dtype of the products, conversions, one launch as data.
-
-Imported only where a kernel is wanted: it needs Triton. `INTERPRETED` says whether the kernels of this process run in Triton's interpreter
-(TRITON_INTERPRET=1 when Triton was imported), on the CPU.
-"""
+"""Shared by the Triton kernels: the dtype of the products, conversions, a launch as data. It imports Triton."""
 
 from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -16,23 +13,31 @@ import triton.language as tl
 from torch import Tensor
 
 from t2kernels.ops.precision import forward_precision
-from t2kernels.ops.tuning.tiles import Tiles, read_table
+from t2kernels.ops.tuning.tables import read_table
+from t2kernels.ops.tuning.tiles import Tiles
 
+# True if kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET was 1 when Triton was imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch as data, so that what is launched and what is compiled ahead of time are the same thing."""
+    """One kernel launch as data, so that tests compile ahead of time exactly what a GPU launches.
 
-    kernel: object
+    args: tensors, sizes, None
+    meta: constexprs
+    options: num_warps, num_stages, launch_pdl
+    """
+
+    kernel: Any
     grid: tuple[int, ...]
-    args: dict[str, object]  # tensors, sizes, None
-    meta: dict[str, object]  # constexprs
-    options: dict[str, object] = field(default_factory=dict)  # num_warps, num_stages, launch_pdl
+    args: dict[str, Any]
+    meta: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
+        """Launch on the device of the tensors; an empty grid launches nothing."""
         if 0 in self.grid:
             return
         device = next(a.device for a in self.args.values() if isinstance(a, Tensor))
@@ -51,40 +56,41 @@ def products(x_dtype: torch.dtype, w_dtype: torch.dtype) -> tuple[torch.dtype, f
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a float dtype."""
     return _TL[dtype]
 
 
 def capability(t: Tensor) -> tuple[int, int]:
-    """(major, minor) of t's GPU. The interpreter, and tensors without data, count as sm_90 without dependent launches."""
+    """(major, minor) of t's GPU; (9, 0) for the interpreter and for tensors without data."""
     return torch.cuda.get_device_capability(t.device) if t.device.type == "cuda" else (9, 0)
 
 
 @functools.cache
-def table_of(device: torch.device) -> dict | None:
-    """The tiles tuned for this GPU, where there are any."""
+def table_of(device: torch.device) -> dict[str, Any] | None:
+    """The table that was tuned for this GPU, or None."""
     return read_table(torch.cuda.get_device_name(device), triton.__version__) if device.type == "cuda" else None
 
 
-def options(tiles: Tiles, capability: tuple[int, int], pdl: bool) -> dict[str, object]:
+def options(tiles: Tiles, capability: tuple[int, int], pdl: bool) -> dict[str, Any]:
     """The launch options of a kernel; dependent launch (PDL) exists from sm_90 on."""
-    made: dict[str, object] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    made: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     if pdl and capability >= (9, 0) and not INTERPRETED:
         made["launch_pdl"] = True
     return made
 
 
 def rows_2d(x: Tensor) -> Tensor:
-    """x [..., N] as [T, N] with its last size contiguous: a view where that is possible, else a copy."""
+    """x [..., N] as [T, N] with its last size contiguous: a view if possible, else a copy."""
     x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def repeat_of(x: Tensor, expert_ids: Tensor) -> int:
-    """How many consecutive tokens of x [..., N] one entry of expert_ids covers."""
+    """The number of consecutive tokens of x [..., N] that one entry of expert_ids covers."""
     return max(1, x.shape[:-1][expert_ids.dim() :].numel())
 
 
-# --- device functions --------------------------------------------------------------------------------------------------------------
+# --- device functions ---------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -96,8 +102,8 @@ def int8_as_bf16(a):
 
 @triton.jit
 def cast(a, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """a rounded to nearest in DTYPE. The interpreter keeps the rounded values in fp32: its own bf16 casts truncate, its bf16 products and
-    its int8 to bf16 casts are wrong (numpy has no bf16)."""
+    """a rounded to nearest in DTYPE. In the interpreter the rounded values stay in fp32: its bf16 casts truncate, and
+    its bf16 products and int8 to bf16 casts are wrong (numpy has no bf16)."""
     if INTERPRETED:
         a = a.to(tl.float32)
         if DTYPE == tl.bfloat16:
@@ -107,7 +113,8 @@ def cast(a, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
             a = a.to(tl.float16).to(tl.float32)
         return a
     elif a.dtype == tl.int8 and DTYPE == tl.float16:
-        # 1024 + (a + 128) is the fp16 whose last bits are a + 128. A conversion would be one weight a lane at a quarter of the rate.
+        # 1024 + (a + 128) is the fp16 whose last bits are a + 128. A conversion would be one weight a lane at a quarter
+        # of the rate.
         return ((a.to(tl.int16) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
     elif a.dtype == tl.int8 and DTYPE == tl.bfloat16:
         low, high = int8_as_bf16(a)

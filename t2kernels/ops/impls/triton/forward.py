@@ -1,29 +1,26 @@
-"""The skinny forward, T up to about 200: y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i as two launches.
+"""The kernels of the skinny forward in two launches, for T up to about 200.
 
-*shrink* makes g = (x V) * scale[e], [T, C]; *expand* makes every y_i of a group. Both read a factor once, in rows that are contiguous along
-the summed dimension (Vᵀ [C, N], U [M, C]), as the left operand of acc [BR, BT]: with few tokens the long side of the product must be the
-factor's. On sm_90 and later the second launch starts under the first (programmatic dependent launch): a block loads its first one or two tiles
-of the factor by hand, then waits for the kernel before it, then reads activations, ids and scale. Factors must therefore not be written by the
-kernel just before.
+    y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i
 
-`scale` is read as a [BR, BT] tile here, 64 numbers a thread at the most and before the sum starts. A loop over the tile's experts, which the
-large tiles need, would be BT dependent trips to memory where every token has its own expert: longer than the whole kernel.
+*shrink* makes g = (x V) * scale[e], [T, C]; *expand* makes every y_i of a group. Each reads a factor once, in rows that
+are contiguous along the summed dimension (Vᵀ [C, N], U [M, C]). The factor is the left operand of acc [BR, BT]: with
+few tokens it has the long side of the product.
+
+On sm_90 and later the second launch starts under the first (programmatic dependent launch). A block loads its first one
+or two tiles of the factor by hand, waits for the previous kernel, and then reads activations, ids and scale. The
+previous kernel must therefore not write factors.
+
+`scale` is read as a [BR, BT] tile before the sum starts, at most 64 numbers a thread. The large tiles loop over the
+experts of a tile instead: here, where every token may have its own expert, that loop would be BT dependent trips to
+memory, longer than the whole kernel.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from t2kernels.ops.tuning.tiles import Tiles, cdiv
-
-from .common import INTERPRETED, Launch, cast, choose, options, products, put, triton_dtype
-
-MEMBERS = 4  # q, k, v and one more: what one expand launch can hold
+from .common import cast, choose, put
 
 
 @triton.jit
@@ -36,10 +33,10 @@ def _factor(ptrs, k, K, EVEN: tl.constexpr):
 
 @triton.jit
 def _activations(
-    ptrs, scale_ptrs, part, k, K, live, EVEN: tl.constexpr, SPLIT: tl.constexpr, HEADROOM: tl.constexpr, DTYPE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    ptrs, scale_ptrs, part, k, K, live, EVEN: tl.constexpr, SPLIT: tl.constexpr, HEADROOM: tl.constexpr,
+    DTYPE: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """[BK, BT] in the dtype of the products. SPLIT > 1: the partial sums of h, added in order, times scale."""
+    """Activations [BK, BT] in the products' dtype. SPLIT > 1: the partial sums of h, added in order, times scale."""
     mask = live[None, :] if EVEN else live[None, :] & (k < K)[:, None]
     a = tl.load(ptrs, mask=mask, other=0.0)
     if SPLIT > 1:
@@ -58,7 +55,8 @@ def _dot(w, a, acc, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _plus_base(acc, base):
-    # -0.0 + base is base bit for bit; +0.0 + base is not, where base is -0.0. A row of zeros must return the base model exactly.
+    # A row of zeros must return the base model exactly. -0.0 + base is base bit for bit; +0.0 + base is not, for
+    # base = -0.0.
     return tl.where(acc == 0.0, -0.0, acc) + base.to(tl.float32)
 
 
@@ -78,9 +76,10 @@ def _finish(acc, base_ptr, bias_ptr, at, r, M, inside, BASE: tl.constexpr, BIAS:
 def shrink_kernel(
     x_ptr, vt_ptr, scale_ptr, ids_ptr, out_ptr, T, C, N, x_row, scale_row, repeat,
     BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    HEADROOM: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    HEADROOM: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """SPLIT == 1: out [T, C] = (x V) * scale[e]. SPLIT > 1: out [SPLIT, T, C] fp32, part s the sum over its piece of N, not scaled."""
+    """SPLIT == 1: out [T, C] = (x V) * scale[e]. SPLIT > 1: out [SPLIT, T, C] fp32; part s is the unscaled sum over its
+    piece of N."""
     part = tl.program_id(2)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -132,13 +131,15 @@ def shrink_kernel(
 def expand_kernel(
     g_ptr, scale_ptr, ids_ptr, u0, u1, u2, u3, base0, base1, base2, base3, bias0, bias1, bias2, bias3, y0, y1, y2, y3,
     M0, M1, M2, M3, K0, K1, K2, K3, c1, c2, c3, T, C, scale_row, repeat,
-    MEMBERS: tl.constexpr, BASES: tl.constexpr, BIASES: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, HEADROOM: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    MEMBERS: tl.constexpr, BASES: tl.constexpr, BIASES: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, HEADROOM: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """y_i [T, M_i] = base_i + g[:, c_i : c_i + K_i] U_iᵀ + bias_i for every member i: a block looks up whose rows its tile holds.
+    """y_i [T, M_i] = base_i + g[:, c_i : c_i + K_i] U_iᵀ + bias_i for every member i. A block looks up the member of
+    its tile.
 
-    SPLIT == 1: g [T, C], scaled. SPLIT > 1: g [SPLIT, T, C] fp32 as shrink leaves it. BASES, BIASES: bit i says that member i has one.
+    SPLIT == 1: g [T, C], scaled. SPLIT > 1: g [SPLIT, T, C] fp32, as shrink leaves it. BASES, BIASES: bit i is set if
+    member i has one.
     """
     tile = tl.program_id(1)
     n0 = tl.cdiv(M0, BR)
@@ -219,10 +220,12 @@ def expand_kernel(
 @triton.jit(do_not_specialize=["T", "repeat"])
 def swiglu_kernel(
     g_ptr, scale_ptr, ids_ptr, u0, u1, base0, base1, bias0, bias1, y_ptr, M, K0, K1, T, C, scale_row, repeat,
-    BASES: tl.constexpr, BIASES: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    AHEAD: tl.constexpr, EVEN: tl.constexpr, HEADROOM: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    BASES: tl.constexpr, BIASES: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, HEADROOM: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """y [T, M] = silu(y_0) * y_1 with y_i as in expand_kernel, both rounded to y's dtype before and silu after, as three separate ops do."""
+    """y [T, M] = silu(y_0) * y_1 with y_i as in expand_kernel. y_0, y_1 and silu are rounded to y's dtype, as three
+    separate ops do."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     k = tl.arange(0, BK)
@@ -272,114 +275,3 @@ def swiglu_kernel(
     up = cast(up, y_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)
     silu = cast(gate / (1.0 + tl.exp(-gate)), y_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)
     put(y_ptr + at, silu * up, inside, INTERPRETED)
-
-
-# --- launches ----------------------------------------------------------------------------------------------------------------------
-
-
-def _ahead(K: int, tile: Tiles, w_dtype: torch.dtype, split: int = 1, parts: int = 1) -> int:
-    """How many steps are loaded by hand before the wait: two, or one where the registers of two, with the sum and scale, would spill."""
-    a_bytes = 2 if parts == 1 else 4 * (parts + 1)  # partial sums and scale are fp32, and are all in flight together
-    step = tile.BK * (tile.BR * w_dtype.itemsize + tile.BT * a_bytes) // (4 * 32 * tile.warps)  # registers of a thread
-    both = tile.BT <= 32 and step <= 48
-    return min(2 if both else 1, cdiv(K, tile.BK * split))
-
-
-def shrink_launch(
-    x: Tensor,
-    Vt: Tensor,
-    scale: Tensor,
-    ids: Tensor,
-    repeat: int,
-    out: Tensor,
-    tile: Tiles,
-    arch: tuple[int, int],
-    settled: bool = True,
-) -> Launch:
-    """x [T, N], Vt [C, N] -> out: g [T, C] for split 1, else partial sums [split, T, C] in fp32.
-
-    settled: False where a factor was just written, and nothing of it may be read before the wait; here and below
-    """
-    (T, N), C = x.shape, Vt.shape[0]
-    dtype, headroom = products(x.dtype, Vt.dtype)
-    chosen = options(tile, arch, pdl=settled)
-    return Launch(
-        shrink_kernel,
-        (cdiv(T, tile.BT), cdiv(C, tile.BR), tile.split),
-        dict(
-            x_ptr=x, vt_ptr=Vt, scale_ptr=scale, ids_ptr=ids, out_ptr=out, T=T, C=C, N=N, x_row=x.stride(0), scale_row=scale.stride(0),
-            repeat=repeat,
-        ),
-        dict(
-            BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=tile.split, AHEAD=_ahead(N, tile, Vt.dtype, split=tile.split), EVEN=N % (tile.BK * tile.split) == 0,
-            HEADROOM=headroom, DTYPE=triton_dtype(dtype), PDL="launch_pdl" in chosen, INTERPRETED=INTERPRETED,
-        ),
-        chosen,
-    )  # fmt: skip
-
-
-def expand_launch(
-    g: Tensor, Us: list[Tensor], bases: list[Tensor | None], biases: list[Tensor | None], ys: list[Tensor], tile: Tiles, arch: tuple[int, int],
-    scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1, settled: bool = True,
-) -> Launch:  # fmt: skip
-    """g as shrink left it ([T, C] with any stride between rows, or [split, T, C] with scale and ids) -> ys, each [T, M_i]."""
-    split = g.shape[0] if g.dim() == 3 else 1
-    T, C = g.shape[-2], g.stride(-2)
-    dtype, headroom = products(ys[0].dtype, Us[0].dtype)
-    chosen = options(tile, arch, pdl=settled)
-    columns = [0, *accumulate(U.shape[1] for U in Us)]
-
-    def four(name: str, values: list) -> dict[str, object]:
-        return {f"{name}{i}": v for i, v in enumerate(values + [values[0]] * (MEMBERS - len(values)))}
-
-    def present(given: list[Tensor | None]) -> list[Tensor | None]:
-        some = next((t for t in given if t is not None), None)  # stands in, masked, for a member that has none
-        return [some if t is None else t for t in given]
-
-    return Launch(
-        expand_kernel,
-        (cdiv(T, tile.BT), sum(cdiv(U.shape[0], tile.BR) for U in Us)),
-        dict(
-            g_ptr=g, scale_ptr=scale, ids_ptr=ids, **four("u", Us), **four("base", present(bases)), **four("bias", present(biases)), **four("y", ys),
-            **four("M", [U.shape[0] for U in Us]), **four("K", [U.shape[1] for U in Us]),
-            **{f"c{i}": columns[i] if i < len(Us) else 0 for i in range(1, MEMBERS)},
-            T=T, C=C, scale_row=0 if scale is None else scale.stride(0), repeat=repeat,
-        ),
-        dict(
-            MEMBERS=len(Us), BASES=_bits(bases), BIASES=_bits(biases), BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=split,
-            AHEAD=min(_ahead(U.shape[1], tile, U.dtype, parts=split) for U in Us), EVEN=all(U.shape[1] % tile.BK == 0 for U in Us), HEADROOM=headroom,
-            DTYPE=triton_dtype(dtype), PDL="launch_pdl" in chosen, INTERPRETED=INTERPRETED,
-        ),
-        chosen,
-    )  # fmt: skip
-
-
-def swiglu_launch(
-    g: Tensor, Us: list[Tensor], bases: list[Tensor | None], biases: list[Tensor | None], y: Tensor, tile: Tiles, arch: tuple[int, int],
-    scale: Tensor | None = None, ids: Tensor | None = None, repeat: int = 1, settled: bool = True,
-) -> Launch:  # fmt: skip
-    """g of the two members gate and up -> y [T, M] = silu(gate) * up."""
-    split = g.shape[0] if g.dim() == 3 else 1
-    T, C = g.shape[-2:]
-    dtype, headroom = products(y.dtype, Us[0].dtype)
-    chosen = options(tile, arch, pdl=settled)
-    K0, K1 = Us[0].shape[1], Us[1].shape[1]
-    return Launch(
-        swiglu_kernel,
-        (cdiv(T, tile.BT), cdiv(y.shape[1], tile.BR)),
-        dict(
-            g_ptr=g, scale_ptr=scale, ids_ptr=ids, u0=Us[0], u1=Us[1], base0=bases[0], base1=bases[1], bias0=biases[0], bias1=biases[1],
-            y_ptr=y, M=y.shape[1], K0=K0, K1=K1, T=T, C=C, scale_row=0 if scale is None else scale.stride(0), repeat=repeat,
-        ),
-        dict(
-            BASES=_bits(bases), BIASES=_bits(biases), BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=split,
-            AHEAD=min(1, cdiv(K0, tile.BK), cdiv(K1, tile.BK)), EVEN=K0 == K1 and K0 % tile.BK == 0, HEADROOM=headroom,
-            DTYPE=triton_dtype(dtype), PDL="launch_pdl" in chosen, INTERPRETED=INTERPRETED,
-        ),
-        chosen,
-    )  # fmt: skip
-
-
-def _bits(given: list[Tensor | None]) -> int:
-    """Bit i: member i has one."""
-    return sum(1 << i for i, t in enumerate(given) if t is not None)

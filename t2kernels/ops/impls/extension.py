@@ -1,0 +1,35 @@
+"""The compiled extension `t2kernels._C`, loaded once for all implementations. How to build it: docs/howto/build.md."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def load() -> Any:
+    """`t2kernels._C`, with the threads of torch. Raises ImportError that says what to do if it is not there."""
+    try:
+        extension = importlib.import_module("t2kernels._C")
+    except ModuleNotFoundError:
+        raise ImportError(
+            "t2kernels._C is not built: install t2kernels again where there is a C++ compiler (docs/howto/build.md)"
+        ) from None
+    except ImportError as e:
+        raise ImportError(f"t2kernels._C cannot be loaded: {e}") from e
+    extension.cpu_find_threads(torch._C.__file__)
+    return extension
+
+
+def unsupported(cuda: bool = False) -> str | None:
+    """Why the extension, or its CUDA part, cannot be used in this process; or None."""
+    try:
+        extension = load()
+    except ImportError as e:
+        return str(e)
+    if cuda and not extension.has_cuda:
+        return "t2kernels._C was built without CUDA: install t2kernels again where there is nvcc (docs/howto/build.md)"
+    return None
