@@ -130,7 +130,7 @@ def test_cheats_are_wrong():
 
 
 def test_columns_that_are_missing():
-    with pytest.raises(ValueError, match="needs the column 'names' of its rows; given are answer"):
+    with pytest.raises(ValueError, match="needs the column 'names'; the columns are answer"):
         TASK.reward(["p"], ["c"], answer=["assert True"])
     with pytest.raises(ValueError, match="1 prompts, 1 completions and 0 answers"):
         TASK.reward(["p"], ["c"], answer=[])

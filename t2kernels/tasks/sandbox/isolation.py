@@ -166,7 +166,7 @@ def _read_only(target: str) -> None:
         raise OSError(30, f"{target} is still writable")
 
 
-def new_root(at: str, scratch_bytes: int) -> None:
+def new_root(at: str, scratch_bytes: int, scratch_files: int) -> None:
     """Make `at` the root: the `readable` directories, read-only, /dev/null and the like, and an empty /tmp, which becomes the directory."""
     _mount("none", "/", None, 0x4000 | 0x40000)  # nothing done here is seen outside
     _mount("root", at, "tmpfs", 0x2 | 0x4, "mode=755,size=1m")
@@ -183,7 +183,7 @@ def new_root(at: str, scratch_bytes: int) -> None:
         os.close(os.open(at + device, os.O_CREAT | os.O_WRONLY))
         _mount(device, at + device, None, 0x1000)
     os.mkdir(at + "/tmp")
-    _mount("scratch", at + "/tmp", "tmpfs", 0x2 | 0x4 | 0x8, f"mode=700,size={scratch_bytes},nr_inodes=4096")
+    _mount("scratch", at + "/tmp", "tmpfs", 0x2 | 0x4 | 0x8, f"mode=700,size={scratch_bytes},nr_inodes={scratch_files}")
     os.chdir(at)
     _call(number("pivot_root"), b".", b".")
     if _libc.umount2(b".", 2) < 0:
