@@ -400,14 +400,14 @@ def test_a_program_that_nests_folders_does_not_spoil_the_others_of_its_batch(scr
 
 
 def test_excess_stops_at_the_first_broken_limit(tmp_path):
-    assert scratch.excess(str(tmp_path), 1 << 20, 3) == ""
+    assert scratch_folder.excess(str(tmp_path), 1 << 20, 3) == ""
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "c").write_bytes(bytes(1 << 16))
-    assert scratch.excess(str(tmp_path), 1 << 20, 3) == ""
-    assert scratch.excess(str(tmp_path), 1 << 20, 2) == "made more than 2 files and folders"
-    assert scratch.excess(str(tmp_path), 1 << 15, 3) == f"wrote more than {1 << 15} bytes"
+    assert scratch_folder.excess(str(tmp_path), 1 << 20, 3) == ""
+    assert scratch_folder.excess(str(tmp_path), 1 << 20, 2) == "made more than 2 files and folders"
+    assert scratch_folder.excess(str(tmp_path), 1 << 15, 3) == f"wrote more than {1 << 15} bytes"
     (tmp_path / "a" / "up").symlink_to(tmp_path.parent)  # not followed
-    assert scratch.excess(str(tmp_path), 1 << 20, 4) == ""
+    assert scratch_folder.excess(str(tmp_path), 1 << 20, 4) == ""
 
 
 def test_a_tree_of_any_depth_is_removed_and_nothing_outside(tmp_path):
@@ -426,7 +426,7 @@ def test_a_tree_of_any_depth_is_removed_and_nothing_outside(tmp_path):
         os.close(at)
         at = below
     os.close(at)
-    scratch.remove(str(folder))
+    scratch_folder.remove(str(folder))
     assert list(tmp_path.iterdir()) == [outside]
     assert (outside / "file").read_text() == "precious"
 
@@ -447,7 +447,7 @@ def test_an_owner_without_privileges_removes_folders_without_permissions():
             Path(inner, "a", "file").touch()
             for name in (f"{inner}/a/b", f"{inner}/a"):
                 os.chmod(name, 0)
-            scratch.remove(inner)
+            scratch_folder.remove(inner)
             left = os.path.exists(inner)
         finally:
             os._exit(left)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import scratch, wire
+from . import scratch_folder, wire
 
 WARDEN: Path = Path(__file__).with_name("warden.py")
 ISOLATED = ("namespaces", "filters")
@@ -148,7 +148,7 @@ def _run(job: Job, limits: Limits) -> dict[str, Any]:
         said, complaint = _ask_warden(payload, folder, limits)
     finally:
         with contextlib.suppress(OSError):
-            scratch.remove(folder)
+            scratch_folder.remove(folder)
     found = _first_message(said)
     if found is None and complaint:
         raise SandboxError(f"the sandbox itself failed: {complaint.decode(errors='replace').strip().splitlines()[-1]}")

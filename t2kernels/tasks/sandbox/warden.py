@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import isolation
 import judge
 import player
-import scratch
+import scratch_folder
 import wire
 
 del sys.path[0]
@@ -71,7 +71,7 @@ def watch(settings: dict[str, Any], broken: list[str]) -> None:
     while not why:
         time.sleep(0.05)
         try:
-            why = scratch.excess(".", settings["scratch_bytes"], settings["scratch_files"])
+            why = scratch_folder.excess(".", settings["scratch_bytes"], settings["scratch_files"])
         except BaseException as e:
             why = f"the files cannot be counted: {type(e).__name__}"
     broken.append(why)
