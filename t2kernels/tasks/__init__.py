@@ -31,10 +31,11 @@ def load(
     checker: str = "auto",
     holdout: int = 0,
 ) -> Task:
-    """The task called `name`, or the task in the JSONL file at that path. `NAME:PATH` is the task NAME with `path=PATH`.
+    """The task called `name`, or the task in the JSONL file at that path.
 
-    path: for a task of `hub_names`, a copy of its dataset to read instead of the hub. A .jsonl or .parquet file with the
-        dataset's own columns, a directory of such files, or {"train": file, "test": file}
+    name: NAME:PATH is the task NAME with path=PATH
+    path: for a task of `hub_names`, a copy of its dataset to read instead of the hub: a .jsonl or .parquet file with
+        the dataset's own columns, a directory of such files, or {"train": file, "test": file}
     chat: if True, prompts are messages for the model's chat template, not plain text
     checker: for MATH: "plain", "math-verify", or "auto", which is math-verify if it is installed. `Task.checker` says
         which one was chosen

@@ -55,8 +55,9 @@ class Task:
     images: bool = False
 
     def split(self, split: str, n: int | None = None, seed: int = 0) -> list[Row]:
-        """The first `n` problems of a split, or all of them. `seed` selects other training problems if they are generated.
+        """The first `n` problems of a split, or all of them.
 
+        seed: selects other training problems, for tasks that generate them.
         Raises ValueError if the split is not train, validation or test, or has no problem or fewer than `n`.
         """
         if split not in SPLITS:
@@ -110,12 +111,12 @@ class Task:
         return self.judge(completion, row) if self.judge else self.extract(completion) == row["answer"]
 
     def right(self, completion: str | Sequence[Message] | None, answer: str, **row: Any) -> bool:
-        """Whether one completion ends in the right answer. row: other columns of its problem, if the task needs them."""
+        """Whether one completion is right. row: other columns of its problem, if the task needs them."""
         return self.verdicts([text_of(completion)], [{"answer": answer, **row}])[0]
 
 
 def text_of(completion: str | Sequence[Message] | None) -> str | None:
-    """The text of a completion: itself, or the content of a chat's last message (text parts joined); None if it has none."""
+    """The text of a completion, or of the last message of a chat with its text parts joined; None if there is none."""
     found: Any = completion
     if isinstance(found, list):
         last = found[-1] if found else None
@@ -127,9 +128,10 @@ def text_of(completion: str | Sequence[Message] | None) -> str | None:
 
 
 def from_jsonl(path: str | Path) -> Task:
-    """A task from a file with one JSON object per line: `prompt` and `answer`, both strings. The reward gets other columns too.
+    """A task from a file with one JSON object per line: `prompt` and `answer`, both strings.
 
-    A column `split` (train, validation or test) sets the split of a row; without it the hash of the prompt decides.
+    The reward gets the other columns too. A column `split` (train, validation or test) sets the split of a row;
+    without it the hash of the prompt decides.
     Raises ValueError with the file, the line and the reason.
     """
     path = Path(path)

@@ -33,7 +33,8 @@ def before_next(completion: str) -> str:
 def numbers(text: str) -> list[Fraction]:
     """The numbers in a text, in order.
 
-    Currency signs, per cent signs and thousands separators are ignored. LaTeX fractions are read. "1 1/2" is one number.
+    Currency signs, per cent signs and thousands separators are ignored. Fractions in LaTeX count. "1 1/2" is one
+    number.
     """
     text = _FRACTION.sub(r" \1/\2", text).replace("{,}", ",").replace("\\!", "").replace("\\$", "$")
     return [value for match in _NUMBER.finditer(text) if (value := _value(match)) is not None]

@@ -50,11 +50,12 @@ def judge(completion: str, row: Row) -> bool:
 
 
 def choice(completion: str, options: list[str]) -> str:
-    """The letter of the option that a completion decides for; "" if it decides for none. Text after the next question is ignored.
+    """The letter of the option that a completion decides for; "" if it decides for none.
 
-    Options are also recognised by number, 1 for A, and by their text. The first of these that is found counts: the option
-    after the last "answer is"; an option at the very start; an option in \\boxed{}; the only letter that stands alone in
-    brackets or on a line; the only option whose text occurs.
+    Options are also recognised by number, 1 for A, and by their text. Text after the next question is ignored. The
+    first
+    of these that is found counts: the option after the last "answer is"; an option at the very start; an option in
+    \\boxed{}; the only letter that stands alone in brackets or on a line; the only option whose text occurs.
     """
     known = LETTERS[: len(options) or 5]
     said = re.sub(r"[*_`]+", "", before_next(completion)).strip()
@@ -75,7 +76,7 @@ def choice(completion: str, options: list[str]) -> str:
 
 
 def _leading(said: str, known: str) -> str:
-    """The label at the start of a text: "B", "(B)", "B)", "B. text", "option B", "2"; "" if there is none, as in "A dog"."""
+    """The label at the start of a text, as in "B", "(B)", "B. text", "option B", "2"; "" if there is none ("A dog")."""
     label = rf"[{known}{known.lower()}]|[1-{len(known)}]"
     start = re.match(
         rf"\s*(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)?\s*[(\[]?({label})[)\]](?!\s*(?:or|and)\b)", said, re.I

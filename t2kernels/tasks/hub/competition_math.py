@@ -4,7 +4,7 @@ Two checkers decide whether two expressions are equal. `Task.checker` names the 
 
     plain         this file: it makes the notation uniform and compares numbers, lists and sets by value.
                   It knows no algebra: 2\\sqrt{2} is not \\sqrt{8}.
-    math-verify   if the plain checker says no, the package math-verify compares with sympy, in a process with a time limit
+    math-verify   if the plain checker says no, the package math-verify compares with sympy, within a time limit
 """
 
 import re
@@ -22,9 +22,9 @@ CHECKERS = ("auto", "plain", "math-verify")
 
 
 def problem(raw: Row) -> Row:
-    """The problem in a row of MATH-500 (problem, solution, answer, subject, level) or hendrycks_math (problem, solution, type, level).
+    """The problem in a row of MATH-500 or hendrycks_math.
 
-    Raises ValueError.
+    raw: problem, solution, level; MATH-500 has answer and subject too, hendrycks_math has type. Raises ValueError.
     """
     asked, solution = text(raw, "problem"), text(raw, "solution")
     answer = text(raw, "answer") if raw.get("answer") is not None else boxed(solution)
@@ -56,8 +56,9 @@ SUBJECTS = (
 
 
 def judge(checker: str) -> tuple[Callable[[str, Row], bool], str]:
-    """(a function (completion, row) -> whether it is right, a description of the checker). "auto" is math-verify if installed.
+    """The checker as a function (completion, row) -> whether it is right, and its description.
 
+    checker: "plain", "math-verify", or "auto", which is math-verify if it is installed.
     Raises ValueError for an unknown checker, ImportError for math-verify without its package.
     """
     if checker not in CHECKERS:
@@ -136,13 +137,14 @@ def _same(a: str, b: str) -> bool:
 
 
 _DROPPED = re.compile(
-    r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits|,|;|:|!|>|quad|qquad|\$|%| )(?![a-zA-Z])|[$~%°]|\\(?:deg|degree)(?![a-z])"
+    r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits|,|;|:|!|>|quad|qquad|\$|%| )(?![a-zA-Z])"
+    r"|[$~%°]|\\(?:deg|degree)(?![a-z])"
 )
 _UNIT = r"\\(?:text|mathrm|mbox|textrm|textbf)\s*\{[^{}]*\}(?:\^\{?\d\}?)?"
 
 
 def normal(expression: str) -> str:
-    """An expression in uniform notation: no spaces, dollar signs, units, degrees or sizes; \\frac{a}{b} and \\sqrt{a} in full."""
+    """Make notation uniform: drop spaces, dollar signs, units and sizes; write \\frac{a}{b} and \\sqrt{a} in full."""
     s = expression.strip().strip("$").strip().rstrip(".,;").strip()
     s = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", s, flags=re.DOTALL)
     s = s.replace("\u2212", "-").replace("\\{", "⟨").replace("\\}", "⟩").replace("{,}", "").replace("\\\\", " ")
@@ -168,7 +170,7 @@ def normal(expression: str) -> str:
 
 
 def value(s: str) -> Fraction | None:
-    """The value of a `normal` expression that is an integer, decimal, fraction or mixed number; None for anything else."""
+    """The value of a `normal` expression if it is an integer, decimal, fraction or mixed number, else None."""
     match = re.fullmatch(r"([-+]?)(\d+(?=\\frac))?(.+)", s)
     if not match or len(s) > 100:
         return None
@@ -187,7 +189,10 @@ def value(s: str) -> Fraction | None:
 
 
 def _parts(s: str) -> tuple[str, list[str]] | None:
-    """("()", parts) of a tuple or interval, ("{}", parts) of a set, ("", parts) of several solutions; None for a single expression."""
+    """The brackets and parts of an expression; None for a single expression.
+
+    ("()", parts) for a tuple or interval, ("{}", parts) for a set, ("", parts) for several solutions.
+    """
     ends = s[:1] + s[-1:]
     ends = {"⟨⟩": "{}"}.get(ends, ends)
     inner = s[1:-1] if ends in ("()", "[]", "(]", "[)", "{}") else s

@@ -12,7 +12,7 @@ STOP = ("\nQuestion:",)
 
 
 def problem(raw: Row) -> Row:
-    """The problem in a row of openai/gsm8k: question, answer (the solution, ending in `#### number`). Raises ValueError."""
+    """The problem in a row of openai/gsm8k: question, answer (ends in `#### number`). Raises ValueError."""
     question, solution = text(raw, "question"), text(raw, "answer")
     worked, mark, final = solution.rpartition("####")
     answer = canonical(final)

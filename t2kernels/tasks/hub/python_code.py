@@ -91,9 +91,9 @@ def program(completion: str, names: Sequence[str], code: str = "") -> str:
 
     names: the names that it must define. code: the head of the function, if the completion is expected to be its body.
 
-    The first of these that is found: the last fenced block that defines a name, closed or not, in any language; the part
-    of the text that is Python and defines a name; the completion as the body after `code`, up to the first line that is
-    not indented.
+    The first of these that is found: the last fenced block that defines a name, closed or not, in any language; the
+    part of the text that is Python and defines a name; the completion as the body after `code`, up to the first line
+    that is not indented.
     """
     defines = [
         re.compile(rf"(?m)^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+{re.escape(name)}\b|^{re.escape(name)}\s*=")

@@ -137,7 +137,7 @@ class Rows:
         return [file for file in files if name in re.split("[^a-z]+", file.stem.lower())]
 
     def _sorted(self, rows: Sequence[Raw]) -> dict[str, list[Row]]:
-        """Split -> rows, for a file whose name gives no split: by the column `split`, else by the hash of the prompt."""
+        """Split -> rows, for a file whose name gives no split: by the column `split`, else by the prompt's hash."""
         parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
         for where, raw in rows:
             row = self.row(where, raw)
@@ -226,7 +226,8 @@ def hub_rows(name: str, source: Source, split: str) -> Remote:
         except (OSError, ValueError) as e:
             raise OSError(
                 f"cannot load {label} from the hub: {e}. Without a network give a copy of its files: "
-                f"tasks.load({name!r}, path=...), or --task {name}:PATH, a .jsonl or .parquet file or a directory of them"
+                f"tasks.load({name!r}, path=...), or --task {name}:PATH, a .jsonl or .parquet file or a directory of "
+                "them"
             ) from e
         if "image" in rows.features:
             rows = rows.cast_column("image", datasets.Image(decode=False))

@@ -1,8 +1,9 @@
 """TextVQA (arXiv 1904.08920): questions about text in photographs. Ten people answered each question.
 
-With chat=True a row is for a vision-language model: its message has a place for the image, and its column `image` holds the
-undecoded file. No path of this package shows an image to a model yet: `t2 eval`, `t2 train` and the servers read text only.
-The task stays for programs that feed `messages` and `image` to a processor themselves, and for the path that will.
+With chat=True a row is for a vision-language model: its message has a place for the image, and its column `image` holds
+the undecoded file. No path of this package shows an image to a model yet: `t2 eval`, `t2 train` and the servers read
+text only. The task is for programs that give `messages` and `image` to a processor themselves, and for the path to
+come.
 Without chat the prompt is text: it lists the words that a text recogniser found in the photograph.
 """
 
@@ -19,10 +20,11 @@ ENOUGH = 3
 
 
 def problem(raw: Row) -> Row:
-    """The problem in a row of lmms-lab/textvqa: question, answers (ten), ocr_tokens, image (undecoded: {"bytes", "path"}).
+    """The problem in a row of lmms-lab/textvqa.
 
-    `messages` are for a vision-language model; the image itself stays in the column `image`. `prompt` is for a text
-    model. Raises ValueError.
+    raw: question, answers (ten), ocr_tokens, image (undecoded: {"bytes", "path"}). `messages` are for a
+        vision-language model; the image itself stays in the column `image`. `prompt` is for a text model. Raises
+        ValueError.
     """
     question, answers = text(raw, "question"), texts(raw, "answers")
     words = [word for word in raw.get("ocr_tokens") or [] if isinstance(word, str)]
@@ -57,7 +59,7 @@ _NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".spli
 
 
 def plain(answer: str) -> str:
-    """An answer in lower case: number words become digits, articles and punctuation outside numbers and words are dropped."""
+    """An answer in lower case, with digits for number words, without articles and most punctuation."""
     answer = re.sub(r"(?<![\d])[.,](?!\d)|[.,](?!\d)", " ", answer.casefold())
     answer = re.sub(r"[;/\[\]\"{}()=+_><@`?!*]", " ", answer).replace(",", "")
     words = [_NUMBERS.get(word, word) for word in answer.split()]

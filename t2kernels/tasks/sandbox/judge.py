@@ -1,4 +1,7 @@
-"""The process that runs a problem's tests. The answer lives in another one; here it is a name that sends its arguments there."""
+"""The process that runs the tests. The program is in another process; a name of the program stands for it here.
+
+To call such a name sends the arguments to the program and returns its reply.
+"""
 
 import builtins
 import os
@@ -8,11 +11,11 @@ import wire
 
 
 class Wrong(Exception):
-    """The answer raised, died or answered with nonsense."""
+    """The program raised, died or sent a reply that makes no sense."""
 
 
 class Line:
-    """Questions to the player, one at a time. Raises Wrong, or the built-in exception that the answer raised."""
+    """The connection to the player: one question at a time."""
 
     def __init__(self, requests: int, replies: int):
         self.requests, self.replies = requests, replies
@@ -40,7 +43,7 @@ class Line:
 
 
 class Remote:
-    """An object of the answer. It equals nothing but itself: whether a value is right is never asked of the answer."""
+    """An object of the program. It equals only itself: the program never decides whether a value is right."""
 
     __slots__ = ("_line", "_number")
 
@@ -97,9 +100,10 @@ def _number(value) -> int:
 
 
 def judge(tests: dict, line: Line) -> dict:
-    """Run the tests: {"verdict": "passed", "wrong" or "error", "detail": why}. Passed is only what reaches the end of them.
+    """Run the tests. Only a program that reaches their end has passed.
 
-    tests: `names` of the answer that they use, `setup` and `tests`, both source
+    tests: `names`, the names of the program that they use; `setup` and `tests`, both source.
+    Returns {"verdict": "passed", "wrong" or "error", "detail": the reason}.
     """
     names: dict = {"__name__": "tests"}
     try:
@@ -118,7 +122,7 @@ def judge(tests: dict, line: Line) -> dict:
 
 
 def how_it_ended(pid: int) -> str:
-    """What became of the player, in words; nothing if it still runs."""
+    """How the player ended, in words; "" if it still runs."""
     done, status = os.waitpid(pid, os.WNOHANG)
     if not done:
         return ""

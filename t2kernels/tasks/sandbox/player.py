@@ -1,6 +1,6 @@
-"""The process that holds a sampled answer: it runs the program and does what the judge asks of the names that it defines.
+"""The process that runs the program and answers the judge's questions about the names that it defines.
 
-Everything here may be overwritten by the program; nothing here decides anything.
+The program may overwrite everything here, and nothing here decides anything.
 """
 
 import builtins

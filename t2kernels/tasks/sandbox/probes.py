@@ -27,9 +27,10 @@ ATTEMPTS: dict[str, str] = {
 
 
 def report(limits: Limits | None = None) -> dict[str, str | bool]:
-    """Which protections hold on this machine: {"isolation": the layers, "network": True, ...}. True: the attempt failed.
+    """Find out by attempts which protections hold on this machine.
 
-    Raises SandboxError if not even a harmless program can be run.
+    Returns {"isolation": the layers, "network": True, ...}; True means that the attempt failed. Raises SandboxError
+    if not even a harmless program can be run.
     """
     limits = replace(limits or Limits(), cpu_seconds=1, wall_seconds=30.0)
     works = run(Job("def ok(): return 1", "assert ok() == 1", ("ok",)), limits)

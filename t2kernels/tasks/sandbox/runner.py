@@ -122,7 +122,10 @@ def run_many(
     workers: int | None = None,
     done: Callable[[int], object] | None = None,
 ) -> list[Result]:
-    """The result of each job, in order. `workers` run at a time, by default one per core. `done(1)` is called after each."""
+    """Run several programs at a time: the result of each job, in order.
+
+    workers: how many at a time, by default one per core. done: called with 1 after each job.
+    """
     workers = workers or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
         results = []

@@ -1,6 +1,7 @@
 """The folder that a program may write to: limits on its content, and its removal. Standard library only.
 
-A program can nest folders deeper than a recursive function goes, and deeper than a path may be long. Nothing here recurses.
+A program can nest folders deeper than a recursive function goes, and deeper than a path may be long. Nothing here
+recurses.
 """
 
 import contextlib

@@ -1,4 +1,6 @@
-"""The process between this library and a sampled program, run by path as `python -I -S warden.py SETTINGS`. Standard library only.
+"""The process between this library and a sampled program, run by path: `python -I -S warden.py SETTINGS`.
+
+Standard library only.
 
     caller ── warden ── judge ── player        the pipe to the caller ends at the judge
               waits     tests    the program   the player has two pipes to the judge and nothing else
@@ -66,7 +68,7 @@ def main(settings: dict[str, Any]) -> None:
 
 
 def watch(settings: dict[str, Any], broken: list[str]) -> None:
-    """Look at the scratch folder until a limit is broken, then wake `main`. A thread, so that the clock never waits for it."""
+    """Watch the scratch folder, and wake `main` if a limit is broken. A thread: the clock must not wait for it."""
     why = ""
     while not why:
         time.sleep(0.05)

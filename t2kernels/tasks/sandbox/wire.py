@@ -1,6 +1,7 @@
-"""Values between the judge and the program, as JSON. Plain data goes by value; other objects go by a number that the program's side resolves.
+"""Values between the judge and the program, as JSON.
 
-The judge decodes only data that it builds itself, so a program cannot hand it an object whose `==` is always true.
+Plain data is sent by value. For any other object a number is sent, which the program's side resolves. The judge
+decodes only data that it builds itself, so a program cannot hand it an object whose `==` is always true.
 """
 
 import datetime
@@ -68,7 +69,8 @@ def encode(value: Any, reference: Callable[[Any], int]) -> Any:
 def decode(value: Any, resolve: Callable[[int], Any]) -> Any:
     """The Python value for a JSON value of `encode`.
 
-    resolve: number -> object. Raises ValueError, TypeError, KeyError or RecursionError for JSON that `encode` never writes.
+    resolve: number -> object.
+    Raises ValueError, TypeError, KeyError or RecursionError for JSON that `encode` never writes.
     """
     again = lambda v: decode(v, resolve)  # noqa: E731
     if isinstance(value, list):
