@@ -1,7 +1,7 @@
 """The only module that writes files. A file is whole or absent: written beside its place, synced, then renamed.
 
-A process that is killed while it writes leaves a temporary file. A writer locks its own, so the next write into the same
-folder recognises the others and removes them.
+A process that is killed while it writes leaves a temporary file. A writer locks its own, so the next write into the
+same folder recognises the others and removes them.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def why_unreadable(path: str | Path) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of killed processes from a folder. A file that is still written is locked, and stays."""
+    """Remove the temporary files of killed processes from a folder. One that is still written is locked and stays."""
     for file in folder.glob(f".*{TEMPORARY}"):
         # An OSError means that it is locked, that another process was faster, or that there are no locks here.
         with contextlib.suppress(OSError):

@@ -28,7 +28,7 @@ def poison():
 
 @pytest.fixture(scope="session")
 def large_vocabulary():
-    """(model, tokenizer) with a vocabulary of 50,000 words, for faults that a small one hides. Patch a copy, not the model."""
+    """(model, tokenizer) with a vocabulary of 50,000 words, for faults that a small one hides. Patch copies only."""
     from tests.helpers.large_vocabulary import build_model, build_tokenizer
 
     return build_model(), build_tokenizer()

@@ -42,7 +42,7 @@ def sources(folder: Path) -> dict[str, str]:
 
 
 def imports(name: str, text: str, known: set[str]) -> tuple[set[str], list[str]]:
-    """(modules that a module imports, private names of others that it uses). Packages are called "a.__init__" in `known`."""
+    """(modules that a module imports, private names of others that it uses); `known` calls a package "a.__init__"."""
 
     def resolve(path: str) -> str | None:
         home = t2kernels._HOME.get(path.removeprefix("t2kernels."))

@@ -1,4 +1,4 @@
-"""A vocabulary of 50,000 tokens, where a small one hides faults: sampling, log-probabilities, and experts in a mixed batch."""
+"""Sampling, log-probabilities and experts with a vocabulary of 50,000 tokens: a small one hides faults."""
 
 import copy
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A random Llama with the vocabulary of a real model: 50,000 words, 8 blocks of width 64. Built in memory, in a second."""
+"""A random Llama with the vocabulary of a real model: 50,000 words, 8 blocks of width 64. Nothing is downloaded."""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,7 +19,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model() -> LlamaForCausalLM:
-    """Random weights, large enough that experts matter, and logits with a spread of about 2, so that some tokens are likely."""
+    """Random weights, large enough that experts matter. Logits have a deviation of about 2: some tokens are likely."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,

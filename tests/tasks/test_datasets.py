@@ -1,4 +1,4 @@
-"""Known datasets: their rows, copies of their files, the hub, and what goes wrong with each before any model is loaded."""
+"""Known datasets: their rows, copies of their files, the hub, and the errors of each before any model is loaded."""
 
 import json
 import sys
@@ -35,7 +35,10 @@ HENDRYCKS = {
 MBPP = {
     "task_id": 2,
     "text": "Write a function to add two to each number of a pair.",
-    "code": "class Pair(object):\r\n\tdef __init__(self, a, b):\r\n\t\tself.a = a\r\n\t\tself.b = b\r\ndef add_two(p):\r\n\treturn (p.a + 2, p.b + 2)",
+    "code": (
+        "class Pair(object):\r\n\tdef __init__(self, a, b):\r\n\t\tself.a = a\r\n\t\tself.b = b\r\n"
+        "def add_two(p):\r\n\treturn (p.a + 2, p.b + 2)"
+    ),
     "test_list": [
         "assert add_two(Pair(1, 2)) == (3, 4)",
         "assert add_two(Pair(0, -2)) == (2, 0)",
@@ -348,7 +351,8 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     header = "".join(
-        f"- config_name: {c}\n  data_files:\n  - split: train\n    path: {c}/train.jsonl\n  - split: test\n    path: {c}/test.jsonl\n"
+        f"- config_name: {c}\n  data_files:\n"
+        f"  - split: train\n    path: {c}/train.jsonl\n  - split: test\n    path: {c}/test.jsonl\n"
         for c in "ab"
     )
     write(tmp_path / "repo" / "a" / "train.jsonl", pens(4))
@@ -411,7 +415,8 @@ def test_a_missing_package_is_said_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         ImportError,
-        match=r"'gsm8k' is loaded from the hub .* needs the package datasets: pip install 't2kernels\[tasks\]'; or give",
+        match=r"'gsm8k' is loaded from the hub .* needs the package datasets: "
+        r"pip install 't2kernels\[tasks\]'; or give",
     ):
         tasks.load("gsm8k")
     assert tasks.load("gsm8k", DATA / "gsm8k_test.jsonl").split("test", 1)

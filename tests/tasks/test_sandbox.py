@@ -78,7 +78,8 @@ def depth(n): return 0 if n is None else 1 + depth(n.left)
 def count(n):
     yield from range(n)
 """
-    tests = "assert depth(root) == 2 and depth(None) == 0 and root.left.v == 5\nassert list(root) == [4] and len(root) == 7 and root\n"
+    tests = "assert depth(root) == 2 and depth(None) == 0 and root.left.v == 5\n"
+    tests += "assert list(root) == [4] and len(root) == 7 and root\n"
     tests += "assert list(count(3)) == [0, 1, 2] and next(count(2)) == 0 and root == root and not root == Node(4)\n"
     setup = "root = Node(4)\nroot.left = Node(5)"
     assert check(program, tests, "Node", "depth", "count", setup=setup).passed
@@ -229,10 +230,8 @@ def refusing(monkeypatch, tmp_path):
 
     def refuse(*layers: str) -> None:
         message = '{"verdict": "refused", "detail": "no", "layers": []}'
-        tests = " ".join(
-            f"""*'"isolation": "{layer}"'*) cat >/dev/null; printf '\\0\\0\\0\\{len(message):o}%s' '{message}'; exit;;"""
-            for layer in layers
-        )
+        answer = f"printf '\\0\\0\\0\\{len(message):o}%s' '{message}'"
+        tests = " ".join(f"""*'"isolation": "{layer}"'*) cat >/dev/null; {answer}; exit;;""" for layer in layers)
         stub = tmp_path / "python"
         stub.write_text(f'#!/bin/sh\ncase "$*" in {tests} esac\nexec {sys.executable} "$@"\n')
         stub.chmod(0o755)
@@ -265,7 +264,8 @@ def test_what_is_asked_for_must_be_possible(monkeypatch):
 
 
 def test_the_end_of_the_caller_is_the_end_of_everything(tmp_path):
-    code = "from t2kernels.tasks.sandbox import *\nrun(Job('import time; time.sleep(1000)', '', ()), Limits(wall_seconds=float(1000 + %s)))"
+    code = "from t2kernels.tasks.sandbox import *\n"
+    code += "run(Job('import time; time.sleep(1000)', '', ()), Limits(wall_seconds=float(1000 + %s)))"
     process, mark = (
         subprocess.Popen([sys.executable, "-c", code % MARK], env={**os.environ, "TMPDIR": str(tmp_path)}),
         f'"wall_seconds": {1000 + float(MARK)}',

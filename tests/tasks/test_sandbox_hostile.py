@@ -18,7 +18,8 @@ def frame(m):
     return len(data).to_bytes(4, "big") + data
 """
 
-# What each program does, and then a wrong answer or none. OUTSIDE stands for a file and PARENT for the process of this test.
+# Name: a program that does harm and then gives a wrong answer or none. OUTSIDE is replaced by the path of a file, and
+# PARENT by the id of the test's process.
 HOSTILE = {
     "fork bomb": "import os\nwhile True:\n    os.fork()",
     "fork bomb that goes on": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
@@ -236,7 +237,7 @@ SPIES = {
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """A file that must stay as it is, and a secret in the environment; afterwards no process of the sandbox may be left."""
+    """A file that must not change, and a secret in the environment; afterwards no process of the sandbox is left."""
     file = tmp_path / "precious"
     file.write_text("precious")
     os.chmod(file, 0o600)
