@@ -55,7 +55,9 @@ def accuracy(completion: str, answers: list[str]) -> float:
     return sum(min(1.0, n / ENOUGH) for n in others) / len(said)
 
 
-_NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
+_NUMBERS: dict[str, str] = dict(
+    zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True)
+)
 
 
 def plain(answer: str) -> str:

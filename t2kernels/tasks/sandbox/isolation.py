@@ -66,9 +66,10 @@ _COLUMN = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
 
 def number(name: str) -> int:
     """The number of a system call here. Raises OSError on an architecture that is not in the table."""
-    if _COLUMN is None or CALLS[name][_COLUMN] is None:
+    found = None if _COLUMN is None else CALLS[name][_COLUMN]
+    if found is None:
         raise OSError(38, f"no number for the system call {name} on {platform.machine()}")
-    return CALLS[name][_COLUMN]
+    return found
 
 
 # --- limits and privileges
@@ -262,6 +263,7 @@ def filter_program(pid: int) -> bytes:
 
     DENIED calls fail with EPERM. `clone` may only start threads. Signals and limits may only reach the process `pid`.
     """
+    assert _COLUMN is not None  # `number` refuses other architectures
     steps: list[tuple[int, int, int, int]] = [
         (_LOAD, 0, 0, 4),  # the architecture
         (_EQUAL, 1, 0, (0xC000003E, 0xC00000B7)[_COLUMN]),

@@ -6,6 +6,8 @@ To call such a name sends the arguments to the program and returns its reply.
 import builtins
 import os
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 import wire
 
@@ -17,10 +19,12 @@ class Wrong(Exception):
 class Line:
     """The connection to the player: one question at a time."""
 
-    def __init__(self, requests: int, replies: int):
-        self.requests, self.replies = requests, replies
+    def __init__(self, requests: int, replies: int) -> None:
+        self.requests: int = requests
+        self.replies: int = replies
 
-    def ask(self, what: str, *args):
+    def ask(self, what: str, *args: Any) -> Any:
+        """Send a question and return the reply. Raises Wrong, or the built-in exception that the program raised."""
         try:
             wire.send(self.requests, [what, *(wire.encode(a, _number) for a in args)])
             reply = wire.receive(self.replies)
@@ -47,28 +51,28 @@ class Remote:
 
     __slots__ = ("_line", "_number")
 
-    def __init__(self, line: Line, number: int):
+    def __init__(self, line: Line, number: int) -> None:
         object.__setattr__(self, "_line", line)
         object.__setattr__(self, "_number", number)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._line.ask("call", self, args, kwargs)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._line.ask("get", self, name)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         self._line.ask("set", self, name, value)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         return iter(self._of("list", list))
 
-    def __next__(self):
+    def __next__(self) -> Any:
         return self._line.ask("next", self)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         return self._line.ask("item", self, key)
 
     def __len__(self) -> int:
@@ -86,26 +90,26 @@ class Remote:
     def __float__(self) -> float:
         return self._of("float", float)
 
-    def _of(self, what: str, kind: type):
+    def _of(self, what: str, kind: type) -> Any:
         value = self._line.ask(what, self)
         if type(value) is not kind:
             raise Wrong(f"{what} of an object is a {type(value).__name__}")
         return value
 
 
-def _number(value) -> int:
+def _number(value: Any) -> int:
     if isinstance(value, Remote):
         return value._number
     raise TypeError(f"a {type(value).__name__} cannot be handed to the answer")
 
 
-def judge(tests: dict, line: Line) -> dict:
+def judge(tests: dict[str, Any], line: Line) -> dict[str, Any]:
     """Run the tests. Only a program that reaches their end has passed.
 
     tests: `names`, the names of the program that they use; `setup` and `tests`, both source.
     Returns {"verdict": "passed", "wrong" or "error", "detail": the reason}.
     """
-    names: dict = {"__name__": "tests"}
+    names: dict[str, Any] = {"__name__": "tests"}
     try:
         line.ask("load")
         answer = {name: line.ask("name", name) for name in tests["names"]}
