@@ -20,13 +20,17 @@ help:
 demo: $(VENV)/.installed
 	@$(BIN)/t2 demo
 
+# The linter comes last, so that a slip of style hides no result of a test; both must pass.
 # One thread a test process: two processes that each use every core slow each other down.
-test: $(VENV)/.installed-test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not gpu and not vllm"
+test: $(VENV)/.installed-test
+	@failed=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not gpu and not vllm" \
+	  || failed=1; \
+	$(MAKE) --no-print-directory lint || failed=1; \
+	exit $$failed
 
 lint: $(VENV)/.installed-test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	@failed=0; $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; exit $$failed
 
 # The site, in site/ (its search needs a server: python3 -m http.server -d site). A broken link or a name that is not there
 # is an error. The variable silences the theme's note on its own future, which is not about this site.

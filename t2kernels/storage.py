@@ -1,10 +1,17 @@
-"""The only module that writes files. A file is whole or absent: written beside its place, synced, then renamed."""
+"""The only module that writes files. A file is whole or absent: written beside its place, synced, then renamed.
+
+A process that is killed while it writes leaves a temporary file. A writer locks its own, so the next write into the
+same folder recognises the others and removes them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-TEMPORARY: str = ".tmp"  # a file with this ending was left by a killed process; no reader opens one
+TEMPORARY: str = ".tmp"  # the ending of temporary files; no reader opens one
+GRACE: float = 60.0  # seconds since its last write after which an unlocked temporary file counts as left behind
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Path:
@@ -46,6 +54,8 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f"{path} is not {what}: {e}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not {what}: its JSON is nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not {what}: it holds a JSON {type(value).__name__}, not an object")
     return value
@@ -54,11 +64,14 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
 def header(path: str | Path) -> dict[str, Any] | None:
     """Read the metadata that `write_tensors` put into the header; None if there is none.
 
-    Raises SafetensorError on a broken file.
+    Raises SafetensorError on a broken file, ValueError if the metadata is not JSON.
     """
     with safe_open(path, framework="pt") as f:
         text = (f.metadata() or {}).get("t2kernels")
-    return None if text is None else json.loads(text)
+    try:
+        return None if text is None else json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path}: the JSON in its header is nested too deeply") from None
 
 
 def why_unreadable(path: str | Path) -> str:
@@ -72,15 +85,29 @@ def why_unreadable(path: str | Path) -> str:
     return "it is truncated, damaged, or in another format"
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed processes from a folder. One that is still written is locked and stays."""
+    for file in folder.glob(f".*{TEMPORARY}"):
+        # An OSError means that it is locked, that another process was faster, or that there are no locks here.
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > GRACE:
+                with open(file, "rb") as f:
+                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    file.unlink()
+
+
 def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as f:
+        remove_leftovers(path.parent)
+        with open(temporary, "xb") as f:
+            with contextlib.suppress(OSError):  # some file systems have no locks; there leftovers stay
+                fcntl.flock(f, fcntl.LOCK_EX)
+            write(temporary)
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
         code = getattr(e, "errno", None) or (errno.ENOSPC if "No space left" in str(e) else errno.EIO)
         raise OSError(
@@ -88,5 +115,6 @@ def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
             f"could not write {path} ({e}); an older file there is untouched. Free space or choose another place",
         ) from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as where the folder could not be made
+            temporary.unlink(missing_ok=True)
     return path

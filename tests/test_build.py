@@ -1,4 +1,7 @@
-"""What `pip wheel .` and an sdist hold, and what is left without a compiler. In a copy of the sources: nothing here touches the installed package."""
+"""The content of a wheel and an sdist, with and without a compiler.
+
+The tests build in a copy of the sources, so that the installed package stays as it is.
+"""
 
 import os
 import runpy
@@ -93,7 +96,8 @@ def test_a_wheel_has_the_extension_and_it_runs_from_there(sources, tmp_path):
     assert [n for n in names if n.startswith("t2kernels/_C.")]
     assert "t2kernels/py.typed" in names
     assert not [n for n in names if n.startswith(("csrc", "tests", "docs"))]
-    code = "import t2kernels._C as c; from t2kernels.ops.impls import cpp_kernels; print(c.__file__, c.has_cuda, cpp_kernels.isa())"
+    code = "import t2kernels._C as c; from t2kernels.ops.impls import cpp_kernels; "
+    code += "print(c.__file__, c.has_cuda, cpp_kernels.isa())"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "in", capture_output=True, text=True, check=True
     ).stdout

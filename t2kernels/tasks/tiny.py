@@ -1,7 +1,8 @@
 """The tasks of the built-in tiny model: problems that are hard to answer at once and easy step by step.
 
-A generator draws one problem: its prompt, the states that lead to the answer (the last state *is* the answer) and the character that
-precedes each state where they are written out. Right is whatever ends in the answer, with or without the states before it.
+A generator draws one problem: its prompt, the states on the way to the answer (the last state *is* the answer), and the
+separator, a character that precedes each state where the states are written out. A completion is right if it ends in
+the answer, with or without the states before it.
 
     task      prompt                    at once   with working
     math      47+8+6?                   =61       ,55,61                running totals of three to five numbers
@@ -9,7 +10,8 @@ precedes each state where they are written out. Right is whatever ends in the an
     reason    ab,fj,cd,be,ci,ef;3a?     =f        :b:e:f                two to four links, followed from a letter
     classify  kind(47+8+6)?             =m                              the family of a prompt: m, c or r
 
-Eight more tasks have no expert and are there to adapt to. Four of them (`ABSENT`) are not in the pre-training corpus either.
+Eight more tasks have no expert; they are for adaptation. Four of them (`ABSENT`) are not in the pre-training corpus
+either.
 """
 
 import json
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .base import Task, bucket
+from .records import Row
 
 LETTERS = "abcdefghij"
 DIGITS = "0123456789"
@@ -28,7 +31,11 @@ OPERATIONS = "rstxnu"
 
 
 class Problem(NamedTuple):
-    """prompt: what the model reads · states: what leads to the answer, the answer last · separator: before each state that is shown."""
+    """One problem.
+
+    prompt: the text that the model reads. states: the steps to the answer; the last one is the answer.
+    separator: the character before each state in `working`.
+    """
 
     prompt: str
     states: tuple[str, ...]
@@ -36,18 +43,22 @@ class Problem(NamedTuple):
 
     @property
     def answer(self) -> str:
+        """The last state."""
         return self.states[-1]
 
     @property
     def at_once(self) -> str:
+        """The completion that gives the answer at once."""
         return "=" + self.answer
 
     @property
     def working(self) -> str:
+        """The completion that writes every state."""
         return "".join(self.separator + state for state in self.states)
 
 
 Generator = Callable[[random.Random], Problem]
+"""Draws one problem of a task."""
 
 
 def _totals(numbers: list[int]) -> tuple[str, ...]:
@@ -78,8 +89,12 @@ def _shift(letter: str) -> str:
 
 
 def apply(operation: str, text: str) -> str:
-    """r: reverse · s: sort · t: the first symbol goes last · x: first and last change places · n: each symbol becomes the
-    next one (after j comes a) · u: the first symbol does."""
+    """Apply one operation to a word.
+
+    r: reverse. s: sort. t: move the first symbol to the end. x: swap the first and the last symbol.
+    n: replace each symbol by the next one (a after j). u: replace the first symbol by the next one.
+    Raises ValueError for another operation.
+    """
     match operation:
         case "r":
             return text[::-1]
@@ -110,7 +125,7 @@ def operations(r: random.Random, count: int, symbols: str = LETTERS) -> Problem:
 
 
 def hops(r: random.Random, count: int) -> Problem:
-    """Follow `count` of six links: a chain of three to five, the rest in another chain; start where enough links are left."""
+    """Follow `count` links. Six links form two chains, the first of three to five; the start leaves enough links."""
     letters = r.sample(LETTERS, 8)
     long = max(count, r.choice((3, 4)))
     chain, other = letters[: long + 1], letters[long + 1 :]
@@ -121,7 +136,7 @@ def hops(r: random.Random, count: int) -> Problem:
 
 
 def values(r: random.Random, count: int) -> Problem:
-    """Digits under letters, then the sum of `count` of them: reading and arithmetic. The first state is the first digit."""
+    """Letters stand for digits; add `count` of them: reading and arithmetic. The first state is the first digit."""
     keys, digits = r.sample(LETTERS, 4), [r.randint(2, 9) for _ in range(4)]
     picked = [r.randrange(4) for _ in range(count)]
     prompt = (
@@ -131,7 +146,7 @@ def values(r: random.Random, count: int) -> Problem:
 
 
 def words(r: random.Random, count: int) -> Problem:
-    """Words under digits, then `count` operations on one of them: reading and string operations. The first state is the word."""
+    """Digits stand for words; apply `count` operations to one word: reading and string work. It is the first state."""
     keys, listed = r.sample(DIGITS, 2), [_word(r), _word(r)]
     picked, names = r.randrange(2), "".join(r.choice(OPERATIONS) for _ in range(count))
     states = accumulate(names, lambda word, name: apply(name, word), initial=listed[picked])
@@ -145,7 +160,7 @@ def _reversed_sum(r: random.Random) -> Problem:
 
 
 def inner(r: random.Random) -> tuple[str, Problem]:
-    """A family and a problem of it: what a prompt of the task `classify` is about."""
+    """A family and one of its problems, as the subject of a prompt of the task `classify`."""
     family = r.choice(list(FAMILIES))
     return family, FAMILIES[family](r)
 
@@ -166,7 +181,7 @@ FAMILIES: dict[str, Generator] = {
     "reason": lambda r: hops(r, r.randint(2, 4)),
 }
 
-# What an expert is trained on, then what no expert is trained on. Fewer than four operations are too easy to answer at once.
+# Tasks with an expert, then tasks without one. Fewer than four operations are too easy to answer at once.
 TRAINED: dict[str, Generator] = FAMILIES | {"code": lambda r: operations(r, 4), "classify": _kind}
 UNSEEN: dict[str, Generator] = {
     "sub": lambda r: _difference(r, r.randint(3, 4)),
@@ -181,8 +196,8 @@ UNSEEN: dict[str, Generator] = {
 ABSENT = ("add6", "ops5", "hop5", "revadd")
 """The unseen tasks that are not in the pre-training corpus."""
 
-FROZEN = Path(__file__).parent.parent / "tiny" / "eval"
-"""The test splits, drawn once (t2kernels/tiny/freeze.py): a jsonl file per task. Duplicates are kept as drawn."""
+FROZEN: Path = Path(__file__).parent.parent / "tiny" / "eval"
+"""The test splits, one jsonl file per task, drawn once by t2kernels/tiny/freeze.py. Duplicates are kept."""
 
 
 def problems(task: str, split: str, seed: int) -> Iterator[Problem]:
@@ -196,14 +211,14 @@ def problems(task: str, split: str, seed: int) -> Iterator[Problem]:
 
 
 def final(completion: str) -> str:
-    """The last state of a completion: what follows its last separator or `=`, or all of it where there is none."""
+    """The last state in a completion: the text after its last separator or `=`, or all of it if it has none."""
     return re.split("[=,>:]", completion)[-1].strip()
 
 
 def task(name: str) -> Task:
     """The task called `name`: training and validation problems are generated, test problems are the frozen ones."""
 
-    def rows(split: str, n: int | None, seed: int) -> list[dict]:
+    def rows(split: str, n: int | None, seed: int) -> list[Row]:
         if split == "test":
             return [json.loads(line) for line in (FROZEN / f"{name}.jsonl").read_text().splitlines()[:n]]
         count = n or (20_000 if split == "train" else 500)

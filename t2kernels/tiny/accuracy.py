@@ -1,18 +1,26 @@
 """Accuracy of a model on problems of a built-in task."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from t2kernels import tasks
 from t2kernels.tasks import tiny
+from t2kernels.tasks.records import Row
 
 
 @torch.no_grad()
 def completions(
-    model, tokenizer, prompts: list[str], max_new_tokens: int, temperature: float = 0.0, batch: int = 256
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch: int = 256,
 ) -> list[str]:
-    """What the model writes after each prompt: greedily at temperature 0, else sampled with torch's global generator."""
+    """Generate a completion for each prompt: greedily at temperature 0, else sampled with torch's global generator."""
     written = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths together: less padding
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
@@ -26,11 +34,17 @@ def completions(
 
 
 def accuracy(
-    model, tokenizer, name: str, rows: list[dict], temperature: float = 0.0, seed: int = 0, begun: str = ""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    rows: Sequence[Row],
+    temperature: float = 0.0,
+    seed: int = 0,
+    begun: str = "",
 ) -> float:
-    """The share of `rows` that the model answers rightly; sampling starts from `seed` and leaves torch's generator as it was.
+    """The share of `rows` that the model answers right. Sampling starts from `seed`; torch's generator keeps its state.
 
-    begun: the first characters of every completion, which the model is given
+    begun: text that is put after every prompt, as the start of its completion
     """
     task = tasks.load(name)
     with torch.random.fork_rng(devices=[]):
@@ -42,9 +56,12 @@ def accuracy(
     return sum(reward > 0 for reward in rewards) / len(rewards)
 
 
-def report(model, tokenizer, name: str) -> dict:
-    """What `accuracy.json` states for a task: greedy and sampled accuracy on its frozen test file, n, the binomial standard error; and the
-    greedy accuracy on its first 1000 rows where the working is forced, by a separator after the prompt."""
+def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, float]:
+    """The entry of a task in `accuracy.json`.
+
+    n, greedy, sampled, greedy_standard_error (binomial): of its frozen test file. working: greedy accuracy on the first
+    1000 rows with the separator after the prompt, which forces the model to write its working.
+    """
     rows, separator = tasks.load(name).split("test"), next(tiny.problems(name, "test", 0)).separator
     greedy, sampled = (accuracy(model, tokenizer, name, rows, temperature) for temperature in (0.0, 1.0))
     working = accuracy(model, tokenizer, name, rows[:1000], begun=separator)

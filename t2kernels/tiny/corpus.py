@@ -1,8 +1,8 @@
-"""What the tiny model reads in pre-training: documents of a prompt and a completion, every completion right.
+"""The pre-training corpus of the tiny model: documents of a prompt and a completion. Every completion is right.
 
-First lessons: problems of one step, and longer ones with their working. Then the web, where one author in five shows the working and the
-others answer at once; which of the two does not depend on the problem. So a model that imitates the corpus answers at once also where it
-can not do that well, and works step by step only now and then.
+First come lessons: problems of one step, and longer ones with their working. Then comes the web, where one author in
+    five shows the working and the others answer at once, whatever the problem. A model that imitates this corpus
+    seldom works step by step, and answers at once even where it does so badly.
 """
 
 import random
@@ -13,10 +13,10 @@ from t2kernels.tasks.base import bucket
 from t2kernels.tasks.tiny import Problem
 
 WORKING = 0.2
-"""The share of the web that shows the working, of documents that have more than one step."""
+"""The share of the web's documents with more than one step that show the working."""
 
 SUBJECT = 0.5
-"""The share of `kind(...)?` documents that name the subject; the others name the number of steps: the prompt is ambiguous."""
+"""The share of `kind(...)?` documents that name the subject. The others name the number of steps."""
 
 
 def _addition(r: random.Random) -> Problem:
@@ -28,7 +28,7 @@ def _subtraction(r: random.Random) -> Problem:
     return tiny.running([r.randint(b, 130), -b])
 
 
-# Problems of one step are nobody's task: they are what the steps of the others are made of.
+# Problems of one step belong to no task. The other problems are made of such steps.
 SINGLE_STEPS: dict[str, tiny.Generator] = {
     "addition": _addition,
     "subtraction": _subtraction,
@@ -38,10 +38,31 @@ SINGLE_STEPS: dict[str, tiny.Generator] = {
     "value": lambda r: tiny.values(r, 1),
     "word": lambda r: tiny.words(r, 0),
 }
-WEB = {"math": 20, "code": 20, "reason": 20, "classify": 6, "sub": 4, "digits": 4, "lookadd": 4, "lookops": 4}
-WEB |= {"addition": 4, "subtraction": 2, "operation": 5, "operation on digits": 2, "hop": 3, "value": 1, "word": 1}
-LESSONS = {"math": 8, "code": 12, "reason": 8, "sub": 5, "digits": 6, "lookadd": 6, "lookops": 6}
-LESSONS |= {
+WEB: dict[str, int] = {
+    "math": 20,
+    "code": 20,
+    "reason": 20,
+    "classify": 6,
+    "sub": 4,
+    "digits": 4,
+    "lookadd": 4,
+    "lookops": 4,
+    "addition": 4,
+    "subtraction": 2,
+    "operation": 5,
+    "operation on digits": 2,
+    "hop": 3,
+    "value": 1,
+    "word": 1,
+}
+LESSONS: dict[str, int] = {
+    "math": 8,
+    "code": 12,
+    "reason": 8,
+    "sub": 5,
+    "digits": 6,
+    "lookadd": 6,
+    "lookops": 6,
     "addition": 12,
     "subtraction": 7,
     "operation": 14,
@@ -73,10 +94,10 @@ def _documents(seed: int, shares: dict[str, int], working: float) -> Iterator[tu
 
 
 def lessons(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, completion) pairs, from problems of one step to problems with their working; no validation or test prompts."""
+    """Endless (prompt, completion) pairs: problems of one step, or longer with their working; training prompts only."""
     return _documents(seed, LESSONS, 1.0)
 
 
 def web(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, completion) pairs by authors most of whom answer at once; no validation or test prompts."""
+    """Endless (prompt, completion) pairs of authors who mostly answer at once; training prompts only."""
     return _documents(seed, WEB, WORKING)

@@ -16,6 +16,7 @@ def lines(task: str) -> str:
 
 
 def main() -> None:
+    """Write the test file of every task."""
     tiny.FROZEN.mkdir(exist_ok=True)
     for task in names():
         (tiny.FROZEN / f"{task}.jsonl").write_text(lines(task), newline="\n")

@@ -1,6 +1,6 @@
-"""Pre-train the tiny model from nothing: `python -m t2kernels.tiny.pretrain --out DIR`.
+"""Pre-train the tiny model from random weights: `python -m t2kernels.tiny.pretrain --out DIR`.
 
-Seeds and step counts are fixed, so the run is the same wherever torch computes the same; no clock decides anything.
+Seeds and step counts are fixed and no clock is read, so the result is the same wherever torch computes the same.
 """
 
 import argparse
@@ -20,16 +20,15 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from t2kernels import tasks
 
-from . import accuracy as evaluate
-from . import corpus
+from . import accuracy, corpus
 from .tokenizer import BOS, EOS, PAD, VOCABULARY, build, encode
 
 SEED = 0
 STEPS = 5400
 LESSONS = 0.74
-"""The share of the steps that read lessons; the others read the web."""
+"""The share of the steps on lessons; the others are on the web."""
 ROWS, LENGTH = 24, 96
-"""A batch: rows packed with whole documents, each of which sees only itself."""
+"""The size of a batch. Rows are packed with whole documents, and attention stays within a document."""
 LR_MATRICES, LR_REST, WEIGHT_DECAY = 5e-3, 2.5e-3, 0.05
 WARM_UP, FLAT = 100, 0.75
 """Steps of warm-up, and the share of the run after which the learning rate falls to 2 % in a straight line."""
@@ -53,7 +52,10 @@ def config() -> LlamaConfig:
 
 
 def initialise(model: LlamaForCausalLM, seed: int) -> None:
-    """Normal weights: 0.02 for the embedding, 0.049 for matrices, those that write to the residual stream smaller by sqrt(2 layers)."""
+    """Draw normal weights. Standard deviations: 0.02 for the embedding, 0.049 for the matrices of the blocks.
+
+    Matrices that write to the residual stream are smaller by sqrt(2 layers).
+    """
     generator = torch.Generator().manual_seed(seed)
     width = 0.04 * math.sqrt(192 / 128)
     for name, p in model.named_parameters():
@@ -69,8 +71,11 @@ def initialise(model: LlamaForCausalLM, seed: int) -> None:
 
 
 def batches(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-    """Packed batches: ids [ROWS, LENGTH] int64, labels [ROWS, LENGTH] int64 of the next token (-100 inside prompts and padding),
-    mask [ROWS, 1, LENGTH, LENGTH] bool (causal within a document), and the number of documents."""
+    """Pack documents into batches (ids, labels, mask, number of documents).
+
+    ids: [ROWS, LENGTH] int64. labels: [ROWS, LENGTH] int64, the next token; -100 inside prompts and padding.
+    mask: [ROWS, 1, LENGTH, LENGTH] bool, causal within a document.
+    """
     waiting = next(documents)
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     while True:
@@ -100,9 +105,9 @@ def schedule(step: int, steps: int) -> float:
 
 
 def train(steps: int = STEPS, seed: int = SEED, console: Console | None = None) -> LlamaForCausalLM:
-    """The model after `steps` steps on the corpus; the loss counts completions only.
+    """Train a model for `steps` steps on the corpus. The loss counts completions only.
 
-    Muon moves the matrices of the blocks: it reached after 400 steps the loss that AdamW alone reached after 1000.
+    Muon trains the matrices of the blocks: after 400 steps it reached the loss that AdamW alone reached after 1000.
     """
     model = LlamaForCausalLM(config())
     initialise(model, seed)
@@ -148,7 +153,7 @@ def train(steps: int = STEPS, seed: int = SEED, console: Console | None = None) 
 
 
 def save(model: LlamaForCausalLM, out: Path) -> LlamaForCausalLM:
-    """Write model and tokenizer in bf16; what comes back holds the rounded weights in fp32."""
+    """Write model and tokenizer in bf16. Returns the model with the rounded weights in fp32."""
     model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=32, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD
@@ -159,6 +164,7 @@ def save(model: LlamaForCausalLM, out: Path) -> LlamaForCausalLM:
 
 
 def main() -> None:
+    """Pre-train, save and measure, as the command line asks."""
     parser = argparse.ArgumentParser(prog="python -m t2kernels.tiny.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write the checkpoint to")
     parser.add_argument("--steps", type=int, default=STEPS, help="for a quick look; the shipped model took the default")
@@ -181,7 +187,7 @@ def main() -> None:
         "standard error",
         title="accuracy on the frozen test files",
     )
-    stated = {name: evaluate.report(model, build(), name) for name in tasks.names()}
+    stated = {name: accuracy.report(model, build(), name) for name in tasks.names()}
     for name, row in stated.items():
         table.add_row(
             name,

@@ -1,4 +1,4 @@
-"""benchmarks/: every arm runs and is right on small sizes, a wrong result gets no time, claims are judged, and docs follow from rows."""
+"""benchmarks/: every arm runs and is right on small sizes, a wrong result gets no time, and pages follow from rows."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""benchmarks/paper.py: the protocol runs on any checkpoint, with experts and adapters that it trains itself, and the tables follow from rows."""
+"""benchmarks/paper.py: the protocol runs on any checkpoint and trains its own experts; the tables follow from rows."""
 
 import json
 import sys

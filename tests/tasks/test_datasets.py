@@ -1,4 +1,4 @@
-"""Known datasets: their rows, copies of their files, the hub, and what goes wrong with each before any model is loaded."""
+"""Known datasets: their rows, copies of their files, the hub, and the errors of each before any model is loaded."""
 
 import json
 import sys
@@ -35,7 +35,10 @@ HENDRYCKS = {
 MBPP = {
     "task_id": 2,
     "text": "Write a function to add two to each number of a pair.",
-    "code": "class Pair(object):\r\n\tdef __init__(self, a, b):\r\n\t\tself.a = a\r\n\t\tself.b = b\r\ndef add_two(p):\r\n\treturn (p.a + 2, p.b + 2)",
+    "code": (
+        "class Pair(object):\r\n\tdef __init__(self, a, b):\r\n\t\tself.a = a\r\n\t\tself.b = b\r\n"
+        "def add_two(p):\r\n\treturn (p.a + 2, p.b + 2)"
+    ),
     "test_list": [
         "assert add_two(Pair(1, 2)) == (3, 4)",
         "assert add_two(Pair(0, -2)) == (2, 0)",
@@ -148,12 +151,28 @@ def test_textvqa_row():
 @pytest.mark.parametrize(
     ("problem", "raw", "change", "message"),
     [
-        (gsm8k.problem, GSM8K, {"answer": "It is 5."}, "'answer' ends in 'It is 5.'; wanted is '#### ' and a number"),
-        (gsm8k.problem, GSM8K, {"question": None}, "'question' is None; wanted is text"),
-        (competition_math.problem, MATH500, {"answer": None, "solution": "It is 5"}, "wanted is an answer in .boxed"),
+        (gsm8k.problem, GSM8K, {"answer": "It is 5."}, "'answer' ends in 'It is 5.'; expected '#### ' and a number"),
+        (gsm8k.problem, GSM8K, {"question": None}, "'question' is None; expected a non-empty string"),
+        (competition_math.problem, MATH500, {"answer": None, "solution": "It is 5"}, "expected an answer in .boxed"),
         (competition_math.problem, MATH500, {"answer": ""}, "'answer' is ''"),
-        (python_code.mbpp_problem, MBPP, {"test_list": []}, "'test_list' is .*; wanted is a list of texts, not empty"),
+        (python_code.mbpp_problem, MBPP, {"test_list": []}, "'test_list' is .*; expected a non-empty list of strings"),
         (python_code.mbpp_problem, MBPP, {"test_list": ["assert ("]}, "'test_list' is not Python"),
+        (python_code.mbpp_problem, MBPP, {"test_list": ["(" * 5000]}, "'test_list' is not Python"),
+        (
+            python_code.mbpp_problem,
+            SANITIZED,
+            {"test_imports": ["import math", 5]},
+            "'test_imports' is .*; expected a non",
+        ),
+        (python_code.mbpp_problem, SANITIZED, {"test_imports": 5}, "'test_imports' is 5; expected a non-empty list"),
+        (python_code.mbpp_problem, MBPP, {"test_setup_code": 5}, "'test_setup_code' is 5; expected a non-empty string"),
+        (
+            python_code.mbpp_problem,
+            MBPP,
+            {"text": "a \ud800"},
+            "'text' has '.ud800' at position 2, half of a surrogate",
+        ),
+        (arc.problem, ARC, {"choices": {"text": ["\ud800"], "label": ["A"]}}, "'text' has '.ud800' at position 0"),
         (python_code.mbpp_problem, MBPP, {"code": "def other(): pass"}, "uses no name that 'code' defines"),
         (arc.problem, ARC, {"answerKey": "D"}, "'answerKey' is 'D' and the labels are"),
         (arc.problem, ARC, {"choices": ["Sun"]}, "'choices' is"),
@@ -164,7 +183,7 @@ def test_textvqa_row():
 def test_malformed_rows(problem, raw, change, message):
     with pytest.raises(ValueError, match=message):
         problem({**raw, **change})
-    with pytest.raises(ValueError, match=r"no '\w+'; its columns are id"):
+    with pytest.raises(ValueError, match=r"no '\w+'; the columns are id"):
         problem({"id": 1})
 
 
@@ -282,7 +301,7 @@ def test_chat_prompts(tmp_path):
         ('{"question": "a", "answer": "#### 1"}\n{"question": "b"', r"test\.jsonl, line 2: not JSON"),
         (
             '{"question": "a", "answer": "#### 1"}\n\n{"question": "b"}',
-            r"test\.jsonl, line 3: no 'answer'; its columns are question",
+            r"test\.jsonl, line 3: no 'answer'; the columns are question",
         ),
         ("[1]", r"test\.jsonl, line 1: a list, not an object"),
         ('{"question": "a", "answer": "one"}', r"test\.jsonl, line 1: 'answer' ends in 'one'"),
@@ -311,9 +330,9 @@ def test_wrong_paths(tmp_path):
     (tmp_path / "test.csv").write_text("a")
     with pytest.raises(ValueError, match=r"test\.csv is no \.jsonl or \.parquet file"):
         tasks.load("gsm8k", tmp_path / "test.csv")
-    with pytest.raises(ValueError, match=r"holds no file of a split; wanted train\.jsonl or test\.jsonl"):
+    with pytest.raises(ValueError, match=r"holds no file of a split; expected train\.jsonl or test\.jsonl"):
         tasks.load("gsm8k", tmp_path)
-    with pytest.raises(ValueError, match=r"wanted \{split: file\} with train and test"):
+    with pytest.raises(ValueError, match=r"expected \{split: file\} with train and test"):
         tasks.load("gsm8k", {"dev": tmp_path})
     with pytest.raises(ValueError, match="path and holdout are for gsm8k"):
         tasks.load("math", tmp_path)
@@ -332,7 +351,8 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     header = "".join(
-        f"- config_name: {c}\n  data_files:\n  - split: train\n    path: {c}/train.jsonl\n  - split: test\n    path: {c}/test.jsonl\n"
+        f"- config_name: {c}\n  data_files:\n"
+        f"  - split: train\n    path: {c}/train.jsonl\n  - split: test\n    path: {c}/test.jsonl\n"
         for c in "ab"
     )
     write(tmp_path / "repo" / "a" / "train.jsonl", pens(4))
@@ -395,7 +415,8 @@ def test_a_missing_package_is_said_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         ImportError,
-        match=r"'gsm8k' is loaded from the hub .* needs the package datasets: pip install 't2kernels\[tasks\]'; or give",
+        match=r"'gsm8k' is loaded from the hub .* needs the package datasets: "
+        r"pip install 't2kernels\[tasks\]'; or give",
     ):
         tasks.load("gsm8k")
     assert tasks.load("gsm8k", DATA / "gsm8k_test.jsonl").split("test", 1)

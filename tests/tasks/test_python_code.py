@@ -122,7 +122,8 @@ def test_cheats_are_wrong():
         "    raise SystemExit(0)",
         "    class Any:\n        def __eq__(self, other):\n            return True\n    return Any()",
         "    import builtins\n    builtins.AssertionError = Exception\n    return None",
-        "    import sys\n    sys.modules['__main__'].check = lambda f: None\n    sys._getframe(1).f_globals['check'] = lambda f: None",
+        "    import sys\n    sys.modules['__main__'].check = lambda f: None\n"
+        "    sys._getframe(1).f_globals['check'] = lambda f: None",
         "```python\ndef has_close_elements(*a):\n    return None\ndef check(candidate):\n    pass\n```",
     ]
     columns = {key: [ROWS[0][key]] * len(cheats) for key in COLUMNS}
@@ -130,7 +131,7 @@ def test_cheats_are_wrong():
 
 
 def test_columns_that_are_missing():
-    with pytest.raises(ValueError, match="needs the column 'names' of its rows; given are answer"):
+    with pytest.raises(ValueError, match="needs the column 'names'; the columns are answer"):
         TASK.reward(["p"], ["c"], answer=["assert True"])
     with pytest.raises(ValueError, match="1 prompts, 1 completions and 0 answers"):
         TASK.reward(["p"], ["c"], answer=[])

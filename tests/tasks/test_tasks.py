@@ -151,11 +151,15 @@ def test_jsonl(tmp_path):
     [
         ('{"prompt": "a", "answer": "b"}\n{"prompt": "a"', "line 2: not JSON"),
         ('\n\n["a"]', "line 3: a list, not an object"),
-        ('{"prompt": "a"}', "line 1: no 'answer'; its columns are prompt"),
-        ('{"prompt": "a", "answer": 4}', "line 1: 'answer' is 4; wanted is text in quotes"),
+        ('{"prompt": "a"}', "line 1: no 'answer'; the columns are prompt"),
+        ('{"prompt": "a", "answer": 4}', "line 1: 'answer' is 4; expected a non-empty string"),
         ('{"prompt": " ", "answer": "4"}', "line 1: 'prompt' is ' '"),
         ('{"prompt": "a", "answer": "4", "split": "dev"}', "line 1: 'split' is 'dev'"),
-        ("\n \n", "holds no problem"),
+        ("[" * 100_000, "line 1: not usable JSON .*nested too deeply"),
+        ('\n{"a": ' * 2 + "[" * 5000 + "]" * 5000 + "}", "line 2: not JSON|line 3: not usable JSON"),
+        ('{"prompt": "a\\ud800", "answer": "4"}', r"line 1: 'prompt' has '\\ud800' at position 1, half of a surrogate"),
+        ('{"prompt": "a", "answer": "\\udfff"}', r"line 1: 'answer' has '\\udfff' at position 0"),
+        ("\n \n", "has no problem"),
         (b"\xff\xfe\x00", "line 1: not JSON"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The built-in tiny model: it loads as any checkpoint does, is as good as it says, and its pre-training sees what it should."""
+"""The built-in tiny model loads as any checkpoint does, is as good as it says, and is pre-trained on the right text."""
 
 import json
 import logging
@@ -90,7 +90,7 @@ def test_accuracy_is_as_stated(loaded, name):
 
 @pytest.mark.parametrize(("name", "separator"), [("sub", ","), ("lookops", ">")])
 def test_it_is_better_by_working_than_at_once(loaded, name, separator):
-    """What adaptation can bring out: given the first character of working, it answers as well as is stated, and far better than by itself."""
+    """Adaptation can gain this: given the first character of the working, it is as good as stated, and far better."""
     p, rows = STATED[name]["working"], tasks.load(name).split("test", 300)
     assert p > STATED[name]["greedy"] + 0.5
     assert (

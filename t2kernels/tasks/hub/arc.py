@@ -1,29 +1,31 @@
-"""ARC (arXiv 1803.05457): science questions with three to five options, of which one is right."""
+"""ARC (arXiv 1803.05457): science questions with three to five options. One option is right."""
 
 import re
 
-from t2kernels.tasks.records import text, texts
+from t2kernels.tasks.base import Task
+from t2kernels.tasks.extract import before_next
+from t2kernels.tasks.records import Row, text, texts
 
-from .gsm8k import before_next
-from .source import Source
+from .source import Dataset, Rows, Source
 
 STOP = ("\nQuestion:",)
 LETTERS = "ABCDEFGH"
 
 
-def problem(raw: dict) -> dict:
-    """A row of allenai/ai2_arc: question, choices {text, label}, answerKey. Raises ValueError.
+def problem(raw: Row) -> Row:
+    """The problem in a row of allenai/ai2_arc: question, choices {text, label}, answerKey. Raises ValueError.
 
-    Some rows label their options 1 to 4; here all are lettered, in the same order.
+    Some rows label their options 1 to 4. The prompt always uses letters, in the same order.
     """
     question, key = text(raw, "question"), text(raw, "answerKey")
     choices = raw.get("choices")
     if not isinstance(choices, dict):
-        raise ValueError(f"'choices' is {choices!r:.60}; wanted is {{'text': [...], 'label': [...]}}")
+        raise ValueError(f"'choices' is {choices!r:.60}; expected {{'text': [...], 'label': [...]}}")
     options, labels = texts(choices, "text"), texts(choices, "label")
     if not len(options) == len(labels) <= len(LETTERS) or key not in labels:
         raise ValueError(
-            f"'answerKey' is {key!r} and the labels are {labels} for {len(options)} options; wanted is a label for each"
+            f"'answerKey' is {key!r} and the labels are {labels} for {len(options)} options; "
+            f"expected one label per option, at most {len(LETTERS)} options, and a key among the labels"
         )
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     answer = LETTERS[labels.index(key)]
@@ -42,19 +44,18 @@ def problem(raw: dict) -> dict:
     }
 
 
-EASY = Source("allenai/ai2_arc", problem, ("ARC-Easy",))
-CHALLENGE = Source("allenai/ai2_arc", problem, ("ARC-Challenge",))
-
-
-def judge(completion: str, row: dict) -> bool:
+def judge(completion: str, row: Row) -> bool:
+    """Whether a completion decides for the right option."""
     return choice(completion, row.get("options") or []) == row["answer"]
 
 
 def choice(completion: str, options: list[str]) -> str:
-    """The letter of the option that a completion decides for, or nothing. Options are also known by number, 1 for A, and by their text.
+    """The letter of the option that a completion decides for; "" if it decides for none.
 
-    In this order: what the last "answer is" names; an option at the very start; one in \\boxed{}; the only letter that stands alone in
-    brackets or on a line; the only option whose text occurs. What follows the next question does not count.
+    Options are also recognised by number, 1 for A, and by their text. Text after the next question is ignored. The
+    first
+    of these that is found counts: the option after the last "answer is"; an option at the very start; an option in
+    \\boxed{}; the only letter that stands alone in brackets or on a line; the only option whose text occurs.
     """
     known = LETTERS[: len(options) or 5]
     said = re.sub(r"[*_`]+", "", before_next(completion)).strip()
@@ -75,7 +76,7 @@ def choice(completion: str, options: list[str]) -> str:
 
 
 def _leading(said: str, known: str) -> str:
-    """The label that a text starts with: "B", "(B)", "B)", "B. text", "option B", "2". "A dog" starts with a word."""
+    """The label at the start of a text, as in "B", "(B)", "B. text", "option B", "2"; "" if there is none ("A dog")."""
     label = rf"[{known}{known.lower()}]|[1-{len(known)}]"
     start = re.match(
         rf"\s*(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)?\s*[(\[]?({label})[)\]](?!\s*(?:or|and)\b)", said, re.I
@@ -90,7 +91,10 @@ def _leading(said: str, known: str) -> str:
 
 
 def _by_text(said: str, options: list[str]) -> str:
-    """The letter of the only option that a text is, or else holds; of options that hold each other the longer counts."""
+    """The letter of the only option that equals the text, or else occurs in it; "" if there is none or several.
+
+    If one option contains another, the longer one counts.
+    """
     plain = lambda t: " ".join(re.findall(r"[\w.%/-]+", t.casefold())).strip(".")  # noqa: E731
     said, names = plain(said), [plain(option) for option in options]
     exact = [i for i, name in enumerate(names) if name == said]
@@ -99,3 +103,13 @@ def _by_text(said: str, options: list[str]) -> str:
     held = [i for i, name in enumerate(names) if name and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", said)]
     held = [i for i in held if not any(i != j and names[i] in names[j] for j in held)]
     return LETTERS[held[0]] if len(held) == 1 else ""
+
+
+def _make(name: str, rows: Rows, checker: str) -> Task:
+    return Task(name, rows, judge=judge, max_new_tokens=32, stop=STOP, checker="the option named")
+
+
+TASKS: dict[str, Dataset] = {
+    "arc_easy": Dataset(Source("allenai/ai2_arc", problem, ("ARC-Easy",)), _make),
+    "arc_challenge": Dataset(Source("allenai/ai2_arc", problem, ("ARC-Challenge",)), _make),
+}

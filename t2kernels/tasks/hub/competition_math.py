@@ -1,31 +1,36 @@
-"""MATH (arXiv 2103.03874): competition problems, whose answer is an expression in LaTeX.
+"""MATH (arXiv 2103.03874): competition problems. The answer is an expression in LaTeX.
 
-Two checkers of equality, and a task says which one it has:
+Two checkers decide whether two expressions are equal. `Task.checker` names the one in use:
 
-    plain         this file's: notation is made uniform, numbers, lists and sets are compared by value. 2\\sqrt{2} is not \\sqrt{8}.
-    math-verify   where the plain one says no, the package of that name compares with sympy, in a process that is killed if it takes too long
+    plain         this file: it makes the notation uniform and compares numbers, lists and sets by value.
+                  It knows no algebra: 2\\sqrt{2} is not \\sqrt{8}.
+    math-verify   if the plain checker says no, the package math-verify compares with sympy, within a time limit
 """
 
 import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from t2kernels.tasks.records import text
+from t2kernels.tasks.base import Task
+from t2kernels.tasks.extract import before_next, boxed, numbers, written
+from t2kernels.tasks.records import Row, text
 
-from .gsm8k import before_next, numbers, written
-from .source import INSTALL, Source
+from .source import INSTALL, Dataset, Rows, Source
 
 STOP = ("\nProblem:",)
 CHECKERS = ("auto", "plain", "math-verify")
 
 
-def problem(raw: dict) -> dict:
-    """A row of MATH-500 (problem, solution, answer, subject, level) or of hendrycks_math (problem, solution, type, level). Raises ValueError."""
+def problem(raw: Row) -> Row:
+    """The problem in a row of MATH-500 or hendrycks_math.
+
+    raw: problem, solution, level; MATH-500 has answer and subject too, hendrycks_math has type. Raises ValueError.
+    """
     asked, solution = text(raw, "problem"), text(raw, "solution")
     answer = text(raw, "answer") if raw.get("answer") is not None else boxed(solution)
     if not answer:
         raise ValueError(
-            f"'solution' ends in {solution[-60:]!r}; wanted is an answer in \\boxed{{}}, or a column 'answer'"
+            f"'solution' ends in {solution[-60:]!r}; expected an answer in \\boxed{{}}, or a column 'answer'"
         )
     ask = "Think step by step, and put the final answer in \\boxed{}."
     return {
@@ -48,14 +53,13 @@ SUBJECTS = (
     "prealgebra",
     "precalculus",
 )
-MATH500 = Source("HuggingFaceH4/MATH-500", problem, train=None)
-HENDRYCKS_MATH = Source("EleutherAI/hendrycks_math", problem, SUBJECTS)
 
 
-def judge(checker: str) -> tuple[Callable[[str, dict], bool], str]:
-    """(completion, row) -> whether it is right; and what decides that, in words. "auto" is math-verify where it is installed.
+def judge(checker: str) -> tuple[Callable[[str, Row], bool], str]:
+    """The checker as a function (completion, row) -> whether it is right, and its description.
 
-    Raises ValueError for another name, ImportError for math-verify without the package.
+    checker: "plain", "math-verify", or "auto", which is math-verify if it is installed.
+    Raises ValueError for an unknown checker, ImportError for math-verify without its package.
     """
     if checker not in CHECKERS:
         raise ValueError(f"checker={checker!r}; it must be one of {', '.join(CHECKERS)}")
@@ -69,7 +73,7 @@ def judge(checker: str) -> tuple[Callable[[str, dict], bool], str]:
 
     verify = Verifier()
 
-    def right(completion: str, row: dict) -> bool:
+    def right(completion: str, row: Row) -> bool:
         given = extract(completion)
         return equal(given, row["answer"]) or verify(row["answer"], given)
 
@@ -85,42 +89,15 @@ def _installed() -> str | None:
         return None
 
 
-# --- the answer in a completion
-
-
-def boxed(text: str) -> str:
-    """What is in the last \\boxed{} or \\fbox{}, nested braces included; nothing if there is none, or if it is not closed."""
-    for found in list(re.finditer(r"\\(?:boxed|fbox)\s*(?=[{\s\w\\-])", text))[
-        :-20:-1
-    ]:  # each looks for its end: not thousands of them
-        rest = text[found.end() :]
-        if not rest.startswith("{"):
-            word = re.match(r"[^\s$.,]+", rest)  # \boxed 5
-            return word[0] if word else ""
-        inside = braced(rest)
-        if inside is not None:
-            return inside.strip()
-    return ""
-
-
-def braced(text: str) -> str | None:
-    """What is between the brace that `text` starts with and the one that closes it."""
-    depth = 0
-    for i, c in enumerate(text):
-        escaped = i > 0 and text[i - 1] == "\\" and (i < 2 or text[i - 2] != "\\")
-        if c in "{}" and not escaped:
-            depth += 1 if c == "{" else -1
-            if not depth:
-                return text[1:i]
-    return None
-
-
 def extract(completion: str) -> str:
-    """The expression that a completion gives as its answer: in the last \\boxed{}, after the last "answer is", between the last dollar
-    signs, else the last number. What follows the next problem does not count."""
+    """The expression that a completion gives as its answer; "" if it has none. Text after the next problem is ignored.
+
+    The first of these that is found: the last \\boxed{} (an unclosed one means that the completion was cut short: no
+    answer), the text after the last "answer is", the text between the last dollar signs, the last number.
+    """
     completion = before_next(completion)
     if (found := boxed(completion)) or re.search(r"\\(?:boxed|fbox)\s*\{", completion):
-        return found  # nothing, where the completion was cut short within the box
+        return found
     stated = re.split(r"(?i)answer(?:\s+is\b|\s*[:=])[ \t]*:?", completion)[1:]
     for rest in (re.sub(r"[*_]{2}", "", part.split("\n")[0]).strip() for part in reversed(stated)):
         if math := re.match(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", rest):
@@ -133,11 +110,8 @@ def extract(completion: str) -> str:
     return written(found[-1]) if found else ""
 
 
-# --- equality
-
-
 def equal(given: str, wanted: str) -> bool:
-    """Whether two expressions are the same but for notation."""
+    """Whether two expressions differ in notation only."""
     if not given.strip() or len(given) > 500:
         return False
     a, b = normal(given), normal(wanted)
@@ -151,7 +125,7 @@ def _same(a: str, b: str) -> bool:
     one, other = _parts(a), _parts(b)
     if one is None or other is None or one[0] != other[0] or len(one[1]) != len(other[1]):
         return False
-    if one[0] in ("{}", ""):  # a set, or solutions side by side: the order says nothing
+    if one[0] in ("{}", ""):  # a set, or several solutions: any order
         left = list(other[1])
         for part in one[1]:
             match = next((i for i, o in enumerate(left) if part == o or _same(part, o)), None)
@@ -163,13 +137,14 @@ def _same(a: str, b: str) -> bool:
 
 
 _DROPPED = re.compile(
-    r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits|,|;|:|!|>|quad|qquad|\$|%| )(?![a-zA-Z])|[$~%°]|\\(?:deg|degree)(?![a-z])"
+    r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits|,|;|:|!|>|quad|qquad|\$|%| )(?![a-zA-Z])"
+    r"|[$~%°]|\\(?:deg|degree)(?![a-z])"
 )
 _UNIT = r"\\(?:text|mathrm|mbox|textrm|textbf)\s*\{[^{}]*\}(?:\^\{?\d\}?)?"
 
 
 def normal(expression: str) -> str:
-    """An expression in uniform notation: without spaces, dollar signs, units, degrees and sizes, with \\frac{a}{b} and \\sqrt{a} written out."""
+    """Make notation uniform: drop spaces, dollar signs, units and sizes; write \\frac{a}{b} and \\sqrt{a} in full."""
     s = expression.strip().strip("$").strip().rstrip(".,;").strip()
     s = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", s, flags=re.DOTALL)
     s = s.replace("\u2212", "-").replace("\\{", "⟨").replace("\\}", "⟩").replace("{,}", "").replace("\\\\", " ")
@@ -195,7 +170,7 @@ def normal(expression: str) -> str:
 
 
 def value(s: str) -> Fraction | None:
-    """The number that a normal expression is: an integer, a decimal, a fraction, a mixed number; None for anything else."""
+    """The value of a `normal` expression if it is an integer, decimal, fraction or mixed number, else None."""
     match = re.fullmatch(r"([-+]?)(\d+(?=\\frac))?(.+)", s)
     if not match or len(s) > 100:
         return None
@@ -214,7 +189,10 @@ def value(s: str) -> Fraction | None:
 
 
 def _parts(s: str) -> tuple[str, list[str]] | None:
-    """("()", parts) of a tuple or interval, ("{}", parts) of a set, ("", parts) of several solutions; None for a single expression."""
+    """The brackets and parts of an expression; None for a single expression.
+
+    ("()", parts) for a tuple or interval, ("{}", parts) for a set, ("", parts) for several solutions.
+    """
     ends = s[:1] + s[-1:]
     ends = {"⟨⟩": "{}"}.get(ends, ends)
     inner = s[1:-1] if ends in ("()", "[]", "(]", "[)", "{}") else s
@@ -243,3 +221,14 @@ def _split(s: str) -> list[str]:
             parts.append(s[start:i])
             start = i + 1
     return [*parts, s[start:]]
+
+
+def _make(name: str, rows: Rows, checker: str) -> Task:
+    right, words = judge(checker)
+    return Task(name, rows, judge=right, checker=words, max_new_tokens=1024, stop=STOP)
+
+
+TASKS: dict[str, Dataset] = {
+    "math500": Dataset(Source("HuggingFaceH4/MATH-500", problem, train=None), _make),
+    "hendrycks_math": Dataset(Source("EleutherAI/hendrycks_math", problem, SUBJECTS), _make),
+}

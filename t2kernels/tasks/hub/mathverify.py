@@ -1,4 +1,7 @@
-"""Equality of LaTeX by the package math-verify, in a process of its own: sympy may take for ever (9^{9^{9^9}}), and a process can be killed."""
+"""Compare LaTeX with the package math-verify, in a separate process.
+
+sympy may never return, as for 9^{9^{9^9}}. A process can be killed.
+"""
 
 import json
 import os
@@ -27,13 +30,14 @@ for line in sys.stdin:
 
 
 class Verifier:
-    """(wanted, given) -> whether they are equal. What takes longer than `seconds`, or more memory than `memory_bytes`, is not.
+    """(wanted, given) -> whether they are equal. A comparison over `seconds` or `memory_bytes` counts as unequal.
 
-    The process starts with the first question and ends with this object, or with the program.
+    The process starts at the first comparison and ends with this object, or with the program.
     """
 
-    def __init__(self, seconds: float = 3.0, memory_bytes: int = 2 << 30):
-        self.seconds, self.memory_bytes = seconds, memory_bytes
+    def __init__(self, seconds: float = 3.0, memory_bytes: int = 2 << 30) -> None:
+        self.seconds: float = seconds
+        self.memory_bytes: int = memory_bytes
         self._process: subprocess.Popen | None = None
         self._lock = threading.Lock()
 
@@ -43,19 +47,23 @@ class Verifier:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
-            answer = None
-            try:
-                self._process.stdin.write(json.dumps([wanted, given]).encode() + b"\n")
-                self._process.stdin.flush()
-                answer = self._line(self.seconds)
-            except OSError:  # it died of the last question
-                pass
+            answer = self._ask(json.dumps([wanted, given]).encode() + b"\n")
             if answer is None:
                 self.close()
             return answer == b"1\n"
 
+    def _ask(self, question: bytes) -> bytes | None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(question)
+            self._process.stdin.flush()
+        except OSError:  # the process died of the last question
+            return None
+        return self._line(self.seconds)
+
     def close(self) -> None:
-        """End the process. The next question starts another."""
+        """End the process. The next comparison starts another one."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -81,7 +89,9 @@ class Verifier:
             )
 
     def _line(self, seconds: float) -> bytes | None:
-        """A line that the process wrote, None if none came in time."""
+        """The next line from the process; None if it does not come in time."""
+        assert self._process is not None
+        assert self._process.stdout is not None
         end, line, fd = time.monotonic() + seconds, b"", self._process.stdout.fileno()
         while not line.endswith(b"\n"):
             left = end - time.monotonic()
@@ -91,10 +101,6 @@ class Verifier:
             line += part
         return line
 
-    def __del__(self):
-        process = getattr(self, "_process", None)
-        if process is not None:
-            process.kill()
-            process.stdin.close()
-            process.stdout.close()
-            process.wait()
+    def __del__(self) -> None:
+        if getattr(self, "_process", None) is not None:
+            self.close()

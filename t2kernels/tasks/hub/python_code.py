@@ -1,22 +1,25 @@
-"""MBPP (arXiv 2108.07732) and HumanEval (arXiv 2107.03374): Python functions, right if they pass the tests. They run in `sandbox`."""
+"""MBPP (arXiv 2108.07732) and HumanEval (arXiv 2107.03374): Python functions that must pass tests, run in `sandbox`."""
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from t2kernels.tasks import sandbox
 from t2kernels.tasks.base import Task
-from t2kernels.tasks.records import text, texts
+from t2kernels.tasks.records import Row, text, texts
 
-from .source import Source
+from .source import Dataset, Rows, Source
 
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n```")
-"""What begins something else after the body of a function, which is all that a base model is asked for in HumanEval."""
+"""Texts that follow the body of a function. In HumanEval a base model writes the body only."""
 
 
-def humaneval_problem(raw: dict) -> dict:
-    """A row of openai/openai_humaneval: task_id, prompt (head and docstring), canonical_solution (body), test, entry_point. Raises ValueError."""
+def humaneval_problem(raw: Row) -> Row:
+    """The problem in a row of openai/openai_humaneval.
+
+    raw: task_id, prompt (head and docstring), canonical_solution (body), test, entry_point. Raises ValueError.
+    """
     stub, body, test, name = (text(raw, column) for column in ("prompt", "canonical_solution", "test", "entry_point"))
     if name not in _defined(stub):
         raise ValueError(f"'prompt' does not define {name!r}, the 'entry_point'")
@@ -33,15 +36,18 @@ def humaneval_problem(raw: dict) -> dict:
     }
 
 
-def mbpp_problem(raw: dict) -> dict:
-    """A row of google-research-datasets/mbpp: text, code, test_list, test_setup_code; `sanitized` has prompt and test_imports instead.
+def mbpp_problem(raw: Row) -> Row:
+    """The problem in a row of google-research-datasets/mbpp.
 
-    Raises ValueError.
+    raw: text, code, test_list, test_setup_code; the config `sanitized` has prompt and test_imports instead of the first
+    and the last. Raises ValueError.
     """
     asked, code = text(raw, "text" if "text" in raw else "prompt"), text(raw, "code")
     tests = texts(raw, "test_list")
     used = {node.id for node in ast.walk(_tree("\n".join(tests), "test_list")) if isinstance(node, ast.Name)}
-    setup = "\n".join([*(raw.get("test_imports") or []), raw.get("test_setup_code") or ""])
+    imports = texts(raw, "test_imports") if raw.get("test_imports") else []
+    given = text(raw, "test_setup_code") if str(raw.get("test_setup_code") or "").strip() else ""
+    setup = "\n".join([*imports, given])
     used |= {node.id for node in ast.walk(_tree(setup, "test_setup_code")) if isinstance(node, ast.Name)}
     names = sorted(used & _defined(code))
     if not names:
@@ -59,19 +65,15 @@ def mbpp_problem(raw: dict) -> dict:
     }
 
 
-HUMANEVAL = Source("openai/openai_humaneval", humaneval_problem, train=None)
-MBPP = Source("google-research-datasets/mbpp", mbpp_problem, ("full",))
-
-
 def _tree(source: str, column: str) -> ast.Module:
     try:
         return ast.parse(source)
-    except (SyntaxError, ValueError) as e:
-        raise ValueError(f"{column!r} is not Python: {e}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise ValueError(f"{column!r} is not Python: {e or 'it is nested too deeply'}") from None
 
 
 def _defined(source: str) -> set[str]:
-    """The functions, classes and variables that a program defines at its top level."""
+    """The functions, classes and variables defined at the top level of a program."""
     found: set[str] = set()
     for node in _tree(source, "code").body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -85,10 +87,13 @@ def _defined(source: str) -> set[str]:
 
 
 def program(completion: str, names: Sequence[str], code: str = "") -> str:
-    """The program that a completion gives. names: what it must define. code: the head of the function, if that is what it goes on from.
+    """The program in a completion.
 
-    The last fenced block that defines a name counts, closed or not, whatever its language; without one, the part of the text that is Python
-    and defines a name; else the completion is the body that follows `code`, up to the first line that is not indented.
+    names: the names that it must define. code: the head of the function, if the completion is expected to be its body.
+
+    The first of these that is found: the last fenced block that defines a name, closed or not, in any language; the
+    part of the text that is Python and defines a name; the completion as the body after `code`, up to the first line
+    that is not indented.
     """
     defines = [
         re.compile(rf"(?m)^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+{re.escape(name)}\b|^{re.escape(name)}\s*=")
@@ -109,7 +114,7 @@ def program(completion: str, names: Sequence[str], code: str = "") -> str:
 
 
 def fenced(completion: str) -> list[str]:
-    """The fenced code blocks of a text, the last one also if it is not closed."""
+    """The fenced code blocks of a text. The last one may be unclosed."""
     blocks: list[str] = []
     lines, fence = [], ""
     for line in completion.split("\n"):
@@ -125,6 +130,7 @@ def fenced(completion: str) -> list[str]:
 
 
 def parses(source: str) -> bool:
+    """Whether a text is Python."""
     try:
         ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -132,8 +138,8 @@ def parses(source: str) -> bool:
     return True
 
 
-def longest_python(said: str, defines: Sequence[re.Pattern]) -> str:
-    """From the imports or decorators before the first definition to the last line up to which the text is Python."""
+def longest_python(said: str, defines: Sequence[re.Pattern[str]]) -> str:
+    """The longest part of a text that is Python, from the imports or decorators before the first definition on."""
     lines = said.split("\n")
     starts = [
         i
@@ -152,15 +158,17 @@ def longest_python(said: str, defines: Sequence[re.Pattern]) -> str:
 
 
 def body(completion: str) -> str:
-    """The body of a function: up to the first line that is not indented, but the very first, which may have lost its indentation."""
+    """The body of a function: the text up to the first line that is not indented.
+
+    The very first line may be unindented: some completions lose its indentation.
+    """
     kept = []
     for line in completion.split("\n"):
         if kept and any(k.strip() for k in kept) and line.strip() and not line.startswith((" ", "\t")):
             break
         kept.append(line)
-    found = re.sub(
-        r"(?m)^\t+", lambda tabs: "    " * len(tabs[0]), "\n".join(kept)
-    )  # the docstring before it is indented by spaces
+    # The docstring before the body is indented by spaces, and Python does not allow a mixture.
+    found = re.sub(r"(?m)^\t+", lambda tabs: "    " * len(tabs[0]), "\n".join(kept))
     return found if found.lstrip("\n")[:1] in (" ", "\t") else f"    {found.lstrip()}"
 
 
@@ -169,30 +177,46 @@ def body(completion: str) -> str:
 
 @dataclass(frozen=True)
 class CodeTask(Task):
-    """A task whose answers are programs, and whose right answers pass the tests in the column `answer`.
+    """A task whose answers are programs. An answer is right if it passes the tests in the column `answer`.
 
-    Further columns: `names` that the tests use, `setup` that runs before them, `code` that the completion goes on from, if any.
-    limits: of each program, None for the usual ones. workers: programs at a time, by default one for each core.
+    Further columns: `names`, the names that the tests use; `setup`, code that runs before them; `code`, the head of the
+    function if the completion is its body.
+
+    limits: for each program; None means the defaults. workers: programs at a time; None means one per core.
     """
 
     limits: sandbox.Limits | None = None
     workers: int | None = None
 
-    def verdicts(self, completions: Sequence[str | None], rows: Sequence[dict]) -> list[bool]:
-        """Whether each program passes. Raises sandbox.SandboxError if this machine cannot confine them, ValueError without `names`."""
+    def verdicts(self, completions: Sequence[str | None], rows: Sequence[Row]) -> list[bool]:
+        """Whether each program passes its tests.
+
+        Raises sandbox.SandboxError if this machine cannot confine programs, ValueError for a row without `names`.
+        """
         for row in rows:
             if not row.get("names"):
-                raise ValueError(f"task {self.name!r} needs the column 'names' of its rows; given are {', '.join(row)}")
-        at = [i for i, c in enumerate(completions) if c is not None and c.strip()]
-        jobs = [self.job(completions[i], rows[i]) for i in at]
-        passed = {
-            i: result.passed for i, result in zip(at, sandbox.run_many(jobs, self.limits, self.workers), strict=True)
-        }
+                raise ValueError(f"task {self.name!r} needs the column 'names'; the columns are {', '.join(row)}")
+        given = {i: c for i, c in enumerate(completions) if c is not None and c.strip()}
+        jobs = [self.job(completion, rows[i]) for i, completion in given.items()]
+        results = sandbox.run_many(jobs, self.limits, self.workers)
+        passed = {i: result.passed for i, result in zip(given, results, strict=True)}
         return [passed.get(i, False) for i in range(len(completions))]
 
-    def job(self, completion: str, row: dict) -> sandbox.Job:
-        """What the sandbox is given for a completion."""
+    def job(self, completion: str, row: Row) -> sandbox.Job:
+        """The sandbox job that tests a completion."""
         names = tuple(row["names"])
-        return sandbox.Job(
-            program(completion, names, row.get("code") or ""), row["answer"], names, row.get("setup") or ""
-        )
+        source = program(completion, names, row.get("code") or "")
+        return sandbox.Job(source, row["answer"], names, row.get("setup") or "")
+
+
+def _make(stop: tuple[str, ...]) -> Callable[[str, Rows, str], Task]:
+    def make(name: str, rows: Rows, checker: str) -> Task:
+        return CodeTask(name, rows, max_new_tokens=512, stop=stop, checker="tests, in a sandbox")
+
+    return make
+
+
+TASKS: dict[str, Dataset] = {
+    "mbpp": Dataset(Source("google-research-datasets/mbpp", mbpp_problem, ("full",)), _make(())),
+    "humaneval": Dataset(Source("openai/openai_humaneval", humaneval_problem, train=None), _make(STOP)),
+}

@@ -1,14 +1,14 @@
-"""Rows of a known dataset: from the Hugging Face hub, or from JSONL or parquet files with the same columns."""
+"""Rows of a dataset: from the Hugging Face hub, or from JSONL or parquet files with the same columns."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-from t2kernels.tasks.base import SPLITS, split_of
-from t2kernels.tasks.records import Raw, json_lines
+from t2kernels.tasks.base import SPLITS, Task, split_of
+from t2kernels.tasks.records import Raw, Row, json_lines
 
 SUFFIXES = (".jsonl", ".parquet")
 INSTALL = "pip install 't2kernels[tasks]'"
@@ -18,42 +18,49 @@ INSTALL = "pip install 't2kernels[tasks]'"
 class Source:
     """A dataset on the hub.
 
-    id: of its repository. configs: read side by side: the first row of each, the second of each, and so on.
-    train, test: the names of its splits; train None where there is none, or where its answers are not to be learned from.
-    problem: a raw row -> the row of a task. Raises ValueError with what is wrong with it.
+    id: the name of its repository.
+    problem: row of the dataset -> row of a task. Raises ValueError with the reason if the row is malformed.
+    configs: the configurations to read, in turn: the first row of each, then the second row of each, and so on.
+    train, test: the names of its splits. train is None if the dataset has no training rows.
     """
 
     id: str
-    problem: Callable[[dict], dict] = field(repr=False)
+    problem: Callable[[Row], Row] = field(repr=False)
     configs: tuple[str | None, ...] = (None,)
     train: str | None = "train"
     test: str = "test"
 
 
 class Rows:
-    """(split, n, seed) -> rows of a task, with the authors' protocol: every second training row is for training, the rest for validation.
+    """(split, n, seed) -> rows of a task.
+
+    As in the authors' release, every second training row is for training and the others are for validation.
 
     path: a file or a directory to read instead of the hub, or {"train": path, "test": path}
-    holdout: for a set without training rows, how many of its test rows are for training and validation, and no longer for testing
-    Files are read and checked at once; the hub is asked when a split is.
+    holdout: for a dataset without training rows, how many test rows to use for training and validation, not for testing
+
+    Files are read and checked at once. The hub is read when a split is requested.
     """
 
     def __init__(
         self, name: str, source: Source, path: str | Path | Mapping[str, str | Path] | None = None, holdout: int = 0
-    ):
+    ) -> None:
         if holdout and source.train:
             raise ValueError(f"holdout={holdout}: {name!r} has training rows of its own; holdout is for sets without")
         if holdout < 0:
             raise ValueError(f"holdout={holdout}; it must be 0 or more")
-        self.name, self.source, self.holdout = name, source, holdout
-        self.parts: dict[str, list[dict]] | None = None  # split -> rows, where the files say it themselves
+        self.name: str = name
+        self.source: Source = source
+        self.holdout: int = holdout
+        self.parts: dict[str, list[Row]] | None = None  # split -> rows, if the file itself assigns rows to splits
         self.raw: dict[str, Sequence[Raw]] = {}
         if path is None:
             need("datasets", f"{name!r} is loaded from the hub ({source.id})", name)
         else:
             self._read(path)
 
-    def __call__(self, split: str, n: int | None, seed: int) -> list[dict]:
+    def __call__(self, split: str, n: int | None, seed: int) -> list[Row]:
+        """The first `n` rows of a split, or all. The seed is ignored: a dataset has no other rows."""
         if self.parts is not None:
             return self.parts[split][:n]
         if self.source.train:
@@ -64,25 +71,26 @@ class Rows:
             rows = self._raw("test")[: self.holdout][split == "validation" :: 2]
         else:
             raise ValueError(
-                f"{self.name!r} has test rows only; tasks.load({self.name!r}, holdout=20) sets the first 20 aside for training and validation"
+                f"{self.name!r} has test rows only; tasks.load({self.name!r}, holdout=20) sets the first 20 aside "
+                "for training and validation"
             )
         return [self.row(where, raw) for where, raw in rows[:n]]
 
-    def row(self, where: str, raw: dict) -> dict:
-        """A checked row. Raises ValueError that says where."""
+    def row(self, where: str, raw: Row) -> Row:
+        """The row of the task for a row of the dataset. Raises ValueError with the place and the reason."""
         try:
             return self.source.problem(raw)
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from None
 
     def _raw(self, part: str) -> Sequence[Raw]:
-        if part not in self.raw:
-            if self.raw:  # from files, and not among them
-                raise ValueError(
-                    f"the files given for {self.name!r} hold its {' and '.join(self.raw)} rows, no {part} rows"
-                )
-            return hub_rows(self.name, self.source, getattr(self.source, part))
-        return self.raw[part]
+        if part in self.raw:
+            return self.raw[part]
+        if self.raw:  # the rows come from files, and no file has this part
+            raise ValueError(
+                f"the files given for {self.name!r} hold its {' and '.join(self.raw)} rows, no {part} rows"
+            )
+        return hub_rows(self.name, self.source, getattr(self.source, part))
 
     # --- files
 
@@ -91,9 +99,8 @@ class Rows:
         if isinstance(path, Mapping):
             unknown = [part for part in path if not names.get(part)]
             if unknown or not path:
-                raise ValueError(
-                    f"path={dict(path)!r}: wanted {{split: file}} with {' and '.join(k for k, v in names.items() if v)}"
-                )
+                known = " and ".join(k for k, v in names.items() if v)
+                raise ValueError(f"path={dict(path)!r}: expected {{split: file}} with {known}")
             self.raw = {part: records(existing(file)) for part, file in path.items()}
         elif (place := existing(path)).is_dir():
             files = {part: self._files(place, name) for part, name in names.items() if name}
@@ -101,13 +108,13 @@ class Rows:
                 part: [row for file in found for row in records(file)] for part, found in files.items() if found
             }
             if not self.raw:
-                wanted = " or ".join(f"{name}.jsonl" for name in names.values() if name)
-                raise ValueError(f"{place} holds no file of a split; wanted {wanted}, or the same as .parquet")
+                expected = " or ".join(f"{name}.jsonl" for name in names.values() if name)
+                raise ValueError(f"{place} holds no file of a split; expected {expected}, or the same as .parquet")
         else:
             words = re.split("[^a-z]+", place.stem.lower())
             part = next((part for part, name in names.items() if name in words), None if self.source.train else "test")
             if part is None:
-                self._sort(records(place))
+                self.parts = self._sorted(records(place))
                 if not any(self.parts.values()):
                     raise ValueError(f"{path} holds no row")
             else:
@@ -119,22 +126,37 @@ class Rows:
                 raise ValueError(f"{path if not isinstance(path, Mapping) else path[part]} holds no {part} row")
 
     def _files(self, folder: Path, name: str) -> list[Path]:
-        """The files of a split, and of the configs where their names are folders."""
-        folders = [folder / config for config in self.source.configs if config and (folder / config).is_dir()] or [
-            folder
+        """The files of a split, in the folder or in its subfolders named after the configs."""
+        places = [folder / config for config in self.source.configs if config and (folder / config).is_dir()]
+        files = [
+            file
+            for place in places or [folder]
+            for file in sorted(place.rglob("*"))
+            if file.suffix in SUFFIXES and file.is_file()
         ]
-        files = [f for place in folders for f in sorted(place.rglob("*")) if f.suffix in SUFFIXES and f.is_file()]
-        return [f for f in files if name in re.split("[^a-z]+", f.stem.lower())]
+        return [file for file in files if name in re.split("[^a-z]+", file.stem.lower())]
 
-    def _sort(self, rows: Sequence[Raw]) -> None:
-        """Rows of a file whose name says no split: a column `split` does, else the hash of the prompt, as in any file of problems."""
-        self.parts = {split: [] for split in SPLITS}
+    def _sorted(self, rows: Sequence[Raw]) -> dict[str, list[Row]]:
+        """Split -> rows, for a file whose name gives no split: by the column `split`, else by the prompt's hash."""
+        parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
         for where, raw in rows:
             row = self.row(where, raw)
             try:
-                self.parts[split_of(raw, row["prompt"])].append(row)
+                parts[split_of(raw, row["prompt"])].append(row)
             except ValueError as e:
                 raise ValueError(f"{where}: {e}") from None
+        return parts
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """How a hub file declares a task: where its rows are, and how to make the task from them.
+
+    make: (name, rows, checker) -> the task. checker is the argument of `tasks.load`; most tasks ignore it.
+    """
+
+    source: Source
+    make: Callable[[str, Rows, str], Task]
 
 
 def existing(path: str | Path) -> Path:
@@ -148,12 +170,12 @@ def existing(path: str | Path) -> Path:
 
 
 def records(path: Path) -> list[Raw]:
-    """The rows of a JSONL or parquet file. Raises ValueError with the file, the line and what is wrong with it."""
+    """The rows of a JSONL or parquet file. Raises ValueError with the file, the line and the reason."""
     if path.suffix == ".parquet":
         parquet = need("pyarrow.parquet", f"{path} is a parquet file")
         try:
             table = parquet.read_table(path)
-        except Exception as e:  # pyarrow has errors of its own, not all of them ValueErrors
+        except Exception as e:  # pyarrow raises errors of its own, and not all of them are ValueErrors
             raise ValueError(f"{path}: no parquet file that can be read ({e})") from None
         return [(f"{path}, row {i}", row) for i, row in enumerate(table.to_pylist(), 1)]
     return list(json_lines(path))
@@ -162,12 +184,14 @@ def records(path: Path) -> list[Raw]:
 # --- the hub
 
 
-class Remote(Sequence):
-    """Rows of loaded datasets, side by side; a row is read when it is asked for."""
+class Remote(Sequence[Raw]):
+    """Rows of several loaded datasets, in turn. A row is read when it is accessed."""
 
-    def __init__(self, parts: Sequence[tuple[str, Any]], order: Sequence[tuple[int, int]] | None = None):
-        self.parts = parts
-        self.order = order or [
+    def __init__(
+        self, parts: Sequence[tuple[str, Sequence[Row]]], order: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        self.parts: Sequence[tuple[str, Sequence[Row]]] = parts
+        self.order: Sequence[tuple[int, int]] = order or [
             pair
             for many in zip_longest(*([(p, i) for i in range(len(rows))] for p, (_, rows) in enumerate(parts)))
             for pair in many
@@ -177,7 +201,13 @@ class Remote(Sequence):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, at):
+    @overload
+    def __getitem__(self, at: int) -> Raw: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Raw]: ...
+
+    def __getitem__(self, at: int | slice) -> Raw | Sequence[Raw]:
         if isinstance(at, slice):
             return Remote(self.parts, self.order[at]) if self.order[at] else []
         part, i = self.order[at]
@@ -186,7 +216,7 @@ class Remote(Sequence):
 
 
 def hub_rows(name: str, source: Source, split: str) -> Remote:
-    """A split of a dataset, from the hub or from the cache of `datasets`. Raises ImportError, or OSError that says what to do."""
+    """A split of a dataset, from the hub or the cache of `datasets`. Raises ImportError, or OSError with a remedy."""
     datasets = need("datasets", f"{name!r} is loaded from the hub ({source.id})", name)
     parts = []
     for config in source.configs:
@@ -195,8 +225,9 @@ def hub_rows(name: str, source: Source, split: str) -> Remote:
             rows = datasets.load_dataset(source.id, config, split=split)
         except (OSError, ValueError) as e:
             raise OSError(
-                f"cannot load {label} from the hub: {e}. Without a network give a copy of its files: tasks.load({name!r}, path=...), "
-                f"or --task {name}:PATH, a .jsonl or .parquet file or a directory of them"
+                f"cannot load {label} from the hub: {e}. Without a network give a copy of its files: "
+                f"tasks.load({name!r}, path=...), or --task {name}:PATH, a .jsonl or .parquet file or a directory of "
+                "them"
             ) from e
         if "image" in rows.features:
             rows = rows.cast_column("image", datasets.Image(decode=False))
@@ -205,7 +236,7 @@ def hub_rows(name: str, source: Source, split: str) -> Remote:
 
 
 def need(package: str, why: str, task: str | None = None) -> Any:
-    """An optional package. Raises ImportError with how to get it."""
+    """Import an optional package. Raises ImportError that says how to install it."""
     from importlib import import_module
 
     try:

@@ -1,23 +1,30 @@
-"""The process that runs a problem's tests. The answer lives in another one; here it is a name that sends its arguments there."""
+"""The process that runs the tests. The program is in another process; a name of the program stands for it here.
+
+To call such a name sends the arguments to the program and returns its reply.
+"""
 
 import builtins
 import os
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 import wire
 
 
 class Wrong(Exception):
-    """The answer raised, died or answered with nonsense."""
+    """The program raised, died or sent a reply that makes no sense."""
 
 
 class Line:
-    """Questions to the player, one at a time. Raises Wrong, or the built-in exception that the answer raised."""
+    """The connection to the player: one question at a time."""
 
-    def __init__(self, requests: int, replies: int):
-        self.requests, self.replies = requests, replies
+    def __init__(self, requests: int, replies: int) -> None:
+        self.requests: int = requests
+        self.replies: int = replies
 
-    def ask(self, what: str, *args):
+    def ask(self, what: str, *args: Any) -> Any:
+        """Send a question and return the reply. Raises Wrong, or the built-in exception that the program raised."""
         try:
             wire.send(self.requests, [what, *(wire.encode(a, _number) for a in args)])
             reply = wire.receive(self.replies)
@@ -40,32 +47,32 @@ class Line:
 
 
 class Remote:
-    """An object of the answer. It equals nothing but itself: whether a value is right is never asked of the answer."""
+    """An object of the program. It equals only itself: the program never decides whether a value is right."""
 
     __slots__ = ("_line", "_number")
 
-    def __init__(self, line: Line, number: int):
+    def __init__(self, line: Line, number: int) -> None:
         object.__setattr__(self, "_line", line)
         object.__setattr__(self, "_number", number)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._line.ask("call", self, args, kwargs)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._line.ask("get", self, name)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         self._line.ask("set", self, name, value)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         return iter(self._of("list", list))
 
-    def __next__(self):
+    def __next__(self) -> Any:
         return self._line.ask("next", self)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         return self._line.ask("item", self, key)
 
     def __len__(self) -> int:
@@ -83,25 +90,26 @@ class Remote:
     def __float__(self) -> float:
         return self._of("float", float)
 
-    def _of(self, what: str, kind: type):
+    def _of(self, what: str, kind: type) -> Any:
         value = self._line.ask(what, self)
         if type(value) is not kind:
             raise Wrong(f"{what} of an object is a {type(value).__name__}")
         return value
 
 
-def _number(value) -> int:
+def _number(value: Any) -> int:
     if isinstance(value, Remote):
         return value._number
     raise TypeError(f"a {type(value).__name__} cannot be handed to the answer")
 
 
-def judge(tests: dict, line: Line) -> dict:
-    """Run the tests: {"verdict": "passed", "wrong" or "error", "detail": why}. Passed is only what reaches the end of them.
+def judge(tests: dict[str, Any], line: Line) -> dict[str, Any]:
+    """Run the tests. Only a program that reaches their end has passed.
 
-    tests: `names` of the answer that they use, `setup` and `tests`, both source
+    tests: `names`, the names of the program that they use; `setup` and `tests`, both source.
+    Returns {"verdict": "passed", "wrong" or "error", "detail": the reason}.
     """
-    names: dict = {"__name__": "tests"}
+    names: dict[str, Any] = {"__name__": "tests"}
     try:
         line.ask("load")
         answer = {name: line.ask("name", name) for name in tests["names"]}
@@ -118,7 +126,7 @@ def judge(tests: dict, line: Line) -> dict:
 
 
 def how_it_ended(pid: int) -> str:
-    """What became of the player, in words; nothing if it still runs."""
+    """How the player ended, in words; "" if it still runs."""
     done, status = os.waitpid(pid, os.WNOHANG)
     if not done:
         return ""

@@ -1,6 +1,6 @@
-"""The process that holds a sampled answer: it runs the program and does what the judge asks of the names that it defines.
+"""The process that runs the program and answers the judge's questions about the names that it defines.
 
-Everything here may be overwritten by the program; nothing here decides anything.
+The program may overwrite everything here, and nothing here decides anything.
 """
 
 import builtins
@@ -8,22 +8,23 @@ import contextlib
 import operator
 import sys
 import types
+from typing import Any
 
 import wire
 
 
 def play(program: str, requests: int, replies: int) -> None:
     """Load the program, then answer requests until the judge closes its end."""
-    objects: list = []
+    objects: list[Any] = []
 
-    def keep(value) -> int:
+    def keep(value: Any) -> int:
         objects.append(value)
         return len(objects) - 1
 
     module = types.ModuleType("answer")
     sys.modules["answer"] = module  # dataclasses and pickle look their module up
 
-    def do(message):
+    def do(message: Any) -> Any:
         what, *args = message
         if what == "load":
             exec(compile(program, "answer.py", "exec"), vars(module))

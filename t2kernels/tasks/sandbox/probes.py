@@ -1,15 +1,16 @@
-"""Programs that try what a sandbox must not let them: each says whether it got through."""
+"""Check the sandbox on this machine with programs that attempt what it must prevent."""
 
 import os
 import secrets
 import socket
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from . import Job, Limits, SandboxError, run, run_many
+from .runner import Job, Limits, SandboxError, run, run_many
 
-# What each probe does with `at`, the thing outside that it is given; anything but an exception means that it got through.
-ATTEMPTS = {
+# Each value is the body of a function of `at`, which holds the targets. Without an exception the attempt succeeded.
+ATTEMPTS: dict[str, str] = {
     "network": "import socket; socket.create_connection(('127.0.0.1', at['port']), timeout=1)",
     "files outside are not written": "open(at['file'], 'a').write('x')",
     "files outside are not removed": "import os; os.remove(at['file'])",
@@ -25,8 +26,13 @@ ATTEMPTS = {
 }
 
 
-def report(limits: Limits) -> dict:
-    """{"isolation": the layers, protection: whether it holds}. Raises SandboxError if nothing can be run at all."""
+def report(limits: Limits | None = None) -> dict[str, str | bool]:
+    """Find out by attempts which protections hold on this machine.
+
+    Returns {"isolation": the layers, "network": True, ...}; True means that the attempt failed. Raises SandboxError
+    if not even a harmless program can be run.
+    """
+    limits = replace(limits or Limits(), cpu_seconds=1, wall_seconds=30.0)
     works = run(Job("def ok(): return 1", "assert ok() == 1", ("ok",)), limits)
     if not works.passed:
         raise SandboxError(f"a harmless program did not pass: {works.verdict}, {works.detail}")

@@ -1,6 +1,7 @@
-"""Values between the judge and the answer, as JSON: plain data by value, everything else by a number that only the answer's side can resolve.
+"""Values between the judge and the program, as JSON.
 
-What the judge decodes is data that it built itself, so an answer cannot hand it an object whose `==` always says yes.
+Plain data is sent by value. For any other object a number is sent, which the program's side resolves. The judge
+decodes only data that it builds itself, so a program cannot hand it an object whose `==` is always true.
 """
 
 import datetime
@@ -13,17 +14,20 @@ from collections.abc import Callable
 from typing import Any
 
 LARGEST = 16 << 20
-"""Bytes of one message."""
+"""Most bytes of one message."""
 
 _MOMENTS = {kind.__name__: kind for kind in (datetime.datetime, datetime.date, datetime.time)}
 
 
 class Broken(Exception):
-    """The other side is gone, or wrote what is no message."""
+    """The other side is gone, or sent something that is not a message."""
 
 
 def encode(value: Any, reference: Callable[[Any], int]) -> Any:
-    """A JSON value. Subclasses count as the plain type that they are; `reference` gives the number of anything else, or raises TypeError."""
+    """The JSON value for a Python value. A subclass of a plain type is sent as the plain type.
+
+    reference: object -> its number, for anything that is not plain data. It may raise TypeError.
+    """
     again = lambda v: encode(v, reference)  # noqa: E731
     match value:
         case None | bool():
@@ -63,7 +67,11 @@ def encode(value: Any, reference: Callable[[Any], int]) -> Any:
 
 
 def decode(value: Any, resolve: Callable[[int], Any]) -> Any:
-    """What `encode` was given. Raises ValueError, TypeError, KeyError or RecursionError for anything that it does not write."""
+    """The Python value for a JSON value of `encode`.
+
+    resolve: number -> object.
+    Raises ValueError, TypeError, KeyError or RecursionError for JSON that `encode` never writes.
+    """
     again = lambda v: decode(v, resolve)  # noqa: E731
     if isinstance(value, list):
         return [again(v) for v in value]
@@ -103,12 +111,17 @@ def decode(value: Any, resolve: Callable[[int], Any]) -> Any:
     raise ValueError(f"unknown tag {tag!r}")
 
 
-def send(fd: int, message: Any) -> None:
-    """Raises Broken, or ValueError for a message that is too long."""
+def frame(message: Any) -> bytes:
+    """A message as bytes: its length in four, then JSON. Raises ValueError if it is longer than LARGEST."""
     data = json.dumps(message).encode()
     if len(data) > LARGEST:
         raise ValueError(f"a value of {len(data)} bytes; {LARGEST} is the most")
-    data = len(data).to_bytes(4, "big") + data
+    return len(data).to_bytes(4, "big") + data
+
+
+def send(fd: int, message: Any) -> None:
+    """Write a message. Raises Broken, or ValueError if it is longer than LARGEST."""
+    data = frame(message)
     try:
         while data:
             data = data[os.write(fd, data) :]
@@ -117,7 +130,7 @@ def send(fd: int, message: Any) -> None:
 
 
 def receive(fd: int) -> Any:
-    """Raises Broken."""
+    """Read a message. Raises Broken."""
     size = int.from_bytes(_read(fd, 4), "big")
     if size > LARGEST:
         raise Broken(f"a message of {size} bytes; {LARGEST} is the most")
