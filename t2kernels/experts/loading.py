@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2kernels.layers.active import Route, Routing
+from t2kernels.layers.active import Routing
+from t2kernels.layers.route import Route
 from t2kernels.layers.scopes import Scope
 
 from .columns import Columns

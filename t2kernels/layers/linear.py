@@ -22,8 +22,8 @@ from t2kernels.factors.matrices import Matrix, is_quantised
 from t2kernels.ops.op import call
 
 from .active import Routing
+from .forward_hooks import remove_hook
 from .groups import Group
-from .hooks import remove_hook
 from .scale import make_scale, z_from_logits
 
 

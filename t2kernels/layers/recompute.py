@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .active import Route
+    from .route import Route
 
 KEPT = 64  # backward passes remembered after an exception kept them from saying that they ended
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from t2kernels.ops.dispatch import may_fuse_swiglu
 
 from . import subclass
-from .hooks import has_other_hooks
+from .forward_hooks import has_other_hooks
 from .linear import DeltaLinear, FactoredLinear, delta_hook
 from .subclass import Mixin
 

@@ -13,7 +13,7 @@ from t2kernels import T2Error
 from .device import Device
 from .impls.cpp_kernels import CPP
 from .impls.cuda_kernels import CUDA
-from .impls.protocol import Added, Implementation, Operands
+from .impls.implementation import Added, Implementation, Operands
 from .impls.torch_kernels import TORCH, tokens_per_id
 from .impls.triton import TRITON
 from .planner import Call, Choice, could_be_dense

@@ -20,7 +20,7 @@ from t2kernels.ops.device import Device
 from t2kernels.ops.planner import Call, Choice, Path
 
 from . import extension
-from .protocol import Added, Implementation, Operands
+from .implementation import Added, Implementation, Operands
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 MEMBERS = 8

@@ -25,7 +25,7 @@ from t2kernels.ops.precision import forward_precision
 from t2kernels.ops.tuning.tables import read_cuda_table
 
 from . import extension
-from .protocol import Added, Implementation, Operands
+from .implementation import Added, Implementation, Operands
 
 FP16, BF16, INT8 = torch.float16, torch.bfloat16, torch.int8
 TOKENS, MEMBERS = 32, 8

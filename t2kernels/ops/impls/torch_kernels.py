@@ -15,7 +15,7 @@ from t2kernels.ops.device import Device
 from t2kernels.ops.planner import Call, Choice, Path, dense_path
 from t2kernels.ops.precision import backward_precision, forward_precision
 
-from .protocol import Added, Implementation, Operands
+from .implementation import Added, Implementation, Operands
 
 ScaleRows = Callable[..., Tensor]
 """A function with the arguments of `scale_rows`."""

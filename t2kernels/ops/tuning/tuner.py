@@ -171,7 +171,7 @@ def crossover(seconds: Mapping[int, Sequence[float]]) -> int:
 def _best_tiles(shape: Shape, T: int, device: torch.device, timer: Timer) -> dict[Timed, Tiles]:
     """The fastest tiles of shrink, and, with these, of expand."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    from t2kernels.ops.impls.triton import launch
+    from t2kernels.ops.impls.triton import launch_pair as launch
 
     operands = _operands(shape, T, device)
     kinds = {"shrink": (sum(shape.C), shape.N), "expand": (sum(shape.M), max(shape.C))}
@@ -194,14 +194,14 @@ def _best_tiles(shape: Shape, T: int, device: torch.device, timer: Timer) -> dic
 
 
 def _pair_and_mm(shape: Shape, T: int, device: torch.device, timer: Timer) -> tuple[float, float]:
-    from t2kernels.ops.impls.triton import launch
+    from t2kernels.ops.impls.triton import launch_pair as launch
 
     operands = _operands(shape, T, device)
     return timer(lambda: launch.forward_pair(*operands)), timer(lambda: forward_mm(*operands, TRITON.row_scaling))
 
 
 def _decode_and_pair(call: Call, device: torch.device, timer: Timer) -> tuple[float, float]:
-    from t2kernels.ops.impls.triton import launch
+    from t2kernels.ops.impls.triton import launch_pair as launch
 
     operands = _operands(Shape(call.N, call.M, call.C, call.base, call.x, call.factors), call.T, device)
     return timer(lambda: cuda_kernels.forward(*operands)), timer(lambda: launch.forward_pair(*operands))

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from t2kernels.ops.impls.triton import backward as triton_backward
-from t2kernels.ops.impls.triton import launch as triton_launch
+from t2kernels.ops.impls.triton import launch_pair as triton_launch
 from t2kernels.ops.impls.triton.common import Launch, products
 from t2kernels.ops.tuning.tiles import Tiles, shared_bytes, tiles
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from t2kernels.ops.device import Device
-from t2kernels.ops.impls.protocol import Added, Implementation, Operands
+from t2kernels.ops.impls.implementation import Added, Implementation, Operands
 from t2kernels.ops.impls.torch_kernels import ScaleRows, Torch
 from t2kernels.ops.planner import Call, Choice, Path, dense_path
 from t2kernels.ops.tuning.tables import read_table
@@ -99,7 +99,7 @@ class Triton(Torch):
     def forward(self, choice: Choice, given: Operands) -> list[Tensor]:
         """See `Implementation`."""
         if choice.path == "pair":
-            from .launch import forward_pair
+            from .launch_pair import forward_pair
 
             return forward_pair(*given)
         return super().forward(choice, given)
@@ -107,7 +107,7 @@ class Triton(Torch):
     def shrink(self, choice: Choice, x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
         """See `Implementation`."""
         if choice.path == "pair":
-            from .launch import shrink
+            from .launch_pair import shrink
 
             return shrink(x, V, scale, expert_ids)
         return super().shrink(choice, x, V, scale, expert_ids)
@@ -124,14 +124,14 @@ class Triton(Torch):
     ) -> list[Tensor]:
         """See `Implementation`."""
         if choice.path == "pair":
-            from .launch import expand
+            from .launch_pair import expand
 
             return [y.reshape(*lead, y.shape[-1]) for y in expand(g, Us, bases, biases, dtype)]
         return super().expand(choice, g, Us, bases, biases, dtype, lead)
 
     def swiglu(self, given: Operands) -> Tensor:
         """See `Implementation`."""
-        from .launch import forward_swiglu
+        from .launch_pair import forward_swiglu
 
         return forward_swiglu(*given)
 

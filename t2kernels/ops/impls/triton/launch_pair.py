@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from t2kernels.ops.impls.protocol import Added
+from t2kernels.ops.impls.implementation import Added
 from t2kernels.ops.tuning.tiles import MEMBERS, Tiles, cdiv, tiles
 
 from .common import INTERPRETED, Launch, capability, options, products, repeat_of, rows_2d, table_of, triton_dtype
