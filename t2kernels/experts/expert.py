@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -70,6 +71,14 @@ class Expert:
     def ranks(self) -> dict[str, int]:
         """{matrix: how many leading components z covers}."""
         return {n: v.numel() for n, v in self.z.items()}
+
+    def digest(self) -> str:
+        """sha256 of z, 64 hexadecimal digits: the same for the same z, however its file was written. Manifest and sketch do not count."""
+        hashed = hashlib.sha256()
+        for name in sorted(self.z):
+            z = self.z[name]
+            hashed.update(f"{name}\0{z.numel()}\0".encode() + z.numpy().tobytes())
+        return hashed.hexdigest()
 
     def save(self, path: str | Path) -> Path:
         """Write one .safetensors file (the ending is added where it is missing), whole or not at all. Returns its path; raises OSError."""

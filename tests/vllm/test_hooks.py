@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from t2kernels.integrations.vllm import hooks
+from t2kernels.integrations.vllm import support
 
 
 def test_importing_and_registering_start_nothing():
@@ -24,9 +24,10 @@ def test_importing_and_registering_start_nothing():
 def test_the_hooks_are_those_that_were_tested(monkeypatch):
     import vllm.v1.core.kv_cache_utils as cache
     import vllm.v1.worker.lora_model_runner_mixin as mixin
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.lora.worker_manager import WorkerLoRAManager
 
-    hooks.check_hooks()
+    support.check_hooks()
     changes = {
         "set_active_adapters takes": (
             WorkerLoRAManager,
@@ -41,6 +42,12 @@ def test_the_hooks_are_those_that_were_tested(monkeypatch):
             "_gen_lora_extra_hash_keys",
             lambda request: [request.lora_request.lora_name],
         ),
+        "has no lora_id_counter; OpenAIServingModels has no lora_requests; OpenAIServingModels has no base_model_paths": (
+            OpenAIServingModels,
+            "__init__",
+            lambda self: None,
+        ),
+        "is_base_model takes None": (OpenAIServingModels, "is_base_model", None),
     }
     for match, (owner, name, other) in changes.items():
         with monkeypatch.context() as patch:
@@ -48,6 +55,6 @@ def test_the_hooks_are_those_that_were_tested(monkeypatch):
                 patch.delattr(owner, name)
             else:
                 patch.setattr(owner, name, other)
-            with pytest.raises(hooks.UnsupportedVllm, match=match):
-                hooks.check_hooks()
-    hooks.check_hooks()
+            with pytest.raises(support.UnsupportedVllm, match=match):
+                support.check_hooks()
+    support.check_hooks()

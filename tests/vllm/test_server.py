@@ -40,7 +40,7 @@ class Server:
         self.port, self.folder = free_port(), folder
         experts = {n: str(folder / f"{n}.safetensors") for n in (*NAMES, "classify")}
         options = "--dtype float32 --enforce-eager --max-model-len 128 --max-num-seqs 8 --max-num-batched-tokens 64 --block-size 32".split()
-        code = "import json, sys; from t2kernels.integrations.vllm.serve import serve\nif __name__ == '__main__': serve(**json.loads(sys.argv[1]))"
+        code = "import json, sys; from t2kernels.integrations.vllm import serve\nif __name__ == '__main__': serve(**json.loads(sys.argv[1]))"
         script = folder / "run.py"
         script.write_text(code)
         template = folder / "template.jinja"
