@@ -1,9 +1,10 @@
-"""SVF experts in lm-eval (the Language Model Evaluation Harness): one expert for all documents, or one for each document.
+"""SVF experts in lm-eval (the Language Model Evaluation Harness), one for all documents or one for each document.
 
-    python -m t2kernels.integrations.lm_eval run --model t2kernels --model_args pretrained=DIR,expert=experts/math --tasks gsm8k
+    python -m t2kernels.integrations.lm_eval run --tasks gsm8k \\
+        --model t2kernels --model_args pretrained=DIR,expert=experts/math
 
-This module takes the arguments of the command `lm_eval`, which by itself knows only its own models. In a program, call `register()` and then
-`lm_eval.simple_evaluate(model="t2kernels", model_args=...)`, or pass an `SVFLM` as the model.
+This module takes the arguments of the command `lm_eval`, which by itself knows only its own models. In a program, call
+`register()` and then `lm_eval.simple_evaluate(model="t2kernels", model_args=...)`, or pass an `SVFLM` as the model.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ class SVFLM(HFLM):
     """lm-eval's `hf` model, patched, with experts.
 
     pretrained: as for `hf`, or "tiny", the built-in model
-    expert: for documents that name none. The name of one of `experts`, a file, or with "tiny" the name of one of its experts; in a program
-        also a function from document to name. None or "base": the base model
+    expert: for documents that name none. The name of one of `experts`, a file, or with "tiny" the name of one of its
+        experts; in a program also a function from document to name. None or "base": the base model
     experts: files of experts that documents may name, separated by ";", each PATH or NAME=PATH
     expert_column: the column of a document that holds the name of its expert, for tasks whose documents have one
     targets, rank, form, factors: as for `patch_model`; rank "all" is None
     kwargs: as for `hf`
 
-    Raises FileNotFoundError for an expert without a file, and what `patch_model` and `bank.add` raise. An evaluation raises ValueError, before
-    any forward, for a document that names an unknown expert.
+    Raises FileNotFoundError for an expert without a file, and what `patch_model` and `bank.add` raise. An evaluation
+    raises ValueError, before any forward, for a document that names an unknown expert.
     """
 
     def __init__(
@@ -74,7 +75,10 @@ class SVFLM(HFLM):
         self.expert, self.expert_column = expert, expert_column
 
     def expert_of(self, doc: object) -> str | None:
-        """The name of the expert that answers a document, None for the base model. Raises ValueError if there is no expert of that name."""
+        """The name of the expert that answers a document, None for the base model.
+
+        Raises ValueError if there is no expert of that name.
+        """
         name = doc.get(self.expert_column) if isinstance(doc, dict) else None
         if name is None:
             name = self.expert(doc) if callable(self.expert) else self.expert
@@ -100,7 +104,7 @@ class SVFLM(HFLM):
         return self._by_expert(super().generate_until, requests, disable_tqdm)
 
     def _by_expert(self, answer: Callable[..., list[Any]], requests: Sequence[Any], disable_tqdm: bool) -> list[Any]:
-        """Answer the requests of one expert after another: lm-eval sorts requests and cuts them into batches by itself."""
+        """Answer the requests of one expert after another. lm-eval sorts and batches what it is given."""
         groups: dict[str | None, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(self.expert_of(request.doc), []).append(i)

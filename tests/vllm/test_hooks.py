@@ -10,7 +10,8 @@ from t2kernels.integrations.vllm import support
 
 def test_importing_and_registering_start_nothing():
     code = (
-        "import sys, t2kernels.integrations.vllm as plugin; assert not any(n.split('.')[0] == 'vllm' for n in sys.modules)\n"
+        "import sys, t2kernels.integrations.vllm as plugin\n"
+        "assert not any(n.split('.')[0] == 'vllm' for n in sys.modules)\n"
         "import vllm.v1.worker.lora_model_runner_mixin as m, torch; own = m.LRUCacheWorkerLoRAManager\n"
         "plugin.register(); ours = m.LRUCacheWorkerLoRAManager; plugin.register()\n"
         "assert ours is not own and m.LRUCacheWorkerLoRAManager is ours and not torch.cuda.is_initialized()\n"
@@ -42,7 +43,9 @@ def test_the_hooks_are_those_that_were_tested(monkeypatch):
             "_gen_lora_extra_hash_keys",
             lambda request: [request.lora_request.lora_name],
         ),
-        "has no lora_id_counter; OpenAIServingModels has no lora_requests; OpenAIServingModels has no base_model_paths": (
+        "; ".join(
+            f"OpenAIServingModels has no {n}" for n in ("lora_id_counter", "lora_requests", "base_model_paths")
+        ): (
             OpenAIServingModels,
             "__init__",
             lambda self: None,

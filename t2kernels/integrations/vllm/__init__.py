@@ -1,4 +1,6 @@
-"""SVF experts in vLLM: a plugin that vLLM finds by itself, with experts as its LoRA requests. README.md says which file does what.
+"""SVF experts in vLLM: a plugin that vLLM finds by itself, with experts as its LoRA requests.
+
+README.md says which file does what.
 
 from t2kernels.integrations.vllm import engine_args, expert, few_shot
 

@@ -28,16 +28,19 @@ def engine_args(
 ) -> dict[str, Any]:
     """Arguments for `vllm.LLM` or `AsyncEngineArgs`: LLM(model, **engine_args(factors="factors/llama", rows=8)).
 
-    factors: directory that `t2 decompose` wrote for this model. With it the form is "delta": the model is served as it is, in any format, and
-        experts add to its layers. None: "factored", for a checkpoint that `t2 decompose --format vllm` wrote
+    factors: directory that `t2 decompose` wrote for this model. With it the form is "delta": the model is served as it
+        is, in any format, and experts add to its layers. None: the form is "factored", for a checkpoint that
+        `t2 decompose --format vllm` wrote
     rows: of the tables; row 0 is the base model, so rows - 1 experts take part in one step, and more take turns
     form: "delta" or "factored"; None: the one that `factors` asks for
-    rank: leading components that an expert may rescale, as in `patch_model`; max_error: as in `ExpertBank.add`; layout: as in `Settings`
+    rank: leading components that an expert may rescale, as in `patch_model`
+    max_error: as in `ExpertBank.add`; layout: as in `Settings`
     host: experts kept in host memory, at least rows - 1; others are read from their files again
     others: further arguments of the engine, passed through
 
-    Raises ValueError for a form that does not go with `factors`, FileNotFoundError or ValueError for a directory without factors,
-    ModuleNotFoundError without vLLM, UnsupportedVllm for a version that was not tested or if vLLM would not load the plugin.
+    Raises ValueError for a form that does not go with `factors`, FileNotFoundError or ValueError for a directory
+    without factors, ModuleNotFoundError without vLLM, UnsupportedVllm for a version that was not tested or if vLLM
+    would not load the plugin.
     """
     check_version()
     check_plugin()

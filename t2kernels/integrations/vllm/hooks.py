@@ -2,7 +2,7 @@
 
 | hooked | instead |
 |---|---|
-| `lora_model_runner_mixin.LRUCacheWorkerLoRAManager` | an `EngineManager`, for engines that are configured with experts |
+| `lora_model_runner_mixin.LRUCacheWorkerLoRAManager` | `EngineManager`, for engines with experts |
 | `InputProcessor._validate_lora` | vLLM's own check, then `check_request` |
 
 This file stands above the engine: nothing here is imported by it.
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """The entry point of `vllm.general_plugins`. Idempotent. It starts no CUDA and allocates nothing.
 
-    It never raises, because vLLM calls it for engines without experts too: a vLLM that cannot be hooked is logged here, and an engine with
-    experts then refuses to start (`check_hooks`).
+    It never raises, because vLLM calls it for engines without experts too: a vLLM that cannot be hooked is logged here,
+    and an engine with experts then refuses to start (`check_hooks`).
     """
     try:
         import vllm.v1.worker.lora_model_runner_mixin as mixin

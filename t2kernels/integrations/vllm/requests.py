@@ -1,8 +1,8 @@
 """Experts as vLLM's LoRA requests, and the addresses in those requests by which a worker finds an expert's file.
 
-An address is `{path}#{digest}`, or `mix:[[weight, address], ...]`. vLLM keys its prefix cache by a request's name and address. The digest is
-that of the expert's numbers, so a file that is replaced by another expert has another address, and never gets the keys and values of the
-expert that was there before.
+An address is `{path}#{digest}`, or `mix:[[weight, address], ...]`. vLLM keys its prefix cache by a request's name and
+address. The digest is that of the expert's numbers, so a file that is replaced by another expert has another address,
+and never gets the keys and values of the expert that was there before.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ _addresses: dict[str, str] = {}  # name -> the first address that it was used fo
 def expert(name: str, source: Source | Mixture) -> LoRARequest:
     """An SVF expert, as `lora_request=` of `LLM.generate` and `AsyncLLM.generate`.
 
-    name: how vLLM reports it; source: its file, or a mixture {file: weight}, z = 1 + Σ weight (z_k - 1), made into a row on first use
-    The id is a hash of name and z, so it is the same on every machine, whatever the file's path and header. Files are read here once, so that
-    a broken one never reaches the engine.
+    name: how vLLM reports it; source: its file, or a mixture {file: weight}, z = 1 + Σ weight (z_k - 1), made into a
+        row on first use
+    The id is a hash of name and z, so it is the same on every machine, whatever the file's path and header. Files are
+    read here once, so that a broken one never reaches the engine.
 
-    Raises ValueError (no name), ExpertError (no file, not an expert, weight not finite), ExpertMismatch (a mixture of experts of different
-    factors).
+    Raises ValueError (no name), ExpertError (no file, not an expert, weight not finite), ExpertMismatch (a mixture of
+    experts of different factors).
     """
     from vllm.lora.request import LoRARequest
 
@@ -73,7 +74,10 @@ def expert(name: str, source: Source | Mixture) -> LoRARequest:
 
 
 def address(source: Source | Mixture) -> str:
-    """The address of a file, or of a mixture {file: weight}, with digests of the present contents. Raises ExpertError."""
+    """The address of a file, or of a mixture {file: weight}, with digests of the present contents.
+
+    Raises ExpertError.
+    """
     if isinstance(source, Mapping):
         if not source:
             raise ExpertError("a mixture of no experts; wanted {file: weight}")
@@ -91,10 +95,13 @@ def mixture(parts: Sequence[tuple[str, float]]) -> str:
 
 
 def digest(path: Path) -> str:
-    """16 hexadecimal digits of the digest of the expert in a file. Raises ExpertError if there is none, or it cannot be read."""
+    """16 hexadecimal digits of the digest of the expert in a file.
+
+    Raises ExpertError if there is none, or it cannot be read.
+    """
     try:
         state = state_of(path)
-        # A file system's clock may tick every few milliseconds: a file may be written again without its time showing it.
+        # A file system's clock may tick every few milliseconds: a second write may leave the time as it is.
         known = _digest if time.time_ns() - state[-1] > SETTLED else _digest.__wrapped__
         return known(path, *state)
     except OSError as e:
@@ -122,7 +129,10 @@ def files(where: str) -> list[str]:
 
 
 def load(where: str) -> Expert:
-    """The expert at an address. Raises ExpertError for a file that is missing, not an expert, or replaced since its address was made."""
+    """The expert at an address.
+
+    Raises ExpertError for a file that is missing, not an expert, or replaced since its address was made.
+    """
     loaded = []
     for part, weight in _parts(where):
         wanted = DIGEST.search(part)
@@ -139,8 +149,8 @@ def load(where: str) -> Expert:
         if stacks := [n for n in found.z if STACK in n]:
             more = ", ..." if len(stacks) > 1 else ""
             raise ExpertError(
-                f"{path} changes weights of mixture-of-experts layers ({stacks[0]}{more}), and vLLM's fused kernels leave no room for that: "
-                "serve it with patch_model, or train an expert without them"
+                f"{path} changes weights of mixture-of-experts layers ({stacks[0]}{more}), and vLLM's fused kernels "
+                "leave no room for that: serve it with patch_model, or train an expert without them"
             )
         loaded.append((found, weight))
     return Expert.mix(loaded) if where.startswith(MIX) else loaded[0][0]

@@ -1,9 +1,9 @@
-"""`few_shot`: an expert made in the engine, from a few labelled prompts and existing experts (arXiv 2501.06252, section 3.2).
+"""`few_shot`: an expert made in the engine, from a few labelled prompts and other experts (arXiv 2501.06252, 3.2).
 
     z' = 1 + Σ_k alpha_k (z_k - 1)            alpha by the cross-entropy method of `t2kernels.adapt`
 
-A candidate is a request for a mixture. A generation is one call of `generate` with every example of every candidate, which continuous
-batching runs together.
+A candidate is a request for a mixture. A generation is one call of `generate` with every example of every candidate,
+which continuous batching runs together.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ OF_FACTORS = ("base_model", "revision", "fingerprint", "fingerprints")
 class Adapted:
     """What `few_shot` made.
 
-    request: the value for `lora_request=` from now on: the new expert, or None, the base model, if the expert is not surely better
+    request: the value for `lora_request=` from now on: the new expert, or None, the base model, if the expert is not
+        surely better
     file: the new expert's file, written in either case; found: the result of the search
     gain: mean reward of the examples' answers less that of the base model's; error: its standard error over examples
     """
@@ -71,21 +72,24 @@ def few_shot(
     experts: {name: file}; rows: dicts with a prompt (text or chat) and the columns that the reward takes
     reward: reward(prompts, completions, **columns), or a task
     out: file of the new expert, which this engine or any other can serve; name: of its requests
-    caution: as in `t2kernels.adapt.FewShot`: the gain on the examples must be above this many of its standard errors; None: always take the
-        new expert
+    caution: as in `t2kernels.adapt.FewShot`: the gain on the examples must be above this many of its standard errors;
+        None: always take the new expert
     max_new_tokens: of an answer; None: the task's, else 64
     progress: called after each generation with its number and its score
-    options: of `CEMConfig`: population=32, temperature=0.7, samples=4, ... The score is the reward, an alpha holds for a whole expert, and
-        deltas are mixed. `seed` is that of the candidates; sampled answers use the engine's own seed
+    options: of `CEMConfig`: population=32, temperature=0.7, samples=4, ... The score is the reward, an alpha holds for
+        a whole expert, and deltas are mixed. `seed` is that of the candidates; sampled answers use the engine's own
+        seed
 
-    Raises, before any forward, ValueError (other options, no experts or examples, a prompt that is too long, an engine without experts),
-    ExpertError (a file that is not an expert), ExpertMismatch (experts of different factors). Raises OSError if `out` cannot be written.
+    Raises, before any forward, ValueError (other options, no experts or examples, a prompt that is too long, an engine
+    without experts), ExpertError (a file that is not an expert), ExpertMismatch (experts of different factors). Raises
+    OSError if `out` cannot be written.
     """
     config = CEMConfig(**{**ONLY, **options})
     for option, only in ONLY.items():
         if getattr(config, option) != only:
             raise ValueError(
-                f"{option}={getattr(config, option)!r}; in an engine it is {only!r}: use t2kernels.adapt.search for others"
+                f"{option}={getattr(config, option)!r}; in an engine it is {only!r}: "
+                "use t2kernels.adapt.search for others"
             )
     if not isinstance(experts, Mapping) or not experts:
         raise ValueError(f"experts={experts!r}; wanted {{name: file}} with at least one")
@@ -109,7 +113,10 @@ def few_shot(
 
 
 class Population:
-    """Candidates as requests to an engine, scored by their answers. Takes the arguments of `few_shot`, and raises as it does."""
+    """Candidates as requests to an engine, scored by their answers.
+
+    Takes the arguments of `few_shot`, and raises as it does.
+    """
 
     def __init__(
         self,
@@ -129,7 +136,8 @@ class Population:
         Expert.mix([(e, 1.0) for e in self.experts])  # raises for experts that do not go together
         if reward is None:
             raise ValueError(
-                "reward=None; wanted reward(prompts, completions, **columns), or a task: nothing else says what is right"
+                "reward=None; wanted reward(prompts, completions, **columns), or a task: "
+                "nothing else says what is right"
             )
         self.scorer, max_new_tokens = scorer_of(reward, rows, max_new_tokens)
         self.sampler = Sampler(None, llm.get_tokenizer(), max_new_tokens)
@@ -154,8 +162,8 @@ class Population:
         from vllm import SamplingParams
 
         K, P, S = len(self.rows), len(requests), self.config.samples
-        # Requests have no seeds of their own. On a CPU, vLLM 0.32 dies of a request with a seed whose prompt is read in parts; and a request
-        # with a seed is sampled alone, not with the batch.
+        # Requests have no seeds of their own. On a CPU, vLLM 0.32 dies of a request with a seed whose prompt is read in
+        # parts; and a request with a seed is sampled alone, not with the batch.
         sampling = SamplingParams(
             temperature=self.config.temperature, max_tokens=self.sampler.max_new_tokens, n=S, detokenize=False
         )

@@ -16,11 +16,11 @@ LAYOUTS = ("auto", "replicate", "shard")
 
 @dataclass(frozen=True)
 class Settings:
-    """factors: the directory that `t2 decompose` wrote (delta form); None: the checkpoint holds the factors (factored form)
+    """factors: the directory that `t2 decompose` wrote (delta form); None: they are in the checkpoint (factored form)
     rank: leading components that an expert may rescale, as in `patch_model`; None: all
     max_error: largest truncation error of an expert, as in `ExpertBank.add`
-    layout: how factors lie on tensor-parallel ranks, "replicate", "shard" or "auto" (factored form; delta form replicates)
-    fingerprint: of the factors. vLLM's compile cache hashes these settings, so new factors under an old path get a new graph
+    layout: of factors over tensor-parallel ranks, "replicate", "shard" or "auto"; delta form always replicates
+    fingerprint: of the factors; vLLM's compile cache hashes these settings, so other factors get another graph
 
     Raises ValueError for a rank or a layout that does not exist.
     """
@@ -38,7 +38,10 @@ class Settings:
 
     @classmethod
     def of(cls, config: Any) -> Settings | None:
-        """The settings in a `VllmConfig`; None if it has none. Raises ValueError if the entry does not have the fields of `Settings`."""
+        """The settings in a `VllmConfig`; None if it has none.
+
+        Raises ValueError if the entry does not have the fields of `Settings`.
+        """
         given = config.additional_config
         if not isinstance(given, Mapping) or KEY not in given:
             return None

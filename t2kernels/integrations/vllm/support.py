@@ -1,6 +1,6 @@
-"""Which vLLM is supported, checked by version and by the names that are used of it, and which configurations are refused.
+"""Which vLLM is supported, by its version and by the names that are used of it, and which configurations are refused.
 
-The engine, the hooks and `api.py` all ask here, so this file imports none of them. vLLM is imported only where a check needs it.
+The engine, the hooks and `api.py` ask here, so this file imports none of them. Only checks import vLLM.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def check_version() -> None:
 
 
 def check_plugin() -> None:
-    """Raises UnsupportedVllm if vLLM would not load this plugin: the engine would start, and fail at its first expert."""
+    """Raises UnsupportedVllm if vLLM would not load this plugin: the engine would fail at its first expert."""
     package = __name__.rpartition(".")[0]
     named = [p.name for p in metadata.entry_points(group=GROUP) if p.value.startswith(package)]
     if not named:
@@ -133,7 +133,7 @@ def asks_for_experts(config: Any) -> bool:
 
 
 def refuse(config: Any) -> None:
-    """Raises UnsupportedVllm that names each setting of a `VllmConfig` under which experts would go wrong without an error."""
+    """Raises UnsupportedVllm with each setting of a `VllmConfig` under which experts would silently go wrong."""
     parallel, cache, passes = config.parallel_config, config.cache_config, config.compilation_config.pass_config
     model, lora = config.model_config, config.lora_config
     prefill, decode = parallel.prefill_context_parallel_size, parallel.decode_context_parallel_size

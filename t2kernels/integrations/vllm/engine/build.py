@@ -30,13 +30,15 @@ def build_delta(
     model: loaded by vLLM; factors: those at `settings.factors`; rows: of the tables
     token_rows: [most tokens of a step] int32, on the device: the row of each token, written by the manager
     dtype: of the activations
-    Returns the bank. Raises ValueError for factors of matrices that the model does not have, of other shapes, or of other weights.
+    Returns the bank. Raises ValueError for factors of matrices that the model does not have, of other shapes, or of
+    other weights.
     """
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
     if settings.fingerprint not in (None, factors.fingerprint):
         raise ValueError(
-            f"{settings.factors}: these factors are not those that the engine was configured with; call engine_args again"
+            f"{settings.factors}: these factors are not those that the engine was configured with; "
+            "call engine_args again"
         )
     device, cut = token_rows.device, factors.cut(settings.rank)
     names = checkpoint_names(model, factors)
@@ -53,8 +55,8 @@ def build_delta(
                 name = names.pop(m.name)
                 if factors.shape(name) != m.shape:
                     raise ValueError(
-                        f"{name}: the factors are of a matrix {list(factors.shape(name))}, the model has {list(m.shape)}; "
-                        "decompose the checkpoint that is served"
+                        f"{name}: the factors are of a matrix {list(factors.shape(name))}, the model has "
+                        f"{list(m.shape)}; decompose the checkpoint that is served"
                     )
                 factor = cut[name]
                 check_weights(
@@ -67,8 +69,8 @@ def build_delta(
     if left or not pairs:
         some = ", ".join(left[:4]) or "none at all"
         raise ValueError(
-            f"{len(left)} matrices of the factors at {settings.factors} are not linear layers of {type(model).__name__}: {some}; "
-            "decompose the checkpoint that is served, with targets that it has"
+            f"{len(left)} matrices of the factors at {settings.factors} are not linear layers of "
+            f"{type(model).__name__}: {some}; decompose the checkpoint that is served, with targets that it has"
         )
     bank = ExpertBank(pairs, rows, origin_of(factors), routing, {n: ("delta", "vLLM") for _, (n,) in pairs})
     for layer, members, made in found:

@@ -30,7 +30,8 @@ def origin_of(factors: Factors) -> Origin:
 def check_request(config: Any, request: Any) -> None:
     """Check that an engine with this `VllmConfig` could use the expert of a `LoRARequest`.
 
-    Raises vLLM's own errors, which its server turns into statuses: LoRAAdapterNotFoundError (404), VLLMValidationError (400).
+    Raises vLLM's own errors, which its server turns into statuses: LoRAAdapterNotFoundError (404), VLLMValidationError
+    (400).
     """
     from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
 

@@ -1,4 +1,7 @@
-"""`EngineManager`: an `ExpertManager` with the constructor of vLLM's own manager. It builds its bank once the model has been loaded."""
+"""`EngineManager`: an `ExpertManager` with the constructor of vLLM's own manager.
+
+It builds its bank once the model has been loaded.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ from .manager import ExpertManager, most_tokens
 
 
 class EngineManager(ExpertManager):
-    """config: `VllmConfig`; device: of the worker. Raises UnsupportedVllm for a version or a configuration that is not supported."""
+    """config: `VllmConfig`; device: of the worker.
+
+    Raises UnsupportedVllm for a version or a configuration that is not supported.
+    """
 
     def __init__(self, config: Any, device: torch.device):
         check_hooks()
@@ -29,7 +35,10 @@ class EngineManager(ExpertManager):
         self.settings: Settings = Settings.of(config) or Settings()
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any = None) -> nn.Module:
-        """Give the loaded model its tables, and return it. Raises ValueError if factors are missing or do not fit the model."""
+        """Give the loaded model its tables, and return it.
+
+        Raises ValueError if factors are missing or do not fit the model.
+        """
         lora, config = self.config.lora_config, self.config
         rows, dtype = lora.max_loras + 1, config.model_config.dtype
         token_rows = torch.zeros(most_tokens(config), dtype=torch.int32, device=self.device)
@@ -40,7 +49,8 @@ class EngineManager(ExpertManager):
         else:
             if self.settings.factors is None:
                 raise ValueError(
-                    "no factors: neither the engine's settings nor the checkpoint has any; start it with engine_args(factors=...)"
+                    "no factors: neither the engine's settings nor the checkpoint has any; "
+                    "start it with engine_args(factors=...)"
                 )
             bank = build_delta(model, Factors.load(self.settings.factors), self.settings, rows, token_rows, dtype)
         super().__init__(bank, token_rows, lora.max_cpu_loras, self.settings.max_error)
@@ -51,7 +61,10 @@ class EngineManager(ExpertManager):
         return model
 
     def read(self, name: str, where: str) -> Expert:
-        """The expert at an address. Raises ExpertError, or vLLM's LoRAAdapterNotFoundError (404) if a file is missing."""
+        """The expert at an address.
+
+        Raises ExpertError, or vLLM's LoRAAdapterNotFoundError (404) if a file is missing.
+        """
         try:
             return super().read(name, where)
         except ExpertError:

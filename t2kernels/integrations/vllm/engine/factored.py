@@ -1,7 +1,8 @@
 """Factored form in vLLM: layers whose weights are replaced by factors, which lie in a directory of the checkpoint.
 
-`model_folder.py` writes such a checkpoint, `quantization.py` reads it. A factored layer takes no tensor from the checkpoint's weight files.
-Once vLLM has loaded the rest of the model, the layer reads its rank's part of its factors, cut and laid out as in delta form.
+`model_folder.py` writes such a checkpoint, `quantization.py` reads it. A factored layer takes no tensor from the
+checkpoint's weight files. Once vLLM has loaded the rest of the model, the layer reads its rank's part of its factors,
+cut and laid out as in delta form.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Factored:
     """The matrices ("members") of one factored layer on this rank, and how their factors are laid out.
 
     method: the layer's `SVFMethod`; layer: vLLM's linear layer; rows: of the tables
-    Raises ValueError if a matrix that vLLM merges into the layer is not factored, if factors have another shape than the matrix or lack
-    components, or if the layout that was asked for is impossible.
+    Raises ValueError if a matrix that vLLM merges into the layer is not factored, if factors have another shape than
+    the matrix or lack components, or if the layout that was asked for is impossible.
     """
 
     def __init__(self, method: Any, layer: nn.Module, rows: int, device: torch.device):
@@ -71,7 +72,7 @@ class Factored:
         )
 
     def _shards(self, found: list[Factor | Int8Factor]) -> bool:
-        """True if R is divided over the ranks too: layout="shard", or layout="auto" and large factors that would be replicated."""
+        """True if R is divided over the ranks too: with layout="shard", or "auto" and large factors."""
         layout, parts = self.method.settings.layout, [m for m in self.members if len(m.parts) > 1]
         able = (
             self.ranks > 1
@@ -80,8 +81,8 @@ class Factored:
         )
         if layout == "shard" and self.ranks > 1 and not able:
             raise ValueError(
-                f"{self.members[0].name}: layout='shard' needs floating-point factors with a rank that {self.ranks} divides; "
-                "use 'auto'"
+                f"{self.members[0].name}: layout='shard' needs floating-point factors with a rank that {self.ranks} "
+                "divides; use 'auto'"
             )
         copied = sum((f.U if self.row_parallel else f.V).numel() for f in found) * self.method.dtype.itemsize
         return able and (layout == "shard" or (layout == "auto" and copied >= SHARD_BYTES))
@@ -90,8 +91,8 @@ class Factored:
 def _check_whole(member: Member, factor: Factor | Int8Factor) -> None:
     if factor.rank < min(member.shape):
         raise ValueError(
-            f"{member.name}: its factors have {factor.rank} of {min(member.shape)} components, and the factored form needs all; "
-            "decompose without a rank"
+            f"{member.name}: its factors have {factor.rank} of {min(member.shape)} components, and the factored form "
+            "needs all; decompose without a rank"
         )
 
 
@@ -118,8 +119,8 @@ def build_factored(model: nn.Module, rows: int, token_rows: Tensor) -> ExpertBan
     found = [layer for layer in model.modules() if hasattr(layer, "svf_made")]
     if not found:
         raise ValueError(
-            f"the checkpoint of {type(model).__name__} names quantization {QUANTIZATION!r}, but none of its layers is factored; "
-            "write it again with `t2 decompose --format vllm`"
+            f"the checkpoint of {type(model).__name__} names quantization {QUANTIZATION!r}, but none of its layers is "
+            "factored; write it again with `t2 decompose --format vllm`"
         )
     made = [layer.svf_made for layer in found]
     pairs = [pair for m in made for pair in m.pairs]

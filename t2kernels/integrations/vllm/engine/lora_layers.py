@@ -1,9 +1,12 @@
-"""Factors at vLLM's linear layers: the matrices that a layer holds, this rank's part of them, and the forward in both forms.
+"""Factors at vLLM's linear layers: a layer's matrices, this rank's part of them, and the forward in both forms.
 
-    delta     y = base(x) + ((x V) * scale[rows]) Uᵀ        base: the layer's own quant method, in any format of its weight
+    delta     y = base(x) + ((x V) * scale[rows]) Uᵀ
     factored  y = ((x V) * scale[rows]) Uᵀ + bias
 
-vLLM merges matrices with the same input (q, k, v; gate, up) into one layer. Each of them is a `Member` here, and they are one group of the op.
+base is the layer's own quant method, whatever format its weight has.
+
+vLLM merges matrices with the same input (q, k, v; gate, up) into one layer. Each of them is a `Member` here, and they
+are one group of the op.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from t2kernels.ops.op import call, call_group, expand, shrink
 SHARD_BYTES = 64 << 20
 """Factors of at least this size are sharded by layout="auto".
 
-Replicated factors cost no communication. Sharded ones cost 1/tp of the bytes and a collective of T x R numbers a layer. An estimate, not a
-measurement: an H200 reads a bf16 factor of 4096 x 4096 in about 7 us, the time of a small collective; twice as wide takes 28 us.
+Replicated factors cost no communication. Sharded ones cost 1/tp of the bytes and a collective of T x R numbers a layer.
+An estimate, not a measurement: an H200 reads a bf16 factor of 4096 x 4096 in about 7 us, the time of a small
+collective. One of 8192 x 8192 takes 28 us.
 """
 KINDS = (
     "ReplicatedLinear",
@@ -113,7 +117,7 @@ def members_of(name: str, layer: nn.Module, packed: Mapping[str, Sequence[str]])
 
 
 class ExpertPath(nn.Module):
-    """((x V) * scale[rows]) Uᵀ of the members of one layer. A child module of the layer, without entries in its state dict.
+    """((x V) * scale[rows]) Uᵀ of the members of one layer. A child of the layer, without entries in its state dict.
 
     members: the layer's matrices; layers: their factors and tables, after the bank has laid the tables side by side
     sizes: of the layer's outputs on this rank; token_rows: [most tokens of a step] int32, the manager's buffer
@@ -152,8 +156,8 @@ class ExpertPath(nn.Module):
             self.token_rows
         ):
             raise RuntimeError(
-                f"a layer got {T} tokens in a step of {self.step.tokens}: it sees other tokens than the step's, and their experts are "
-                "not known; leave its matrices out of the factors"
+                f"a layer got {T} tokens in a step of {self.step.tokens}: it sees other tokens than the step's, and "
+                "their experts are not known; leave its matrices out of the factors"
             )
         return self.token_rows[:T]
 
@@ -189,7 +193,7 @@ class ShardedPath(ExpertPath):
     | layer | first | between | then |
     |---|---|---|---|
     | column-parallel | V [N, R/tp] and its scale | all-gather of g | U [M/tp, R] |
-    | row-parallel | V [N/tp, R] | reduce-scatter of g | U [M, R/tp]; the layer's own all-reduce adds up the ranks' outputs |
+    | row-parallel | V [N/tp, R] | reduce-scatter of g | U [M, R/tp], and the layer's own all-reduce |
     """
 
     def __init__(
@@ -214,7 +218,7 @@ class ShardedPath(ExpertPath):
         if self.row_parallel:
             g = tensor_model_parallel_reduce_scatter(g.contiguous(), -1)
         else:
-            # all_gather returns rank after rank, each with its share of every member: bring the shares of a member together.
+            # all_gather returns rank after rank, each with its share of every member: bring those of a member together.
             g = tensor_model_parallel_all_gather(g.contiguous(), -1).reshape(x.shape[0], self.ranks, -1)
             shares = g.split([U.shape[1] // self.ranks for U in self.Us], -1)
             g = torch.cat([s.reshape(x.shape[0], -1) for s in shares], -1)

@@ -1,8 +1,9 @@
-"""`ExpertManager`: vLLM's model runners call it instead of a LoRA manager. It maps request ids to rows, and tokens of a step to rows.
+"""`ExpertManager`: vLLM's model runners call it instead of a LoRA manager. It finds the row of each token of a step.
 
-It has the methods of vLLM's `WorkerLoRAManager` and knows nothing else of vLLM. The bank keeps experts in host memory and gives them rows.
-Before each step, on the host, `set_active_adapters` brings the step's experts into rows, and writes the row of every token into one buffer.
-The buffer never moves, so a captured CUDA graph can be replayed with any experts.
+It has the methods of vLLM's `WorkerLoRAManager` and knows nothing else of vLLM. The bank keeps experts in host memory
+and gives them rows. Before each step, on the host, `set_active_adapters` brings the step's experts into rows, and
+writes the row of every token into one buffer. The buffer never moves, so a captured CUDA graph can be replayed with any
+experts.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertManager:
-    """bank: the experts and the tables; token_rows: [most tokens of a step] int32, on the device, 0 where there is no token
-    host: experts kept in host memory; beyond that the least recently used is dropped, and read from its file when it is needed again
+    """bank: the experts and the tables
+    token_rows: [most tokens of a step] int32, on the device; 0 where there is no token
+    host: experts kept in host memory; beyond that the least recently used is dropped, and read from its file when it is
+        needed again
     max_error: as in `ExpertBank.add`
     """
 
@@ -47,8 +50,8 @@ class ExpertManager:
     def set_active_adapters(self, wanted: Iterable[Any], mapping: Any | None) -> None:
         """Bring the experts of a step into rows and write the row of every token.
 
-        wanted: requests with lora_int_id, lora_name, lora_path; mapping.index_mapping: the id of every token, 0 for the base model; without a
-        mapping the experts are only read
+        wanted: requests with lora_int_id, lora_name, lora_path
+        mapping: its index_mapping is the id of every token, 0 for the base model; None: only read the experts
         Raises ExpertError for an expert that cannot be read, RuntimeError for a step with more experts than rows.
         """
         if mapping is None:
@@ -73,8 +76,9 @@ class ExpertManager:
         unknown = active - self._known.keys()
         if unknown:
             raise RuntimeError(
-                f"requests with ids {sorted(unknown)} came without their experts: vLLM tells requests apart by name, and two of this "
-                "step have one name and different experts; give them different names (t2kernels.integrations.vllm.expert does)"
+                f"requests with ids {sorted(unknown)} came without their experts: vLLM tells requests apart by name, "
+                "and two of this step have one name and different experts; give them different names "
+                "(t2kernels.integrations.vllm.expert does)"
             )
         self.bank.unpin(self._held)
         self._held, self._rows = [], {0: 0}
@@ -88,7 +92,8 @@ class ExpertManager:
         count, before = len(rows), self.tokens
         if count > len(self.token_rows):
             raise RuntimeError(
-                f"a step has {count} tokens, and the buffer has room for {len(self.token_rows)}: max_num_batched_tokens was exceeded"
+                f"a step has {count} tokens, and the buffer has room for {len(self.token_rows)}: "
+                "max_num_batched_tokens was exceeded"
             )
         new = torch.from_numpy(rows)
         if self.token_rows.is_cuda:
@@ -102,7 +107,10 @@ class ExpertManager:
     # --- experts
 
     def add_adapter(self, request: Any) -> bool:
-        """Read an expert into host memory. Raises ExpertError, ExpertMismatch or ValueError, and then nothing has changed."""
+        """Read an expert into host memory.
+
+        Raises ExpertError, ExpertMismatch or ValueError, and then nothing has changed.
+        """
         return self._add(request, ())
 
     def _add(self, request: Any, active: Iterable[int]) -> bool:
@@ -135,7 +143,10 @@ class ExpertManager:
         return load(where)
 
     def remove_adapter(self, number: int) -> bool:
-        """Drop an expert from host memory; False if it is not there. A running step keeps its row, a later request reads its file again."""
+        """Drop an expert from host memory; False if it is not there.
+
+        A running step keeps its row, a later request reads its file again.
+        """
         if self._known.pop(number, None) is None:
             return False
         self._dummies.discard(number)
@@ -144,7 +155,10 @@ class ExpertManager:
         return True
 
     def remove_all_adapters(self) -> None:
-        """Remove the warm-up's experts only: vLLM calls this after every warm-up, also while it serves (on an idle rank)."""
+        """Remove the warm-up's experts only.
+
+        vLLM calls this after every warm-up, and an idle rank of several may warm up while others serve.
+        """
         for number in list(self._dummies):
             self.remove_adapter(number)
 
@@ -165,7 +179,10 @@ class ExpertManager:
     # --- vLLM's warm-up, with experts that change nothing
 
     def add_dummy_lora(self, request: Any, rank: int = 0) -> bool:
-        """Add an expert with z = 1 under a request's id; False if the id is in use. `rank` is LoRA's and means nothing here."""
+        """Add an expert with z = 1 under a request's id; False if the id is in use.
+
+        `rank` is LoRA's and means nothing here.
+        """
         self._warm_up.add(request.lora_path)
         number = request.lora_int_id
         if (
@@ -188,7 +205,7 @@ class ExpertManager:
 
 
 def most_tokens(config: Any) -> int:
-    """The largest number of tokens in a step of an engine with this `VllmConfig`, the padding of its CUDA graphs included."""
+    """The largest number of tokens in a step under a `VllmConfig`, with the padding of CUDA graphs."""
     return max(
         config.scheduler_config.max_num_batched_tokens, config.compilation_config.max_cudagraph_capture_size or 0
     )

@@ -30,10 +30,11 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 def write_checkpoint(model: str | Path, out: str | Path, targets: Any = "all", **options: Any) -> Factors:
     """Write a checkpoint in factored form. Returns its factors.
 
-    model: directory of a checkpoint, or its id on the hub; out: directory. A run that was interrupted continues where it stopped
+    model: directory of a checkpoint, or its id on the hub; out: directory. A run that was interrupted continues where
+        it stopped
     targets, options: as for `decompose` (dtype, format, max_error, device, workers, progress); every component is kept
-    Raises ValueError for mixture-of-experts stacks among the targets and for a checkpoint that is quantised or factored already; the errors
-    of `decompose`; OSError.
+    Raises ValueError for mixture-of-experts stacks among the targets and for a checkpoint that is quantised or factored
+    already; the errors of `decompose`; OSError.
     """
     out = Path(out)
     if is_factored(model):
@@ -42,7 +43,8 @@ def write_checkpoint(model: str | Path, out: str | Path, targets: Any = "all", *
     stacks = [m.name for m in source.matrices.values() if m.index is not None]
     if stacks:
         raise ValueError(
-            f"{stacks[0]} is part of a mixture-of-experts stack, which vLLM does not serve in factored form; choose targets without it"
+            f"{stacks[0]} is part of a mixture-of-experts stack, which vLLM does not serve in factored form; "
+            "choose targets without it"
         )
     config = read_json(source.directory / "config.json", "a model's config")
     if config.get("quantization_config"):

@@ -57,7 +57,8 @@ class SVFQuantization(QuantizationConfig):
         """From `quantization_config` of config.json. Raises ValueError for another format."""
         if config.get("format") != FORMAT:
             raise ValueError(
-                f"this factored checkpoint has format {config.get('format')!r}, and this version reads {FORMAT}: write it again"
+                f"this factored checkpoint has format {config.get('format')!r}, and this version reads {FORMAT}: "
+                "write it again"
             )
         return cls(config["matrices"])
 
@@ -67,7 +68,7 @@ class SVFQuantization(QuantizationConfig):
         self.names = {mapper.map_name(f"{n}.weight").removesuffix(".weight"): n for n in self.names.values()}
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """`SVFMethod` for a layer with a factored matrix, vLLM's plain method for other linear layers, None for all else."""
+        """`SVFMethod` for a layer with a factored matrix, vLLM's plain method for other linear layers, else None."""
         if not isinstance(layer, LinearBase):
             return None
         parent, _, leaf = prefix.rpartition(".")

@@ -1,7 +1,7 @@
 """HTTP: the endpoint plugin `FrontEnd` of vLLM's server. vLLM loads it if VLLM_PLUGINS names it.
 
-It answers `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` in vLLM's place, and replaces the models "auto" and "mix:..." of a request by
-the name of a served expert before vLLM sees the request. `served.ServedExperts` does the work.
+It answers `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` in vLLM's place, and replaces the models "auto" and
+"mix:..." of a request by the name of a served expert, before vLLM sees it. `served.ServedExperts` does the work.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS = {
 
 
 class FrontEnd:
-    """The entry point of `vllm.endpoint_plugins`, with the methods of `vllm.plugins.endpoint_plugins.interface.EndpointPlugin`."""
+    """The entry point of `vllm.endpoint_plugins`. Methods as in `vllm.plugins.endpoint_plugins.interface`."""
 
     name: str = "t2kernels"
     required_tasks: tuple[str, ...] = ("generate",)
@@ -67,7 +67,7 @@ class FrontEnd:
         async def unload_route(request: Request):
             return await answer(request, unload)
 
-        # FastAPI must find the class itself here: this module's annotations are strings, and Request is not one of the module's names.
+        # FastAPI must find the class itself: this module's annotations are strings, and Request is a local name.
         for route in (load_route, unload_route):
             route.__annotations__["request"] = Request
         app.post("/v1/load_lora_adapter")(load_route)
@@ -77,14 +77,15 @@ class FrontEnd:
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Make `state.t2_experts`, and serve the experts that `launch.serve` was given. args: vLLM's command line.
 
-        Raises ValueError for an engine without experts or an expert that cannot be served: the server then does not start.
+        Raises ValueError, so that the server does not start, for an engine without experts or an unusable expert.
         """
         from t2kernels import tiny
 
         config = engine_client.vllm_config
         if not asks_for_experts(config) or config.lora_config is None:
             raise ValueError(
-                "VLLM_PLUGINS names t2kernels, but the engine is not configured with experts: use engine_args(...), or `t2 serve`"
+                "VLLM_PLUGINS names t2kernels, but the engine is not configured with experts: "
+                "use engine_args(...), or `t2 serve`"
             )
         given = getattr(args, "t2kernels_roots", None)
         modules = [Path(m.path).parent for m in args.lora_modules or []]
@@ -100,7 +101,10 @@ class FrontEnd:
 
 
 class Models:
-    """ASGI middleware: turns a request for "auto" or a mixture into one for a served expert. The answer's x-expert header names it."""
+    """ASGI middleware: turns a request for "auto" or a mixture into one for a served expert.
+
+    The answer's x-expert header names it.
+    """
 
     def __init__(self, app: Any):
         self.app = app
@@ -164,7 +168,7 @@ async def _whole(receive: Any) -> bytes | None:
 
 
 def _again(body: bytes, receive: Any) -> Any:
-    """A `receive` that returns this body first, and then the messages that follow it, such as the client's disconnect."""
+    """A `receive` that returns this body first, and then later messages, such as the client's disconnect."""
     given = False
 
     async def again() -> Any:

@@ -1,6 +1,7 @@
 """`serve`: start vLLM's OpenAI-compatible server with experts. Everything here runs before the server does.
 
-It checks the experts, writes vLLM's command line, and names the plugin so that vLLM loads `front.FrontEnd`, which takes over from there.
+It checks the experts, writes vLLM's command line, and names the plugin so that vLLM loads `front.FrontEnd`, which takes
+over from there.
 """
 
 from __future__ import annotations
@@ -39,12 +40,15 @@ def serve(
 ) -> None:
     """Serve a model with its experts until the process gets SIGTERM or SIGINT; then finish the running requests.
 
-    Clients ask for model="math" (an expert), "base" (none), "mix:math=0.7,code=0.3" (made into a row on first use) or "auto" (chosen by the
-    prompt). `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` add and remove experts; files must lie in the directories of the given ones.
+    Clients ask for model="math" (an expert), "base" (none), "mix:math=0.7,code=0.3" (made into a row on first use) or
+    "auto" (chosen by the prompt). `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` add and remove experts; files
+    must lie in the directories of the given ones.
 
-    model: a checkpoint's directory, or an id on the hub; one that `t2 decompose --format vllm` wrote is served in factored form
+    model: a checkpoint's directory, or an id on the hub; one that `t2 decompose --format vllm` wrote is served in
+        factored form
     experts: {name: file}; factors: directory that `t2 decompose` wrote for the model (delta form)
-    api_key: which clients must send; None: none; rows: as in `engine_args`; options: further arguments of vLLM's own command line
+    api_key: which clients must send; None: none; rows: as in `engine_args`; options: further arguments of vLLM's own
+        command line
     Raises, before the engine is started, UnsupportedVllm, or ValueError or ExpertError for what it could not serve.
     """
     check_version()
@@ -67,8 +71,9 @@ def serve(
 def check_experts(model: str, experts: Mapping[str, Path], factors: str | Path | None) -> list[Path]:
     """Check that a model with these factors can serve the experts. Returns the directories that their files lie in.
 
-    model, experts, factors: as in `serve`. Raises ValueError for a name that is reserved or a model without factors, ExpertError for a file
-    that is not an expert of this model.
+    model, experts, factors: as in `serve`
+    Raises ValueError for a name that is reserved or a model without factors, ExpertError for a file that is not an
+    expert of this model.
     """
     for name in experts:
         if not name or name in (AUTO, BASE) or name.startswith(MIX) or "=" in name or "," in name:
@@ -105,7 +110,10 @@ def command(
 
 
 def allow_plugins() -> None:
-    """Add this package to VLLM_PLUGINS. vLLM loads endpoint plugins only by name; the other plugins that it would load stay in the list."""
+    """Add this package to VLLM_PLUGINS.
+
+    vLLM loads endpoint plugins only by name; the other plugins that it would load stay in the list.
+    """
     given = os.environ.get("VLLM_PLUGINS")
     names = [p.name for p in metadata.entry_points(group=GROUP)] if given is None else given.split(",")
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "t2kernels"]))

@@ -1,7 +1,8 @@
-"""`ServedExperts`: from the names that clients use to requests of vLLM's: expert files, mixtures on first use, and "auto".
+"""`ServedExperts`: the experts of a running server by name. Expert files, mixtures on first use, and "auto".
 
-Each of them becomes an entry in vLLM's own list of adapters, so the server treats it as an adapter everywhere. An entry is never changed:
-replacing an expert makes a new entry with a new id, and running requests finish with the entry that they began with.
+Each of them becomes an entry in vLLM's own list of adapters, so the server treats it as an adapter everywhere. An entry
+is never changed: replacing an expert makes a new entry with a new id, and running requests finish with the entry that
+they began with.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ class ServedExperts:
     # --- files
 
     async def load(self, name: str, path: str, replace: bool = False) -> None:
-        """Serve the expert in a file under a name. replace: also if the name is in use. Raises Refused, and then nothing has changed."""
+        """Serve the expert in a file under a name; with `replace` also if the name is in use.
+
+        Raises Refused, and then nothing has changed.
+        """
         if not name or name == AUTO or name.startswith(requests.MIX) or self.models.is_base_model(name):
             raise Refused(
                 HTTPStatus.BAD_REQUEST,
@@ -138,7 +142,7 @@ class ServedExperts:
     async def _answered(self, asked: Awaitable[Any]) -> Any:
         """Await a call to the engine. Raises Refused if the engine has died.
 
-        vLLM 0.32 fails requests when its engine dies, but leaves other calls waiting for ever, so this looks at the engine meanwhile.
+        When its engine dies, vLLM 0.32 fails requests but leaves other calls waiting for ever: so look at the engine.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -162,7 +166,10 @@ class ServedExperts:
     # --- mixtures and "auto"
 
     async def resolve(self, model: str, prompt: Any = None) -> str:
-        """The entry that answers a request for `model`: a mixture gets one, "auto" chooses one by the prompt. Raises Refused."""
+        """The entry that answers a request for `model`: a mixture gets one, "auto" chooses one by the prompt.
+
+        Raises Refused.
+        """
         if model.startswith(requests.MIX):
             return await self._mix(model)
         return await self.choose(prompt) if model == AUTO else model

@@ -1,4 +1,4 @@
-"""`Spool`: the server's own copies of its experts' files, so that a file may be changed or deleted while its expert is served."""
+"""`Spool`: the server's own copies of its experts' files. The originals may change or go while they are served."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class Spool:
     def take(self, file: Path, used: Container[str]) -> str:
         """Copy an expert's file. used: addresses whose copies must stay.
 
-        Returns the address of the copy. Raises ExpertError if the file is not an expert, OSError if it cannot be read or written (disk full).
+        Returns the address of the copy. Raises ExpertError if the file is not an expert, OSError if it cannot be read
+        or written (disk full).
         """
         new = self.path / f".{uuid.uuid4().hex}"
         try:
             shutil.copyfile(file, new)
-            # Of the copy, because the file may be changing. The name covers the whole file, the digest only z: two experts with the same z
-            # may have different questions for "auto".
+            # Of the copy, because the file may be changing. The name covers the whole file, the digest only z: two
+            # experts with the same z may have different questions for "auto".
             with open(new, "rb") as f:
                 name = hashlib.file_digest(f, "sha256").hexdigest()[:16]
             z = digest(new)
