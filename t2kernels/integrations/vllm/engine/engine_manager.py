@@ -31,7 +31,8 @@ class EngineManager(ExpertManager):
     def __init__(self, config: Any, device: torch.device):
         check_hooks()
         refuse(config)
-        self.config, self.device = config, torch.device(device)
+        self.config: Any = config
+        self.device: torch.device = torch.device(device)
         self.settings: Settings = Settings.of(config) or Settings()
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any = None) -> nn.Module:

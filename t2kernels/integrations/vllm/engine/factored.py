@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.factors.int8 import Int8Factor
-from t2kernels.factors.store import Factor
+from t2kernels.factors.store import Factor, Factors
 from t2kernels.integrations.vllm.constants import QUANTIZATION
 from t2kernels.layers.active import Routing
 from t2kernels.layers.linear import SVFLinear
@@ -31,7 +31,15 @@ class Factored:
     the matrix or lack components, or if the layout that was asked for is impossible.
     """
 
-    def __init__(self, method: Any, layer: nn.Module, rows: int, device: torch.device):
+    members: list[Member]
+    factors: Factors
+    rows: int
+    method: Any
+    row_parallel: bool
+    ranks: int
+    shard: bool
+
+    def __init__(self, method: Any, layer: Any, rows: int, device: torch.device):
         names = method.quantization.names
         self.members = members_of(method.prefix, layer, method.quantization.packed_modules_mapping)
         if missing := [m.name for m in self.members if m.name not in names]:
@@ -62,7 +70,7 @@ class Factored:
                 (FactoredMember(local.to(device), support, rows, method.dtype, routing), (names[m.name],))
             )
 
-    def path(self, layer: nn.Module, token_rows: Tensor) -> ExpertPath:
+    def path(self, layer: Any, token_rows: Tensor) -> ExpertPath:
         """The module that computes the layer's output. token_rows: the row of each token."""
         arguments = self.members, [made for made, _ in self.pairs], layer.output_partition_sizes, token_rows
         return (
@@ -116,7 +124,7 @@ def build_factored(model: nn.Module, rows: int, token_rows: Tensor) -> ExpertBan
 
     Raises ValueError if the model has no factored layer.
     """
-    found = [layer for layer in model.modules() if hasattr(layer, "svf_made")]
+    found: list[Any] = [layer for layer in model.modules() if hasattr(layer, "svf_made")]
     if not found:
         raise ValueError(
             f"the checkpoint of {type(model).__name__} names quantization {QUANTIZATION!r}, but none of its layers is "

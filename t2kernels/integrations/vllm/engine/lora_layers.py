@@ -69,7 +69,7 @@ class Member:
         return factor._replace(U=U.contiguous(), V=factor.V[self.take].t().contiguous().t())
 
 
-def members_of(name: str, layer: nn.Module, packed: Mapping[str, Sequence[str]]) -> list[Member]:
+def members_of(name: str, layer: Any, packed: Mapping[str, Sequence[str]]) -> list[Member]:
     """The matrices of a vLLM linear layer, and this rank's part of each.
 
     name: the layer's path; packed: {merged layer: names of its matrices}, `packed_modules_mapping` of the model
@@ -124,6 +124,15 @@ class ExpertPath(nn.Module):
     Raises ValueError if the members' factors have different dtypes.
     """
 
+    Vt: Tensor
+    scale: Tensor
+    token_rows: Tensor
+    U0: Tensor
+    count: int
+    sizes: list[int]
+    parts: list[tuple[int, ...]]
+    whole: bool
+
     def __init__(
         self, members: Sequence[Member], layers: Sequence[SVFLinear], sizes: Sequence[int], token_rows: Tensor
     ):
@@ -142,7 +151,7 @@ class ExpertPath(nn.Module):
             self.register_buffer(f"U{i}", layer.U, persistent=False)
         self.sizes, self.parts = list(sizes), [m.parts for m in members]
         self.whole = [p for parts in self.parts for p in parts] == list(range(len(self.sizes)))
-        self.step: Any = None  # the manager: `step.tokens` is the number of tokens of the running step
+        self.step: Any | None = None  # the manager: `step.tokens` is the number of tokens of the running step
 
     @property
     def Us(self) -> list[Tensor]:
@@ -196,6 +205,9 @@ class ShardedPath(ExpertPath):
     | row-parallel | V [N/tp, R] | reduce-scatter of g | U [M, R/tp], and the layer's own all-reduce |
     """
 
+    row_parallel: bool
+    ranks: int
+
     def __init__(
         self,
         members: Sequence[Member],
@@ -227,13 +239,13 @@ class ShardedPath(ExpertPath):
         return y.reshape(*lead, y.shape[-1])
 
 
-def adapt(layer: nn.Module, path: ExpertPath) -> None:
+def adapt(layer: Any, path: ExpertPath) -> None:
     """Make a layer add `path` to the output of its own quant method, which keeps its format."""
     base = layer.quant_method
     # A copy keeps the method's class and its other methods, which vLLM asks for.
     method = copy.copy(base)
 
-    def apply(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.svf.add(base.apply(layer, x, bias), x)
 
     method.apply = apply

@@ -22,7 +22,7 @@ from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
 from t2kernels.integrations.vllm.requests import DIGEST, load
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class ExpertManager:
@@ -34,6 +34,10 @@ class ExpertManager:
     """
 
     is_enabled: bool = True
+    bank: ExpertBank
+    token_rows: Tensor
+    host: int
+    max_error: float
 
     def __init__(self, bank: ExpertBank, token_rows: Tensor, host: int, max_error: float = 0.1):
         self.bank, self.token_rows, self.host, self.max_error = bank, token_rows, host, max_error

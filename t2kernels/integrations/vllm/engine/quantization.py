@@ -85,6 +85,10 @@ class SVFMethod(LinearMethodBase):
     Until `build_factored` gives the layer the manager's buffer of rows, every token uses row 0, the base model.
     """
 
+    quantization: SVFQuantization
+    prefix: str
+    config: Any
+
     def __init__(self, quantization: SVFQuantization, prefix: str, config: Any):
         self.quantization, self.prefix, self.config = quantization, prefix, config
         self.settings: Settings = Settings.of(config) or Settings()
@@ -107,7 +111,7 @@ class SVFMethod(LinearMethodBase):
         """The checkpoint's factors."""
         return Factors.load(Path(self.config.model_config.model) / FACTS)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Read this rank's part of the layer's factors."""
         lora = self.config.lora_config
         device = torch.device(self.config.device_config.device)
@@ -116,7 +120,7 @@ class SVFMethod(LinearMethodBase):
         ScaleTable(layer.svf_made.pairs, layer.svf_made.rows)
         layer.svf = layer.svf_made.path(layer, token_rows)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's forward. x: [..., N]; bias: [M] or None."""
         return layer.svf.make(x, bias)
 

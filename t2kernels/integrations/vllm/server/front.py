@@ -21,7 +21,7 @@ PATHS = ("/v1/completions", "/v1/chat/completions")
 """The requests whose model may be "auto" or a mixture."""
 HEADER = b"x-expert"
 """The answer's header with the name of the expert that was chosen."""
-KINDS = {
+KINDS: dict[HTTPStatus, str] = {
     HTTPStatus.BAD_REQUEST: "BadRequestError",
     HTTPStatus.FORBIDDEN: "PermissionDeniedError",
     HTTPStatus.NOT_FOUND: "NotFoundError",
@@ -123,6 +123,7 @@ class Models:
         # Most requests name an expert: do not parse their bodies, vLLM does that.
         if AUTO.encode() not in body and MIX.encode() not in body:
             return await self.app(scope, _again(body, receive), send)
+        data: Any = None
         try:
             data = json.loads(body)
             model = data.get("model") if isinstance(data, dict) else None

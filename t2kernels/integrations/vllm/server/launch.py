@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from t2kernels.experts.expert import Expert
 from t2kernels.factors.checkpoint import name_of
@@ -61,7 +62,7 @@ def serve(
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     validate_parsed_serve_args(args)
     # `front.FrontEnd.init_state` gets these arguments, and reads these two.
     args.t2kernels_roots, args.t2kernels_experts = roots, {n: str(p) for n, p in experts.items()}

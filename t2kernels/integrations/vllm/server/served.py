@@ -72,6 +72,13 @@ class ServedExperts:
     roots: directories that expert files may lie in; tiny: True for the built-in model
     """
 
+    engine: Any
+    models: Any
+    config: Any
+    roots: list[Path]
+    spool: Spool
+    tiny: bool
+
     def __init__(self, engine: Any, models: Any, config: Any, roots: Sequence[Path], tiny: bool = False):
         self.engine, self.models, self.config, self.tiny = engine, models, config, tiny
         self.roots = [Path(r).expanduser().resolve() for r in roots]

@@ -21,7 +21,7 @@ class Spool:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="t2kernels-experts-")
-        self.path = Path(self._folder.name)
+        self.path: Path = Path(self._folder.name)
         self._kept: dict[str, None] = {}  # addresses, oldest first
 
     def take(self, file: Path, used: Container[str]) -> str:
