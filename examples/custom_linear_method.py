@@ -1,9 +1,10 @@
-"""Experts in a serving engine that has a class for each way of doing a linear layer (SGLang, vLLM and others call it a linear method).
+"""Experts in your own serving engine, if it has a class for each format of a linear layer (a "linear method").
 
     y = method.apply(layer, x)  +  ((x V) * scale[expert_ids]) Uᵀ
 
-The engine's own method does x Wᵀ, in whatever format W has (bf16, fp8, AWQ), and one op adds what the experts change: the delta form. What an
-engine must bring along is `expert_ids`, the row of each token of the running batch, in a buffer that stays where it is.
+SGLang and vLLM are such engines. The engine's own method computes x Wᵀ, in whatever format W has (bf16, fp8, AWQ), and
+one op adds the experts' change: the delta form. The engine must supply `expert_ids`, the row of each token of the
+running batch, in a buffer that never moves.
 
     python examples/custom_linear_method.py
 """
@@ -13,11 +14,12 @@ import torch
 import t2kernels.ops  # noqa: F401 (registers torch.ops.t2kernels.svf_linear)
 from t2kernels.factors import svd
 
-ROWS, TOKENS = 8, 64  # experts that are loaded at once, the base model's row 0 included; tokens of a step
+ROWS = 8  # of the table: row 0 is the base model, so 7 experts are loaded at once
+TOKENS = 64  # of a step, at most
 
 
 class Batch:
-    """What the scheduler fills before each step; captured graphs read it from the same address every time."""
+    """The scheduler fills `expert_ids` before each step. CUDA graphs read it from the same address every time."""
 
     expert_ids = torch.zeros(TOKENS, dtype=torch.int32)
 
@@ -26,17 +28,18 @@ class PlainMethod:
     """A stand-in for the engine's own linear method."""
 
     def apply(self, layer, x, bias=None):
+        """x Wᵀ + bias."""
         return torch.nn.functional.linear(x, layer.weight, bias)
 
 
 class SVFMethod:
-    """Wraps the method that a layer has. rank: how many leading components an expert may rescale."""
+    """Wraps the method of a layer. base: that method; rank: leading components that an expert may rescale."""
 
     def __init__(self, base, rank):
         self.base, self.rank = base, rank
 
     def process_weights_after_loading(self, layer):
-        """Once, after the checkpoint has been read. An engine reads factors that `t2 decompose` wrote instead of decomposing here."""
+        """Call once, after the checkpoint is loaded. A real engine reads factors that `t2 decompose` wrote."""
         factor = svd(layer.weight.data.float(), self.rank)
         layer.Vt = factor.V.T.contiguous().to(layer.weight.dtype)  # [R, N]
         layer.U = factor.U.contiguous().to(layer.weight.dtype)  # [M, R]
@@ -44,19 +47,19 @@ class SVFMethod:
         layer.scale = torch.zeros(ROWS, self.rank)  # row 0 stays 0: the base model
 
     def load_expert(self, layer, row, z):
-        """In place, so that captured graphs stay valid. z: [k <= R], 1 where the expert changes nothing."""
+        """Write an expert's row in place, so that CUDA graphs stay valid. z: [k <= R], 1 where nothing changes."""
         layer.scale[row].zero_()
         layer.scale[row, : len(z)] = layer.sigma[: len(z)] * (z - 1)
 
     def apply(self, layer, x, bias=None):
-        """x: [T, N], the tokens of all requests of the step, packed"""
+        """The layer's output [T, M]. x: [T, N], the tokens of all requests of the step, packed."""
         base = self.base.apply(layer, x)
         expert_ids = Batch.expert_ids[: x.shape[0]]
         return torch.ops.t2kernels.svf_linear(x, layer.Vt.T, layer.U, layer.scale, expert_ids, base, bias, "auto")
 
 
 class Linear(torch.nn.Module):
-    """The engine's linear layer: it holds the weights, its method does the work."""
+    """The engine's linear layer: it holds the weight, its method computes."""
 
     def __init__(self, n, m, method):
         super().__init__()
@@ -67,8 +70,8 @@ class Linear(torch.nn.Module):
         return self.method.apply(self, x)
 
 
-def main():
-    """A two-layer model with three experts in one batch; returns the largest error against weights that hold the expert."""
+def main() -> float:
+    """Run a two-layer model with three experts in one batch. Returns the largest error against dense weights."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(Linear(48, 96, PlainMethod()), torch.nn.SiLU(), Linear(96, 40, PlainMethod()))
     layers = [layer for layer in model if isinstance(layer, Linear)]
@@ -81,7 +84,7 @@ def main():
             layer.method.load_expert(layer, row, z)
 
     x = torch.randn(20, 48)
-    Batch.expert_ids[:20] = torch.arange(20) % 4  # four requests of five tokens each; one has no expert
+    Batch.expert_ids[:20] = torch.arange(20) % 4  # four requests of five tokens each; one uses the base model
     y = model(x)
 
     worst = 0.0
@@ -98,4 +101,4 @@ def main():
 
 
 if __name__ == "__main__":
-    print(f"4 requests, 3 experts, largest error {main():.1e}")
+    print(f"4 requests, 3 experts: largest error {main():.1e}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -63,6 +64,14 @@ class Expert:
     def ranks(self) -> dict[str, int]:
         """{matrix: number of leading components that z covers}."""
         return {n: v.numel() for n, v in self.z.items()}
+
+    def digest(self) -> str:
+        """sha256 of z, 64 hexadecimal digits: the same for the same z, however its file was written. Manifest and sketch do not count."""
+        hashed = hashlib.sha256()
+        for name in sorted(self.z):
+            z = self.z[name]
+            hashed.update(f"{name}\0{z.numel()}\0".encode() + z.numpy().tobytes())
+        return hashed.hexdigest()
 
     def save(self, path: str | Path) -> Path:
         """Write one .safetensors file, whole or not at all; the suffix is added if it is missing.

@@ -1,1 +1,1 @@
-"""Adapters to other tools: vLLM, lm-eval."""
+"""Adapters to other tools: vLLM and lm-eval."""

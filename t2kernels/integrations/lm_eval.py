@@ -1,9 +1,10 @@
-"""SVF experts in lm-eval (the Language Model Evaluation Harness), one for everything or one for each document.
+"""SVF experts in lm-eval (the Language Model Evaluation Harness), one for all documents or one for each document.
 
-    python -m t2kernels.integrations.lm_eval run --model t2kernels --model_args pretrained=DIR,expert=experts/math --tasks gsm8k
+    python -m t2kernels.integrations.lm_eval run --tasks gsm8k \\
+        --model t2kernels --model_args pretrained=DIR,expert=experts/math
 
-It takes the arguments of `lm_eval`, which itself only finds models that it brings along. In a program: `register()`, then
-`lm_eval.simple_evaluate(model="t2kernels", model_args=...)`, or an `SVFLM` as the model.
+This module takes the arguments of the command `lm_eval`, which by itself knows only its own models. In a program, call
+`register()` and then `lm_eval.simple_evaluate(model="t2kernels", model_args=...)`, or pass an `SVFLM` as the model.
 """
 
 from __future__ import annotations
@@ -18,93 +19,102 @@ from t2kernels.experts.names import BASE
 
 try:
     from lm_eval.models.huggingface import HFLM
-except ImportError as e:
-    raise ImportError(f"t2kernels.integrations.lm_eval needs lm-eval: pip install 't2kernels[lm-eval]' ({e})") from e
+except ImportError as error:
+    raise ImportError(
+        f"t2kernels.integrations.lm_eval needs lm-eval: pip install 't2kernels[lm-eval]' ({error})"
+    ) from error
 
 NAME = "t2kernels"
+"""The model's name in lm-eval."""
+TINY = "tiny"
+"""The built-in model."""
 
 
 class SVFLM(HFLM):
-    """lm-eval's model of transformers, patched, with experts.
+    """lm-eval's `hf` model, patched, with experts.
 
-    pretrained: as of `hf`, or "tiny", the built-in model
-    expert: what answers documents that name none: an expert's name among `experts`, a path, or with "tiny" one that comes with it; a function
-        from document to name in a program; None, or "base": the base model
+    pretrained: as for `hf`, or "tiny", the built-in model
+    expert: for documents that name none. The name of one of `experts`, a file, or with "tiny" the name of one of its
+        experts; in a program also a function from document to name. None or "base": the base model
     experts: files of experts that documents may name, separated by ";", each PATH or NAME=PATH
-    expert_column: the column of a document that names its expert, in tasks whose documents have one
-    targets, rank, form, factors: as of `patch_model`
-    Everything else is of `hf`.
+    expert_column: the column of a document that holds the name of its expert, for tasks whose documents have one
+    targets, rank, form, factors: as for `patch_model`; rank "all" is None
+    kwargs: as for `hf`
 
-    Raises ValueError or FileNotFoundError for experts that are not there; for a document's label without an expert before anything runs.
+    Raises FileNotFoundError for an expert without a file, and what `patch_model` and `bank.add` raise. An evaluation
+    raises ValueError, before any forward, for a document that names an unknown expert.
     """
+
+    bank: t2.ExpertBank
+    expert: str | Callable[[dict[str, Any]], str | None] | None
+    expert_column: str
 
     def __init__(
         self,
         pretrained: Any,
-        expert: str | Callable[[dict], str | None] | None = None,
+        expert: str | Callable[[dict[str, Any]], str | None] | None = None,
         experts: str | Sequence[str] = "",
         expert_column: str = "expert",
         targets: str = "all",
         rank: int | float | str | None = None,
         form: str = "auto",
         factors: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
-        shipped = t2.tiny.experts() if pretrained == "tiny" else {}
-        files = dict(map(_named, experts.split(";") if isinstance(experts, str) else experts)) if experts else {}
+        tiny = pretrained == TINY
+        files = _files(experts)
         if isinstance(expert, str) and expert not in (BASE, *files):
-            found = find_file(expert) or shipped.get(expert)
+            built_in = t2.tiny.experts() if tiny else {}
+            found = find_file(expert) or built_in.get(expert)
             if found is None:
-                known = ", ".join([BASE, *files, *shipped])
+                known = ", ".join([BASE, *files, *built_in])
                 raise FileNotFoundError(f"expert={expert}: neither a file nor one of {known}")
             expert = Path(found).stem
-            files[expert] = str(found)
-        for name, path in files.items():
-            if find_file(path) is None:
-                raise FileNotFoundError(f"experts: no file {path!r} for the expert {name!r}")
-        if pretrained == "tiny":
-            pretrained = str(t2.tiny.path())
-        super().__init__(pretrained=pretrained, **kwargs)
-        self.model.generation_config.max_new_tokens = (
-            None  # lm-eval says max_length, and the model's own max_new_tokens would count instead
-        )
-        rank = None if rank in (None, "all") else rank
-        self.bank = t2.patch_model(
-            self.model, targets=targets, form=form, factors=factors, **({} if rank is None else {"rank": rank})
-        )
-        for name, path in files.items():
-            self.bank.add(name, find_file(path))
+            files[expert] = Path(found)
+        super().__init__(pretrained=str(t2.tiny.path()) if tiny else pretrained, **kwargs)
+        # lm-eval sets max_length, but a max_new_tokens in the model's own settings would take precedence.
+        self.model.generation_config.max_new_tokens = None
+        more = {} if rank in (None, "all") else {"rank": rank}
+        self.bank = t2.patch_model(self.model, targets=targets, form=form, factors=factors, **more)
+        for name, file in files.items():
+            self.bank.add(name, file)
         self.expert, self.expert_column = expert, expert_column
 
     def expert_of(self, doc: object) -> str | None:
-        """The name of the expert that answers a document, None for the base model. Raises ValueError for a label without an expert."""
-        label = doc.get(self.expert_column) if isinstance(doc, dict) else None
-        if label is None:
-            label = self.expert(doc) if callable(self.expert) else self.expert
-        if label in (None, BASE):
-            return None
-        if label not in self.bank:
-            raise ValueError(
-                f"a document asks for the expert {label!r}, and there is none of that name; given are {', '.join([BASE, *self.bank.names])}: "
-                "name its file in experts=, or another column in expert_column="
-            )
-        return label
+        """The name of the expert that answers a document, None for the base model.
 
-    def loglikelihood(self, requests, disable_tqdm: bool = False):
+        Raises ValueError if there is no expert of that name.
+        """
+        name = doc.get(self.expert_column) if isinstance(doc, dict) else None
+        if name is None:
+            name = self.expert(doc) if callable(self.expert) else self.expert
+        if name in (None, BASE):
+            return None
+        if name not in self.bank:
+            raise ValueError(
+                f"a document asks for the expert {name!r}, and there is none of that name; given are "
+                f"{', '.join([BASE, *self.bank.names])}: name its file in experts=, or another column in expert_column="
+            )
+        return name
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether it is the greedy answer) of each request's continuation, by the request's expert."""
         return self._by_expert(super().loglikelihood, requests, disable_tqdm)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each request's whole text, by the request's expert."""
         return self._by_expert(super().loglikelihood_rolling, requests, disable_tqdm)
 
-    def generate_until(self, requests, disable_tqdm: bool = False):
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text that each request's expert generates."""
         return self._by_expert(super().generate_until, requests, disable_tqdm)
 
-    def _by_expert(self, answer: Callable, requests: Sequence, disable_tqdm: bool) -> list:
-        """The requests of each expert in turn: lm-eval sorts and cuts what it is given into batches of its own."""
+    def _by_expert(self, answer: Callable[..., list[Any]], requests: Sequence[Any], disable_tqdm: bool) -> list[Any]:
+        """Answer the requests of one expert after another. lm-eval sorts and batches what it is given."""
         groups: dict[str | None, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(self.expert_of(request.doc), []).append(i)
-        out: list = [None] * len(requests)
+        out: list[Any] = [None] * len(requests)
         for name, at in groups.items():
             with self.bank.use(name):
                 for i, found in zip(at, answer([requests[i] for i in at], disable_tqdm=disable_tqdm), strict=True):
@@ -112,24 +122,33 @@ class SVFLM(HFLM):
         return out
 
 
-def _named(text: str) -> tuple[str, str]:
-    name, equals, path = text.strip().partition("=")
-    return (name, path) if equals else (Path(name).stem, name)
+def _files(experts: str | Sequence[str]) -> dict[str, Path]:
+    """{name: file} of PATH or NAME=PATH entries. Raises FileNotFoundError."""
+    files: dict[str, Path] = {}
+    if not experts:
+        return files
+    for entry in experts.split(";") if isinstance(experts, str) else experts:
+        name, equals, path = entry.strip().partition("=")
+        name, path = (name, path) if equals else (Path(name).stem, name)
+        file = find_file(path)
+        if file is None:
+            raise FileNotFoundError(f"experts: no file {path!r} for the expert {name!r}")
+        files[name] = file
+    return files
 
 
 def register() -> None:
-    """Make `model="t2kernels"` known to lm-eval, in this process."""
+    """Make `model="t2kernels"` known to lm-eval in this process. Idempotent."""
     import lm_eval.models  # noqa: F401  its own models first: the registry looks for them only while it is empty
     from lm_eval.api.registry import model_registry
 
     if NAME not in model_registry:
-        model_registry.register(
-            NAME, target=f"{__name__ if __name__ != '__main__' else 't2kernels.integrations.lm_eval'}:SVFLM"
-        )
+        module = "t2kernels.integrations.lm_eval" if __name__ == "__main__" else __name__
+        model_registry.register(NAME, target=f"{module}:SVFLM")
 
 
 def main() -> None:
-    """The command `lm_eval`, which knows this model."""
+    """The command `lm_eval` with this model registered."""
     from lm_eval.__main__ import cli_evaluate
 
     register()

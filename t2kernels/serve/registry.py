@@ -6,7 +6,6 @@ happens to the name. In the bank each version is an expert of its own, and leave
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -202,7 +201,7 @@ class Experts:
         except ValueError as error:
             self._unnamed.discard(key)
             raise bad(f"expert {name!r} cannot be used: {_without(error, key, name)}", code="bad_expert") from None
-        return Version(name, key, _digest(expert), expert.numel, dict(expert.manifest))
+        return Version(name, key, expert.digest()[:12], expert.numel, dict(expert.manifest))
 
     def publish(self, version: Version) -> None:
         """From now on the name stands for this version."""
@@ -279,14 +278,6 @@ class Experts:
             return Expert.load(path)
         except ExpertError as error:
             raise bad(str(error).replace(str(path), path.name), code="bad_expert") from None
-
-
-def _digest(expert: Expert) -> str:
-    """Twelve hexadecimal digits of what the expert does."""
-    hashed = hashlib.sha256()
-    for name in sorted(expert.z):
-        hashed.update(name.encode() + b"\0" + expert.z[name].contiguous().numpy().tobytes())
-    return hashed.hexdigest()[:12]
 
 
 def _without(error: Exception, key: str, name: str) -> str:

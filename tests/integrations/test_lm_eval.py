@@ -34,14 +34,15 @@ def folder(tmp_path_factory):
         for i, row in enumerate(problems)
     ]
     (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    common = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder}/docs.jsonl\ntest_split: test\ntarget_delimiter: ''\n"
-    common += "doc_to_text: '{{prompt}}'\n"
+    common = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder}/docs.jsonl\ntest_split: test\n"
+    common += "target_delimiter: ''\ndoc_to_text: '{{prompt}}'\n"
     (folder / "texts.yaml").write_text(
         f"task: t2_texts\n{common}doc_to_target: '={{{{answer}}}}'\noutput_type: generate_until\n"
         f"generation_kwargs:\n  until: ['?']\n  max_gen_toks: {LENGTH}\nmetric_list:\n  - metric: exact_match\n"
     )
     (folder / "choice.yaml").write_text(
-        f"task: t2_choice\n{common}doc_to_target: 0\ndoc_to_choice: '{{{{choices}}}}'\noutput_type: multiple_choice\nmetric_list:\n  - metric: acc\n"
+        f"task: t2_choice\n{common}doc_to_target: 0\ndoc_to_choice: '{{{{choices}}}}'\n"
+        "output_type: multiple_choice\nmetric_list:\n  - metric: acc\n"
     )
     return folder
 

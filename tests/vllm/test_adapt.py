@@ -1,4 +1,6 @@
-"""`few_shot` in an engine: with greedy answers it finds what the library's own search finds, and the engine serves it at once."""
+"""`few_shot` in an engine: with greedy answers it finds what the library's own search finds, and the engine serves it
+at once.
+"""
 
 import pytest
 import torch

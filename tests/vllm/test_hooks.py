@@ -5,12 +5,13 @@ import sys
 
 import pytest
 
-from t2kernels.integrations.vllm import hooks
+from t2kernels.integrations.vllm import support
 
 
 def test_importing_and_registering_start_nothing():
     code = (
-        "import sys, t2kernels.integrations.vllm as plugin; assert not any(n.split('.')[0] == 'vllm' for n in sys.modules)\n"
+        "import sys, t2kernels.integrations.vllm as plugin\n"
+        "assert not any(n.split('.')[0] == 'vllm' for n in sys.modules)\n"
         "import vllm.v1.worker.lora_model_runner_mixin as m, torch; own = m.LRUCacheWorkerLoRAManager\n"
         "plugin.register(); ours = m.LRUCacheWorkerLoRAManager; plugin.register()\n"
         "assert ours is not own and m.LRUCacheWorkerLoRAManager is ours and not torch.cuda.is_initialized()\n"
@@ -24,9 +25,10 @@ def test_importing_and_registering_start_nothing():
 def test_the_hooks_are_those_that_were_tested(monkeypatch):
     import vllm.v1.core.kv_cache_utils as cache
     import vllm.v1.worker.lora_model_runner_mixin as mixin
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.lora.worker_manager import WorkerLoRAManager
 
-    hooks.check_hooks()
+    support.check_hooks()
     changes = {
         "set_active_adapters takes": (
             WorkerLoRAManager,
@@ -41,6 +43,14 @@ def test_the_hooks_are_those_that_were_tested(monkeypatch):
             "_gen_lora_extra_hash_keys",
             lambda request: [request.lora_request.lora_name],
         ),
+        "; ".join(
+            f"OpenAIServingModels has no {n}" for n in ("lora_id_counter", "lora_requests", "base_model_paths")
+        ): (
+            OpenAIServingModels,
+            "__init__",
+            lambda self: None,
+        ),
+        "is_base_model takes None": (OpenAIServingModels, "is_base_model", None),
     }
     for match, (owner, name, other) in changes.items():
         with monkeypatch.context() as patch:
@@ -48,6 +58,6 @@ def test_the_hooks_are_those_that_were_tested(monkeypatch):
                 patch.delattr(owner, name)
             else:
                 patch.setattr(owner, name, other)
-            with pytest.raises(hooks.UnsupportedVllm, match=match):
-                hooks.check_hooks()
-    hooks.check_hooks()
+            with pytest.raises(support.UnsupportedVllm, match=match):
+                support.check_hooks()
+    support.check_hooks()

@@ -1,20 +1,15 @@
-"""Two tensor-parallel processes, and the wiring that replaces nothing of vLLM's: `worker_cls`."""
+"""Delta form over two tensor-parallel processes."""
 
 import pytest
 
 from t2kernels.integrations.vllm import engine_args
 from tests.vllm.worlds import LONG, ask, engine, wrong
 
-WORKER = "t2kernels.integrations.vllm.engine.worker.ExpertWorker"
-
 
 @pytest.fixture(scope="module")
 def llm(world, monkeypatch_module):
     monkeypatch_module.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    monkeypatch_module.setenv("VLLM_PLUGINS", "")  # the plugin is not loaded at all
-    with engine(
-        world.model, **engine_args(factors=world.factors, rows=3, worker_cls=WORKER, tensor_parallel_size=2)
-    ) as llm:
+    with engine(world.model, **engine_args(factors=world.factors, rows=3, tensor_parallel_size=2)) as llm:
         yield llm
 
 

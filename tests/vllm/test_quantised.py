@@ -1,5 +1,7 @@
-"""Delta form on quantised bases that vLLM's CPU kernels run (compressed-tensors): int8 weights a channel with int8 activations a token, in fp32,
-and int4 weights in groups, for which they want bf16. The experts' path sees the activations as they are."""
+"""Delta form on quantised bases that vLLM's CPU kernels run (compressed-tensors): int8 weights a channel with int8
+activations a token, in fp32, and int4 weights in groups, for which they want bf16. The experts' path sees the
+activations as they are.
+"""
 
 import copy
 import shutil
@@ -58,13 +60,17 @@ class Reference(nn.Module):
 
 
 def rounded_otherwise(model, ids):
-    """The next token's logits of a bf16 model whose embeddings are off by what bf16 rounds away: every rounding after that falls otherwise."""
+    """The next token's logits of a bf16 model whose embeddings are off by what bf16 rounds away: every rounding after
+    that falls otherwise.
+    """
     x = model.get_input_embeddings()(ids).float()
     return model(inputs_embeds=(x * (1 + 2**-9 * torch.randn_like(x))).to(model.dtype)).logits[0, -1].float()
 
 
 def is_a_tie(model, ids, token) -> bool:
-    """Whether `token` could as well have been the greedy next one: its logit is below the largest by no more than rounding noise moves logits."""
+    """Whether `token` could as well have been the greedy next one: its logit is below the largest by no more than
+    rounding noise moves logits.
+    """
 
     def logits(noise):
         Reference.noise = noise
@@ -123,7 +129,8 @@ def test_every_prompt_with_every_expert_on_int8_weights(world, tmp_path):
         got = list(out.outputs[0].token_ids)
         at = next((i for i, (a, b) in enumerate(zip(got, answer, strict=True)) if a != b), None)
         same += at is None
-        # An activation on the edge between two of 255 steps may fall to either side; from there on the answers are of two models.
+        # An activation on the edge between two of 255 steps may fall to either side; from there on the answers are of
+        # two models.
         assert at is None or is_a_tie(models[e], tokenizer(prompt)["input_ids"] + got[:at], got[at]), (prompt, e, at)
     assert same >= len(wanted) * 3 // 4
 
@@ -163,7 +170,9 @@ def packed(W):
 
 
 def test_every_prompt_with_every_expert_on_int4_weights(world, tmp_path):
-    """Answers in bf16: where one differs from the fp32 reference's, the two tokens must lie closer than bf16 moves the reference's logits."""
+    """Answers in bf16: where one differs from the fp32 reference's, the two tokens must lie closer than bf16 moves the
+    reference's logits.
+    """
     checkpoint = checkpoint_of(world, tmp_path, packed, INT4)
     factors, models = t2.Factors.load(world.factors), {}
     for e in (0, 1, 2, 3):

@@ -1,4 +1,6 @@
-"""`serve` with the `openai` client: the built-in model and its experts, files that come and go, mixtures, and routing by the prompt."""
+"""`serve` with the `openai` client: the built-in model and its experts, files that come and go, mixtures, and routing
+by the prompt.
+"""
 
 import asyncio
 import contextlib
@@ -39,8 +41,10 @@ class Server:
     def __init__(self, factors, folder, log):
         self.port, self.folder = free_port(), folder
         experts = {n: str(folder / f"{n}.safetensors") for n in (*NAMES, "classify")}
-        options = "--dtype float32 --enforce-eager --max-model-len 128 --max-num-seqs 8 --max-num-batched-tokens 64 --block-size 32".split()
-        code = "import json, sys; from t2kernels.integrations.vllm.serve import serve\nif __name__ == '__main__': serve(**json.loads(sys.argv[1]))"
+        options = "--dtype float32 --enforce-eager --max-model-len 128 --max-num-seqs 8 --max-num-batched-tokens 64"
+        options = [*options.split(), "--block-size", "32"]
+        code = "import json, sys; from t2kernels.integrations.vllm import serve\n"
+        code += "if __name__ == '__main__': serve(**json.loads(sys.argv[1]))"
         script = folder / "run.py"
         script.write_text(code)
         template = folder / "template.jinja"
@@ -272,7 +276,7 @@ def test_chats(client, texts):
 
 
 def test_two_hundred_streams_while_experts_change(server, world, texts):
-    """Twenty experts in three slots, two hundred requests, and files that are loaded, replaced and removed meanwhile."""
+    """Twenty experts in three slots and two hundred requests, while files are loaded, replaced and removed."""
     for i in range(20):
         (server.folder / f"x{i}.safetensors").write_bytes(world.experts[1 + i % 5].read_bytes())
         assert server.post("/v1/load_lora_adapter", lora_name=f"x{i}", lora_path=str(server.folder / f"x{i}"))[0] == 200
@@ -284,7 +288,9 @@ def test_two_hundred_streams_while_experts_change(server, world, texts):
         return "".join([chunk.choices[0].text async for chunk in stream])
 
     async def change(done):
-        """Replace the file of an expert, and the expert, twice a second; ask for it each time; take it away and put another there."""
+        """Replace the file of an expert, and the expert, twice a second; ask for it each time; take it away and put
+        another there.
+        """
         asked, path, turn = [], server.folder / "changing.safetensors", 0
         while turn < 4 or not done.is_set():
             path.write_bytes(world.experts[1 + turn % 5].read_bytes())
@@ -319,7 +325,9 @@ def test_two_hundred_streams_while_experts_change(server, world, texts):
 
 
 def test_a_full_disk_and_a_corrupt_file_change_nothing_for_the_others(server, world, texts):
-    """Streams run while files are refused: the process of the server may write no byte more, as on a full disk; files that are cut, or no expert."""
+    """Streams run while files are refused: the process of the server may write no byte more, as on a full disk; files
+    that are cut, or no expert.
+    """
     whole, new = world.experts[1].read_bytes(), server.folder / "unlucky.safetensors"
 
     def load(content, **more):
@@ -367,7 +375,10 @@ def test_a_full_disk_and_a_corrupt_file_change_nothing_for_the_others(server, wo
 
 @pytest.mark.parametrize("title", ["VLLM::Worker", "VLLM::EngineCore"])
 def test_a_process_that_is_killed_fails_every_request_and_hangs_none(world, tmp_path, title):
-    """It is stopped first, so that all of them are running when it is killed. The server ends by itself, for whoever starts it again."""
+    """It is stopped first, so that all of them are running when it is killed.
+
+    The server ends by itself, for whoever starts it again.
+    """
 
     async def stream(client):
         out = await client.completions.create(

@@ -17,7 +17,8 @@ NEW = 24  # tokens of an answer
 LONG = "the quick brown fox jumps over the lazy dog again and again"  # longer than a block of the prefix cache
 PROMPTS = ["47+38+59?", "rsx(gcaf)?", "hello world", "a", "zz 12345", LONG]
 EXPERTS = 5
-# Engines of this tier: eager, fp32, two slots for five experts, prompts prefilled in chunks, blocks of the prefix cache shorter than a prompt.
+# Engines of this tier: eager, fp32, two slots for five experts, prompts prefilled in chunks, blocks of the prefix cache
+# shorter than a prompt.
 SMALL = dict(
     dtype="float32",
     enforce_eager=True,

@@ -130,7 +130,7 @@ def serve(
 
 
 def vllm_is_installed() -> bool:
-    from t2kernels.integrations.vllm.hooks import installed
+    from t2kernels.integrations.vllm.support import installed
 
     return installed() is not None
 

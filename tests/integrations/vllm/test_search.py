@@ -1,4 +1,6 @@
-"""`few_shot` in an engine: a stand-in answers each request with the built-in model, patched, so that the search must be the library's own."""
+"""`few_shot` in an engine: a stand-in answers each request with the built-in model, patched, so that the search must be
+the library's own.
+"""
 
 import sys
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl
 
 from t2kernels.ops.impls.triton import common as triton_common
-from t2kernels.ops.impls.triton import launch
+from t2kernels.ops.impls.triton import launch_pair as launch
 from t2kernels.ops.impls.triton.common import cast, int8_as_bf16
 from t2kernels.ops.tuning.tiles import Tiles, tiles
 

@@ -57,7 +57,8 @@ def test_triton_passes():
     ],
 )
 def test_a_wrong_kernel_does_not(monkeypatch, name, spoil):
-    from t2kernels.ops.impls.triton import launch, matmul
+    from t2kernels.ops.impls.triton import launch_pair as launch
+    from t2kernels.ops.impls.triton import matmul
 
     module = launch if name == "forward_pair" else matmul
     real = getattr(module, name)
@@ -87,7 +88,7 @@ SHAPES = [
 
 @needs_triton
 def test_tune_times_candidates_and_writes_what_was_fastest(tmp_path, monkeypatch):
-    from t2kernels.ops.impls.triton import launch
+    from t2kernels.ops.impls.triton import launch_pair as launch
 
     calls, tried = [], []
     real = launch.forward_pair

@@ -1,1 +1,1 @@
-"""Inside vLLM's worker processes: layers, rows, checks."""
+"""The engine's side, in vLLM's worker processes: layers, rows of experts, checks."""

@@ -1,50 +1,49 @@
-"""From a model that vLLM has loaded to a bank: factors at its layers, tables, and what experts are checked against."""
+"""`build_delta`: give the linear layers of a model that vLLM has loaded their factors and tables, in delta form."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from t2kernels.experts.bank import ExpertBank
-from t2kernels.experts.origin import Origin
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm.requests import STACK
 from t2kernels.integrations.vllm.settings import Settings
 from t2kernels.layers.active import Routing
 from t2kernels.layers.linear import SVFLinear
 
+from .check import origin_of
 from .lora_layers import ExpertPath, Member, adapt, check_weights, delta_member, members_of
 
-logger = logging.getLogger(__name__)
-
-
-def origin_of(factors: Factors) -> Origin:
-    """What experts are checked against, from spectra and manifest alone: the matrices that are served, all but mixture-of-experts stacks."""
-    names, facts = [n for n in factors if STACK not in n], factors.manifest
-    kept = ({n: of[n] for n in names} for of in (factors.sigmas, factors.sketches, factors.fingerprints))
-    return Origin(facts.get("base_model"), facts.get("revision"), *kept, {n: min(factors.shape(n)) for n in names})
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def build_delta(
     model: nn.Module, factors: Factors, settings: Settings, rows: int, token_rows: Tensor, dtype: torch.dtype
 ) -> ExpertBank:
-    """Wrap every linear layer of `model` that the factors know, in delta form. Returns the bank.
+    """Wrap every linear layer of `model` that the factors hold a matrix of, in delta form.
 
-    Raises ValueError: factors of matrices that the model does not have, of other shapes, or of other weights.
+    model: loaded by vLLM; factors: those at `settings.factors`; rows: of the tables
+    token_rows: [most tokens of a step] int32, on the device: the row of each token, written by the manager
+    dtype: of the activations
+    Returns the bank. Raises ValueError for factors of matrices that the model does not have, of other shapes, or of
+    other weights.
     """
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
     if settings.fingerprint not in (None, factors.fingerprint):
         raise ValueError(
-            f"{settings.factors}: its factors are not those that the engine was configured with; make engine_args again"
+            f"{settings.factors}: these factors are not those that the engine was configured with; "
+            "call engine_args again"
         )
     device, cut = token_rows.device, factors.cut(settings.rank)
     names = checkpoint_names(model, factors)
     packed, routing = getattr(model, "packed_modules_mapping", {}), Routing()
-    found: list[tuple[nn.Module, list[Member], list[SVFLinear]]] = []
+    found: list[tuple[Any, list[Member], list[SVFLinear]]] = []
     pairs: list[tuple[SVFLinear, tuple[str, ...]]] = []
     with torch.no_grad():
         for path, layer in model.named_modules():
@@ -56,7 +55,8 @@ def build_delta(
                 name = names.pop(m.name)
                 if factors.shape(name) != m.shape:
                     raise ValueError(
-                        f"{name}: the factors are of a matrix {list(factors.shape(name))}, the model has {list(m.shape)}"
+                        f"{name}: the factors are of a matrix {list(factors.shape(name))}, the model has "
+                        f"{list(m.shape)}; decompose the checkpoint that is served"
                     )
                 factor = cut[name]
                 check_weights(
@@ -69,8 +69,8 @@ def build_delta(
     if left or not pairs:
         some = ", ".join(left[:4]) or "none at all"
         raise ValueError(
-            f"{len(left)} matrices of the factors at {settings.factors} are not linear layers of {type(model).__name__}: {some}; decompose the "
-            "checkpoint that is served, with targets that it has"
+            f"{len(left)} matrices of the factors at {settings.factors} are not linear layers of "
+            f"{type(model).__name__}: {some}; decompose the checkpoint that is served, with targets that it has"
         )
     bank = ExpertBank(pairs, rows, origin_of(factors), routing, {n: ("delta", "vLLM") for _, (n,) in pairs})
     for layer, members, made in found:
@@ -80,7 +80,7 @@ def build_delta(
 
 
 def checkpoint_names(model: nn.Module, factors: Factors) -> dict[str, str]:
-    """{name of a matrix in vLLM's model: its name in the checkpoint}."""
+    """{name of a matrix in vLLM's model: its name in the checkpoint}. vLLM renames some when it loads them."""
     mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
     mapper = None if mapper is None else mapper.get_rename_mapper()
     return {
@@ -89,6 +89,7 @@ def checkpoint_names(model: nn.Module, factors: Factors) -> dict[str, str]:
     }
 
 
-def _all_names(path: str, packed: dict) -> list[str]:
+def _all_names(path: str, packed: Mapping[str, list[str]]) -> list[str]:
+    """The matrices that vLLM merged into the layer at `path`."""
     parent, _, leaf = path.rpartition(".")
     return [f"{parent}.{n}" for n in packed.get(leaf, [leaf])]

@@ -1,7 +1,11 @@
-"""`EngineManager`: an `ExpertManager` that is made as vLLM makes its own, and builds its bank when the model has been loaded."""
+"""`EngineManager`: an `ExpertManager` with the constructor of vLLM's own manager.
+
+It builds its bank once the model has been loaded.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,24 +13,33 @@ from torch import nn
 
 from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.factors.store import Factors
-from t2kernels.integrations.vllm.hooks import QUANTIZATION, check_hooks, refuse
+from t2kernels.integrations.vllm.constants import QUANTIZATION
+from t2kernels.integrations.vllm.requests import files, state_of
 from t2kernels.integrations.vllm.settings import Settings
+from t2kernels.integrations.vllm.support import check_hooks, refuse
 
-from . import build
+from .build import build_delta
 from .manager import ExpertManager, most_tokens
 
 
 class EngineManager(ExpertManager):
-    """config: `VllmConfig`; device: of the worker. Raises UnsupportedVllm for a version or a configuration that is not covered."""
+    """config: `VllmConfig`; device: of the worker.
+
+    Raises UnsupportedVllm for a version or a configuration that is not supported.
+    """
 
     def __init__(self, config: Any, device: torch.device):
         check_hooks()
         refuse(config)
-        self.config, self.device = config, torch.device(device)
-        self.settings = Settings.of(config) or Settings()
+        self.config: Any = config
+        self.device: torch.device = torch.device(device)
+        self.settings: Settings = Settings.of(config) or Settings()
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any = None) -> nn.Module:
-        """Give the loaded model its tables. Returns it."""
+        """Give the loaded model its tables, and return it.
+
+        Raises ValueError if factors are missing or do not fit the model.
+        """
         lora, config = self.config.lora_config, self.config
         rows, dtype = lora.max_loras + 1, config.model_config.dtype
         token_rows = torch.zeros(most_tokens(config), dtype=torch.int32, device=self.device)
@@ -36,8 +49,11 @@ class EngineManager(ExpertManager):
             bank = build_factored(model, rows, token_rows)
         else:
             if self.settings.factors is None:
-                raise ValueError("no factors were named, and the checkpoint holds none: engine_args(factors=...)")
-            bank = build.build_delta(model, Factors.load(self.settings.factors), self.settings, rows, token_rows, dtype)
+                raise ValueError(
+                    "no factors: neither the engine's settings nor the checkpoint has any; "
+                    "start it with engine_args(factors=...)"
+                )
+            bank = build_delta(model, Factors.load(self.settings.factors), self.settings, rows, token_rows, dtype)
         super().__init__(bank, token_rows, lora.max_cpu_loras, self.settings.max_error)
         for module in model.modules():
             if hasattr(module, "svf"):
@@ -46,11 +62,18 @@ class EngineManager(ExpertManager):
         return model
 
     def read(self, name: str, where: str) -> Expert:
+        """The expert at an address.
+
+        Raises ExpertError, or vLLM's LoRAAdapterNotFoundError (404) if a file is missing.
+        """
         try:
             return super().read(name, where)
-        except ExpertError as e:
+        except ExpertError:
             from vllm.exceptions import LoRAAdapterNotFoundError
 
-            if "does not exist" in str(e):
-                raise LoRAAdapterNotFoundError(name, where) from e  # the server answers 404 to it
+            try:
+                for file in files(where):
+                    state_of(Path(file))
+            except FileNotFoundError as e:
+                raise LoRAAdapterNotFoundError(name, where) from e
             raise

@@ -1,9 +1,12 @@
-"""Factors at vLLM's linear layers: which matrices a layer holds, this rank's part of them, and the forward in both forms.
+"""Factors at vLLM's linear layers: a layer's matrices, this rank's part of them, and the forward in both forms.
 
-    delta     y = base(x) + ((x V) * scale[rows]) Uᵀ        base: the layer's own quant method, in whatever format it holds its weight
+    delta     y = base(x) + ((x V) * scale[rows]) Uᵀ
     factored  y = ((x V) * scale[rows]) Uᵀ + bias
 
-vLLM merges matrices that share their input (q, k, v; gate, up) into one layer; here they are a group of the op.
+base is the layer's own quant method, whatever format its weight has.
+
+vLLM merges matrices with the same input (q, k, v; gate, up) into one layer. Each of them is a `Member` here, and they
+are one group of the op.
 """
 
 from __future__ import annotations
@@ -24,10 +27,13 @@ from t2kernels.layers.linear import DeltaLinear, SVFLinear
 from t2kernels.ops.dispatch import expand, shrink
 from t2kernels.ops.op import call, call_group
 
-# Replicated factors cost no communication, sharded ones a collective of T x R numbers a layer and 1/tp of the bytes. Estimated, not measured: a
-# bf16 factor of 4096 x 4096 takes an H200 about 7 us to read, about what a small collective takes; twice as wide, it takes 28 us.
 SHARD_BYTES = 64 << 20
+"""Factors of at least this size are sharded by layout="auto".
 
+Replicated factors cost no communication. Sharded ones cost 1/tp of the bytes and a collective of T x R numbers a layer.
+An estimate, not a measurement: an H200 reads a bf16 factor of 4096 x 4096 in about 7 us, the time of a small
+collective. One of 8192 x 8192 takes 28 us.
+"""
 KINDS = (
     "ReplicatedLinear",
     "ColumnParallelLinear",
@@ -35,18 +41,22 @@ KINDS = (
     "QKVParallelLinear",
     "RowParallelLinear",
 )
+"""vLLM's linear layers whose division over ranks is known here."""
 
 
 class FactoredMember(SVFLinear):
-    """One matrix of a layer in factored form."""
+    """The table and this rank's factors of one matrix in factored form."""
 
     form = "factored"
 
 
 @dataclass(frozen=True)
 class Member:
-    """One matrix W [M, N] of a layer. name: its name; out: the rows of W that this rank has; parts: which of the layer's outputs it makes
-    take: the columns of W that this rank has
+    """One matrix W [M, N] of a layer.
+
+    name: in vLLM's model; shape: (M, N) of the whole matrix
+    out: the rows of W that this rank has; take: the columns of W that this rank has
+    parts: the indices of the layer's outputs that this matrix computes
     """
 
     name: str
@@ -61,16 +71,17 @@ class Member:
         return factor._replace(U=U.contiguous(), V=factor.V[self.take].t().contiguous().t())
 
 
-def members_of(name: str, layer: nn.Module, packed: Mapping[str, Sequence[str]]) -> list[Member]:
-    """The matrices of a vLLM linear layer by the names that a checkpoint gives them, and this rank's part of each.
+def members_of(name: str, layer: Any, packed: Mapping[str, Sequence[str]]) -> list[Member]:
+    """The matrices of a vLLM linear layer, and this rank's part of each.
 
-    packed: {merged layer: names of its matrices}, `packed_modules_mapping` of the model
-    Raises ValueError for a kind of layer whose partition is not known here.
+    name: the layer's path; packed: {merged layer: names of its matrices}, `packed_modules_mapping` of the model
+    Raises ValueError for a kind of layer whose division over ranks is not known here.
     """
     kind = type(layer).__name__
     if kind not in KINDS:
         raise ValueError(
-            f"{name} is a {kind}, whose partition over ranks is not known; known are {', '.join(KINDS)}. Leave it out of the factors"
+            f"{name} is a {kind}, whose partition over ranks is not known; known are {', '.join(KINDS)}. "
+            "Leave it out of the factors"
         )
     parent, _, leaf = name.rpartition(".")
     names = [f"{parent}.{n}" if parent else n for n in packed.get(leaf, [leaf])]
@@ -97,21 +108,32 @@ def members_of(name: str, layer: nn.Module, packed: Mapping[str, Sequence[str]])
             Member(n, (m, layer.input_size), (s,), every, (i,))
             for i, (n, m, s) in enumerate(zip(names, whole, local, strict=True))
         ]
-    if len(names) == 1:  # the checkpoint holds them merged as well: one matrix, whose rows lie in several places
+    if len(names) == 1:  # the checkpoint holds one merged matrix, and this rank has rows from several places of it
         starts = [sum(whole[:i]) for i in range(len(whole))]
         rows = tuple(slice(a + s.start, a + s.stop) for a, s in zip(starts, local, strict=True))
         return [Member(names[0], (sum(whole), layer.input_size), rows, every, tuple(range(len(sizes))))]
     raise ValueError(
-        f"{name} has {len(sizes)} parts for the matrices {', '.join(names)}; which is which is not known. Leave it out of the factors"
+        f"{name} has {len(sizes)} parts for the matrices {', '.join(names)}; which is which is not known. "
+        "Leave it out of the factors"
     )
 
 
 class ExpertPath(nn.Module):
-    """((x V) * scale[rows]) Uᵀ of the members of one layer. A child of the layer; its tensors are in no state dict.
+    """((x V) * scale[rows]) Uᵀ of the members of one layer. A child of the layer, without entries in its state dict.
 
-    sizes: of the layer's outputs on this rank; token_rows: the manager's buffer
-    Built from the members' `SVFLinear`s after the bank has laid their tables side by side.
+    members: the layer's matrices; layers: their factors and tables, after the bank has laid the tables side by side
+    sizes: of the layer's outputs on this rank; token_rows: [most tokens of a step] int32, the manager's buffer
+    Raises ValueError if the members' factors have different dtypes.
     """
+
+    Vt: Tensor
+    scale: Tensor
+    token_rows: Tensor
+    U0: Tensor
+    count: int
+    sizes: list[int]
+    parts: list[tuple[int, ...]]
+    whole: bool
 
     def __init__(
         self, members: Sequence[Member], layers: Sequence[SVFLinear], sizes: Sequence[int], token_rows: Tensor
@@ -120,7 +142,7 @@ class ExpertPath(nn.Module):
         found = Group(layers).tensors()
         if found is None:
             raise ValueError(
-                f"{members[0].name}: the factors of its layer are of several dtypes; decompose them in one format"
+                f"{members[0].name}: the factors of its layer have several dtypes; decompose them in one format"
             )
         Vt, scale = found[0].t(), found[1]
         self.register_buffer("Vt", Vt, persistent=False)
@@ -131,21 +153,22 @@ class ExpertPath(nn.Module):
             self.register_buffer(f"U{i}", layer.U, persistent=False)
         self.sizes, self.parts = list(sizes), [m.parts for m in members]
         self.whole = [p for parts in self.parts for p in parts] == list(range(len(self.sizes)))
-        self.step: Any = None  # the manager, which knows how many tokens the step has
+        self.step: Any | None = None  # the manager: `step.tokens` is the number of tokens of the running step
 
     @property
     def Us(self) -> list[Tensor]:
+        """U [M, R] of each member."""
         return [getattr(self, f"U{i}") for i in range(self.count)]
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """The row of each token of x [T, N]. Raises RuntimeError where x cannot be the tokens of this step."""
+        """The row of each token of x [T, N], [T] int32. Raises RuntimeError if x cannot be the tokens of this step."""
         T = x.shape[0]
         if not torch.compiler.is_compiling() and not (0 if self.step is None else self.step.tokens) <= T <= len(
             self.token_rows
         ):
             raise RuntimeError(
-                f"a layer was given {T} tokens in a step of {self.step.tokens}: it sees other tokens than the step's, whose experts are not known; "
-                "leave its matrices out of the factors"
+                f"a layer got {T} tokens in a step of {self.step.tokens}: it sees other tokens than the step's, and "
+                "their experts are not known; leave its matrices out of the factors"
             )
         return self.token_rows[:T]
 
@@ -178,15 +201,30 @@ class ExpertPath(nn.Module):
 class ShardedPath(ExpertPath):
     """`ExpertPath` in factored form with R divided over the ranks as well (S-LoRA, arXiv 2311.03285, section 6).
 
-    Column-parallel: V [N, R/tp] and its scale, all-gather of g, U [M/tp, R]. Row-parallel: V [N/tp, R], reduce-scatter of g, U [M, R/tp]; the
-    layer's own all-reduce adds up what the ranks made.
+    | layer | first | between | then |
+    |---|---|---|---|
+    | column-parallel | V [N, R/tp] and its scale | all-gather of g | U [M/tp, R] |
+    | row-parallel | V [N/tp, R] | reduce-scatter of g | U [M, R/tp], and the layer's own all-reduce |
     """
 
-    def __init__(self, *args, row_parallel: bool, ranks: int):
-        super().__init__(*args)
+    row_parallel: bool
+    ranks: int
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        layers: Sequence[SVFLinear],
+        sizes: Sequence[int],
+        token_rows: Tensor,
+        *,
+        row_parallel: bool,
+        ranks: int,
+    ):
+        super().__init__(members, layers, sizes, token_rows)
         self.row_parallel, self.ranks = row_parallel, ranks
 
     def make(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """((x V) * scale[rows]) Uᵀ + bias, [..., sum of sizes]."""
         from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_reduce_scatter
 
         lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
@@ -194,7 +232,7 @@ class ShardedPath(ExpertPath):
         if self.row_parallel:
             g = tensor_model_parallel_reduce_scatter(g.contiguous(), -1)
         else:
-            # Ranks lie behind each other, each with its share of every member: put the shares of a member together.
+            # all_gather returns rank after rank, each with its share of every member: bring those of a member together.
             g = tensor_model_parallel_all_gather(g.contiguous(), -1).reshape(x.shape[0], self.ranks, -1)
             shares = g.split([U.shape[1] // self.ranks for U in self.Us], -1)
             g = torch.cat([s.reshape(x.shape[0], -1) for s in shares], -1)
@@ -203,13 +241,13 @@ class ShardedPath(ExpertPath):
         return y.reshape(*lead, y.shape[-1])
 
 
-def adapt(layer: nn.Module, path: ExpertPath) -> None:
-    """Make a layer add an expert's path to what its own quant method computes, in its own format."""
+def adapt(layer: Any, path: ExpertPath) -> None:
+    """Make a layer add `path` to the output of its own quant method, which keeps its format."""
     base = layer.quant_method
-    # A copy of the method, of its own class: what asks for the class or for other methods finds what was there.
+    # A copy keeps the method's class and its other methods, which vLLM asks for.
     method = copy.copy(base)
 
-    def apply(layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.svf.add(base.apply(layer, x, bias), x)
 
     method.apply = apply
@@ -220,7 +258,7 @@ def adapt(layer: nn.Module, path: ExpertPath) -> None:
 def delta_member(
     factor: Factor | Int8Factor, member: Member, rows: int, dtype: torch.dtype, routing: Any, device: torch.device
 ) -> DeltaLinear:
-    """The table and this rank's factors of a matrix in delta form."""
+    """The table and this rank's factors of one matrix in delta form. rows: of the table; dtype: of the activations."""
     local = member.cut(factor)
     return DeltaLinear(local.to(device), factor.rank, rows, dtype, routing)
 

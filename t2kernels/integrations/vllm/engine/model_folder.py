@@ -1,9 +1,11 @@
-"""`t2 decompose --format vllm`: a checkpoint in factored form, which vLLM serves as it is.
+"""`write_checkpoint` (`t2 decompose --format vllm`): a checkpoint in factored form, which vLLM serves as it is.
 
-config.json        the model's, with quantization_config {"quant_method": "svf", "matrices": [...]}
-model*.safetensors every tensor but the factored weights
-t2kernels/         the factors, as `t2 decompose` writes them
-and whatever else the checkpoint has (tokenizer, generation config, chat template), copied
+| file | content |
+|---|---|
+| config.json | the model's, with quantization_config {"quant_method": "svf", "format": 1, "matrices": [...]} |
+| model*.safetensors | every tensor but the factored weights |
+| t2kernels/ | the factors, as `t2 decompose` writes them |
+| all others | tokenizer, generation config, chat template: copies |
 """
 
 from __future__ import annotations
@@ -18,21 +20,21 @@ from safetensors import safe_open
 from t2kernels.factors.checkpoint import INDEX, Checkpoint
 from t2kernels.factors.decomposition import decompose
 from t2kernels.factors.store import Factors
-from t2kernels.integrations.vllm.hooks import QUANTIZATION
+from t2kernels.integrations.vllm.constants import FACTS, FORMAT, QUANTIZATION
 from t2kernels.storage import read_json, write_json, write_tensors
 
-from .check import FACTS
-from .factored import FORMAT
-
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+"""Endings of files that are not copied: they hold the dense weights."""
 
 
 def write_checkpoint(model: str | Path, out: str | Path, targets: Any = "all", **options: Any) -> Factors:
     """Write a checkpoint in factored form. Returns its factors.
 
-    model: directory of a checkpoint, or its id on the hub; out: directory; a run that was cut short goes on where it stopped
-    targets, options: as of `decompose` (dtype, format, max_error, device, workers, progress); every component is kept
-    Raises ValueError: mixture-of-experts stacks among the targets, a quantised checkpoint; what `decompose` raises; OSError.
+    model: directory of a checkpoint, or its id on the hub; out: directory. A run that was interrupted continues where
+        it stopped
+    targets, options: as for `decompose` (dtype, format, max_error, device, workers, progress); every component is kept
+    Raises ValueError for mixture-of-experts stacks among the targets and for a checkpoint that is quantised or factored
+    already; the errors of `decompose`; OSError.
     """
     out = Path(out)
     if is_factored(model):
@@ -41,7 +43,8 @@ def write_checkpoint(model: str | Path, out: str | Path, targets: Any = "all", *
     stacks = [m.name for m in source.matrices.values() if m.index is not None]
     if stacks:
         raise ValueError(
-            f"{stacks[0]} is part of a mixture-of-experts stack, which vLLM does not serve in factored form; give targets without it"
+            f"{stacks[0]} is part of a mixture-of-experts stack, which vLLM does not serve in factored form; "
+            "choose targets without it"
         )
     config = read_json(source.directory / "config.json", "a model's config")
     if config.get("quantization_config"):
@@ -49,7 +52,7 @@ def write_checkpoint(model: str | Path, out: str | Path, targets: Any = "all", *
     out.mkdir(parents=True, exist_ok=True)
     if out.resolve() == source.directory.resolve():
         raise ValueError(f"{out} is the checkpoint itself; write to another directory")
-    (out / "config.json").unlink(missing_ok=True)  # written last: a directory without it is not finished
+    (out / "config.json").unlink(missing_ok=True)  # written last, so a directory that has it is complete
     factors = decompose(str(source.directory), out / FACTS, targets=targets, **options)
     dropped = {source.key(m) for m in source.matrices.values()}
     files: dict[str, str] = {}
@@ -77,7 +80,7 @@ def write_checkpoint(model: str | Path, out: str | Path, targets: Any = "all", *
 
 
 def is_factored(model: str | Path) -> bool:
-    """Whether a model is the directory of a checkpoint in factored form."""
+    """True if `model` is the directory of a checkpoint in factored form."""
     path = Path(model).expanduser() / "config.json"
     return (
         path.is_file()

@@ -1,6 +1,6 @@
-"""The quantization method "svf", as vLLM wants one. Imported by `hooks.register`, in vLLM's processes only.
+"""The quantization method "svf", as subclasses of vLLM's. Only `hooks.register` imports this file, in vLLM's processes.
 
-A checkpoint names it in config.json, so vLLM picks it up by itself.
+The config.json of a factored checkpoint names the method, so vLLM picks it by itself.
 """
 
 from __future__ import annotations
@@ -18,49 +18,57 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from t2kernels.experts.table import ScaleTable
 from t2kernels.factors.store import Factors
-from t2kernels.integrations.vllm.hooks import QUANTIZATION, check_hooks
+from t2kernels.integrations.vllm.constants import FACTS, FORMAT, QUANTIZATION
 from t2kernels.integrations.vllm.settings import Settings
+from t2kernels.integrations.vllm.support import check_hooks
 
-from .check import FACTS
-from .factored import FORMAT, Factored
+from .factored import Factored
 from .manager import most_tokens
 
 
 class SVFQuantization(QuantizationConfig):
-    """matrices: names of those that are factored; all others stay dense."""
+    """matrices: names of the factored matrices; all others stay dense. Raises UnsupportedVllm."""
 
     def __init__(self, matrices: list[str]):
         super().__init__()
         check_hooks()
-        self.names = {n: n for n in matrices}  # as vLLM calls a matrix -> as the checkpoint does
+        self.names: dict[str, str] = {n: n for n in matrices}  # vLLM's name of a matrix -> the checkpoint's
 
     def get_name(self) -> str:
+        """The method's name in config.json."""
         return QUANTIZATION
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Dtypes of activations."""
         return [torch.float32, torch.float16, torch.bfloat16]
 
     @classmethod
     def get_min_capability(cls) -> int:
+        """Any GPU will do."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
+        """Everything is in config.json, so there are no further files."""
         return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SVFQuantization:
+        """From `quantization_config` of config.json. Raises ValueError for another format."""
         if config.get("format") != FORMAT:
             raise ValueError(
-                f"a factored checkpoint of format {config.get('format')!r}; this version reads {FORMAT}: write it again"
+                f"this factored checkpoint has format {config.get('format')!r}, and this version reads {FORMAT}: "
+                "write it again"
             )
         return cls(config["matrices"])
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """vLLM calls this if its model names matrices otherwise than the checkpoint."""
         mapper = hf_to_vllm_mapper.get_rename_mapper()
         self.names = {mapper.map_name(f"{n}.weight").removesuffix(".weight"): n for n in self.names.values()}
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """`SVFMethod` for a layer with a factored matrix, vLLM's plain method for other linear layers, else None."""
         if not isinstance(layer, LinearBase):
             return None
         parent, _, leaf = prefix.rpartition(".")
@@ -71,22 +79,40 @@ class SVFQuantization(QuantizationConfig):
 
 
 class SVFMethod(LinearMethodBase):
-    """y = ((x V) * scale[rows]) Uᵀ + bias of one layer; its tables have the base model's row until the manager takes them over."""
+    """y = ((x V) * scale[rows]) Uᵀ + bias of one layer.
+
+    quantization: the method's settings; prefix: the layer's path in the model; config: `VllmConfig`
+    Until `build_factored` gives the layer the manager's buffer of rows, every token uses row 0, the base model.
+    """
+
+    quantization: SVFQuantization
+    prefix: str
+    config: Any
 
     def __init__(self, quantization: SVFQuantization, prefix: str, config: Any):
         self.quantization, self.prefix, self.config = quantization, prefix, config
-        self.settings = Settings.of(config) or Settings()
+        self.settings: Settings = Settings.of(config) or Settings()
 
     def create_weights(
-        self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **extra
-    ):
-        self.dtype = params_dtype  # nothing is loaded from the checkpoint's own tensors
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Create no weights: the factors come from their own directory, not from the checkpoint's tensors."""
+        self.dtype = params_dtype
 
     @cached_property
     def factors(self) -> Factors:
+        """The checkpoint's factors."""
         return Factors.load(Path(self.config.model_config.model) / FACTS)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Read this rank's part of the layer's factors."""
         lora = self.config.lora_config
         device = torch.device(self.config.device_config.device)
         layer.svf_made = Factored(self, layer, 1 + (lora.max_loras if lora else 0), device)
@@ -94,11 +120,12 @@ class SVFMethod(LinearMethodBase):
         ScaleTable(layer.svf_made.pairs, layer.svf_made.rows)
         layer.svf = layer.svf_made.path(layer, token_rows)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's forward. x: [..., N]; bias: [M] or None."""
         return layer.svf.make(x, bias)
 
 
 def register() -> None:
-    """Make the method known to vLLM. Idempotent."""
+    """Register the method with vLLM. Idempotent."""
     if QUANTIZATION not in QUANTIZATION_METHODS:
         register_quantization_config(QUANTIZATION)(SVFQuantization)

@@ -1,1 +1,1 @@
-"""Inside vLLM's API server: names, uploads, `t2 serve --engine vllm`."""
+"""The server's side, in vLLM's API process: names of experts, uploads, `t2 serve --engine vllm`."""

@@ -1,40 +1,46 @@
-"""vLLM's server with experts: an endpoint plugin (`vllm.endpoint_plugins`), which vLLM loads where VLLM_PLUGINS names it.
+"""HTTP: the endpoint plugin `FrontEnd` of vLLM's server. vLLM loads it if VLLM_PLUGINS names it.
 
-It takes the places of `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, and looks at the model that a request names before vLLM does.
+It answers `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` in vLLM's place, and replaces the models "auto" and
+"mix:..." of a request by the name of a served expert, before vLLM sees it. `served.ServedExperts` does the work.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from t2kernels.experts.names import AUTO, MIX
-from t2kernels.integrations.vllm.hooks import asks_for_experts
+from t2kernels.integrations.vllm.support import asks_for_experts
 
 from .served import Refused, ServedExperts
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
+"""The requests whose model may be "auto" or a mixture."""
 HEADER = b"x-expert"
-KINDS = {
+"""The answer's header with the name of the expert that was chosen."""
+KINDS: dict[HTTPStatus, str] = {
     HTTPStatus.BAD_REQUEST: "BadRequestError",
     HTTPStatus.FORBIDDEN: "PermissionDeniedError",
     HTTPStatus.NOT_FOUND: "NotFoundError",
 }
+"""The types of errors in OpenAI's API."""
 
 
 class FrontEnd:
-    """What the entry point names; see `vllm.plugins.endpoint_plugins.interface`."""
+    """The entry point of `vllm.endpoint_plugins`. Methods as in `vllm.plugins.endpoint_plugins.interface`."""
 
-    name = "t2kernels"
-    required_tasks = ("generate",)
+    name: str = "t2kernels"
+    required_tasks: tuple[str, ...] = ("generate",)
 
     def attach_router(self, app: Any) -> None:
+        """Add the two routes and the middleware `Models` to a FastAPI app, before the server starts."""
         from fastapi import Request
         from fastapi.responses import JSONResponse
 
-        async def answer(request: Request, do) -> Any:
+        async def answer(request: Request, do: Callable[[ServedExperts, dict[str, Any]], Awaitable[str]]) -> Any:
             try:
                 body = await request.json()
                 if not isinstance(body, dict):
@@ -47,11 +53,11 @@ class FrontEnd:
             except Refused as e:
                 return JSONResponse(error(e.status, str(e)), e.status)
 
-        async def load(served: ServedExperts, body: dict) -> str:
+        async def load(served: ServedExperts, body: dict[str, Any]) -> str:
             await served.load(str(body["lora_name"]), str(body["lora_path"]), bool(body.get("load_inplace")))
             return f"expert {body['lora_name']!r} is being served"
 
-        async def unload(served: ServedExperts, body: dict) -> str:
+        async def unload(served: ServedExperts, body: dict[str, Any]) -> str:
             await served.unload(str(body["lora_name"]))
             return f"expert {body['lora_name']!r} is not served any more"
 
@@ -61,7 +67,7 @@ class FrontEnd:
         async def unload_route(request: Request):
             return await answer(request, unload)
 
-        # The annotation must be the class itself: this module's are strings, and FastAPI would look for Request among the module's names.
+        # FastAPI must find the class itself: this module's annotations are strings, and Request is a local name.
         for route in (load_route, unload_route):
             route.__annotations__["request"] = Request
         app.post("/v1/load_lora_adapter")(load_route)
@@ -69,12 +75,17 @@ class FrontEnd:
         app.add_middleware(Models)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Make `state.t2_experts`, and serve the experts that `launch.serve` was given. args: vLLM's command line.
+
+        Raises ValueError, so that the server does not start, for an engine without experts or an unusable expert.
+        """
         from t2kernels import tiny
 
         config = engine_client.vllm_config
         if not asks_for_experts(config) or config.lora_config is None:
             raise ValueError(
-                "VLLM_PLUGINS names t2kernels, but the engine was not configured with experts: engine_args(...), or `t2 serve`"
+                "VLLM_PLUGINS names t2kernels, but the engine is not configured with experts: "
+                "use engine_args(...), or `t2 serve`"
             )
         given = getattr(args, "t2kernels_roots", None)
         modules = [Path(m.path).parent for m in args.lora_modules or []]
@@ -90,12 +101,16 @@ class FrontEnd:
 
 
 class Models:
-    """ASGI middleware: a request for "auto" or for a mixture goes on as one for an expert that is served; the answer's x-expert says which."""
+    """ASGI middleware: turns a request for "auto" or a mixture into one for a served expert.
+
+    The answer's x-expert header names it.
+    """
 
     def __init__(self, app: Any):
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle one request, as ASGI defines it."""
         if (
             scope["type"] != "http"
             or scope["method"] != "POST"
@@ -104,15 +119,16 @@ class Models:
             return await self.app(scope, receive, send)
         body = await _whole(receive)
         if body is None:
-            return None  # the client has gone
-        # Most requests name an expert outright: their bodies are not parsed twice.
+            return None  # the client has disconnected
+        # Most requests name an expert: do not parse their bodies, vLLM does that.
         if AUTO.encode() not in body and MIX.encode() not in body:
             return await self.app(scope, _again(body, receive), send)
+        data: Any = None
         try:
             data = json.loads(body)
             model = data.get("model") if isinstance(data, dict) else None
         except ValueError:
-            model = None  # vLLM says what is wrong with it
+            model = None  # vLLM answers with the error
         if not isinstance(model, str) or not (model == AUTO or model.startswith(MIX)):
             return await self.app(scope, _again(body, receive), send)
         try:
@@ -134,13 +150,14 @@ class Models:
         return await self.app(scope, _again(body, receive), tell)
 
 
-def error(status: HTTPStatus, message: str) -> dict:
+def error(status: HTTPStatus, message: str) -> dict[str, Any]:
     """An error in the form of OpenAI's API."""
     kind = KINDS.get(status, "InternalServerError")
     return {"error": {"message": message, "type": kind, "param": "model", "code": int(status)}}
 
 
 async def _whole(receive: Any) -> bytes | None:
+    """A request's body; None if the client disconnects first."""
     parts = []
     while True:
         message = await receive()
@@ -152,7 +169,7 @@ async def _whole(receive: Any) -> bytes | None:
 
 
 def _again(body: bytes, receive: Any) -> Any:
-    """`receive` that gives a body which was read already, and then what comes: a client that leaves."""
+    """A `receive` that returns this body first, and then later messages, such as the client's disconnect."""
     given = False
 
     async def again() -> Any:
@@ -165,7 +182,7 @@ def _again(body: bytes, receive: Any) -> Any:
     return again
 
 
-async def _respond(send: Any, status: HTTPStatus, content: dict) -> None:
+async def _respond(send: Any, status: HTTPStatus, content: dict[str, Any]) -> None:
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": int(status), "headers": headers})

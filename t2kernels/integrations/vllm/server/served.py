@@ -1,7 +1,8 @@
-"""`ServedExperts`: the experts of a running server by the names that clients use: files, mixtures on first use, and "auto".
+"""`ServedExperts`: the experts of a running server by name. Expert files, mixtures on first use, and "auto".
 
-All of them end as vLLM's own entries of adapters, so that whatever vLLM's server does with an adapter it does with them. An entry is never changed: an
-expert that is replaced is a new entry with a new id, and requests that are running end with the one they began with.
+Each of them becomes an entry in vLLM's own list of adapters, so the server treats it as an adapter everywhere. An entry
+is never changed: replacing an expert makes a new entry with a new id, and running requests finish with the entry that
+they began with.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from t2kernels.integrations.vllm.engine.check import check_request
 
 from .spool import Spool
 
-DEAD_AFTER = 1.0  # seconds between two looks at whether the engine lives, while it is asked something
-MIXTURES = 256  # entries of mixtures kept: clients make them up
+DEAD_AFTER = 1.0
+"""Seconds between two checks that the engine is alive, while a call to it runs."""
+MIXTURES = 256
+"""Entries of mixtures that are kept. Clients can ask for any number of them."""
 
 
 class Refused(Exception):
-    """What a client is answered: status and message."""
+    """A request that is refused. status, message: of the answer to the client."""
 
     def __init__(self, status: HTTPStatus, message: str):
         super().__init__(message)
@@ -48,24 +51,35 @@ def last_text(chat: Any) -> str:
 
 
 class ServedExperts:
-    """engine: vLLM's engine client; models: its `OpenAIServingModels`; roots: directories that expert files may lie in; tiny: the built-in model"""
+    """engine: vLLM's engine client; models: the server's `OpenAIServingModels`; config: `VllmConfig`
+    roots: directories that expert files may lie in; tiny: True for the built-in model
+    """
+
+    engine: Any
+    models: Any
+    config: Any
+    roots: list[Path]
+    spool: Spool
+    tiny: bool
 
     def __init__(self, engine: Any, models: Any, config: Any, roots: Sequence[Path], tiny: bool = False):
         self.engine, self.models, self.config, self.tiny = engine, models, config, tiny
         self.roots = [Path(r).expanduser().resolve() for r in roots]
         self.spool = Spool()
-        self._mixtures: OrderedDict[str, str] = (
-            OrderedDict()
-        )  # name -> address it was made from, least recently used first
+        self._mixtures: OrderedDict[str, str] = OrderedDict()  # name -> its address, least recently used first
         self._lock = asyncio.Lock()
 
     # --- files
 
     async def load(self, name: str, path: str, replace: bool = False) -> None:
-        """Serve the expert in a file under a name. Raises Refused, with nothing changed."""
+        """Serve the expert in a file under a name; with `replace` also if the name is in use.
+
+        Raises Refused, and then nothing has changed.
+        """
         if not name or name == AUTO or name.startswith(MIX) or self.models.is_base_model(name):
             raise Refused(
-                HTTPStatus.BAD_REQUEST, f"an expert cannot be called {name!r}: the name has a meaning already"
+                HTTPStatus.BAD_REQUEST,
+                f"an expert cannot be called {name!r}: the name is reserved, or the base model's",
             )
         async with self._lock:
             if name in self.models.lora_requests and not replace:
@@ -75,24 +89,33 @@ class ServedExperts:
             await self._serve(name, await asyncio.to_thread(self._address, path))
 
     async def unload(self, name: str) -> None:
-        """Stop serving an expert; requests that are running end with it. Raises Refused."""
+        """Stop serving an expert; running requests finish with it. Raises Refused."""
         async with self._lock:
             if self.models.lora_requests.pop(name, None) is None:
                 raise Refused(HTTPStatus.NOT_FOUND, f"no expert {name!r} is being served")
             self._mixtures.pop(name, None)
 
     def _address(self, path: str) -> str:
+        """The address of a copy of an expert's file. Raises Refused."""
         try:
-            file = require_file(path).resolve()
-            if not any(file.is_relative_to(root) for root in self.roots):
-                raise Refused(HTTPStatus.FORBIDDEN, f"{path} is not under a directory that experts are served from")
-            return self.spool.take(file, {r.lora_path for r in self.models.lora_requests.values()})
+            return self.spool.take(self._allowed(path), {r.lora_path for r in self.models.lora_requests.values()})
         except ExpertError as e:
-            raise Refused(HTTPStatus.NOT_FOUND, str(e)) from None
+            raise Refused(HTTPStatus.BAD_REQUEST, str(e)) from None
         except OSError as e:
             raise Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"{path} could not be copied: {e}") from None
 
+    def _allowed(self, path: str) -> Path:
+        """The file at a path that a client gave. Raises Refused if it does not exist or lies outside the roots."""
+        try:
+            file = require_file(path).resolve()
+        except ExpertError as e:
+            raise Refused(HTTPStatus.NOT_FOUND, str(e)) from None
+        if not any(file.is_relative_to(root) for root in self.roots):
+            raise Refused(HTTPStatus.FORBIDDEN, f"{path} is not under a directory that experts are served from")
+        return file
+
     async def _serve(self, name: str, where: str) -> None:
+        """Check the expert at an address, give it to the engine, and make its entry. Raises Refused."""
         from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
         from vllm.lora.request import LoRARequest
 
@@ -107,7 +130,10 @@ class ServedExperts:
         self.models.lora_requests[name] = request
 
     async def _answered(self, asked: Awaitable[Any]) -> Any:
-        """What the engine answers. Raises Refused where it has died: vLLM then leaves calls that are no requests waiting for ever (0.32)."""
+        """Await a call to the engine. Raises Refused if the engine has died.
+
+        When its engine dies, vLLM 0.32 fails requests but leaves other calls waiting for ever: so look at the engine.
+        """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         task = asyncio.ensure_future(asked)
@@ -119,19 +145,21 @@ class ServedExperts:
         except EngineDeadError:
             pass
         except Exception:
-            await asyncio.sleep(
-                DEAD_AFTER
-            )  # a call that a dying worker cuts short fails a moment before the engine knows of it
+            # A dying worker fails its call a moment before the engine is marked as dead.
+            await asyncio.sleep(DEAD_AFTER)
             if not self.engine.errored:
                 raise
         finally:
             task.cancel()
         raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the engine has died; the server ends, start it again")
 
-    # --- names that are made up by clients
+    # --- mixtures and "auto"
 
     async def resolve(self, model: str, prompt: Any = None) -> str:
-        """The served name that a request for `model` is to have: a mixture is made into an entry, "auto" chooses by the prompt. Raises Refused."""
+        """The entry that answers a request for `model`: a mixture gets one, "auto" chooses one by the prompt.
+
+        Raises Refused.
+        """
         if model.startswith(MIX):
             return await self._mix(model)
         return await self.choose(prompt) if model == AUTO else model
