@@ -1,4 +1,4 @@
-"""Continuous batching with an expert a request: against `generate`, and against models whose weights hold the expert."""
+"""Continuous batching with one expert per request, against `generate` and against merged models."""
 
 import asyncio
 import copy
@@ -33,7 +33,7 @@ def some_experts(bank, count, width=0.9):
 
 @pytest.fixture(scope="module")
 def served():
-    """A model with 6 experts, two prompts longer than a step and some short ones, and the greedy tokens that materialised weights give."""
+    """A model with 6 experts, two prompts longer than a step, short ones, and the greedy tokens of merged models."""
     torch.manual_seed(7)
     model = build("qwen2", max_position_embeddings=256)
     bank = t2.patch_model(model, rows=3)  # two rows for six experts
@@ -269,7 +269,7 @@ def test_an_expert_that_cannot_be_loaded_fails_its_requests_and_is_logged(served
 
 @pytest.mark.parametrize("place", ["token", "end", "start"])
 def test_a_fault_in_a_step_fails_its_own_request_and_is_logged(served, place, monkeypatch, caplog):
-    """A step is taken on the event loop, which would only report the fault: the request, and all that wait, would hang."""
+    """The event loop would only report the fault; the request, and all requests that wait, would hang."""
 
     async def work(made):
         faults = []
@@ -375,7 +375,7 @@ class State:
 
 @pytest.mark.parametrize(("requests", "length"), [(512, 1), (64, 8), (8192, 1), (256, 32), (3, 1), (0, 1)])
 def test_ids_of_a_step_are_right_and_cheap(requests, length, monkeypatch):
-    """Host work: each request is read once, or twice where it has several tokens; one copy and one fill, whatever the tokens."""
+    """Host work: each request is read once, or twice if it has several tokens. One copy and one fill in all."""
     rows = torch.randint(0, 64, (requests,)).tolist()
     states = [State(r, length) for r in rows]
     ids = ExpertIds(requests * length + 5, torch.device("cpu"))

@@ -364,9 +364,11 @@ def test_a_body_that_is_too_long_is_read_before_it_is_refused():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"temperature": -1}, {"temperature": math.nan}, {"top_p": 0}, {"n": 0}, {"max_tokens": 0}, {"stop": ["a", ""]}, {"logit_bias": {"1": 2}},
-        {"frequency_penalty": 0.5}, {"presence_penalty": 1}, {"tools": [{}]}, {"response_format": {"type": "json_object"}}, {"logprobs": False, "top_logprobs": 2},
-        {"top_logprobs": 21, "logprobs": True}, {"messages": []}, {"stream_options": {"include_usage": True}}, {"surprise": 1},
+        {"temperature": -1}, {"temperature": math.nan}, {"top_p": 0}, {"n": 0}, {"max_tokens": 0}, {"stop": ["a", ""]},
+        {"logit_bias": {"1": 2}}, {"frequency_penalty": 0.5}, {"presence_penalty": 1}, {"tools": [{}]},
+        {"response_format": {"type": "json_object"}}, {"logprobs": False, "top_logprobs": 2},
+        {"top_logprobs": 21, "logprobs": True}, {"messages": []}, {"stream_options": {"include_usage": True}},
+        {"surprise": 1},
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused(fields):

@@ -107,7 +107,7 @@ def test_answers_can_be_matched(tmp_path, score):
 
 
 def test_what_runs_goes_on_and_what_is_new_waits(tmp_path, monkeypatch):
-    """The second step of what runs ends only when the search asks for its pause, so that it runs when the search begins."""
+    """The old request's second step ends when the search asks for its pause, so that it still runs in the search."""
     body = {"model": "code", "prompt": "1+2+3?", "max_tokens": 100, "temperature": 1.9, "seed": 1, "n": 8}
     with served(experts=tmp_path) as (client, service):
         alone = complete(client, **body).json()["choices"]

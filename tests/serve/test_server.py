@@ -340,7 +340,10 @@ def quiet(server):
 
 
 def test_many_streams_while_experts_come_change_and_go(server, local, tmp_path):
-    """200 streams at once over 20 experts in four rows, while others are replaced and removed: each has the text of one version of its expert."""
+    """200 streams over 20 experts in four rows, while experts are replaced and removed.
+
+    Each stream has the text of one version of its expert.
+    """
     made = [local.make(100 + i) for i in range(30)]
     files = [e.save(tmp_path / f"{i}").read_bytes() for i, e in enumerate(made)]
     digests = {}
