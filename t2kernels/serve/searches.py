@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,7 +34,7 @@ A search can be stopped between two generations only."""
 class Example(BaseModel):
     """One labelled prompt: text or messages, and the answer as the model should write it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     prompt: str | list[dict[str, Any]] = Field(min_length=1)
     answer: str = Field(min_length=1)
@@ -49,7 +49,7 @@ class FewShotRequest(BaseModel):
     caution: standard errors by which the expert must beat the base model if answers are matched; else any gain counts
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     experts: list[str] = Field(min_length=1, max_length=MOST_IN_A_MIXTURE)
     examples: list[Example] = Field(min_length=1, max_length=64)

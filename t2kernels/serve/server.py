@@ -24,6 +24,8 @@ class Server(uvicorn.Server):
 
     service: Service
     drain: float
+    should_exit: bool
+    force_exit: bool
     failed: EngineError | None
     """Why the engine did not start."""
 
