@@ -1,6 +1,11 @@
-"""Experts behind an OpenAI-compatible API, on transformers' continuous batching: `t2 serve` (docs/reference/server.md).
+"""`t2 serve`: experts behind an OpenAI-compatible API, on transformers' continuous batching (docs/serving.md).
 
-batching.py: an expert for each request of a batch · sampling.py: the next token of each · engine.py: who runs, who waits, who has a row ·
-experts.py: names, versions and files · routing.py: model="auto" · few_shot.py: experts from examples ·
-protocol.py, text.py, app.py, admin.py, limits.py, metrics.py: the API · server.py: the process
+| file | idea |
+|---|---|
+| engine/ | batching.py: one row per request · sampling.py: tokens · handle.py: one request · engine.py: the queue |
+| http/ | protocol.py: requests and answers · text.py: tokens to text · limits.py · metrics.py · errors.py |
+| registry.py, counters.py, folder.py | served experts: names and versions · loads and evictions · files |
+| completions.py, answer.py | a completion request: prompts and expert · its answer |
+| auto.py, searches.py | model="auto" · experts made from examples |
+| service.py, app.py, admin.py, server.py | the state · routes · routes of experts · the process |
 """

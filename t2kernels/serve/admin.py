@@ -1,4 +1,4 @@
-"""Experts at run time: uploaded, taken from the folder, replaced, removed. Each step is whole or leaves everything as it was."""
+"""Routes that add, replace, make and remove experts at run time. Each call does all of its work or changes nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -18,66 +18,65 @@ from t2kernels.serve.http.errors import APIError, bad
 from t2kernels.serve.http.limits import discard
 from t2kernels.storage import TEMPORARY
 
-from .registry import Experts, Version
-from .searches import FewShotRequest, FewShots
-
-if TYPE_CHECKING:
-    from .app import Service
+from .folder import read
+from .registry import Version
+from .searches import FewShotRequest, FewShotSearch
+from .service import Service
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    experts, lock = service.experts, asyncio.Lock()
-    few_shots = FewShots(service, service.settings.search_seconds)
+    """Add the routes under /v1/experts to an application."""
+    experts, folder, lock = service.experts, service.folder, asyncio.Lock()
+    search = FewShotSearch(service, service.settings.search_seconds)
 
     def check_place(name: str, replace: bool) -> Path:
-        """Where the expert's file goes. Raises APIError if nothing may go there."""
-        place = experts.home() / f"{name}.safetensors"
+        """The path of a new expert's file. Raises APIError if neither the name nor the file may be replaced."""
+        place = folder.place(name)
         experts.check_new(name, replace)
         if place.exists() and name not in experts.current and not replace:
-            raise APIError(
-                409,
-                f"the experts folder holds a file {place.name!r}; add replace=true to overwrite it",
-                "expert_exists",
-                "name",
-            )
+            message = f"the experts folder has a file {place.name!r}; add replace=true to overwrite it"
+            raise APIError(409, message, "expert_exists", "name")
         return place
 
-    async def publish(name: str, replace: bool, admit: Callable[[], Version], store: Callable[[], Any]) -> Version:
-        """Take an expert into the bank, store its file, and let the name stand for it; all of it or nothing."""
+    async def publish(name: str, replace: bool, admit: Callable[[], Version], store: Callable[[], object]) -> Version:
+        """Add an expert to the bank, store its file, and serve it under the name: all three or none."""
         async with lock:
             check_place(name, replace)
             version = await asyncio.to_thread(admit)
             try:
                 await asyncio.to_thread(store)
             except OSError as error:
-                experts.discard(version)
+                experts.discard(version.key)
                 raise _not_stored(error) from None
             experts.publish(version)
         return version
 
     @app.get("/v1/experts")
-    async def listed() -> dict:
-        return {"object": "list", "data": [_shown(v) for v in experts.current.values()]}
+    async def list_experts() -> dict[str, Any]:
+        return {"object": "list", "data": [_describe(v) for v in experts.current.values()]}
 
     @app.post("/v1/experts", status_code=201)
     async def add(http: Request, name: str | None = None, replace: bool = False) -> JSONResponse:
-        """The file itself as the body, with ?name=; or JSON {"name": ..., "file": a name inside the experts folder}. ?replace=true replaces."""
+        """Add an expert. The body is its file, with ?name= and ?replace=true in the address.
+
+        Or the body is JSON: {"name": ..., "file": bare name of a file in the experts folder, "replace": ...}.
+        """
         service.engine.check_open()
         if http.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
-            asked = await _json(http)
-            name = asked.get("name", name)
-            source = experts.file(asked.get("file", f"{name}.safetensors"))
-            replace = asked.get("replace", replace) is True
+            body = await _json(http)
+            name = body.get("name", name)
+            source = folder.file(body.get("file", f"{name}.safetensors"))
+            replace = body.get("replace", replace) is True
             experts.check_name(name)
             async with lock:
                 experts.check_new(name, replace)
-                version = await asyncio.to_thread(_read, experts, name, source)
+                version = await asyncio.to_thread(lambda: experts.admit(name, read(source)))
                 experts.publish(version)
-            return JSONResponse(_shown(version), 201)
+            return JSONResponse(_describe(version), 201)
         try:
             experts.check_name(name)
             experts.check_new(name, replace)
-            place = experts.home() / f"{name}.safetensors"
+            place = folder.place(name)
         except APIError:
             await discard(http.receive)
             raise
@@ -85,33 +84,34 @@ def add_routes(app: FastAPI, service: Service) -> None:
         try:
             await _receive(http, temporary)
             version = await publish(
-                name, replace, lambda: _read(experts, name, temporary), lambda: os.replace(temporary, place)
+                name, replace, lambda: experts.admit(name, read(temporary)), lambda: os.replace(temporary, place)
             )
         finally:
             temporary.unlink(missing_ok=True)
-        return JSONResponse(_shown(version), 201)
+        return JSONResponse(_describe(version), 201)
 
     @app.post("/v1/experts/{name}/few-shot", status_code=201)
-    async def few_shot(name: str, asked: FewShotRequest) -> JSONResponse:
-        """Make the mixture of experts that does best on the examples, store it in the experts folder, and serve it."""
+    async def few_shot(name: str, request: FewShotRequest) -> JSONResponse:
+        """Find the mixture of experts that does best on the examples, store it in the experts folder, and serve it."""
         service.engine.check_open()
-        place = check_place(experts.check_name(name), asked.replace)
-        expert, said = await few_shots.make(name, asked)
-        version = await publish(name, asked.replace, lambda: experts.admit(name, expert), lambda: expert.save(place))
-        return JSONResponse({**_shown(version), "few_shot": said}, 201)
+        place = check_place(experts.check_name(name), request.replace)
+        expert, facts = await search.run(name, request)
+        version = await publish(name, request.replace, lambda: experts.admit(name, expert), lambda: expert.save(place))
+        return JSONResponse({**_describe(version), "few_shot": facts}, 201)
 
     @app.delete("/v1/experts/{name}")
-    async def remove(name: str, file: bool = False) -> dict:
-        """Requests that have it keep it to their end. ?file=true deletes the file too, if it is in the experts folder."""
+    async def remove(name: str, file: bool = False) -> dict[str, Any]:
+        """Stop serving an expert. Requests that use it keep it to their end. ?file=true also deletes its file."""
         async with lock:
             experts.remove(name)
             service.metrics.forget(name)
-            if file and experts.folder is not None:
-                (experts.folder / f"{name}.safetensors").unlink(missing_ok=True)
+            if file:
+                folder.delete(name)
         return {"id": name, "object": "expert", "deleted": True}
 
 
-def _shown(version: Version) -> dict:
+def _describe(version: Version) -> dict[str, Any]:
+    """The expert object of the API."""
     facts = {k: version.manifest[k] for k in ("task", "base_model", "created_by") if k in version.manifest}
     return {
         "id": version.name,
@@ -123,22 +123,18 @@ def _shown(version: Version) -> dict:
     }
 
 
-def _read(experts: Experts, name: str, path: Path) -> Version:
-    return experts.admit(name, experts.read(path))
-
-
-async def _json(http: Request) -> dict:
+async def _json(http: Request) -> dict[str, Any]:
     try:
-        asked = json.loads(await http.body())
+        body = json.loads(await http.body())
     except ValueError:
-        asked = None
-    if not isinstance(asked, dict) or not isinstance(asked.get("file", ""), str):
-        raise bad('the body is no JSON object such as {"name": "math", "file": "math.safetensors"}')
-    return asked
+        body = None
+    if not isinstance(body, dict) or not isinstance(body.get("file", ""), str):
+        raise bad('the body is not a JSON object such as {"name": "math", "file": "math.safetensors"}')
+    return body
 
 
 async def _receive(http: Request, place: Path) -> None:
-    """Write the body to a new file. Raises APIError: 400 nothing came, 507 it cannot be stored."""
+    """Write the body to a new file. Raises APIError: 400 the body is empty, 507 it cannot be stored."""
     size = 0
     try:
         with open(place, "xb") as file:
@@ -148,7 +144,7 @@ async def _receive(http: Request, place: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     except ClientDisconnect:
-        raise APIError(499, "the client has gone") from None
+        raise APIError(499, "the client has hung up") from None
     except OSError as error:
         raise _not_stored(error) from None
     if not size:

@@ -1,232 +1,145 @@
-"""One request of the API from its prompts to its answer, whole or as a stream."""
+"""A request for a completion, text or chat: its prompts, its expert, and the response."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
-from starlette.requests import Request as HTTPRequest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from t2kernels.serve.engine.engine import Generation
-from t2kernels.serve.http.errors import APIError
-from t2kernels.serve.http.text import Decoder
+from t2kernels.serve.http.errors import APIError, bad
+from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
 
-from .http import protocol
-from .registry import Chosen, Experts
+from .answer import Answer
+from .auto import AutoPrompt
+from .registry import AUTO, Chosen
+from .service import Service
 
-if TYPE_CHECKING:
-    from .app import Service
+logger: logging.Logger = logging.getLogger(__name__)
 
-
-@dataclass
-class Part:
-    """What is new of one of the completions. finish: None until its last part"""
-
-    index: int
-    text: str
-    tokens: list[int]
-    finish: str | None = None
+T = TypeVar("T")
 
 
-class Answer:
-    """The completions of one request. Iterate over it for parts; `close` ends whatever still runs.
+async def answer(service: Service, http: Request, request: ChatRequest | CompletionRequest) -> Response:
+    """The response to a request: JSON, or server-sent events if it asks for a stream. Raises APIError."""
+    chat = isinstance(request, ChatRequest)
+    try:
+        service.engine.check_open()
+        prompts, about = _chat(service, request) if chat else _text(service, request)
+        limits = [_limit(service, prompt, request.limit) for prompt in prompts]
+        chosen = await _choose(service, request.model, about)
+    except APIError as error:
+        service.metrics.requests.labels("none", str(error.status_code)).inc()
+        raise
+    model = request.model
+    if model == AUTO:  # the answer says which expert was chosen
+        model = chosen.label if chosen.held else service.settings.name
+    made = Answer(service, prompts, limits, request, chosen, model)
+    if not request.stream:
+        try:
+            return JSONResponse(await _while_connected(http, asyncio.ensure_future(made.whole(chat))))
+        finally:
+            made.close()
+    # The status line waits for the first token, so that an error before it has a status of its own.
+    parts = aiter(made)
+    try:
+        first = await _while_connected(http, asyncio.ensure_future(anext(parts)))
+    except BaseException:
+        made.close()
+        raise
+    return StreamingResponse(
+        made.events(chat, first, parts), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+    )
 
-    prompts: token ids, with how many tokens may follow each; chosen: held, and released here; model: who the answer says it is from
-    Raises APIError if the engine does not take all of them: then none of them runs.
-    """
 
-    def __init__(
-        self,
-        service: Service,
-        prompts: list[list[int]],
-        limits: list[int],
-        request: protocol.Request,
-        chosen: Chosen,
-        model: str,
-    ):
-        self.engine, self.metrics, self.tokenizer, experts = (
-            service.engine,
-            service.metrics,
-            service.tokenizer,
-            service.experts,
+def _chat(service: Service, request: ChatRequest) -> tuple[list[list[int]], AutoPrompt]:
+    """Token ids of the prompt, and the prompt as the router reads it."""
+    messages = request.chat()
+    about = messages if service.tokenizer.chat_template else messages[-1]["content"]
+    return [_encode_chat(service, messages)], about
+
+
+def _text(service: Service, request: CompletionRequest) -> tuple[list[list[int]], AutoPrompt]:
+    """Token ids of the prompts, and the first prompt as the router reads it."""
+    prompts = request.prompts()
+    encoded = [_encode_text(service, prompt) for prompt in prompts]
+    if request.model == AUTO and len(prompts) > 1:
+        raise bad("model 'auto' chooses for one prompt: send one request per prompt", "prompt")
+    first = prompts[0]
+    return encoded, first if isinstance(first, str) else service.tokenizer.decode(first, skip_special_tokens=True)
+
+
+def _encode_chat(service: Service, messages: list[dict[str, Any]]) -> list[int]:
+    """Apply the chat template. Without one, a single message of the user is the prompt."""
+    tokenizer = service.tokenizer
+    if tokenizer.chat_template:
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything
+            logger.warning("the chat template refused %d messages", len(messages), exc_info=True)
+            raise bad(f"the model's chat template refuses these messages: {error}", "messages") from None
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return tokenizer(messages[0]["content"])["input_ids"]
+    raise bad(
+        f"this model has no chat template, so it cannot read {len(messages)} messages: send one message of the user, "
+        "use /v1/completions, or start the server with --chat-template FILE",
+        "messages",
+        "no_chat_template",
+    )
+
+
+def _encode_text(service: Service, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        return service.tokenizer(prompt)["input_ids"]
+    size = service.model.get_input_embeddings().num_embeddings
+    if not all(0 <= token < size for token in prompt):
+        raise bad(f"prompt: token ids go from 0 to {size - 1}", "prompt")
+    return prompt
+
+
+def _limit(service: Service, prompt: Sequence[int], requested: int | None) -> int:
+    """How many tokens may follow a prompt. Raises APIError 400 if that is none, or fewer than requested."""
+    room = service.context - len(prompt)
+    if not prompt:
+        raise bad("the prompt is empty: it needs at least one token", "prompt")
+    if room < 1 or (requested is not None and requested > room):
+        tokens = f"{len(prompt)} tokens of prompt" + (f" and {requested} more" if requested is not None else "")
+        message = f"this server's context is {service.context} tokens; the request asks for {tokens}"
+        raise bad(message, code="context_length_exceeded")
+    return room if requested is None else requested
+
+
+async def _choose(service: Service, model: str, prompt: AutoPrompt) -> Chosen:
+    """The expert of a request, held. Raises APIError."""
+    if model != AUTO:
+        return service.experts.choose(model)
+    if service.router is None:
+        raise APIError(
+            404,
+            "the model 'auto' needs a way to choose: start the server with --route prompt, or --route EXPERT",
+            "model_not_found",
+            "model",
         )
-        self.request, self.chosen, self.model = request, chosen, model
-        self.prompt_tokens = sum(map(len, prompts))
-        self.experts, self.status = experts, "499"  # the client has gone, unless something else happens
-        self.samplings = [request.sampling(i) for i in range(len(prompts) * request.n)]
-        self.generations: list[Generation] = []
-        self._parts: asyncio.Queue = asyncio.Queue()
-        self._tasks: list[asyncio.Task] = []
-        self._closed = False
-        try:
-            for i, sampling in enumerate(self.samplings):
-                self._submit(experts, prompts[i // request.n], limits[i // request.n], sampling)
-        except BaseException as error:
-            self.status = str(getattr(error, "status_code", 500))
-            self.close()
-            raise
-        finally:
-            experts.release(chosen)
-        self.metrics.tokens_in.labels(self.label).inc(self.prompt_tokens)
-        self._tasks = [asyncio.create_task(self._follow(i, g)) for i, g in enumerate(self.generations)]
-
-    def _submit(self, experts: Experts, prompt: list[int], limit: int, sampling) -> None:
-        held = experts.share(self.chosen)
-
-        def release() -> None:
-            experts.release(held)
-
-        try:
-            self.generations.append(self.engine.submit(prompt, limit, held.expert, sampling, release))
-        except APIError:
-            release()
-            raise
-
-    @property
-    def label(self) -> str:
-        return self.experts.label(self.chosen.label)
-
-    @property
-    def generated(self) -> int:
-        return sum(g.tokens for g in self.generations)
-
-    def close(self) -> None:
-        """Cancel what runs, and count the request; whatever calls after the first do nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        for task in self._tasks:
-            task.cancel()
-        for generation in self.generations:
-            generation.cancel()
-        self.metrics.requests.labels(self.label, self.status).inc()
-        self.metrics.tokens_out.labels(self.label).inc(self.generated)
-
-    async def _follow(self, index: int, generation: Generation) -> None:
-        decoder = Decoder(self.tokenizer, self.request.stops)
-        try:
-            async for tokens in generation:
-                text = decoder.feed(tokens)
-                if decoder.stopped:
-                    generation.cancel()
-                    generation.finish = "stop"
-                    self._parts.put_nowait(Part(index, text, tokens, "stop"))
-                    return
-                self._parts.put_nowait(Part(index, text, tokens))
-            self._parts.put_nowait(Part(index, decoder.finish(), [], "stop" if decoder.stopped else generation.finish))
-        except APIError as error:
-            self._parts.put_nowait(error)
-        except Exception as error:
-            generation.cancel()
-            self._parts.put_nowait(APIError(500, f"{type(error).__name__}: {error}", "internal_error"))
-        finally:
-            self._time(generation)
-
-    def _time(self, generation: Generation) -> None:
-        if generation.started is not None:
-            self.metrics.first.labels(self.label).observe(generation.started - generation.arrived)
-            if generation.tokens > 1:
-                self.metrics.each.labels(self.label).observe(
-                    (time.perf_counter() - generation.started) / (generation.tokens - 1)
-                )
-
-    async def __aiter__(self) -> AsyncIterator[list[Part]]:
-        """Parts, as many as have come. Raises APIError if one of the completions fails: then all do."""
-        open_ = len(self.generations)
-        while open_:
-            parts = [await self._parts.get(), *(self._parts.get_nowait() for _ in range(self._parts.qsize()))]
-            for part in parts:
-                if isinstance(part, APIError):
-                    self.status = str(part.status_code)
-                    raise part
-                open_ -= part.finish is not None
-            if not open_:
-                self.status = "200"
-            yield parts
-
-    # --- the two forms of an answer
-
-    async def whole(self, chat: bool) -> dict:
-        texts, finishes = [""] * len(self.generations), [""] * len(self.generations)
-        tokens: list[list[int]] = [[] for _ in self.generations]
-        async for parts in self:
-            for part in parts:
-                texts[part.index] += part.text
-                tokens[part.index] += part.tokens
-                finishes[part.index] = part.finish or ""
-        choices = [
-            protocol.whole_choice(chat, i, text, finishes[i], self._logprobs(chat, i, tokens[i], 0, 0))
-            for i, text in enumerate(texts)
-        ]
-        answer = {**protocol.envelope(chat, self.model, self.chosen.fingerprint), "choices": choices}
-        return {
-            **answer,
-            "object": "chat.completion" if chat else "text_completion",
-            "usage": protocol.usage(self.prompt_tokens, self.generated),
-        }
-
-    async def events(self, chat: bool, first: list[Part], rest: AsyncIterator[list[Part]]) -> AsyncIterator[bytes]:
-        """Server-sent events: a chunk for each part, then [DONE]; an error as a chunk that holds one."""
-        head = {
-            **protocol.envelope(chat, self.model, self.chosen.fingerprint),
-            "object": "chat.completion.chunk" if chat else "text_completion",
-        }
-        begun: set[int] = set()
-        characters, reported = [0] * len(self.samplings), [0] * len(self.samplings)
-        with_usage = self.request.stream_options is not None and self.request.stream_options.include_usage
-        try:
-            parts = first
-            while True:
-                for part in parts:
-                    i = part.index
-                    if part.text or part.finish or i not in begun or self.samplings[i].logprobs is not None:
-                        logprobs = self._logprobs(chat, i, part.tokens, reported[i], characters[i])
-                        choice = protocol.part_choice(chat, i, part.text, part.finish, logprobs, first=i not in begun)
-                        yield _event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
-                        begun.add(i)
-                    characters[i] += len(part.text)
-                    reported[i] += len(part.tokens)
-                try:
-                    parts = await anext(rest)
-                except StopAsyncIteration:
-                    break
-            if with_usage:
-                yield _event({**head, "choices": [], "usage": protocol.usage(self.prompt_tokens, self.generated)})
-        except APIError as error:
-            yield _event(error.body())
-        finally:
-            self.close()
-        yield b"data: [DONE]\n\n"
-
-    def _logprobs(self, chat: bool, index: int, tokens: list[int], start: int, characters: int) -> dict | None:
-        way = self.samplings[index]
-        if way.logprobs is None:
-            return None
-        shown = [t for t in tokens if t not in self.engine.ends]
-        return protocol.logprobs_of(chat, self.tokenizer, shown, way.reported[start : start + len(shown)], characters)
+    return await service.router.choose(prompt)
 
 
-def _event(body: dict) -> bytes:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
-
-
-async def while_connected(http: HTTPRequest, work: asyncio.Task):
-    """The result of `work`, which is cancelled when the client hangs up. Raises APIError 499 then; nobody reads it."""
+async def _while_connected(http: Request, work: asyncio.Task[T]) -> T:
+    """The result of `work`. It is cancelled if the client hangs up; APIError 499 is raised then, which nobody reads."""
     gone = asyncio.create_task(_gone(http))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise APIError(499, "the client has gone")
+            raise APIError(499, "the client has hung up")
         return work.result()
     finally:
         for task in (gone, work):
             task.cancel()
 
 
-async def _gone(http: HTTPRequest) -> None:
+async def _gone(http: Request) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass

@@ -1,21 +1,24 @@
-"""The experts of a server: their names, their versions, and the folder of their files.
+"""`ExpertRegistry`: the served experts, by name and version.
 
-A name stands for a version of an expert; a request takes the version that its name stands for when it comes, and keeps it to its end, whatever
-happens to the name. In the bank each version is an expert of its own, and leaves it with its last request.
+A name stands for one version of an expert. A request takes the version that its name stands for when it arrives, and
+keeps it to its end. Each version is an expert of its own in the bank. It leaves the bank when neither a name nor a
+request uses it.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.experts.names import AUTO, BASE, MIX, Name, check_name, parse_mixture, write_mixture
 from t2kernels.factors.identity import ExpertMismatch
 from t2kernels.serve.http.errors import APIError, bad
+
+from .counters import RowCounters
 
 MIXED = "mix"
 REMOVED = "removed"
@@ -26,20 +29,28 @@ MOST_IN_A_MIXTURE = 16
 
 @dataclass(eq=False)
 class Version:
-    """One expert as it was given: key is its name in the bank, digest says what is in it, users counts requests and names that hold it."""
+    """One version of an expert.
+
+    name: in requests; key: its name in the bank; digest: hash of its values; numbers: how many values it has
+    manifest: of its file; created: Unix time; users: number of names and requests that use it
+    """
 
     name: str
     key: str
     digest: str
     numbers: int
-    manifest: dict
+    manifest: dict[str, Any]
     created: int = field(default_factory=lambda: int(time.time()))
     users: int = 0
 
 
 @dataclass
 class Chosen:
-    """What a request runs with. label: for metrics and answers; fingerprint: which versions; held: until `Experts.release`"""
+    """The expert of a request.
+
+    label: for metrics and answers; expert: for the bank; fingerprint: names the versions in the answer
+    held: versions that stay in the bank until `ExpertRegistry.release`
+    """
 
     label: str
     expert: Name
@@ -47,63 +58,41 @@ class Chosen:
     held: list[Version]
 
 
-class Experts:
-    """bank: of the served model; folder: where files are read from and uploads go, None: neither; base: names of the base model"""
+class ExpertRegistry:
+    """The experts that requests can name.
 
-    def __init__(self, bank: ExpertBank, folder: Path | None = None, base: tuple[str, ...] = ()):
-        self.bank, self.folder = bank, None if folder is None else Path(folder)
+    bank: of the served model; base: names of the base model, besides "base"
+    """
+
+    bank: ExpertBank
+    base: dict[str, None]
+    current: dict[str, Version]
+    """The version that each name stands for."""
+    epoch: int
+    """Grows whenever a name changes its meaning."""
+    counts: RowCounters
+    """Loads and evictions by label."""
+
+    def __init__(self, bank: ExpertBank, base: Sequence[str] = ()) -> None:
+        self.bank = bank
         self.base = dict.fromkeys((*base, BASE))
-        self.current: dict[str, Version] = {}
-        self.epoch = 0  # grows whenever a name changes its meaning
+        self.current = {}
+        self.epoch = 0
         self._made = 0
-        self._unnamed: set[str] = set()  # keys of versions that no name stands for yet
-        self._loads: Counter[str] = Counter()  # by key while a version is in the bank, then by label
-        self._evictions: Counter[str] = Counter()
-        bank.watch(lambda name: self._count(self._loads, name), lambda name: self._count(self._evictions, name))
-
-    # --- what is counted
+        self.counts = RowCounters(bank, lambda key: self.label(key.partition("@")[0]), MIXED)
 
     def label(self, name: str) -> str:
-        """What a name counts as in metrics: itself while it stands for something, "mix" for mixtures, else "removed"."""
+        """The label of a name in metrics: the name itself while it is served, "mix" for mixtures, else "removed"."""
         return name if name in self.current or name in (BASE, MIXED) else REMOVED
-
-    @property
-    def loads(self) -> Counter[str]:
-        """How often experts were written into a row, by label; their sum is that of the bank, less versions that have no name yet."""
-        return self._by_label(self._loads)
-
-    @property
-    def evictions(self) -> Counter[str]:
-        """How often experts gave up their row to another one, by label."""
-        return self._by_label(self._evictions)
-
-    @staticmethod
-    def _count(counts: Counter[str], name: Name) -> None:
-        counts[name if isinstance(name, str) else MIXED] += 1
-
-    def _by_label(self, counts: Counter[str]) -> Counter[str]:
-        out: Counter[str] = Counter()
-        for key, count in dict(counts).items():  # a copy: other threads count
-            if key not in self._unnamed:
-                out[self.label(key.partition("@")[0])] += count
-        return out
-
-    def leave(self, key: str) -> None:
-        """Take a version out of the bank, if it is there; what it counted stays with its name, or with all that were removed."""
-        if key in self.bank:
-            self.bank.remove(key)
-        self._unnamed.discard(key)
-        self._fold(key, self.label(key.partition("@")[0]))
-
-    def _fold(self, key: str, into: str) -> None:
-        for counts in (self._loads, self._evictions):
-            if count := counts.pop(key, 0):
-                counts[into] += count
 
     # --- choosing
 
     def choose(self, model: str) -> Chosen:
-        """What `model` of a request names: the base model, an expert, or "mix:math=0.5,code=0.5". Raises APIError 404 or 400."""
+        """The expert that `model` of a request names, held for the caller.
+
+        model: a name of the base model, of an expert, or a mixture such as "mix:math=0.5,code=0.5"
+        Raises APIError 404 or 400.
+        """
         if model in self.base:
             return Chosen(BASE, None, BASE, [])
         if model.startswith(MIX):
@@ -112,17 +101,17 @@ class Experts:
         return self._hold(Chosen(model, version.key, f"{model}-{version.digest}", [version]))
 
     def of_names(self, name: Name) -> Chosen:
-        """The same for what a strategy chose: None, an expert's name, or a mixture of names."""
+        """Like `choose`, for the choice of a strategy: None, an expert's name, or {name: weight}."""
         if isinstance(name, dict):
             return self._mixture(write_mixture(name))
         return self.choose(BASE if name is None else name)
 
     def share(self, chosen: Chosen) -> Chosen:
-        """The same for one more request."""
+        """Hold the same expert for one more request."""
         return self._hold(replace(chosen, held=list(chosen.held)))
 
     def release(self, chosen: Chosen) -> None:
-        """The request has ended; once."""
+        """Let go of the expert of a request that has ended. Later calls do nothing."""
         for version in chosen.held:
             self._drop(version)
         chosen.held = []
@@ -153,20 +142,26 @@ class Experts:
     def _drop(self, version: Version) -> None:
         version.users -= 1
         if not version.users:
-            self.leave(version.key)
+            self.discard(version.key)
+
+    def discard(self, key: str) -> None:
+        """Take a version out of the bank, if it is there. Its counts stay with its name's label."""
+        if key in self.bank:
+            self.bank.remove(key)
+        self.counts.fold(key, self.label(key.partition("@")[0]))
 
     # --- adding and removing
 
     def check_name(self, name: str) -> str:
-        """Raises APIError 400 for what cannot be the name of an expert."""
+        """The name, if an expert may have it. Raises APIError 400."""
         try:
-            reserved = check_name(name) in (*self.base, *RESERVED) or name.endswith(".safetensors")
+            taken = check_name(name) in (*self.base, *RESERVED) or name.endswith(".safetensors")
         except ValueError:
-            reserved = True
-        if reserved:
+            taken = True
+        if taken:
             raise bad(
-                f"{name!r} cannot name an expert: wanted up to 64 letters, digits, '.', '_' or '-', the first a letter or digit, without "
-                f".safetensors, and not {', '.join({**self.base, **dict.fromkeys(RESERVED)})}",
+                f"{name!r} cannot name an expert: expected up to 64 letters, digits, '.', '_' or '-', the first a "
+                f"letter or digit, without .safetensors, and not {', '.join({**self.base, **dict.fromkeys(RESERVED)})}",
                 "name",
             )
         return name
@@ -179,106 +174,42 @@ class Experts:
             )
 
     def new_key(self, name: str) -> str:
-        """A name for the bank that nothing has had; until `leave`, or `publish` of what has it, it is in no metrics."""
+        """A new key for the bank. It is hidden in metrics until `publish` or `discard`."""
         self._made += 1
         key = f"{name}@{self._made}"
-        self._unnamed.add(key)
+        self.counts.hide(key)
         return key
 
     def admit(self, name: str, expert: Expert) -> Version:
-        """Take an expert into the bank, without a name that requests could use yet; it may be called on any thread.
+        """Add an expert to the bank, not yet under a name that requests can use. May be called on any thread.
 
-        Raises APIError 400: not an expert of this model.
+        Raises APIError 400 if it is not an expert of this model.
         """
         key = self.new_key(name)
         try:
             self.bank.add(key, expert)
-        except ExpertMismatch as error:
-            self._unnamed.discard(key)
-            raise bad(
-                f"expert {name!r} is of another model: {_without(error, key, name)}", code="expert_of_another_model"
-            ) from None
-        except ValueError as error:
-            self._unnamed.discard(key)
-            raise bad(f"expert {name!r} cannot be used: {_without(error, key, name)}", code="bad_expert") from None
+        except (ExpertError, ValueError) as error:
+            self.counts.show(key)
+            message = str(error).replace(key, name)
+            if isinstance(error, ExpertMismatch):
+                raise bad(f"expert {name!r} is of another model: {message}", code="expert_of_another_model") from None
+            raise bad(f"expert {name!r} cannot be used: {message}", code="bad_expert") from None
         return Version(name, key, expert.digest()[:12], expert.numel, dict(expert.manifest))
 
     def publish(self, version: Version) -> None:
-        """From now on the name stands for this version."""
+        """Let the name stand for this version from now on."""
         before = self.current.get(version.name)
         version.users += 1
         self.current[version.name] = version
-        self._unnamed.discard(version.key)
+        self.counts.show(version.key)
         self.epoch += 1
         if before is not None:
             self._drop(before)
 
-    def discard(self, version: Version) -> None:
-        """Undo `admit`."""
-        self.leave(version.key)
-
     def remove(self, name: str) -> None:
-        """Requests that have it keep it to their end. Raises APIError 404."""
+        """Stop serving a name. Requests that use it keep it to their end. Raises APIError 404."""
         version = self._find(name)
         del self.current[name]
         self.epoch += 1
-        self._fold(name, REMOVED)
+        self.counts.fold(name, REMOVED)
         self._drop(version)
-
-    # --- files
-
-    def load_folder(self) -> None:
-        """Every .safetensors file of the folder, by its name. Raises ExpertError or ValueError, with the file's name, for one that is none."""
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                self.load_file(path.stem, self.file(path.name))
-            except APIError as error:
-                raise ValueError(f"{path}: {error.message}") from None
-
-    def load_file(self, name: str, path: Path) -> None:
-        """`read`, `admit` and `publish`."""
-        self.publish(self.admit(self.check_name(name), self.read(path)))
-
-    def file(self, name: str) -> Path:
-        """A file of the folder by its bare name. Raises APIError: 400 for anything that is not in it, 404 if it is not there."""
-        folder = self.home()
-        path = folder / name
-        if (
-            not name
-            or Path(name).name != name
-            or name.startswith(".")
-            or not name.endswith(".safetensors")
-            or "\0" in name
-        ):
-            raise bad(
-                f"file {name!r}: wanted the bare name of a .safetensors file inside the experts folder",
-                "file",
-                "bad_file_name",
-            )
-        if path.resolve().parent != folder.resolve():
-            raise bad(
-                f"file {name!r} leads out of the experts folder: links are not followed; copy the file into it",
-                "file",
-                "bad_file_name",
-            )
-        if not path.is_file():
-            raise APIError(404, f"there is no file {name!r} in the experts folder", "file_not_found", "file")
-        return path
-
-    def home(self) -> Path:
-        """The folder. Raises APIError 400 without one."""
-        if self.folder is None:
-            raise bad("this server has no folder for experts: start it with --experts DIR", code="no_experts_folder")
-        return self.folder
-
-    @staticmethod
-    def read(path: Path) -> Expert:
-        """Raises APIError 400 for a file that holds no expert."""
-        try:
-            return Expert.load(path)
-        except ExpertError as error:
-            raise bad(str(error).replace(str(path), path.name), code="bad_expert") from None
-
-
-def _without(error: Exception, key: str, name: str) -> str:
-    return str(error).replace(key, name)

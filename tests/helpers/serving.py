@@ -10,11 +10,22 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2 as httpx
 
 KEY = "a-key-for-tests"
+PATIENCE = 60
+"""Seconds after which a wait has failed; far more than any of them takes."""
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Wait for a condition. what: the condition in words, for the error if it stays false."""
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until, f"after {PATIENCE} s it is still not so that {what}"
+        time.sleep(0.01)
 
 
 class Process:
@@ -30,11 +41,12 @@ class Process:
         with open(log, "wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, env=env)
         self.client = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
-        until = time.monotonic() + 60
-        while self.health() is None:
-            if self.process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(log.read_text())
-            time.sleep(0.05)
+        try:
+            wait_until(lambda: self.health() is not None or self.process.poll() is not None, "the server answers")
+            assert self.process.poll() is None, "the server has ended"
+        except AssertionError as error:
+            self.kill()
+            raise RuntimeError(f"{error}: {log.read_text()}") from None
 
     def health(self) -> str | None:
         with contextlib.suppress(httpx.TransportError):
@@ -67,8 +79,9 @@ def served(change=lambda model, tokenizer: None, **settings):
 
     import t2kernels as t2
     from t2kernels import tiny
-    from t2kernels.serve.app import Service, Settings, make_app
+    from t2kernels.serve.app import make_app
     from t2kernels.serve.engine.batching import BatchSettings
+    from t2kernels.serve.service import Service, Settings
 
     model, tokenizer = tiny.load()
     t2.patch_model(model, rows=5)
@@ -79,9 +92,8 @@ def served(change=lambda model, tokenizer: None, **settings):
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        while not server.started:
-            time.sleep(0.01)
-            assert thread.is_alive()
+        wait_until(lambda: server.started or not thread.is_alive(), "the server has started")
+        assert thread.is_alive()
         port = server.servers[0].sockets[0].getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             yield client, service

@@ -15,11 +15,12 @@ from pydantic import ValidationError
 
 from t2kernels import tiny
 from t2kernels.serve.engine.sampling import Sampling, draw
+from t2kernels.serve.folder import ExpertFolder, load
 from t2kernels.serve.http.errors import APIError
 from t2kernels.serve.http.limits import LimitBody, RequireKey
 from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
 from t2kernels.serve.http.text import Decoder
-from t2kernels.serve.registry import Experts
+from t2kernels.serve.registry import ExpertRegistry
 
 # --- sampling
 
@@ -106,9 +107,13 @@ def test_text_ends_before_the_first_stop_string(size, stops, wanted, stopped):
 def experts(tmp_path):
     model, _ = tiny.load()
     bank = t2.patch_model(model, rank=4, rows=4)
-    made = Experts(bank, tmp_path / "experts", ("tiny",))
-    made.folder.mkdir()
-    return made
+    return ExpertRegistry(bank, ("tiny",))
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "experts").mkdir()
+    return ExpertFolder(tmp_path / "experts")
 
 
 def small(bank, seed=0, **manifest):
@@ -155,43 +160,43 @@ def test_loads_and_evictions_stay_with_names_and_names_that_go_do_not_pile_up(ex
 
     for i in range(4):
         experts.publish(experts.admit(f"e{i}", small(bank, i)))
-    assert experts.loads == {f"e{i}": 1 for i in range(3)}
+    assert experts.counts.loads == {f"e{i}": 1 for i in range(3)}
     ran("e3")
     ran("mix:e0=0.5,e1=0.5")
     ran("mix:e0=0.5,e1=0.25")
-    assert experts.loads == {**{f"e{i}": 1 for i in range(4)}, "mix": 2}
-    assert experts.evictions == {"e0": 1, "e1": 1, "e2": 1}
+    assert experts.counts.loads == {**{f"e{i}": 1 for i in range(4)}, "mix": 2}
+    assert experts.counts.evictions == {"e0": 1, "e1": 1, "e2": 1}
     held = experts.choose("e0")
     experts.publish(experts.admit("e0", small(bank, 7)))
     loaded(held)  # the older version, while its name stands for another
     ran("e0")
-    assert experts.loads["e0"] == 3
+    assert experts.counts.loads["e0"] == 3
     experts.release(held)
-    assert experts.loads["e0"] == 3
+    assert experts.counts.loads["e0"] == 3
     held = experts.choose("e1")
     experts.remove("e1")
-    assert (experts.loads["e1"], experts.loads["removed"]) == (0, 1)
+    assert (experts.counts.loads["e1"], experts.counts.loads["removed"]) == (0, 1)
     loaded(held)  # for a request that goes on
-    assert (experts.loads["e1"], experts.loads["removed"]) == (0, 2)
+    assert (experts.counts.loads["e1"], experts.counts.loads["removed"]) == (0, 2)
     experts.release(held)
     new = experts.admit("new", small(bank, 8))
     loads = bank.loads
     bank.ids(new.key)
     assert bank.loads == loads  # it has a row
-    assert "new" not in experts.loads
-    assert experts.loads["removed"] == 2  # never less than what it was: it is a counter
-    experts.discard(new)
-    assert experts.loads["removed"] == 3
+    assert "new" not in experts.counts.loads
+    assert experts.counts.loads["removed"] == 2  # never less than what it was: it is a counter
+    experts.discard(new.key)
+    assert experts.counts.loads["removed"] == 3
     for i in range(20):
         for name in (f"f{i}", f"f{i}", "e2"):
             experts.publish(experts.admit(name, small(bank, i)))
             ran(name)
         experts.remove(f"f{i}")
-        assert sum(experts.loads.values()) == bank.loads
-        assert sum(experts.evictions.values()) == bank.evictions
-    assert set(experts.loads) == {"e0", "e2", "e3", "mix", "removed"}
-    assert len(experts._loads) <= 5 + len(bank)
-    assert not experts._unnamed
+        assert sum(experts.counts.loads.values()) == bank.loads
+        assert sum(experts.counts.evictions.values()) == bank.evictions
+    assert set(experts.counts.loads) == {"e0", "e2", "e3", "mix", "removed"}
+    assert len(experts.counts) <= 5 + len(bank)
+    assert not experts.counts.hidden
 
 
 @pytest.mark.parametrize(
@@ -231,12 +236,12 @@ def test_mixtures_that_are_none(experts, model):
     assert experts.current["math"].users == 1
 
 
-def test_files_are_inside_the_folder_or_refused(experts, tmp_path):
-    inside = small(experts.bank).save(experts.folder / "good")
+def test_files_are_inside_the_folder_or_refused(experts, files, tmp_path):
+    inside = small(experts.bank).save(files.path / "good")
     outside = small(experts.bank).save(tmp_path / "outside")
-    (experts.folder / "link.safetensors").symlink_to(outside)
-    (experts.folder / "folder.safetensors").mkdir()
-    assert experts.file("good.safetensors") == inside
+    (files.path / "link.safetensors").symlink_to(outside)
+    (files.path / "folder.safetensors").mkdir()
+    assert files.file("good.safetensors") == inside
     for name in (
         "../outside.safetensors",
         "/etc/passwd",
@@ -248,35 +253,35 @@ def test_files_are_inside_the_folder_or_refused(experts, tmp_path):
         "sub/good.safetensors",
     ):
         with pytest.raises(APIError, match="bare name"):
-            experts.file(name)
+            files.file(name)
     with pytest.raises(APIError, match="links are not followed"):
-        experts.file("link.safetensors")
+        files.file("link.safetensors")
     for name in ("absent.safetensors", "folder.safetensors"):
         with pytest.raises(APIError) as missing:
-            experts.file(name)
+            files.file(name)
         assert missing.value.status_code == 404
-    (experts.folder / "folder.safetensors").rmdir()
+    (files.path / "folder.safetensors").rmdir()
     with pytest.raises(ValueError, match=r"link\.safetensors: .*links are not followed"):  # when the server starts, too
-        experts.load_folder()
+        files.load_all(experts)
 
 
-def test_what_is_no_expert_of_this_model_changes_nothing(experts):
+def test_what_is_no_expert_of_this_model_changes_nothing(experts, files):
     other, _ = tiny.load()
     other.model.layers[0].mlp.up_proj.weight.data.normal_()
-    stranger = small(t2.patch_model(other, rank=4)).save(experts.folder / "stranger")
-    good = small(experts.bank).save(experts.folder / "good")
-    cut = experts.folder / "cut.safetensors"
+    stranger = small(t2.patch_model(other, rank=4)).save(files.path / "stranger")
+    good = small(experts.bank).save(files.path / "good")
+    cut = files.path / "cut.safetensors"
     cut.write_bytes(good.read_bytes()[:1000])
-    pickle = experts.folder / "pickle.safetensors"
+    pickle = files.path / "pickle.safetensors"
     torch.save({"z": torch.ones(3)}, pickle)
     for path, words in ((stranger, "of another model"), (cut, "truncated|damaged"), (pickle, "pickle")):
         with pytest.raises(APIError, match=words) as refused:
-            experts.load_file("x", path)
+            load(experts, "x", path)
         assert refused.value.status_code == 400
-        assert str(experts.folder) not in refused.value.message
+        assert str(files.path) not in refused.value.message
         assert "x@" not in refused.value.message
     assert (len(experts.bank), experts.current, experts.epoch) == (0, {}, 0)
-    shutil.rmtree(experts.folder)
+    shutil.rmtree(files.path)
 
 
 # --- before the API
@@ -361,9 +366,11 @@ def test_a_body_that_is_too_long_is_read_before_it_is_refused():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"temperature": -1}, {"temperature": math.nan}, {"top_p": 0}, {"n": 0}, {"max_tokens": 0}, {"stop": ["a", ""]}, {"logit_bias": {"1": 2}},
-        {"frequency_penalty": 0.5}, {"presence_penalty": 1}, {"tools": [{}]}, {"response_format": {"type": "json_object"}}, {"logprobs": False, "top_logprobs": 2},
-        {"top_logprobs": 21, "logprobs": True}, {"messages": []}, {"stream_options": {"include_usage": True}}, {"surprise": 1},
+        {"temperature": -1}, {"temperature": math.nan}, {"top_p": 0}, {"n": 0}, {"max_tokens": 0}, {"stop": ["a", ""]},
+        {"logit_bias": {"1": 2}}, {"frequency_penalty": 0.5}, {"presence_penalty": 1}, {"tools": [{}]},
+        {"response_format": {"type": "json_object"}}, {"logprobs": False, "top_logprobs": 2},
+        {"top_logprobs": 21, "logprobs": True}, {"messages": []}, {"stream_options": {"include_usage": True}},
+        {"surprise": 1},
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused(fields):

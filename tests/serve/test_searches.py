@@ -1,7 +1,7 @@
 """Experts made by a call from a few examples, and served."""
 
+import asyncio
 import threading
-import time
 
 import pytest
 import torch
@@ -10,9 +10,9 @@ import t2kernels as t2
 from t2kernels import tiny
 
 pytest.importorskip("fastapi")
-from t2kernels.serve import searches as few_shot
+from t2kernels.serve import searches
 from t2kernels.serve.engine import engine
-from tests.helpers.serving import served
+from tests.helpers.serving import PATIENCE, served, wait_until
 
 NAMES = ["math", "code", "reason"]
 
@@ -36,11 +36,11 @@ def state(client, service):
     """What a search that fails must leave as it is."""
     bank = service.model.t2_bank
     files = (
-        sorted((p.name, p.read_bytes()) for p in service.experts.folder.iterdir())
-        if service.experts.folder.is_dir()
+        sorted((p.name, p.read_bytes()) for p in service.folder.path.iterdir())
+        if service.folder.path.is_dir()
         else None
     )
-    return client.get("/v1/experts").json(), sorted(bank.names), bank.rows_in_use, files, len(service.experts._unnamed)
+    return client.get("/v1/experts").json(), sorted(bank.names), bank.rows_in_use, files, service.experts.counts.hidden
 
 
 def likelihood(expert, rows):
@@ -86,7 +86,7 @@ def test_what_is_made_is_better_on_the_examples_and_is_served(tmp_path, rows):
         for name, values in expert.z.items():
             torch.testing.assert_close(values, z[name], atol=1e-5, rtol=0)
         assert sorted(bank.names) == sorted(v.key for v in service.experts.current.values())
-        assert (bank.rows_in_use, service.experts._unnamed) == (0, set())
+        assert (bank.rows_in_use, service.experts.counts.hidden) == (0, set())
         assert make(client).status_code == 409
         assert make(client, replace=True, seed=1).json()["digest"] != said["digest"]
 
@@ -107,40 +107,45 @@ def test_answers_can_be_matched(tmp_path, score):
 
 
 def test_what_runs_goes_on_and_what_is_new_waits(tmp_path, monkeypatch):
+    """The old request's second step ends when the search asks for its pause, so that it still runs in the search."""
     body = {"model": "code", "prompt": "1+2+3?", "max_tokens": 100, "temperature": 1.9, "seed": 1, "n": 8}
     with served(experts=tmp_path) as (client, service):
         alone = complete(client, **body).json()["choices"]
-        seen, real, answers, drawn = {}, few_shot.FewShot, {}, engine.draw
+        seen, answers, draws, pausing = {}, {}, [], threading.Event()
+        real, drawn, paused = searches.FewShot, engine.draw, service.engine.paused
+        loop = asyncio.run_coroutine_threadsafe  # the loop runs what it is given in order
 
-        def slowly(*args):
-            time.sleep(0.0 if seen else 0.1)  # so that what runs has not ended when the search begins
+        def gated(*args):
+            draws.append(1)
+            if len(draws) == 2:
+                assert pausing.wait(PATIENCE), "nobody asked for a pause"
             return drawn(*args)
 
+        def asked():
+            pausing.set()
+            return paused()
+
         def in_the_search(*args, **kwargs):
-            time.sleep(0.1)  # what the last step brought is still on its way to the event loop
+            loop(asyncio.sleep(0), service.engine._loop).result(PATIENCE)  # what the last step brought has been taken
             running = dict(service.engine.running)
             had = [g.tokens for g in running.values()]
             threads.append(threading.Thread(target=lambda: answers.update(new=complete(client))))
             threads[-1].start()
-            until = time.monotonic() + 5
-            while not service.engine.waiting and time.monotonic() < until:
-                time.sleep(0.01)
-            time.sleep(0.2)
+            wait_until(lambda: service.engine.waiting, "the new request waits")
+            seen["second"] = make(client, "second").status_code
             seen.update(
                 waiting=len(service.engine.waiting), same=service.engine.running == running, running=len(running)
             )
-            seen["second"] = make(client, "second").status_code
             out = real(*args, **kwargs)
             seen["tokens"] = [g.tokens for g in running.values()] == had
             return out
 
-        monkeypatch.setattr(few_shot, "FewShot", in_the_search)
-        monkeypatch.setattr(engine, "draw", slowly)
+        monkeypatch.setattr(searches, "FewShot", in_the_search)
+        monkeypatch.setattr(engine, "draw", gated)
+        monkeypatch.setattr(service.engine, "paused", asked)
         threads = [threading.Thread(target=lambda: answers.update(old=complete(client, **body)))]
         threads[0].start()
-        until = time.monotonic() + 5
-        while not any(g.tokens for g in list(service.engine.running.values())) and time.monotonic() < until:
-            time.sleep(0.001)
+        wait_until(lambda: any(g.tokens for g in list(service.engine.running.values())), "the first tokens have come")
         assert make(client).status_code == 201
         for thread in threads:
             thread.join()
@@ -151,7 +156,7 @@ def test_what_runs_goes_on_and_what_is_new_waits(tmp_path, monkeypatch):
         assert not (tmp_path / "second.safetensors").exists()
 
 
-def test_a_search_that_fails_changes_nothing(tmp_path, monkeypatch):
+def test_a_search_that_fails_changes_nothing(tmp_path, monkeypatch, caplog):
     folder = tmp_path / "experts"
     folder.mkdir()
     with served(experts=folder) as (client, service):
@@ -183,12 +188,13 @@ def test_a_search_that_fails_changes_nothing(tmp_path, monkeypatch):
         refused(409, "replace=true", name="math")
         refused(422, "nothing has changed", score="exact", caution=10)
         with monkeypatch.context() as m:
-            m.setattr(few_shot, "MOST_TOKENS", 16 * 6 * 10)
+            m.setattr(searches, "MAX_TOKENS", 16 * 6 * 10)
             refused(400, "smaller population")
         with monkeypatch.context() as m:
-            m.setattr(few_shot, "exact", lambda **_: 1 / 0)
+            m.setattr(searches, "exact", lambda **_: 1 / 0)
             refused(400, "division by zero", score="exact")
         calls, real = 0, service.model.forward
+        assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
         def forward(*args, **kwargs):
             nonlocal calls
@@ -200,6 +206,9 @@ def test_a_search_that_fails_changes_nothing(tmp_path, monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(service.model, "forward", forward)
             refused(500, "no more memory")
+        (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+        assert record.name == "t2kernels.serve.searches"
+        assert str(record.exc_info[1]) == "no more memory"
         with monkeypatch.context() as m:
             m.setattr(t2.Expert, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             refused(507, "No space left")

@@ -1,1 +1,1 @@
-"""Which request runs next, and the next token of each."""
+"""Generation: the queue of requests, continuous batching with experts, and sampling."""

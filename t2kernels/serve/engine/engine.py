@@ -1,8 +1,10 @@
-"""`Engine`: who runs, who waits, and who holds a row. Generation itself is a thread of `batching.py`; all of this runs on the event loop.
+"""`Engine`: the queue of requests, and the row that each of them holds.
 
-A request that has been accepted waits until there is a place in the batch and a row for its expert, and holds that row until it has ended.
-Those whose expert has no row while every row is held are passed by others, though at most `PATIENCE` times: then nobody passes until a row is
-free, so that every request runs in the end. The base model needs no row.
+It runs on the event loop; batching.py generates on a thread. An accepted request waits for a place in the batch and for
+a row for its expert. It holds that row until it ends. The base model needs no row.
+
+A request that waits for a row may be overtaken up to PATIENCE times. After that the queue blocks until a row is free,
+so that no request waits for ever.
 """
 
 from __future__ import annotations
@@ -10,124 +12,119 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.names import Name
-from t2kernels.serve.http.errors import APIError
+from t2kernels.serve.http.errors import APIError, EngineError
 
 from .batching import BatchSettings, free_share, longest_request, make_manager
+from .handle import Generation
 from .sampling import GREEDY, Sampling, draw
 
-PATIENCE = 64
-"""How often a request that waits for a row may be passed; at two passes a step this is a second or two on a GPU."""
-WATCH = 0.2
-"""Seconds between looks at the generation thread."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+PATIENCE: int = 64
+"""How often a request that waits for a row may be overtaken. At two a step this is a second or two on a GPU."""
+WATCH_SECONDS: float = 0.2
+"""Time between two looks at the generation thread."""
 
 
-@dataclass
-class Generation:
-    """One accepted request. Iterate over it for its tokens as they come; `cancel` whenever nobody wants them any more.
+class Output(NamedTuple):
+    """What one step generated for one request.
 
-    on_end: called once, when it has finished, failed or been cancelled
+    id: of the request; tokens: all so far; error: why it failed, or None; last: whether it has finished
     """
 
-    engine: Engine
     id: str
-    prompt: list[int]
-    expert: Name
-    max_tokens: int
-    sampling: Sampling
-    on_end: Callable[[], None]
-    arrived: float = field(default_factory=time.perf_counter)
-    started: float | None = None  # of its first token
-    tokens: int = 0  # that have come
-    finish: str | None = None  # "stop" or "length", once it has ended well
-    over: bool = False  # ended, in whichever way
-    passed: int = 0
-    held: Tensor | None = None  # ids of its row
-    events: asyncio.Queue = field(default_factory=asyncio.Queue)
-
-    def cancel(self) -> None:
-        """Stop generating and free what it holds; nothing if it has ended."""
-        self.engine.cancel(self)
-
-    async def __aiter__(self) -> AsyncIterator[list[int]]:
-        """New tokens, as many as have come since the last look. Raises APIError if the request fails."""
-        while True:
-            tokens, last = [], False
-            for event in [await self.events.get(), *(self.events.get_nowait() for _ in range(self.events.qsize()))]:
-                if isinstance(event, Exception):
-                    raise event
-                if event is None:
-                    last = True
-                else:
-                    tokens += event
-            if tokens:
-                yield tokens
-            if last:
-                return
+    tokens: list[int]
+    error: str | None
+    last: bool
 
 
 class Engine:
-    """model: patched; ends: tokens that end a text; max_running: requests in the batch at once; max_waiting: requests that may wait for that.
+    """Runs requests with experts on one patched model. Make it, then `await start()`.
 
-    Make it, then `await start()`. longest: tokens that a request can have.
-    Raises what `make_manager` raises, and RuntimeError without memory for the cache.
+    model: patched; ends: tokens that end a text
+    settings: sizes of the batch and of the KV cache
+    max_running: most requests in the batch; max_waiting: most requests that wait for a place in it
+    Raises what `make_manager` raises, and EngineError if the KV cache does not fit into memory.
     """
+
+    model: PreTrainedModel
+    bank: ExpertBank
+    ends: list[int]
+    max_running: int
+    max_waiting: int
+    longest: int
+    """Most tokens (prompt and completion) of one request."""
+    waiting: dict[str, Generation]
+    """Accepted requests that have not started, in order of arrival."""
+    running: dict[str, Generation]
+    """Requests in the batch."""
+    draining: bool
+    """Whether the server is shutting down: no new request is accepted."""
+    failure: str | None
+    """Why nothing can run any more."""
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         ends: Sequence[int],
         settings: BatchSettings | None = None,
         max_running: int = 64,
         max_waiting: int = 512,
-    ):
+    ) -> None:
         self.model, self.bank, self.ends = model, model.t2_bank, list(ends) or [-1]
         self.max_running, self.max_waiting = max_running, max_waiting
-        self.waiting: dict[str, Generation] = {}  # in the order in which they came
-        self.running: dict[str, Generation] = {}
+        self.waiting, self.running = {}, {}
         self.draining = False
-        self.failure: str | None = None  # why nothing runs any more
+        self.failure = None
         self._admitting = self._changed = False
-        self._reserved = False  # nothing starts
+        self._reserved = False  # while true, nothing starts
         self._alone = threading.Lock()
         self._ids = map(str, itertools.count())
-        self._watch: asyncio.Task | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = asyncio.Lock()
         self._manager = make_manager(model, settings or BatchSettings(), self._sample, self._deliver)
         try:
-            self._manager.warmup()  # makes the cache
+            self._manager.warmup()  # allocates the KV cache
         except MemoryError as error:
-            raise RuntimeError(
-                f"the KV cache does not fit ({error}); take fewer --kv-tokens or --batch-tokens"
+            raise EngineError(
+                f"the KV cache does not fit into memory ({error}); use a smaller --kv-tokens or --batch-tokens"
             ) from None
         self.longest = longest_request(self._manager)
 
     async def start(self) -> None:
-        """Start the generation thread and see that the model runs on it; once. Raises RuntimeError if it does not."""
+        """Start the generation thread and generate two tokens as a check. Later calls do nothing.
+
+        Raises EngineError if the model does not run.
+        """
         if self._watch is not None:
             return
         self._loop = asyncio.get_running_loop()
         self._manager.start()
         self._watch = asyncio.create_task(self._watch_thread())
         try:
-            async for _ in self.submit(
-                [0, 0], max_tokens=2
-            ):  # a step that reads a prompt, and one that reads the cache
+            async for _ in self.submit([0, 0], max_tokens=2):  # one step reads the prompt, one reads the cache
                 pass
         except APIError as error:
             await self.drain(0)
-            raise RuntimeError(
-                f"{type(self.model).__name__} does not run with transformers' continuous batching ({error.message}); take --engine vllm"
+            raise EngineError(
+                f"{type(self.model).__name__} does not run with transformers' continuous batching ({error.message}); "
+                "use --engine vllm"
             ) from None
 
     def submit(
@@ -138,16 +135,23 @@ class Engine:
         sampling: Sampling | None = None,
         on_end: Callable[[], None] = lambda: None,
     ) -> Generation:
-        """Accept a request. Raises APIError: 400 too long for the cache, 429 too many wait, 503 shutting down or dead."""
+        """Accept a request.
+
+        prompt: token ids; max_tokens: most new tokens; expert: name in the bank, None for the base model, or a mixture
+        sampling: greedy by default; on_end: called once, after the request has finished, failed or been cancelled
+        Raises APIError: 400 too long for the cache, 429 too many requests wait, 503 shutting down or dead.
+        """
         self.check_open()
         if len(prompt) + max_tokens > self.longest:
             raise APIError(
                 400,
-                f"{len(prompt)} tokens of prompt and up to {max_tokens} more do not fit into the KV cache, which holds {self.longest}; "
-                "ask for fewer tokens, or start the server with a larger --kv-tokens",
+                f"{len(prompt)} tokens of prompt and up to {max_tokens} more do not fit into the KV cache, which holds "
+                f"{self.longest}; ask for fewer tokens, or start the server with a larger --kv-tokens",
                 "context_length_exceeded",
             )
-        generation = Generation(self, next(self._ids), list(prompt), expert, max_tokens, sampling or Sampling(), on_end)
+        generation = Generation(
+            next(self._ids), list(prompt), expert, max_tokens, sampling or Sampling(), self.cancel, on_end
+        )
         self.waiting[generation.id] = generation
         self._idle.clear()
         self._admit()
@@ -155,14 +159,14 @@ class Engine:
             del self.waiting[generation.id]
             raise APIError(
                 429,
-                f"{self.max_waiting} requests are waiting, which is the most that may; try again later",
+                f"{self.max_waiting} requests are waiting, the limit of this server; try again later",
                 "queue_full",
                 headers={"Retry-After": "1"},
             )
         return generation
 
     def check_open(self) -> None:
-        """Raises APIError 503 when nothing new is taken."""
+        """Raises APIError 503 if no new request is accepted."""
         if self.failure:
             raise APIError(503, f"generation has ended: {self.failure}; the server must be restarted", "engine_dead")
         if self.draining:
@@ -175,29 +179,32 @@ class Engine:
         self._end(generation)
 
     def free_cache(self) -> float:
-        """The share of the KV cache that is free."""
+        """The free share of the KV cache, from 0 to 1."""
         return free_share(self._manager) if self.failure is None else 1.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it no step of generation runs, so that the model can be used for something else, one at a time; not on the event loop."""
+        """Within it no step of generation runs, so that the caller may use the model.
+
+        One caller at a time; others wait. Not to be used on the event loop.
+        """
         with self._alone, self._manager.pause():
             yield
 
     @contextlib.asynccontextmanager
     async def reserved(self, timeout: float) -> AsyncIterator[int]:
-        """Within it nothing starts that holds a row, and so many rows, at least one, are free: what runs keeps its own. One at a time.
+        """Within it no request starts. Running requests go on and keep their rows.
 
-        timeout: seconds to wait for that. Raises APIError 503.
+        Yields the number of free rows, at least 1.
+
+        timeout: seconds to wait for a free row. Raises APIError 503 after that. One caller at a time.
         """
         self._reserved, until = True, time.monotonic() + timeout
         try:
             while (free := self.bank.rows - 1 - self.bank.rows_in_use) < 1:
                 self.check_open()
                 if time.monotonic() > until:
-                    raise APIError(
-                        503, f"no row of the tables became free in {timeout:g} s; nothing has changed", "no_row"
-                    )
+                    raise APIError(503, f"no row became free in {timeout:g} s; nothing has changed", "no_row")
                 await asyncio.sleep(0.02)
             yield free
         finally:
@@ -205,18 +212,18 @@ class Engine:
             self._admit()
 
     async def drain(self, timeout: float) -> bool:
-        """Take nothing new, wait for all that was accepted, and end the generation thread. Whether all of it finished in time."""
+        """Accept nothing new, wait for all accepted requests, and end the generation thread.
+
+        timeout: seconds to wait; then the remaining requests fail. Returns whether all requests finished in time.
+        """
         self.draining = True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout)
             done = True
         except TimeoutError:
             done = False
-        self._fail_all(
-            APIError(
-                503, f"the server shut down before this request had finished ({timeout:g} s were left)", "draining"
-            )
-        )
+        message = f"the server shut down before this request had finished ({timeout:g} s were left)"
+        self._fail_all(APIError(503, message, "draining"))
         if self._watch is not None:
             self._watch.cancel()
         async with self._stopping:
@@ -228,7 +235,10 @@ class Engine:
     # --- on the event loop
 
     def _admit(self) -> None:
-        """Start what can start, the oldest first. What fails at its start calls this again: it then goes round once more, not deeper."""
+        """Start every request that can start, the oldest first.
+
+        Re-entrant calls only set a flag: the outer loop runs again instead of recursing.
+        """
         self._changed = True
         if self._admitting:
             return
@@ -260,40 +270,51 @@ class Engine:
             self._run(generation)
 
     def _run(self, generation: Generation) -> None:
+        """Load the expert into a row and hand the request to the generation thread."""
         del self.waiting[generation.id]
         try:
             with torch.no_grad():
-                generation.held = self.bank.ids(generation.expert)
+                generation.rows = self.bank.pin([generation.expert])
             self.settle()
         except Exception as error:
+            logger.exception("request %s: expert %r could not be loaded", generation.id, generation.expert)
             self._fail(generation, APIError(500, f"the expert could not be loaded: {error}", "expert_not_loaded"))
             return
         self.running[generation.id] = generation
-        taken = self._manager.add_request(
-            generation.prompt,
-            request_id=generation.id,
-            max_new_tokens=generation.max_tokens,
-            streaming=True,
-            eos_token_id=self.ends,
-            expert_row=int(generation.held),
-        )
-        if taken is None:
+        try:
+            accepted = self._manager.add_request(
+                generation.prompt,
+                request_id=generation.id,
+                max_new_tokens=generation.max_tokens,
+                streaming=True,
+                eos_token_id=self.ends,
+                expert_row=generation.rows[0],
+            )
+        except Exception as error:
+            self._fail_with(generation, error)
+            return
+        if accepted is None:
             self._fail(generation, APIError(503, f"generation has ended: {self._why()}", "engine_dead"))
 
     def settle(self) -> None:
-        """Wait until rows that this thread wrote are written: generation reads them on another stream."""
+        """Wait until this thread's writes to rows are done, because generation reads them on another CUDA stream."""
         if self.bank.device.type == "cuda":
             torch.cuda.current_stream(self.bank.device).synchronize()
 
     def _end(self, generation: Generation) -> None:
-        """Forget a request, whichever way it ended, and start what can start now."""
+        """Forget a request that has finished, failed or been cancelled, and start what can start now."""
         if generation.over:
             return
         generation.over = True
         self.waiting.pop(generation.id, None)
         self.running.pop(generation.id, None)
-        generation.held = None  # lets go of its row
-        generation.on_end()
+        if generation.rows is not None:
+            self.bank.unpin(generation.rows)
+            generation.rows = None
+        try:
+            generation.on_end()
+        except Exception:  # the other requests must go on
+            logger.exception("request %s: its on_end failed", generation.id)
         if not self.waiting and not self.running:
             self._idle.set()
         self._admit()
@@ -302,36 +323,51 @@ class Engine:
         generation.events.put_nowait(error)
         self._end(generation)
 
+    def _fail_with(self, generation: Generation, error: Exception) -> None:
+        """Fail a request for a fault of this file. Call it where the error was caught."""
+        logger.exception("request %s failed", generation.id)
+        generation.events.put_nowait(APIError(500, f"{type(error).__name__}: {error}", "internal_error"))
+        self.cancel(generation)
+
     def _fail_all(self, error: APIError) -> None:
-        for generation in [
-            *self.waiting.values(),
-            *self.running.values(),
-        ]:  # those that wait first: none of them starts
+        # Waiting requests first, so that none of them starts when a running one ends.
+        for generation in [*self.waiting.values(), *self.running.values()]:
             self._fail(generation, error)
 
-    def _step(self, outputs: list[tuple[str, list[int], str | None, bool]]) -> None:
-        """What one step of generation brought: (request, its new tokens so far, error, whether it was the last)."""
-        for name, tokens, error, last in outputs:
-            generation = self.running.get(name)
+    def _step(self, outputs: Sequence[Output]) -> None:
+        """Take the outputs of one step of generation. An error fails the request that it came from.
+
+        The event loop calls this and would only log an exception, while the request's client waits for ever.
+        """
+        for output in outputs:
+            generation = self.running.get(output.id)
             if generation is None:  # cancelled
                 continue
-            if error is not None:
-                self._fail(generation, APIError(500, f"generation failed: {error}", "generation_failed"))
-                continue
-            new = tokens[generation.tokens :]
-            if new:
-                generation.started = generation.started or time.perf_counter()
-                generation.tokens = len(tokens)
-                generation.events.put_nowait(new)
-            if last:
-                generation.finish = "stop" if tokens and tokens[-1] in self.ends else "length"
-                generation.events.put_nowait(None)
-                self._end(generation)
+            try:
+                self._take(generation, output)
+            except Exception as error:
+                self._fail_with(generation, error)
+
+    def _take(self, generation: Generation, output: Output) -> None:
+        if output.error is not None:
+            self._fail(generation, APIError(500, f"generation failed: {output.error}", "generation_failed"))
+            return
+        new = output.tokens[generation.tokens :]
+        if new:
+            generation.started = generation.started or time.perf_counter()
+            generation.tokens = len(output.tokens)
+            generation.events.put_nowait(new)
+        if output.last:
+            generation.finish = "stop" if output.tokens and output.tokens[-1] in self.ends else "length"
+            generation.events.put_nowait(None)
+            self._end(generation)
 
     async def _watch_thread(self) -> None:
         while self._manager.is_running():
-            await asyncio.sleep(WATCH)
+            await asyncio.sleep(WATCH_SECONDS)
         self.failure = self._why()
+        error = self._manager.background_thread_status.fatal_error
+        logger.error("the generation thread has ended: %s", self.failure, exc_info=error)
         self._fail_all(APIError(500, f"generation has ended: {self.failure}", "engine_dead"))
 
     def _why(self) -> str:
@@ -340,11 +376,11 @@ class Engine:
 
     # --- on the generation thread
 
-    def _deliver(self, outputs: list) -> None:
-        told = [(o.request_id, o.generated_tokens, o.error, o.is_finished()) for o in outputs]
-        self._loop.call_soon_threadsafe(self._step, told)
+    def _deliver(self, outputs: Sequence[Any]) -> None:
+        step = [Output(o.request_id, o.generated_tokens, o.error, o.is_finished()) for o in outputs]
+        self._loop.call_soon_threadsafe(self._step, step)
 
     def _sample(self, logits: Tensor, names: Sequence[str]) -> Tensor:
-        # A request that was cancelled during this step is sampled anyhow; nobody reads it.
+        # A request that was cancelled during this step gets a token that nobody reads.
         running = [self.running.get(name) for name in names]
         return draw(logits, [GREEDY if g is None else g.sampling for g in running])

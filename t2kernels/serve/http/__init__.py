@@ -1,1 +1,1 @@
-"""The OpenAI protocol: requests, responses, limits, metrics."""
+"""The HTTP side of a server: requests, answers, errors, limits, metrics."""

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a server, in a registry of its own."""
+"""Prometheus metrics of a server, in a collector registry of its own."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from t2kernels.serve.engine.engine import Engine
-from t2kernels.serve.registry import MIXED, REMOVED, Experts
+from t2kernels.serve.registry import MIXED, REMOVED, ExpertRegistry
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-SECONDS_A_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+SECONDS: tuple[float, ...] = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+"""Buckets of the time to the first token."""
+SECONDS_PER_TOKEN: tuple[float, ...] = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+"""Buckets of the time for each token after the first."""
 
 
 class Metrics:
-    """expert: the label; "base", an expert's name, "mix" for every mixture, or "removed" for names that are gone.
+    """The metrics of a server. Their label `expert` is "base", an expert's name, "mix" (every mixture) or "removed".
 
-    So there are never more labels than names and four, however many names come and go.
+    "removed" stands for all names that are gone, so the number of labels stays bounded however many names come and go.
     """
 
-    def __init__(self, engine: Engine, experts: Experts):
+    registry: CollectorRegistry
+    requests: Counter
+    tokens_in: Counter
+    tokens_out: Counter
+    first: Histogram
+    each: Histogram
+
+    def __init__(self, engine: Engine, experts: ExpertRegistry) -> None:
         self.registry = CollectorRegistry()
         by_expert = {"labelnames": ("expert",), "registry": self.registry}
         self.requests = Counter("t2_requests", "Requests that have ended", ("expert", "status"), registry=self.registry)
@@ -32,28 +41,29 @@ class Metrics:
         self.each = Histogram(
             "t2_seconds_per_token",
             "From the first token to the last, for each after the first",
-            buckets=SECONDS_A_TOKEN,
+            buckets=SECONDS_PER_TOKEN,
             **by_expert,
         )
         self.registry.register(_State(engine, experts))
 
     def forget(self, expert: str) -> None:
-        """Drop an expert's series: names that come and go must not pile up."""
+        """Drop the series of an expert, because the series of removed names must not pile up."""
         for metric in (self.requests, self.tokens_in, self.tokens_out, self.first, self.each):
             metric.remove_by_labels({"expert": expert})
 
     def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class _State:
-    """What is read off when somebody asks."""
+    """Gauges and counters that are read from the engine and the registry when Prometheus collects."""
 
-    def __init__(self, engine: Engine, experts: Experts):
+    def __init__(self, engine: Engine, experts: ExpertRegistry) -> None:
         self.engine, self.experts = engine, experts
 
     def collect(self) -> Iterable[Metric]:
-        engine, bank = self.engine, self.engine.bank
+        engine, bank, counts = self.engine, self.engine.bank, self.experts.counts
         for name, text, value in (
             ("t2_rows", "Rows of the tables, row 0 (the base model) included", bank.rows),
             ("t2_rows_in_use", "Rows that requests hold", bank.rows_in_use),
@@ -64,11 +74,11 @@ class _State:
             ("t2_ready", "1 while requests are taken", int(not engine.draining and engine.failure is None)),
         ):
             yield GaugeMetricFamily(name, text, value=value)
-        for name, text, counts in (
-            ("t2_expert_loads", "Experts and mixtures written into a row", self.experts.loads),
-            ("t2_expert_evictions", "Experts and mixtures that gave up their row to another", self.experts.evictions),
+        for name, text, by_label in (
+            ("t2_expert_loads", "Experts and mixtures written into a row", counts.loads),
+            ("t2_expert_evictions", "Experts and mixtures that gave up their row to another", counts.evictions),
         ):
             family = CounterMetricFamily(name, text, labels=("expert",))
             for label in (MIXED, REMOVED, *self.experts.current):
-                family.add_metric((label,), counts[label])
+                family.add_metric((label,), by_label[label])
             yield family

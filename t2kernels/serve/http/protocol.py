@@ -1,29 +1,45 @@
-"""What requests of OpenAI's API hold, and the objects of its answers."""
+"""Requests of OpenAI's API, and the JSON objects of its answers."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from t2kernels.serve.engine.sampling import Sampling
+from t2kernels.serve.engine.sampling import Logprobs, Sampling
 
 from .errors import bad
 
-MOST_LOGPROBS = 20
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_LOGPROBS: int = 20
+MAX_STOPS: int = 16
+MAX_COMPLETIONS: int = 128
+"""Completions of one request: prompts times n."""
+
+JSON = dict[str, Any]
+"""A JSON object."""
 
 
 class StreamOptions(BaseModel):
+    """Options of a stream. include_usage: whether a last chunk holds the number of tokens."""
+
     include_usage: bool = False
-    include_obfuscation: bool | None = None  # nothing is hidden from whoever watches the length of packets
+    include_obfuscation: bool | None = None  # accepted and ignored
 
 
 class Request(BaseModel):
-    """What both endpoints take. Fields that would change the answer and are not supported are refused, never dropped; others are ignored."""
+    """The fields that both endpoints take.
 
-    model_config = ConfigDict(extra="forbid")
+    A field that would change the answer and is not supported is refused with an error.
+    A field that changes nothing is ignored.
+    """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
@@ -36,53 +52,56 @@ class Request(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    # Fields that change nothing here.
+    # Ignored.
     user: Any = None
     metadata: Any = None
     store: Literal[False] | None = None
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
-    # Known fields that are not supported, and the values that ask for nothing.
+    # Not supported: only values that ask for nothing are accepted.
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
-    logit_bias: dict | None = None
+    logit_bias: JSON | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Request:
         if self.logit_bias:
             raise ValueError("logit_bias is not supported")
-        if len(self.stops) > 16 or not all(self.stops):
-            raise ValueError(f"stop={self.stop!r}: wanted at most 16 texts, none of them empty")
+        if len(self.stops) > MAX_STOPS or not all(self.stops):
+            raise ValueError(f"stop={self.stop!r}: expected at most {MAX_STOPS} texts, none of them empty")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for stream=true")
+            raise ValueError("stream_options needs stream=true")
         return self
 
     @property
     def stops(self) -> list[str]:
+        """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     def wanted_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are reported with each; None: nothing is."""
+        """How many of the likeliest tokens are reported with each token. None: no log-probability is reported."""
         raise NotImplementedError
 
     def sampling(self, i: int) -> Sampling:
-        """Of the i-th completion: each has a seed of its own, from the request's."""
+        """The sampling of completion i. Each completion has its own seed, made from the request's seed."""
         seed = None if self.seed is None else f"{self.seed}/{i}"
         return Sampling(self.temperature, self.top_p, self.top_k, seed, self.wanted_logprobs())
 
 
 class ChatRequest(Request):
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[JSON] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    # Known and not supported.
-    tools: list | None = Field(None, max_length=0)
-    functions: list | None = Field(None, max_length=0)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    # Not supported: only values that ask for nothing are accepted.
+    tools: list[Any] | None = Field(None, max_length=0)
+    functions: list[Any] | None = Field(None, max_length=0)
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict | None = None
+    response_format: JSON | None = None
     modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
@@ -95,32 +114,34 @@ class ChatRequest(Request):
 
     @property
     def limit(self) -> int | None:
+        """The requested number of new tokens, or None."""
         return self.max_completion_tokens or self.max_tokens
 
     def wanted_logprobs(self) -> int | None:
+        """See `Request.wanted_logprobs`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def chat(self) -> list[dict[str, Any]]:
-        """The messages with plain text as content. Raises APIError for images and other parts."""
+    def chat(self) -> list[JSON]:
+        """The messages with plain text as content. Raises APIError 400 for images and other parts."""
         out = []
         for i, message in enumerate(self.messages):
             content = message.get("content")
             if isinstance(content, list):
                 if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
-                    raise bad(
-                        f"messages[{i}] holds something other than text, which this model cannot read", "messages"
-                    )
+                    raise bad(f"messages[{i}] has a part that is not text; this model reads text only", "messages")
                 content = "".join(str(part.get("text", "")) for part in content)
             if not isinstance(content, str) or not isinstance(message.get("role"), str):
-                raise bad(f"messages[{i}]: wanted a role and a content of text", "messages")
+                raise bad(f"messages[{i}]: expected a role and a content, both text", "messages")
             out.append({**message, "content": content})
         return out
 
 
 class CompletionRequest(Request):
+    """The body of POST /v1/completions."""
+
     prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    # Known and not supported.
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    # Not supported: only values that ask for nothing are accepted.
     suffix: Literal[""] | None = None
     echo: Literal[False] | None = None
     best_of: int | None = None
@@ -129,24 +150,28 @@ class CompletionRequest(Request):
     def _check_completion(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
             raise ValueError("best_of is not supported: it can only be n")
-        if not 1 <= len(self.prompts()) * self.n <= 128:
-            raise ValueError(f"{len(self.prompts())} prompts with n={self.n}: wanted between 1 and 128 completions")
+        prompts = len(self.prompts())
+        if not 1 <= prompts * self.n <= MAX_COMPLETIONS:
+            raise ValueError(f"{prompts} prompts with n={self.n}: expected 1 to {MAX_COMPLETIONS} completions")
         return self
 
     @property
     def limit(self) -> int | None:
+        """The requested number of new tokens; 16 by default, as in OpenAI's API."""
         return self.max_tokens or 16
 
     def wanted_logprobs(self) -> int | None:
+        """See `Request.wanted_logprobs`."""
         return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
+        """The prompts as a list, each a text or token ids."""
         single = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
         return [self.prompt] if single else list(self.prompt)
 
 
-def envelope(chat: bool, model: str, fingerprint: str) -> dict:
-    """What the chunks of a stream and a whole answer begin with."""
+def envelope(chat: bool, model: str, fingerprint: str) -> JSON:
+    """The fields that every answer and every chunk of a stream begins with."""
     return {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
         "object": "",
@@ -156,35 +181,41 @@ def envelope(chat: bool, model: str, fingerprint: str) -> dict:
     }
 
 
-def usage(prompt: int, completion: int) -> dict:
+def usage(prompt: int, completion: int) -> JSON:
+    """The `usage` object: numbers of tokens."""
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def whole_choice(chat: bool, index: int, text: str, finish: str, logprobs: dict | None) -> dict:
-    said = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
-    return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
+def whole_choice(chat: bool, index: int, text: str, finish: str, logprobs: JSON | None) -> JSON:
+    """One choice of a whole answer."""
+    content = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
 
 
 def part_choice(
-    chat: bool, index: int, text: str | None, finish: str | None, logprobs: dict | None, first: bool = False
-) -> dict:
-    """text: what is new, or None; first: whether the role has yet to be said"""
+    chat: bool, index: int, text: str | None, finish: str | None, logprobs: JSON | None, first: bool = False
+) -> JSON:
+    """One choice of a chunk. text: the new text, or None; first: whether it is the first, which names the role."""
     if chat:
-        said = {"delta": ({"role": "assistant"} if first else {}) | ({} if text is None else {"content": text})}
+        content = {"delta": ({"role": "assistant"} if first else {}) | ({} if text is None else {"content": text})}
     else:
-        said = {"text": text or ""}
-    return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
+        content = {"text": text or ""}
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
 
 
 def logprobs_of(
-    chat: bool, tokenizer, tokens: list[int], reported: list[tuple[float, list[tuple[int, float]]]], offset: int
-) -> dict:
-    """tokens, and for each log p and the likeliest others; offset: characters of text before them"""
+    chat: bool, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], reported: Sequence[Logprobs], offset: int
+) -> JSON:
+    """The `logprobs` object of a choice.
+
+    tokens: generated tokens; reported: their log-probabilities, one entry per token
+    offset: characters of text before these tokens
+    """
 
     def word(token: int) -> str:
         return tokenizer.decode([token])
 
-    def entry(token: int, value: float) -> dict:
+    def entry(token: int, value: float) -> JSON:
         return {"token": word(token), "logprob": value, "bytes": list(word(token).encode())}
 
     if chat:
