@@ -11,7 +11,7 @@ from rl import lora, prepare
 from rl import run as run_rl
 
 from t2kernels.adapt import CEMConfig, Classifier, FewShot, Prompt, Router, ZeroShot, labelled, refine, shuffled
-from t2kernels.adapt.refine import supervise
+from t2kernels.adapt.refinement import supervise
 from t2kernels.cli import models
 from t2kernels.evaluation import answers
 from t2kernels.rollout.generation import Sampler

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from t2kernels.rollout.chat import encode, end_tokens, has_template
 from t2kernels.serve.engine.batching import BatchSettings
 from t2kernels.serve.engine.engine import Engine
 from t2kernels.serve.http.errors import APIError, bad
@@ -56,9 +57,9 @@ class Service:
     def __init__(self, model, tokenizer, settings: Settings, shipped: dict[str, Path] | None = None):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.started = int(time.time())
-        ends = model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-        self.engine = Engine(model, sorted(ends), settings.batch, settings.max_running, settings.max_waiting)
+        self.engine = Engine(
+            model, sorted(end_tokens(model, tokenizer)), settings.batch, settings.max_running, settings.max_waiting
+        )
         self.experts = Experts(model.t2_bank, settings.experts, (settings.name,))
         for name, path in (shipped or {}).items():
             self.experts.load_file(name, path)
@@ -79,12 +80,11 @@ class Service:
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Through the chat template; without one a single message of the user is the prompt as it stands."""
-        if self.tokenizer.chat_template:
+        if has_template(self.tokenizer):
             try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                return encode(self.tokenizer, [messages])[0]
             except Exception as error:  # templates raise what they like
                 raise bad(f"the model's chat template refuses these messages: {error}", "messages") from None
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(messages) == 1 and messages[0]["role"] == "user":
             return self.tokenizer(messages[0]["content"])["input_ids"]
         raise bad(
