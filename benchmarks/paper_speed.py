@@ -10,11 +10,10 @@ import torch
 from paper_setup import Bench, Setup, mean
 
 from t2kernels.adapt import Examples
+from t2kernels.adapt.between_models import factors_of
 from t2kernels.adapt.mixing import Mixer
-from t2kernels.adapt.transfer import factors_of
 from t2kernels.cli import models
-from t2kernels.cli.race import rebuild
-from t2kernels.evaluation import answers
+from t2kernels.evaluation import answers, rebuild
 from t2kernels.rollout.generation import Rollout, completion_logits
 
 DTYPES = ("float32", "bfloat16")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from t2kernels.patching.explain import Explanation, explain
     from t2kernels.patching.patch import patch_model, unpatch_model
 
-    from . import adapt, tasks, tiny, train
+    from . import adapt, evaluation, tasks, tiny, train
     from .ops import svf_linear, svf_linear_group, svf_linear_ref
 
 _HOME = {
@@ -44,7 +44,7 @@ class T2Error(Exception):
     """Base of the errors that are meant to be read: they say what was given, what was expected and what to do."""
 
 
-_SUBPACKAGES = ("adapt", "tasks", "tiny", "train")
+_SUBPACKAGES = ("adapt", "evaluation", "tasks", "tiny", "train")
 
 __all__ = [
     "Expert",
@@ -59,6 +59,7 @@ __all__ = [
     "adapt",
     "count_parameters",
     "decompose",
+    "evaluation",
     "explain",
     "patch_model",
     "svf_linear",

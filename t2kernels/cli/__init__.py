@@ -1,4 +1,7 @@
-"""The command line, `t2`: one file per verb. torch and transformers are imported by the verbs when they run, so that help is instant."""
+"""The command line, `t2`: one file for each verb.
+
+The verbs import torch and transformers when they run, so that help is instant.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,15 @@ for name, function in {
 
 
 @app.callback(
-    epilog="[dim]Start with[/] t2 demo[dim]; it needs nothing but two CPU cores and takes less than three minutes.[/]"
+    epilog="[dim]Start with[/] t2 demo[dim]; it needs nothing but two CPU cores and takes about three minutes.[/]"
 )
 def main(
     debug: bool = typer.Option(
-        False, "--debug", help="Show the traceback of an error, not only its message. May stand anywhere."
+        False, "--debug", help="Show the traceback of an error, not only its message. It may stand anywhere."
     ),
 ) -> None:
     """SVF experts of Transformer²: train them by RL, keep many in a table, and batch them in one forward.
 
-    An expert is one number per singular value of a model's weights. Every verb uses the built-in tiny model unless --model names another.
+    An expert is one number for each singular value of a model's weights. Verbs use the built-in tiny model unless
+    --model names another.
     """

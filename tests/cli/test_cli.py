@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import t2kernels as t2
 from t2kernels.cli import app, models
-from t2kernels.cli.verbs.decompose import parse_rank
+from t2kernels.cli.models import parse_rank
 from t2kernels.evaluation import Score, answers, scores
 from tests.helpers.commandline import t2_, wide  # noqa: F401
 

@@ -15,12 +15,11 @@ from tests.helpers.commandline import t2_, wide  # noqa: F401
 def vllm(monkeypatch):
     """A vLLM that is installed, and what its server was started with."""
     calls = []
-    module = ModuleType("t2kernels.integrations.vllm.server.launch")
-    module.serve = lambda *args, **kwargs: calls.append((args, kwargs))
-    package = ModuleType("t2kernels.integrations.vllm")
-    package.serve = module
-    monkeypatch.setitem(sys.modules, package.__name__, package)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    launch = ModuleType("t2kernels.integrations.vllm.server.launch")
+    launch.serve = lambda *args, **kwargs: calls.append((args, kwargs))
+    server = ModuleType("t2kernels.integrations.vllm.server")
+    server.launch = launch
+    monkeypatch.setitem(sys.modules, server.__name__, server)
     monkeypatch.setattr(serve, "vllm_is_installed", lambda: True)
     return calls
 
@@ -64,7 +63,7 @@ def test_vllm_is_not_given_what_it_would_ignore(vllm, option):
 
 def test_what_cannot_be_served_is_said_at_once(tmp_path):
     for args, words in (
-        (["--engine", "other"], "wanted one of auto, transformers, vllm"),
+        (["--engine", "other"], "expected one of auto, transformers, vllm"),
         (["--engine", "vllm"], "vllm is not installed"),
         (["--experts", tmp_path / "nowhere"], "no such directory"),
         (["--option=--x"], "--option is for --engine vllm"),

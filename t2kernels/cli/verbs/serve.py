@@ -9,11 +9,15 @@ import typer
 from t2kernels.cli import models
 from t2kernels.cli.console import err
 
-ENGINES = ("auto", "transformers", "vllm")
-
-
-OF_BOTH = ("model", "experts", "host", "port", "api_key", "rows", "factors", "engine", "option", "rank", "form")
-"""Options that both engines take. rank and form go with factors, which say as much themselves."""
+ENGINES: tuple[str, ...] = ("auto", "transformers", "vllm")
+SHARED: tuple[str, ...] = (
+    *("model", "experts", "host", "port", "api_key", "rows", "factors", "engine", "option"),
+    *(
+        "rank",
+        "form",
+    ),  # accepted with vLLM too, because a command line with --factors has them; the factors decide both
+)
+"""Parameters that both engines accept."""
 
 
 def serve(
@@ -23,46 +27,49 @@ def serve(
     ),
     experts: Path = typer.Option(
         None,
-        help="Folder of experts: every .safetensors file in it is served by its name.  \\[default for tiny: its own]",
+        help="Folder of experts. Every .safetensors file in it is served by its name.  \\[default for tiny: its own]",
         show_default=False,
     ),
     host: str = typer.Option("127.0.0.1", help="Address to listen on."),
     port: int = typer.Option(8000, help="Port to listen on."),
     api_key: str = typer.Option(
-        None, envvar="T2_API_KEY", help="What clients must send; everybody may ask without one.", show_default=False
+        None,
+        envvar="T2_API_KEY",
+        help="Key that clients must send. Without one, everybody may use the server.",
+        show_default=False,
     ),
     name: str = typer.Option(
-        None, help="Of the base model in the API.  \\[default: the last part of MODEL]", show_default=False
+        None, help="Name of the base model in the API.  \\[default: the last part of MODEL]", show_default=False
     ),
     rows: int = typer.Option(
         None,
         min=2,
-        help="Rows of the tables, row 0 (the base model) included; more experts take turns.  \\[default: 64]",
+        help="Rows of the tables, row 0 (the base model) included. More experts take turns.  \\[default: 64]",
         show_default=False,
     ),
     route: str = typer.Option(
         None,
-        help="How model='auto' chooses: 'prompt' asks the base model, EXPERT a classification expert.",
+        help="How model='auto' chooses: 'prompt' asks the base model, EXPERT asks a classification expert.",
         show_default=False,
     ),
     margin: float = typer.Option(
-        0.0, help="Nats by which --route must prefer an expert; below it the base model answers."
+        0.0, help="Nats by which --route must prefer an expert. Below it the base model answers."
     ),
     chat_template: Path = typer.Option(
-        None, help="File with a chat template, in place of the tokenizer's.", show_default=False
+        None, help="File with a chat template, which replaces the tokenizer's.", show_default=False
     ),
-    engine: str = typer.Option("auto", help="transformers, vllm, or auto: vllm where it is installed."),
+    engine: str = typer.Option("auto", help="transformers, vllm, or auto: vllm if it is installed."),
     option: list[str] = typer.Option(
         [], help="An option for vLLM, such as --option=--max-model-len=4096. May be repeated."
     ),
     kv_tokens: int = typer.Option(16384, min=64, help="Tokens that the KV cache holds, over all requests."),
     page_size: int = typer.Option(16, min=4, help="Tokens of a block of the KV cache."),
-    batch_tokens: int = typer.Option(512, min=16, help="Most tokens of one step; longer prompts are read in pieces."),
+    batch_tokens: int = typer.Option(512, min=16, help="Most tokens of one step. Longer prompts are split."),
     max_running: int = typer.Option(64, min=1, help="Most requests that are generated at once."),
-    max_waiting: int = typer.Option(512, min=0, help="Most requests that wait; further ones are answered 429."),
-    max_upload: int = typer.Option(256, min=1, help="MiB that an uploaded expert may have."),
+    max_waiting: int = typer.Option(512, min=0, help="Most requests that wait. Further ones are answered 429."),
+    max_upload: int = typer.Option(256, min=1, help="Most MiB of an uploaded expert."),
     drain: float = typer.Option(
-        30.0, min=0, help="Seconds that running requests have when the server is told to stop."
+        30.0, min=0, help="Seconds that running requests have to finish when the server is stopped."
     ),
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
@@ -71,25 +78,27 @@ def serve(
     dtype: str = models.DtypeOption,
     device: str = models.DeviceOption,
 ) -> None:
-    """Serve a model with its experts over OpenAI's API: the request's model is an expert's name.
+    """Serve a model with its experts over OpenAI's API. The model of a request is the name of an expert.
 
     [dim]$[/] t2 serve tiny
 
     [dim]$[/] t2 serve meta-llama/Llama-3.1-8B-Instruct --experts experts --rank 256 --form delta --route prompt
     """
     if engine not in ENGINES:
-        raise ValueError(f"--engine {engine}: wanted one of {', '.join(ENGINES)}")
+        raise ValueError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     if experts is not None and not experts.is_dir():
         raise FileNotFoundError(f"--experts {experts}: no such directory")
     if engine == "vllm" or (engine == "auto" and vllm_is_installed()):
-        for other in context.params.keys() - set(OF_BOTH):
+        for other in context.params.keys() - set(SHARED):
             if context.get_parameter_source(other).name == "COMMANDLINE":
                 raise ValueError(
-                    f"--{other.replace('_', '-')} is for --engine transformers; vLLM's own options are passed as --option=--NAME=VALUE"
+                    f"--{other.replace('_', '-')} is for --engine transformers; "
+                    "pass vLLM's own options as --option=--NAME=VALUE"
                 )
         if form not in ("auto", "delta" if factors else "factored"):
             raise ValueError(
-                f"--form {form} with --engine vllm: with --factors it is delta, without it the checkpoint is a factored one"
+                f"--form {form} with --engine vllm: the form is delta with --factors, and factored without, "
+                "because the checkpoint is a factored one then"
             )
         _serve_vllm(model, experts, host, port, api_key, rows, factors, option)
         return
@@ -102,7 +111,7 @@ def serve(
     except ImportError as e:
         raise ImportError(f"t2 serve needs a web server: pip install 't2kernels[serve]' ({e})") from e
     check_transformers()
-    at = listen(host, port)
+    at = listen(host, port)  # before the model is loaded, so that a taken port is reported at once
     template = None if chat_template is None else chat_template.read_text()
     tiny = model == models.TINY
     loaded = models.load(model, dtype, device)
@@ -130,6 +139,7 @@ def serve(
 
 
 def vllm_is_installed() -> bool:
+    """Whether vLLM can be imported here."""
     from t2kernels.integrations.vllm.hooks import installed
 
     return installed() is not None
@@ -152,7 +162,7 @@ def _serve_vllm(
     option: list[str],
 ) -> None:
     if not vllm_is_installed():
-        raise ImportError("--engine vllm: vllm is not installed here; install it, or take --engine transformers")
+        raise ImportError("--engine vllm: vllm is not installed here; install it, or use --engine transformers")
     from t2kernels import tiny
     from t2kernels.integrations.vllm.server import launch as vllm
 
