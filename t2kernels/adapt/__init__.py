@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .between_models import alignment, shuffled, transfer
     from .cem import CEMConfig, Found, search
-    from .classifier import Classifier
     from .examples import Examples
     from .few_shot import FewShot
-    from .prompt import Prompt
+    from .prompt import Classifier, Prompt
     from .question import Question, labelled
     from .refinement import refine
     from .strategy import Strategy
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CEMConfig": "cem",
-    "Classifier": "classifier",
+    "Classifier": "prompt",
     "Examples": "examples",
     "FewShot": "few_shot",
     "Found": "cem",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from t2kernels.experts.expert import Expert
-from t2kernels.rollout.settings import check_setting
+from t2kernels.rollout.checks import check_setting
 
 from .examples import Examples, Scores
 from .mixing import Mixer

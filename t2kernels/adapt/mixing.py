@@ -19,7 +19,7 @@ from torch import Tensor
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.scratch import flatten, unflatten
-from t2kernels.rollout.settings import check_setting
+from t2kernels.rollout.checks import check_setting
 
 GRANULARITIES: tuple[str, ...] = ("expert", "layer", "matrix")
 MIXINGS: tuple[str, ...] = ("delta", "z", "normalised", "logits")

@@ -1,23 +1,25 @@
-"""`Prompt`: the model says in one forward what a prompt is about (arXiv 2501.06252, section 3.2, "prompt engineering").
+"""`Prompt` and `Classifier`: the model says in one forward what a prompt is about (arXiv 2501.06252, section 3.2).
 
     label(x) = argmax_c log p(c | question(x))
 
 The expert of that label answers if it leads by `margin` nats over every label of another expert, else the base model.
+The base model is asked ("prompt engineering"), or an expert that was trained to be ("classification expert").
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from t2kernels.experts.names import Name
+from t2kernels.experts.names import CLASSIFIER, Name
 from t2kernels.rollout.chat import AnyPrompt
 from t2kernels.rollout.generation import Sampler
 from t2kernels.rollout.labels import encode_labels, label_log_likelihoods
+from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.rewards import Scorer
 
 from .question import Question
@@ -129,6 +131,38 @@ class Prompt(Strategy):
         return [self.question.parse(text) for text in self.sampler.decode(drawn, asked)]
 
 
+class Classifier(Prompt):
+    """`Prompt`, with an expert of the bank answering the question.
+
+    question: None: the one in the expert's manifest, where `t2 train --task classify --classes ...` writes it
+    classifier: the expert's name
+    settings: as of `Prompt`
+    Raises ValueError: no such expert, no question, a label whose expert is not in the bank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        question: Question | None = None,
+        classifier: str = CLASSIFIER,
+        **settings: Any,
+    ) -> None:
+        if question is None:
+            bank = bank_of(model)
+            if classifier not in bank:
+                raise ValueError(
+                    f"no expert {classifier!r} in the bank to take the question from; add it, or pass question="
+                )
+            recorded = bank[classifier].manifest.get("question")
+            if recorded is None:
+                raise ValueError(
+                    f"the manifest of expert {classifier!r} holds no question: pass the question of its training"
+                )
+            question = Question(**recorded)
+        super().__init__(model, tokenizer, question, asked=classifier, **settings)
+
+
 @dataclass(frozen=True)
 class MarginFit:
     """margin: nats; share: of the prompts that are routed with it
@@ -153,3 +187,31 @@ def make_prompt(
 ) -> Prompt:
     """The `Prompt` that asks which of `experts` fits. Arguments as of `make_strategy`."""
     return Prompt(model, tokenizer, Question.for_experts(experts, tokenizer, tiny), margin)
+
+
+def make_classifier(
+    model: nn.Module,
+    tokenizer: Any,
+    experts: Sequence[str] | Mapping[str, str],
+    *,
+    classifier: str | None,
+    margin: float = 0.0,
+    tiny: bool = False,
+) -> Classifier:
+    """The `Classifier` that asks the recorded question of `classifier`, or else which of `experts` fits.
+
+    experts: as of `make_strategy`. If it is a mapping, labels of experts that it lacks keep the base model.
+    Raises ValueError for classifier=None, the base model.
+    """
+    if classifier is None:
+        raise ValueError("the base model is no classifier; strategy 'prompt' asks it")
+    bank = bank_of(model)
+    recorded = bank[classifier].manifest.get("question") if classifier in bank else None
+    if recorded is None:
+        question = Question.for_experts(experts, tokenizer, tiny)
+    else:
+        question = Question(**recorded)
+        if isinstance(experts, Mapping):
+            labels = {label: experts.get(name) for label, name in question.labels.items() if name is not None}
+            question = replace(question, labels={**question.labels, **labels})
+    return Classifier(model, tokenizer, question, classifier, margin=margin)

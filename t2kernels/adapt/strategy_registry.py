@@ -129,7 +129,7 @@ _CLASSIFIER = Option("classifier", str, CLASSIFIER, "The expert that answers the
 _EXAMPLES = Option("examples", Path, None, "A .jsonl file with prompt and answer.", required=True)
 
 register_strategy("prompt", "t2kernels.adapt.prompt:make_prompt", _MARGIN)
-register_strategy("classify", "t2kernels.adapt.classifier:make_classifier", _CLASSIFIER, _MARGIN)
+register_strategy("classify", "t2kernels.adapt.prompt:make_classifier", _CLASSIFIER, _MARGIN)
 register_strategy("router", "t2kernels.adapt.zero_shot:make_router", _CLASSIFIER)
 register_strategy("confidence", "t2kernels.adapt.zero_shot:make_confidence")
 register_strategy("likelihood", "t2kernels.adapt.zero_shot:make_likelihood")

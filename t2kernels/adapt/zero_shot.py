@@ -21,8 +21,7 @@ from t2kernels.rollout.chat import AnyPrompt
 from t2kernels.rollout.generation import Rollout, completion_logits, log_probs
 from t2kernels.rollout.modes import eval_mode
 
-from .classifier import make_classifier
-from .prompt import Prompt
+from .prompt import Prompt, make_classifier
 from .strategy import Strategy, bank_names
 
 

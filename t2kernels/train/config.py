@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from t2kernels.rollout.settings import check_setting
+from t2kernels.rollout.checks import check_setting
 
 PARAMETRISATIONS: tuple[str, ...] = ("raw", "sigmoid")
 ADVANTAGES: tuple[str, ...] = ("none", "batch", "group", "leave_one_out")
