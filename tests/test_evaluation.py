@@ -1,4 +1,4 @@
-"""`t2kernels.evaluation` as a library: no command line, no torch at import, scores that are those of answers one by one."""
+"""`t2kernels.evaluation` as a library: no command line, no torch at import, scores equal to those of single answers."""
 
 import subprocess
 import sys

@@ -115,7 +115,7 @@ class Examples:
                 if reward and likelihood
                 else prefill(self.model, self.prefix, chunk, len(self))
             )
-            if reward:
+            if reward and self.scorer is not None:
                 drawn = self._answers(chunk, copy.deepcopy(cache) if likelihood else cache, temperature, samples)
                 got, written = rewarded(self.scorer, self.rows, drawn, samples)
                 rewards.append(got)

@@ -58,7 +58,7 @@ class Prompt(Strategy):
         self.margin: float = margin
         self.method: str = method
         self.asked: str | None = asked
-        self.readers = [asked]
+        self.readers: Sequence[str | None] = [asked]
         self.experts: list[str | None] = list(question.labels.values())
         self._labels = encode_labels(self.sampler.tokenizer, list(question.labels))
 

@@ -42,7 +42,7 @@ class ZeroShot(Strategy):
         self.check_in_bank(experts, "to choose from are")
         self.experts: list[str | None] = [None, *experts]
         self.by: str = by
-        self.readers = self.experts
+        self.readers: Sequence[str | None] = self.experts
 
     @torch.no_grad()
     def scores(self, prompts: Sequence[AnyPrompt]) -> Tensor:
@@ -87,7 +87,7 @@ class Router(Strategy):
         self.judge: Prompt = judge
         self.step: float = step
         self.most: int = max(1, self.bank.rows // 4) if most is None else most
-        self.readers = judge.readers
+        self.readers: Sequence[str | None] = judge.readers
 
     def choose_batch(self, prompts: Sequence[AnyPrompt]) -> list[Name]:
         """The mixture of each prompt, or its one expert."""

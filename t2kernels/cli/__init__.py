@@ -5,12 +5,14 @@ The verbs import torch and transformers when they run, so that help is instant.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 from .console import Commands, verb
 from .verbs import decompose, demo, env, evaluate, generate, inspect, serve, train, tune
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     add_completion=False,
@@ -18,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for name, function in {
+VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "train": train.train,
     "eval": evaluate.evaluate,
@@ -28,8 +30,9 @@ for name, function in {
     "serve": serve.serve,
     "tune": tune.tune,
     "env": env.env,
-}.items():
-    app.command(name)(verb(function))
+}
+for _name, _verb in VERBS.items():
+    app.command(_name)(verb(_verb))
 
 
 @app.callback(

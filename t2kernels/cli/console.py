@@ -117,9 +117,11 @@ def wait_quietly() -> None:
 
 
 class _Without(logging.Filter):
-    def __init__(self, message: str):
+    """Drops messages that contain a text."""
+
+    def __init__(self, message: str) -> None:
         super().__init__()
-        self.message = message
+        self.message: str = message
 
     def filter(self, record: logging.LogRecord) -> bool:
         return self.message not in record.getMessage()

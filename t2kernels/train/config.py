@@ -146,7 +146,8 @@ class SVFConfig(TrainingArguments):
                 "use_reentrant=True would recompute with the wrong experts: leave it out, or set it to False"
             )
         if on:
-            self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
+            for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+                setattr(self, name, None)
             setattr(self, new, True)
             setattr(self, f"{new}_kwargs", kwargs)
 

@@ -21,7 +21,7 @@ from .config import SVFConfig
 from .data import Problems
 from .loss import kl_divergence, reinforce_loss
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 PATIENCE = 5
 """Batches in a row whose rewards are all equal, before a warning."""

@@ -1,4 +1,4 @@
-"""The registry: a strategy is made by its name, its options are on the command line, and mistakes end before any forward."""
+"""The registry: a strategy is made by its name, its options are on the command line, mistakes end before a forward."""
 
 import json
 

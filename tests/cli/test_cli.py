@@ -59,7 +59,8 @@ def test_help_lists_every_verb():
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys; from t2kernels.cli import app; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    code = "import sys; from t2kernels.cli import app; "
+    code += "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

@@ -1,4 +1,4 @@
-"""Drawing completions: end tokens, stop texts, the model's own settings, modes, and a second thread on the same model."""
+"""Drawing completions: end tokens, stop texts, the model's own settings, modes, and a second thread on the model."""
 
 import threading
 

@@ -147,16 +147,24 @@ def test_expressions(completion, answer):
 
 
 EQUAL = [
-    ("\\frac{1}{2}", "1/2"), ("0.5", "\\frac12"), ("\\dfrac{1}{2}", "\\tfrac12"), ("-\\frac{1}{2}", "\\frac{-1}{2}"), ("1\\frac12", "1.5"),
-    ("10\\text{ cm}", "10"), ("10 \\mbox{ cm}^2", "10"), ("5 units", "5"), ("90^\\circ", "90"), ("90°", "90"), ("50\\%", "50"), ("\\$12", "12"),
-    ("1,234", "1234"), ("10{,}000", "10000"), ("10,\\!236", "10236"), ("x=5", "5"), ("x \\in [2,5)", "[2,5)"), ("(1, 2)", "(1,2)"),
-    ("\\left(1,\\frac{1}{2}\\right)", "(1,0.5)"), ("\\{2,1\\}", "\\{1,2\\}"), ("-2, 1", "1,-2"), ("(3,4),(1,2)", "(1,2),(3,4)"),
-    ("\\text{Monday}", "monday"), ("\\text{(C)}", "C"), ("2516_{8}", "2516_8"), ("\\frac{\\sqrt3}{2}", "\\frac{\\sqrt{3}}{2}"), ("$7$", "7."),
-    ("+3", "3"), ("3.0", "3"), ("\u22123", "-3"), ("\\(4\\)", "4"), ("x^{2}+1", "x^2 + 1"), ("[0,\\infty)", "[0, \\infty )"),
+    ("\\frac{1}{2}", "1/2"), ("0.5", "\\frac12"), ("\\dfrac{1}{2}", "\\tfrac12"), ("-\\frac{1}{2}", "\\frac{-1}{2}"),
+    ("1\\frac12", "1.5"),
+    ("10\\text{ cm}", "10"), ("10 \\mbox{ cm}^2", "10"), ("5 units", "5"), ("90^\\circ", "90"), ("90°", "90"),
+    ("50\\%", "50"), ("\\$12", "12"),
+    ("1,234", "1234"), ("10{,}000", "10000"), ("10,\\!236", "10236"), ("x=5", "5"), ("x \\in [2,5)", "[2,5)"),
+    ("(1, 2)", "(1,2)"),
+    ("\\left(1,\\frac{1}{2}\\right)", "(1,0.5)"), ("\\{2,1\\}", "\\{1,2\\}"), ("-2, 1", "1,-2"),
+    ("(3,4),(1,2)", "(1,2),(3,4)"),
+    ("\\text{Monday}", "monday"), ("\\text{(C)}", "C"), ("2516_{8}", "2516_8"),
+    ("\\frac{\\sqrt3}{2}", "\\frac{\\sqrt{3}}{2}"), ("$7$", "7."),
+    ("+3", "3"), ("3.0", "3"), ("\u22123", "-3"), ("\\(4\\)", "4"), ("x^{2}+1", "x^2 + 1"),
+    ("[0,\\infty)", "[0, \\infty )"),
 ]  # fmt: skip
 DIFFERENT = [
-    ("1", "2"), ("", "1"), ("(1,2)", "(2,1)"), ("(1,2]", "(1,2)"), ("[1,2]", "\\{1,2\\}"), ("\\{1,1\\}", "\\{1,2\\}"), ("1,2", "1,2,3"), ("a", "A"),
-    ("\\sqrt{2}", "2"), ("x", "y"), ("-1", "1"), ("\\frac{1}{0}", "0"), ("(1,234)", "1234"), ("12", "1,2"), ("2^3", "8_3"), ("cm", "10\\text{ cm}"),
+    ("1", "2"), ("", "1"), ("(1,2)", "(2,1)"), ("(1,2]", "(1,2)"), ("[1,2]", "\\{1,2\\}"), ("\\{1,1\\}", "\\{1,2\\}"),
+    ("1,2", "1,2,3"), ("a", "A"),
+    ("\\sqrt{2}", "2"), ("x", "y"), ("-1", "1"), ("\\frac{1}{0}", "0"), ("(1,234)", "1234"), ("12", "1,2"),
+    ("2^3", "8_3"), ("cm", "10\\text{ cm}"),
     ("1" * 501, "1" * 501),
 ]  # fmt: skip
 
@@ -229,13 +237,19 @@ OPTIONS = ["the Sun", "the Moon", "an iron nail", "a nail"]
 @pytest.mark.parametrize(
     ("completion", "letter"),
     [
-        ("B", "B"), (" B", "B"), ("B.", "B"), ("B)", "B"), ("(B)", "B"), ("[B]", "B"), ("b)", "B"), ("B: the Moon", "B"), ("**B**", "B"), ("B\n\nBecause", "B"),
-        ("The answer is B.", "B"), ("The answer is (B).", "B"), ("The correct answer is: B", "B"), ("Answer: (b) the Moon", "B"), ("answer is **B**", "B"),
-        ("A is wrong, as it is hot. The answer is B.", "B"), ("The answer is option B", "B"), ("The answer is A. No: the answer is B.", "B"),
-        ("2", "B"), ("(2)", "B"), ("The answer is 2.", "B"), ("\\boxed{B}", "B"), ("\\boxed{\\text{B}}", "B"), ("I choose (B) here", "B"), ("Reasoning.\n\nB", "B"),
-        ("the Moon", "B"), ("The Moon.", "B"), ("It is the moon, of course", "B"), ("The answer is the Moon.", "B"), ("The answer is a nail", "D"),
+        ("B", "B"), (" B", "B"), ("B.", "B"), ("B)", "B"), ("(B)", "B"), ("[B]", "B"), ("b)", "B"),
+        ("B: the Moon", "B"), ("**B**", "B"), ("B\n\nBecause", "B"),
+        ("The answer is B.", "B"), ("The answer is (B).", "B"), ("The correct answer is: B", "B"),
+        ("Answer: (b) the Moon", "B"), ("answer is **B**", "B"),
+        ("A is wrong, as it is hot. The answer is B.", "B"), ("The answer is option B", "B"),
+        ("The answer is A. No: the answer is B.", "B"),
+        ("2", "B"), ("(2)", "B"), ("The answer is 2.", "B"), ("\\boxed{B}", "B"), ("\\boxed{\\text{B}}", "B"),
+        ("I choose (B) here", "B"), ("Reasoning.\n\nB", "B"),
+        ("the Moon", "B"), ("The Moon.", "B"), ("It is the moon, of course", "B"), ("The answer is the Moon.", "B"),
+        ("The answer is a nail", "D"),
         ("an iron nail", "C"), ("B\n\nQuestion: what?\nAnswer: C", "B"), ("Question: which?\nAnswer: B", "B"),
-        ("A dog", ""), ("E", ""), ("5", ""), ("", ""), ("the Sun or the Moon", ""), ("(A) or (B)", ""), ("I do not know", ""), ("Because", ""), ("A nail", "D"),
+        ("A dog", ""), ("E", ""), ("5", ""), ("", ""), ("the Sun or the Moon", ""), ("(A) or (B)", ""),
+        ("I do not know", ""), ("Because", ""), ("A nail", "D"),
     ],
 )  # fmt: skip
 def test_options(completion, letter):
