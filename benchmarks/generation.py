@@ -1,12 +1,14 @@
-"""What does `generate` give for 1, 8 and 64 experts in one batch: tokens a second, time to the first token, and beside which peers?
+"""What does `generate` give for 1, 8 and 64 experts in one batch: tokens a second, time to the first token, and beside
+which peers?
 
     python benchmarks/generation.py                             the built-in model and a random Llama, on this machine
     python benchmarks/generation.py --subject llama-3-8b        on a GPU, in bf16
 
-Arms: the dense model with no expert; t2kernels in delta form (R/16, R) and factored (model's dtype, int8); dense weights rebuilt for each expert
-as the authors' release does it, and the same without the rebuilding, which is what one dense copy an expert would take; PEFT LoRA of rank 16 with
-`adapter_names`. All arms answer the same prompts in turn. Before anything is timed, logits are compared with those of materialised weights.
-Rows are appended to benchmarks/results/generation.jsonl.
+Arms: the dense model with no expert; t2kernels in delta form (R/16, R) and factored (model's dtype, int8); dense
+    weights rebuilt for each expert as the authors' release does it, and the same without the rebuilding, which is what
+    one dense copy an expert would take; PEFT LoRA of rank 16 with `adapter_names`. All arms answer the same prompts in
+    turn. Before anything is timed, logits are compared with those of materialised weights. Rows are appended to
+    benchmarks/results/generation.jsonl.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ ARMS = ("dense, no expert", *OURS, *PEERS)
 
 
 class Timed(NamedTuple):
-    """One batch answered: seconds to the first token, seconds for each later step, all seconds, of which rebuilding; tokens [B, S]."""
+    """One batch answered: seconds to the first token, seconds for each later step, all seconds, of which rebuilding;
+    tokens [B, S]."""
 
     first: float
     step: float
@@ -145,7 +148,8 @@ class Field:
         return Timed(first, steps, time.perf_counter() - start, rebuilding, torch.stack(tokens))
 
     def check(self, arm: str) -> float:
-        """Largest relative error of a row's last logits against dense weights of that row's expert. Raises if it is not rounding."""
+        """Largest relative error of a row's last logits against dense weights of that row's expert. Raises if it is not
+        rounding."""
         rows = min(self.batch, 4)
         ids, mask = self.ids[:rows], self.mask[:rows]
         worst = 0.0
@@ -180,17 +184,20 @@ class Field:
         return require(f"{self.subject.name}, {arm}", worst, room)
 
 
-# fp32: a few hundred roundings of 6e-8 through the layers. bf16: two models that round W' and W + dW differently are about this far apart in their logits.
+# fp32: a few hundred roundings of 6e-8 through the layers. bf16: two models that round W' and W + dW differently are
+# about this far apart in their logits.
 def allowed(ids, dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 0.1
 
 
-# int8 factors are another model, as int8 weights are: benchmarks/formats.py measures how far. Here only that nothing is broken.
+# int8 factors are another model, as int8 weights are: benchmarks/formats.py measures how far. Here only that nothing is
+# broken.
 INT8_ROOM = 0.2
 
 
 def sharing(model: nn.Module) -> nn.Module:
-    """A copy of the modules that has the same weights, not copies of them: no arm changes a weight in place, except that which rebuilds them."""
+    """A copy of the modules that has the same weights, not copies of them: no arm changes a weight in place, except
+    that which rebuilds them."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
@@ -205,7 +212,8 @@ def rebuild(model: nn.Module, factors, expert: t2.Expert) -> None:
 
 
 def measure(field: Field, arms: list[str], counts: list[int], repeats: int, slow_repeats: int) -> Iterator[dict]:
-    """Rows of all arms and numbers of experts, taken in turn. slow_repeats: how often weights are rebuilt, which needs no warming up."""
+    """Rows of all arms and numbers of experts, taken in turn. slow_repeats: how often weights are rebuilt, which needs
+    no warming up."""
     errors = {arm: field.check(arm) for arm in arms}
     cells = [(arm, experts) for experts in counts for arm in arms if arm != ARMS[0]]
     cells = [(ARMS[0], 0), *cells] if ARMS[0] in arms else cells

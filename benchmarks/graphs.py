@@ -1,4 +1,5 @@
-"""Time calls whose weights are not in the cache, on copies in turn: a CUDA graph on a GPU, else a loop. And ceilings."""
+"""Time calls whose weights are not in the cache, on copies in turn: a CUDA graph on a GPU, else a loop. And
+ceilings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What every benchmark shares: interleaved timing, the facts that a number depends on, and rows that are appended, never changed."""
+"""What every benchmark shares: interleaved timing, the facts that a number depends on, and rows that are appended,
+never changed."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Timing(NamedTuple):
-    """Seconds of one thing over several runs: median, and the middle half (`low` to `high`); ratio: the median of run-by-run ratios to the first."""
+    """Seconds of one thing over several runs: median, and the middle half (`low` to `high`); ratio: the median of
+    run-by-run ratios to the first."""
 
     median: float
     low: float
@@ -36,7 +38,8 @@ class Timing(NamedTuple):
 
 
 def interleaved(run: Mapping[str, Callable[[], object]], repeats: int = 9, warmup: int = 2) -> dict[str, Timing]:
-    """Time each of `run` `repeats` times in turn, so that what disturbs the machine disturbs all alike. Ratios are to the first of them."""
+    """Time each of `run` `repeats` times in turn, so that what disturbs the machine disturbs all alike. Ratios are to
+    the first of them."""
     seconds: dict[str, list[float]] = {name: [] for name in run}
     for i in range(warmup + repeats):
         for name, f in run.items():
@@ -111,7 +114,8 @@ def machine(packages: Sequence[str] = ("torch", "transformers")) -> dict:
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return {
-        "machine": f"{gpu}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}",
+        "machine": f"{gpu}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"load {os.getloadavg()[0]:.1f}",
         "versions": {name: metadata.version(name) for name in packages},
         "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
         "command": shlex.join(["python", *_without_places(sys.argv)]),
@@ -129,7 +133,8 @@ def _without_places(arguments: Sequence[str]) -> list[str]:
 
 
 def weights() -> str:
-    """The first 12 hex digits of the SHA-256 of the built-in model's weights: what was made with others is not mistaken for theirs."""
+    """The first 12 hex digits of the SHA-256 of the built-in model's weights: what was made with others is not mistaken
+    for theirs."""
     return hashlib.sha256((tiny.path() / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 

@@ -1,14 +1,16 @@
 """The tables of the Transformer² paper (arXiv 2501.06252), on the built-in model or on any causal language model.
 
-    python benchmarks/paper.py --model tiny                                    every part, two processes; docs/explanation/paper.md holds the tables
-    python benchmarks/paper.py --model meta-llama/Meta-Llama-3-8B-Instruct --jobs 1 --cache runs/llama      the same, by the release's settings
+    python benchmarks/paper.py --model tiny                                    every part, two processes;
+    docs/explanation/paper.md holds the tables python benchmarks/paper.py --model meta-llama/Meta-Llama-3-8B-Instruct
+    --jobs 1 --cache runs/llama      the same, by the release's settings
 
-Parts: trained (what RL gains on the trained tasks: those cells of rl.py that rl.jsonl does not hold for as many steps), lora (adapters of the
-trained tasks, kept in --cache), routes (each unseen task: base, every expert, every way to choose one), few (each unseen task and seed: CEM and
-its controls on the same examples), mixings (what CEM mixes), mixed (routing on mixed traffic, cost of the first pass), transfer, speed (a CEM
-generation). Another model has the part experts, which trains and keeps them, in place of trained and transfer. A row for each cell is appended
-to benchmarks/results/paper.jsonl; cells that are there already, for the same model and settings, are not run again unless --again. The unseen
-tasks were fixed before any result.
+Parts: trained (what RL gains on the trained tasks: those cells of rl.py that rl.jsonl does not hold for as many steps),
+    lora (adapters of the trained tasks, kept in --cache), routes (each unseen task: base, every expert, every way to
+    choose one), few (each unseen task and seed: CEM and its controls on the same examples), mixings (what CEM mixes),
+    mixed (routing on mixed traffic, cost of the first pass), transfer, speed (a CEM generation). Another model has the
+    part experts, which trains and keeps them, in place of trained and transfer. A row for each cell is appended to
+    benchmarks/results/paper.jsonl; cells that are there already, for the same model and settings, are not run again
+    unless --again. The unseen tasks were fixed before any result.
 """
 
 from __future__ import annotations
@@ -176,7 +178,8 @@ def settings(setup: Setup) -> dict:
 
 
 def measured(setup: Setup, out: Path) -> set[tuple]:
-    """The cells that rows hold already, for these settings and weights; what RL gains may be among the rows of rl.py."""
+    """The cells that rows hold already, for these settings and weights; what RL gains may be among the rows of
+    rl.py."""
     now = settings(setup)
     there = {key(row) for row in read(out) if row["settings"] == now}
     if setup.is_tiny:

@@ -1,4 +1,5 @@
-"""Parts of paper.py: experts and adapters of the trained tasks; how prompts of unseen tasks, and of mixed traffic, find their expert."""
+"""Parts of paper.py: experts and adapters of the trained tasks; how prompts of unseen tasks, and of mixed traffic, find
+their expert."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from rl import lora, prepare
 from rl import run as run_rl
 
 from t2kernels.adapt import CEMConfig, Classifier, FewShot, Prompt, Router, ZeroShot, labelled, refine, shuffled
-from t2kernels.adapt.refine import supervise
+from t2kernels.adapt.refinement import supervise
 from t2kernels.cli import models
 from t2kernels.evaluation import answers
 from t2kernels.rollout.generation import Sampler
@@ -27,7 +28,8 @@ def trained(setup: Setup, cell: str, seed: int) -> dict:
 
 
 def train_expert(setup: Setup, task: str, seed: int) -> dict:
-    """An expert of a trained task by the release's settings, or the classification expert. Kept in the cache; the built-in model ships its own."""
+    """An expert of a trained task by the release's settings, or the classification expert. Kept in the cache; the
+    built-in model ships its own."""
     path = setup.experts[task]
     bench = Bench(setup, experts=False, rows=4)
     data = (
@@ -51,7 +53,8 @@ def train_expert(setup: Setup, task: str, seed: int) -> dict:
 
 
 def train_lora(setup: Setup, task: str, seed: int) -> dict:
-    """A LoRA adapter of a trained task by the same RL as in rl.py (tiny), or by likelihood of the answers (another model)."""
+    """A LoRA adapter of a trained task by the same RL as in rl.py (tiny), or by likelihood of the answers (another
+    model)."""
     start = time.process_time()
     if setup.is_tiny:
         trainer, numbers = prepare(task, "lora r=16", seed, setup.steps)
@@ -78,7 +81,8 @@ def train_lora(setup: Setup, task: str, seed: int) -> dict:
 
 
 def routes(setup: Setup, task: str, seed: int) -> dict:
-    """Every expert on an unseen task, every way to choose one for each prompt, and the LoRA adapter of the related task."""
+    """Every expert on an unseen task, every way to choose one for each prompt, and the LoRA adapter of the related
+    task."""
     import peft
 
     bench = Bench(setup)
@@ -130,7 +134,8 @@ def routes(setup: Setup, task: str, seed: int) -> dict:
 
 
 def few(setup: Setup, task: str, seed: int) -> dict:
-    """CEM on a few examples, and on the same ones its controls: the best single expert, shuffled experts, LoRA, gradient steps from CEM's point."""
+    """CEM on a few examples, and on the same ones its controls: the best single expert, shuffled experts, LoRA,
+    gradient steps from CEM's point."""
     bench = Bench(setup)
     problems, out, facts = bench.rows(task), {}, {}
     examples = bench.examples(task, seed)

@@ -111,7 +111,8 @@ class Bench:
         return mean(self.right(task, problems, [expert] * len(problems)))
 
     def examples(self, task: str, seed: int) -> Examples:
-        """The few labelled prompts of a seed, from the training split. The gold answer of the built-in tasks is given at once."""
+        """The few labelled prompts of a seed, from the training split. The gold answer of the built-in tasks is given
+        at once."""
         gold = (lambda row: "=" + row["answer"]) if self.setup.is_tiny else self.setup.gold
         return Examples(
             self.model,

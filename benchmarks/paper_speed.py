@@ -10,11 +10,10 @@ import torch
 from paper_setup import Bench, Setup, mean
 
 from t2kernels.adapt import Examples
+from t2kernels.adapt.between_models import factors_of
 from t2kernels.adapt.mixing import Mixer
-from t2kernels.adapt.transfer import factors_of
 from t2kernels.cli import models
-from t2kernels.cli.race import rebuild
-from t2kernels.evaluation import answers
+from t2kernels.evaluation import answers, rebuild
 from t2kernels.rollout.generation import Rollout, completion_logits
 
 DTYPES = ("float32", "bfloat16")
@@ -32,8 +31,9 @@ def speeds(setup: Setup, task: str, threads: int) -> dict:
 
 
 def speed(setup: Setup, task: str, threads: int, repeats: int = 5) -> dict:
-    """A CEM generation of 32 candidates over 10 examples: in one batch, a candidate at a time, and as the release does it, with dense weights
-    rebuilt for each. Then the same candidates made of five experts instead of three. CPU seconds where there is one thread, else wall.
+    """A CEM generation of 32 candidates over 10 examples: in one batch, a candidate at a time, and as the release does
+    it, with dense weights rebuilt for each. Then the same candidates made of five experts instead of three. CPU seconds
+    where there is one thread, else wall.
     """
     bench = Bench(replace(setup, shots=10))
     torch.set_num_threads(threads or 1)
@@ -95,7 +95,8 @@ def speed(setup: Setup, task: str, threads: int, repeats: int = 5) -> dict:
 
 
 def rebuilt(dense, factors: dict, expert, examples: Examples, mode: str) -> list[str]:
-    """One candidate as the release scores it: W' = U diag(sigma z) Vᵀ in every dense weight, then the answers (and likelihoods)."""
+    """One candidate as the release scores it: W' = U diag(sigma z) Vᵀ in every dense weight, then the answers (and
+    likelihoods)."""
     rebuild(dense, factors, expert.z)
     tokenizer = examples.sampler.tokenizer
     written = answers(dense, tokenizer, examples.prompts, None, examples.sampler.max_new_tokens)

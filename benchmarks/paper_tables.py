@@ -1,4 +1,5 @@
-"""Write docs/explanation/paper.md from the committed rows of paper.py and rl.py: `python benchmarks/paper_tables.py`. Measures nothing."""
+"""Write docs/explanation/paper.md from the committed rows of paper.py and rl.py: `python benchmarks/paper_tables.py`.
+Measures nothing."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "explanation" / "paper.md"
 PAPER = {
-    "trained": "Llama3-8B, GSM8K / MBPP-Pro / ARC-Easy: base 75.89 / 64.65 / 88.59, LoRA 77.18 / 67.68 / 88.97, SVF 79.15 / 66.67 / 89.56. "
+    "trained": "Llama3-8B, GSM8K / MBPP-Pro / ARC-Easy: base 75.89 / 64.65 / 88.59, LoRA 77.18 / 67.68 / 88.97, SVF "
+    "79.15 / 66.67 / 89.56. "
     "Mistral-7B: 42.83 / 49.50 / 81.65, 44.66 / 51.52 / 81.19, 49.74 / 51.52 / 85.14.",
-    "unseen": "Llama3-8B, MATH / HumanEval / ARC-Challenge: base 24.54 / 60.98 / 80.63, LoRA 24.12 / 52.44 / 81.06, few-shot 25.47 / 62.99 / 82.61.",
+    "unseen": "Llama3-8B, MATH / HumanEval / ARC-Challenge: base 24.54 / 60.98 / 80.63, LoRA 24.12 / 52.44 / 81.06, "
+    "few-shot 25.47 / 62.99 / 82.61.",
     "parameters": "Llama3-8B: LoRA 6.82 M (q, v) and 35.13 M (with the MLP), SVF 0.16 M and 0.58 M.",
     "cost": "first pass, in shares of the second: 13 % (MATH), 19 % (HumanEval), 47 % (ARC-Challenge).",
     "transfer": "z of Llama3-8B helps Mistral-7B in two tasks of three; shuffled it hurts.",
@@ -169,7 +172,8 @@ def transfers(rows: list[dict]) -> str:
         a = r["alignment"]
         of = "a sibling (trained on for 120 steps)" if r["task"] == "web" else f"another model ({r['task']})"
         parts.append(
-            f"To {of}: mean |cos| of matching singular vectors {a['all']:.3f}, of the first 16 {a['leading']:.3f}; chance {a['chance']:.3f}. N = {r['N']}.\n"
+            f"To {of}: mean |cos| of matching singular vectors {a['all']:.3f}, of the first 16 {a['leading']:.3f}; "
+            f"chance {a['chance']:.3f}. N = {r['N']}.\n"
         )
         lines = []
         for name, v in r["accuracy"].items():

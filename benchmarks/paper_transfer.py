@@ -12,7 +12,8 @@ from t2kernels.cli import models
 
 
 def moved(setup: Setup, task: str, seed: int) -> dict:
-    """Experts on a sibling of the built-in model (--sibling: 'web' trains it on, or a checkpoint's directory), with the shuffled control."""
+    """Experts on a sibling of the built-in model (--sibling: 'web' trains it on, or a checkpoint's directory), with the
+    shuffled control."""
     bench = Bench(setup)
     other = models.load(task, None, None) if task != "web" else sibling(120, 7)
     bank = t2.patch_model(other.model)

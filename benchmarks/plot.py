@@ -1,8 +1,11 @@
-"""Draw the figures and write the tables of docs/explanation/benchmarks.md from committed rows; nothing in them is written by hand.
+"""Draw the figures and write the tables of docs/explanation/benchmarks.md from committed rows; nothing in them is
+written by hand.
 
-    python benchmarks/plot.py            docs/figures/*.svg, and docs/explanation/benchmarks.md from benchmarks/benchmarks.md.in
+    python benchmarks/plot.py            docs/figures/*.svg, and docs/explanation/benchmarks.md from
+    benchmarks/benchmarks.md.in
 
-Of each benchmark the rows of its last run are taken: those with the command and the commit of the last row. A figure without rows is left out.
+Of each benchmark the rows of its last run are taken: those with the command and the commit of the last row. A figure
+    without rows is left out.
 """
 
 from __future__ import annotations
@@ -218,14 +221,14 @@ def of_generation(rows: list[dict]) -> str:
             *over,
         )
 
-    head = "model|batch|experts|arm|first token, ms|a step, ms|tokens/s|first token over dense|step over dense|over one expert".split(
-        "|"
-    )
+    timed = "first token, ms|a step, ms|tokens/s|first token over dense|step over dense|over one expert"
+    head = f"model|batch|experts|arm|{timed}".split("|")
     return markdown(head, map(line, rows))
 
 
 def of_ops(rows: list[dict]) -> str:
-    """Of the mixes only that which is hardest, and not what auto chose once more under its own name; the rows hold all."""
+    """Of the mixes only that which is hardest, and not what auto chose once more under its own name; the rows hold
+    all."""
     rows = [r for r in rows if r["mix"] == "all distinct" and r["arm"] != "t2 cpp"]
     Ts = sorted({r["T"] for r in rows})
     cells: dict[tuple, dict[int, str]] = {}
@@ -268,8 +271,10 @@ def of_experts(rows: list[dict]) -> str:
         for r in switch
     ]
     many = [
-        f"{r['experts']:,} experts of {r['numbers']:,} numbers on {r['subject']} ({r['rows']} rows): {r['add_s']:.1f} s to read and add, "
-        f"{r['host_bytes_an_expert'] / 1e3:.1f} kB of host memory each, {r['device_bytes_a_row'] / 1e3:.1f} kB a row; one that has no row gets it in "
+        f"{r['experts']:,} experts of {r['numbers']:,} numbers on {r['subject']} ({r['rows']} rows): "
+        f"{r['add_s']:.1f} s to read and add, "
+        f"{r['host_bytes_an_expert'] / 1e3:.1f} kB of host memory each, {r['device_bytes_a_row'] / 1e3:.1f} kB a "
+        "row; one that has no row gets it in "
         f"{r['swap_ms']:.3f} ms (95 % in {r['swap_high_ms']:.3f} ms)."
         for r in rows
         if r["question"] == "many"
@@ -284,7 +289,8 @@ def of_experts(rows: list[dict]) -> str:
 def of_training(rows: list[dict]) -> str:
     peer = {r["subject"]: r["step_s"] for r in rows if r["arm"].startswith("PEFT")}
     lines = (
-        [r["subject"], f"{r['batch']} x {r['length']}", r["arm"], f"{r['numbers']:,}", f"{1e3 * r['step_s']:.0f}", f"{r['step_s'] / peer[r['subject']]:.2f}",
+        [r["subject"], f"{r['batch']} x {r['length']}", r["arm"], f"{r['numbers']:,}", f"{1e3 * r['step_s']:.0f}",
+         f"{r['step_s'] / peer[r['subject']]:.2f}",
          f"{r['optimiser_bytes'] / 1e6:.3f}", f"{r['peak_over_before_bytes'] / 1e6:.0f}"]
         for r in rows
     )  # fmt: skip

@@ -3,9 +3,10 @@
     python benchmarks/rl.py                                        every task, arm and seed: hours on two cores
     python benchmarks/rl.py --tasks math --arms "svf R/8" --seeds 0   one cell
 
-Each arm learns from the training split and is judged greedily on the frozen test file. LoRA is PEFT's, under the same rollouts, rewards,
-loss, schedule and evaluation. The supervised arms maximise the likelihood of the right answer, given at once. A row for each run is
-appended to benchmarks/results/rl.jsonl. No run is chosen by its test accuracy: the learning rates below were fixed beforehand.
+Each arm learns from the training split and is judged greedily on the frozen test file. LoRA is PEFT's, under the same
+rollouts, rewards, loss, schedule and evaluation. The supervised arms maximise the likelihood of the right answer, given
+at once. A row for each run is appended to benchmarks/results/rl.jsonl. No run is chosen by its test accuracy: the
+learning rates below were fixed beforehand.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ TASKS = ("math", "code", "reason", "classify")
 
 
 class Supervised:
-    """Mixed into a trainer: its rollouts are the right answers. With every advantage 1 and no KL, REINFORCE is the likelihood of those."""
+    """Mixed into a trainer: its rollouts are the right answers. With every advantage 1 and no KL, REINFORCE is the
+    likelihood of those."""
 
     def rollout(self, rows) -> Rollout:
         ids, mask = self.sampler.encode([row["prompt"] for row in rows], self.args.device)
@@ -107,7 +109,8 @@ def prepare(
     test: list[dict] | None = None,
     advance: Callable = lambda: None,
 ):
-    """(trainer, how many numbers it trains) of one cell, on a fresh model. test: what it is judged on; None: the validation split."""
+    """(trainer, how many numbers it trains) of one cell, on a fresh model. test: what it is judged on; None: the
+    validation split."""
     arm, task = ARMS[arm_name], tasks.load(task_name)
     model, tokenizer = tiny.load()
     args = SVFConfig(

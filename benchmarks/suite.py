@@ -3,8 +3,9 @@
     python benchmarks/suite.py                 this machine, on a CPU in less than ten minutes
     python benchmarks/suite.py --only ops training
 
-Runs the quick settings of each benchmark in turn, appends their rows to benchmarks/results/, and prints the tables, and last of all one table of what
-was claimed, what was found, and whether it holds. A claim that does not hold is said to, and is no error; a wrong result is.
+Runs the quick settings of each benchmark in turn, appends their rows to benchmarks/results/, and prints the tables, and
+last of all one table of what was claimed, what was found, and whether it holds. A claim that does not hold is said to,
+and is no error; a wrong result is.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def quick_ops(device: torch.device, seconds: float) -> Iterator[dict]:
     if device.type == "cuda":
         given = "--tokens 1 8 32 512 4096 --ranks 256 --each 0.15 --mixes all_distinct one".split()
     else:  # the matrices of a layer of 1024, and the square ones of Llama-3-8B
-        given = "--models small --tokens 1 8 64 --ranks 64 --each 0.2 --groups qkv gate+up --backward 128 --mixes all_distinct one 8_random".split()
+        sizes = "--models small --tokens 1 8 64 --ranks 64 --each 0.2"
+        given = f"{sizes} --groups qkv gate+up --backward 128 --mixes all_distinct one 8_random".split()
     a = ops.arguments([*(word.replace("_", " ") for word in given), "--seconds", str(seconds)])
     yield from ops.run(device, a)
     if device.type == "cpu":
@@ -52,7 +54,8 @@ def quick_ops(device: torch.device, seconds: float) -> Iterator[dict]:
 
 
 def search_generation(task: str = "sub") -> Iterator[dict]:
-    """A generation of the few-shot search on the built-in model: `paper_speed.speed` in each dtype, a row for each way of scoring."""
+    """A generation of the few-shot search on the built-in model: `paper_speed.speed` in each dtype, a row for each way
+    of scoring."""
     for dtype in DTYPES:
         found = speed(Setup(model="tiny", dtype=dtype), task, torch.get_num_threads(), repeats=3)
         for mode, row in found.pop("modes").items():
@@ -79,7 +82,8 @@ OPS_SECONDS = {"cpu": 90.0, "cuda": 180.0}
 
 
 class Claim(NamedTuple):
-    """what is claimed; found: its figure, from the rows of a part, largest or smallest as it is worst; limit: at most, or at least"""
+    """what is claimed; found: its figure, from the rows of a part, largest or smallest as it is worst; limit: at most,
+    or at least"""
 
     what: str
     part: str

@@ -1,9 +1,11 @@
-"""The op alone, for comparing one commit with another; `benchmarks/ops.py` compares it with other ways to compute the same.
+"""The op alone, for comparing one commit with another; `benchmarks/ops.py` compares it with other ways to compute the
+same.
 
     pytest benchmarks/test_svf_linear.py --benchmark-autosave
     git checkout other && pytest benchmarks/test_svf_linear.py --benchmark-compare
 
-pytest-benchmark's own clock and tables; on a GPU it waits for the device. Each case is compared with fp64 before it is timed.
+pytest-benchmark's own clock and tables; on a GPU it waits for the device. Each case is compared with fp64 before it is
+timed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""What does a training step cost, beside PEFT LoRA at the same batch: seconds, peak memory, and what the optimiser keeps?
+"""What does a training step cost, beside PEFT LoRA at the same batch: seconds, peak memory, and what the optimiser
+keeps?
 
     python benchmarks/training.py
 
-One step is forward, backward and AdamW on the cross-entropy of the same tokens. Arms: z of every component and of the first R/16, in delta form,
-and LoRA of rank 16 on the same layers. z's gradient is compared with a finite difference of the loss in fp64 first; each arm runs in a process
-of its own, so that the peak of memory is its own. Rows are appended to benchmarks/results/training.jsonl.
+One step is forward, backward and AdamW on the cross-entropy of the same tokens. Arms: z of every component and of the
+first R/16, in delta form, and LoRA of rank 16 on the same layers. z's gradient is compared with a finite difference of
+the loss in fp64 first; each arm runs in a process of its own, so that the peak of memory is its own. Rows are appended
+to benchmarks/results/training.jsonl.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ def one(name: str, arm: str, dtype, device, seconds: float) -> dict:
 
 
 def gradient_error(bank, model, parameters, ids) -> float:
-    """dloss along a random direction of z, against a central difference; both in the model's fp32, so a part in a thousand is rounding."""
+    """dloss along a random direction of z, against a central difference; both in the model's fp32, so a part in a
+    thousand is rounding."""
     ids = ids[:1]
     direction = [torch.randn_like(p) for p in parameters]
     grads = torch.autograd.grad(loss_of(model, ids, experts="new"), parameters)

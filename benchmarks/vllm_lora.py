@@ -1,4 +1,5 @@
-"""vLLM's own LoRA kernels as a peer: lora_shrink and lora_expand of the installed package, over the same base and PEFT's adapters."""
+"""vLLM's own LoRA kernels as a peer: lora_shrink and lora_expand of the installed package, over the same base and
+PEFT's adapters."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def why_not(device: torch.device) -> str | None:
 
 
 def arm(ids: Tensor, adapters: int):
-    """y_i = x W_iᵀ + scaling B_e A_e x for the adapter e of each token; metadata made once, before the clock starts, which favours this peer."""
+    """y_i = x W_iᵀ + scaling B_e A_e x for the adapter e of each token; metadata made once, before the clock starts,
+    which favours this peer."""
     from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
 
     def arguments(T: int) -> tuple:

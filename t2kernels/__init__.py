@@ -1,6 +1,7 @@
 """t2kernels: SVF experts of Transformer² as rows of a table. The public names, nothing else; importing does nothing.
 
-Each name is imported when it is first used, so that `import t2kernels`, and with it `t2 --help`, does not wait for torch.
+Each name is imported when it is first used, so that `import t2kernels`, and with it `t2 --help`, does not wait for
+torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from t2kernels.patching.explain import Explanation, explain
     from t2kernels.patching.patch import patch_model, unpatch_model
 
-    from . import adapt, tasks, tiny, train
+    from . import adapt, evaluation, tasks, tiny, train
     from .ops import svf_linear, svf_linear_group, svf_linear_ref
 
 _HOME = {
@@ -45,7 +46,7 @@ class T2Error(Exception):
     """Base of the errors that are meant to be read: they say what was given, what was expected and what to do."""
 
 
-_SUBPACKAGES = ("adapt", "tasks", "tiny", "train")
+_SUBPACKAGES = ("adapt", "evaluation", "tasks", "tiny", "train")
 
 __all__ = [
     "Expert",
@@ -60,6 +61,7 @@ __all__ = [
     "adapt",
     "count_parameters",
     "decompose",
+    "evaluation",
     "explain",
     "patch_model",
     "svf_linear",

@@ -1,4 +1,4 @@
-"""`python -m t2kernels`: the same as `t2`."""
+"""`python -m t2kernels` is the command `t2`."""
 
 from .cli import app
 

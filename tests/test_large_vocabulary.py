@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import t2kernels as t2
-from t2kernels.rollout.generation import Sampler, completion_logits
+from t2kernels.rollout.generation import Sampler, completion_logits, log_probs
 from t2kernels.serve.engine.sampling import Sampling, draw
-from t2kernels.train.loss import kl_divergence, log_probs
+from t2kernels.train.loss import kl_divergence
 from tests.helpers.large_vocabulary import VOCABULARY
 
 PROMPTS = ["w17 w40000 w5", "w49999", "w300 w12 w31234 w8 w25000"]

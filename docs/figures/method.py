@@ -1,4 +1,5 @@
-"""Draw how a token picks a row: `python docs/figures/method.py` writes docs/figures/method.svg. Needs nothing but Python."""
+"""Draw how a token picks a row: `python docs/figures/method.py` writes docs/figures/method.svg. Needs nothing but
+Python."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ CELLS = {
 }
 STYLE = """
   svg { font-family: system-ui, sans-serif; font-size: 14px }
-  .card { fill: #ffffff; stroke: #c9ced6 } .ink { fill: #1c2230 } .soft { fill: #5a6374 } .line { stroke: #5a6374; fill: none }
+  .card { fill: #ffffff; stroke: #c9ced6 } .ink { fill: #1c2230 } .soft { fill: #5a6374 }
+  .line { stroke: #5a6374; fill: none }
   .box { fill: #eef1f5; stroke: #8a93a3 } .empty { fill: none; stroke: #8a93a3 } .tip { fill: #5a6374 }
   .base { fill: #6b7482 } .math { fill: #0072b2 } .code { fill: #d55e00 } .free { fill: none }
   .picked { stroke: #0072b2; fill: none }
@@ -43,7 +45,8 @@ def box(x: float, y: float, w: float, h: float, kind: str = "box", opacity: floa
 
 
 def line(points: str, kind: str = "line", tip: bool = True) -> str:
-    return f'<polyline points="{points}" class="{kind}" stroke-width="1.8"{" marker-end=" + chr(34) + "url(#tip)" + chr(34) if tip else ""}/>'
+    end = ' marker-end="url(#tip)"' if tip else ""
+    return f'<polyline points="{points}" class="{kind}" stroke-width="1.8"{end}/>'
 
 
 def strip(x: float, y: float, kind: str, cell: int = 22) -> str:
@@ -140,7 +143,10 @@ def batch_and_table() -> list[str]:
 
 
 def draw() -> str:
-    marker = '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path d="M0 0 L8 4 L0 8 z" class="tip"/></marker></defs>'
+    marker = (
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+    )
+    marker += '<path d="M0 0 L8 4 L0 8 z" class="tip"/></marker></defs>'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
     title = (
         "<title>A token of the batch carries the number of a row; the row scales the R numbers between V and U.</title>"

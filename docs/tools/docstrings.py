@@ -1,7 +1,8 @@
 """How mkdocstrings shows this package's docstrings.
 
-A docstring names each argument at the start of a line, as `name: [shape] dtype, meaning`. Markdown would join such lines into one
-paragraph. This griffe extension makes a list of them, and keeps lines that are laid out in columns as they are.
+A docstring names each argument at the start of a line, as `name: [shape] dtype, meaning`. Markdown would join such
+lines into one paragraph. This griffe extension makes a list of them, and keeps lines that are laid out in columns as
+they are.
 """
 
 from __future__ import annotations

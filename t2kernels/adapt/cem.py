@@ -1,8 +1,9 @@
-"""Few-shot adaptation: the mixture of experts that does best on a few labelled prompts, by the cross-entropy method.
+"""Few-shot adaptation: search the mixture of experts that does best on a few labelled prompts (arXiv 2501.06252, 3.2).
 
-    z' = 1 + Σ_k alpha_k (z_k - 1)            alpha ~ N(mean, std²), refitted to the elite of each generation     (arXiv 2501.06252, section 3.2)
+    z' = 1 + Σ_k alpha_k (z_k - 1)            alpha ~ N(mean, std²), refitted to the elite of each generation
 
-A candidate is a row of the bank's table and a generation is one batch: P rows with K examples each. Nothing is rebuilt.
+This is the cross-entropy method. A candidate is a row of the bank's table and a generation is one batch: P rows with K
+examples each. Nothing is rebuilt.
 """
 
 from __future__ import annotations
@@ -11,32 +12,41 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from t2kernels.experts.expert import Expert
+from t2kernels.rollout.checks import check_setting
 
 from .examples import Examples, Scores
 from .mixing import Mixer
 
-SCORES = ("reward", "likelihood", "both")
+SCORES: tuple[str, ...] = ("reward", "likelihood", "both")
 Score = Callable[[Tensor], Iterable[Scores]]
-"""alpha [P, E, G] -> what these P mixtures make of the examples, in their order, in one batch or in several."""
+"""alpha [P, E, G] -> the scores of the P mixtures in order, in one batch or in several."""
 
 
 @dataclass
 class CEMConfig:
     """Settings of `search`.
 
-    population: candidates of a generation; elite: the share of it that the next distribution is fitted to
-    iterations: generations at most; patience: it ends after so many in a row that found nothing better, or when std is below `tolerance`
-    mean: of the first distribution; None: 1 / E for each expert. std: likewise. low, high: alphas are cut to this range
-    per: "expert", "layer" or "matrix": what an alpha holds for; mixing: "delta", "z", "normalised" or "logits" (see `Mixer`)
-    score: "reward" of the answers, ties broken by the likelihood of the right ones where those are known; "likelihood" of the right answers,
-        one forward without decoding; "both": reward + likelihood_weight * likelihood
+    population: candidates of a generation; elite: the share of them that the next distribution is fitted to
+    iterations: most generations
+    patience: generations in a row without a better candidate, after which the search ends
+    tolerance: the search also ends when every std is below it
+    mean, std: of the first distribution of alphas; mean=None: 1 / E
+    low, high: alphas are cut to this range
+    per: an alpha of an expert holds for all of it ("expert"), for a block ("layer") or for a matrix ("matrix")
+    mixing: "delta", "z", "normalised" or "logits" (see `Mixer`)
+    score: "reward" of the answers, ties broken by the likelihood of right ones where they are known; "likelihood" of
+        right answers, one forward without decoding; "both", reward + likelihood_weight * likelihood
     temperature, samples: of the answers that are rewarded; 0 is greedy
-    keep_best: the best candidate so far is a member of each generation; take: "mean", the centre of the last distribution, or "best"
+    keep_best: True to put the best candidate so far into each generation
+    take: the result is the centre of the last distribution ("mean") or the best candidate ("best")
+    seed: of the candidates
+    Raises ValueError for a value that is not one of these.
     """
 
     population: int = 32
@@ -58,31 +68,26 @@ class CEMConfig:
     take: str = "mean"
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("population", "iterations", "patience", "samples"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(0 < self.elite <= 1, "elite", self.elite, "a share above 0, at most 1")
-        _require(self.std > 0, "std", self.std, "more than 0")
-        _require(self.score in SCORES, "score", self.score, ", ".join(map(repr, SCORES)))
-        _require(self.take in ("mean", "best"), "take", self.take, "'mean' or 'best'")
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
-        _require(
-            self.samples == 1 or self.temperature > 0,
-            "samples",
-            self.samples,
-            "1 where answers are greedy: they are all the same",
-        )
-        _require(
-            self.low is None or self.high is None or self.low < self.high,
-            "low",
-            self.low,
-            f"less than high={self.high!r}",
-        )
+            check_setting(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check_setting(0 < self.elite <= 1, "elite", self.elite, "a share above 0, at most 1")
+        check_setting(self.std > 0, "std", self.std, "more than 0")
+        check_setting(self.score in SCORES, "score", self.score, ", ".join(map(repr, SCORES)))
+        check_setting(self.take in ("mean", "best"), "take", self.take, "'mean' or 'best'")
+        check_setting(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        one = self.samples == 1 or self.temperature > 0
+        check_setting(one, "samples", self.samples, "1 at temperature 0, where all answers to a prompt are the same")
+        ordered = self.low is None or self.high is None or self.low < self.high
+        check_setting(ordered, "low", self.low, f"less than high={self.high!r}")
 
     @classmethod
-    def paper(cls, **changes) -> CEMConfig:
-        """The settings of the authors' release: 32 candidates, elite 0.2, an alpha for each expert and matrix in [0, 1] from .5 ± .5, at most 50
-        generations, the best one so far in each and taken at the end, accuracy of greedy answers with ties broken by likelihood, mixing of logits.
+    def paper(cls, **changes: Any) -> CEMConfig:
+        """The settings of the authors' release. `changes` replace single settings.
+
+        32 candidates, elite 0.2, an alpha for each expert and matrix in [0, 1] from .5 ± .5, mixing of logits, at most
+        50 generations with the best candidate so far in each and taken at the end, accuracy of greedy answers with ties
+        broken by likelihood.
         """
         settings = {
             "iterations": 50,
@@ -100,15 +105,18 @@ class CEMConfig:
 
     @property
     def elites(self) -> int:
+        """The number of candidates that the next distribution is fitted to."""
         return max(1, min(self.population, round(self.elite * self.population)))
 
 
 @dataclass
 class Found:
-    """What a search found.
+    """The result of a search.
 
-    alpha: [E, G]; expert: the mixture as an `Expert`, whose manifest says from what; scores: the best fitness of each generation, the first
-    one included; stopped: why it ended; candidates: how many were scored; seconds; answers: {example: right answers seen on the way}
+    alpha: [E, G]; expert: the mixture as an `Expert`, whose manifest records it
+    scores: the best fitness of each generation
+    stopped: why the search ended; candidates: how many were scored; seconds: how long it took
+    answers: for each example, the right answers that candidates wrote
     """
 
     alpha: Tensor
@@ -128,27 +136,31 @@ def search(
     logits: Mapping[str, Mapping[str, Tensor]] | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Found:
-    """The mixture of `experts` that does best on `examples`, by the cross-entropy method.
+    """Search the mixture of `experts` that does best on `examples`, by the cross-entropy method.
 
-    experts: names in the bank, or {name: Expert}. name: of the expert that is made; it is returned, not put into the bank
-    progress: called with the number of generations done and the best fitness
+    experts: names in the bank, or {name: Expert}
+    name: of the expert that is made; it is returned, not put into the bank
+    logits: as of `Mixer`
+    progress: called with the number of generations done and the best fitness of the last
 
-    Raises ValueError before any forward: no experts, examples that lack what the score needs, a population that does not fit into the bank.
+    Raises ValueError before any forward: no experts, examples without the reward or the right answers that the score
+    needs, a population that does not fit into the bank.
     """
     config = config or CEMConfig()
     mixer = Mixer(examples.bank, experts, config.per, config.mixing, logits)
     if config.score != "likelihood" and examples.scorer is None:
         raise ValueError(
-            f"score={config.score!r} needs a reward, which these examples lack; use score='likelihood', or give them one"
+            f"score={config.score!r} needs a reward, and these examples have none: use score='likelihood', or give one"
         )
     if config.score != "reward" and examples.gold is None:
         raise ValueError(
-            f"score={config.score!r} needs gold answers, which these examples lack; use score='reward', or give them some"
+            f"score={config.score!r} needs gold answers, and these examples have none: use score='reward', or give some"
         )
     chunk = min(config.population, examples.chunk(config.samples))
     if chunk > examples.bank.rows - 1:
         raise ValueError(
-            f"{chunk} candidates at once need {chunk + 1} rows; the bank has {examples.bank.rows}: patch_model(..., rows={chunk + 1})"
+            f"{chunk} candidates at once need {chunk + 1} rows, and the bank has {examples.bank.rows}: "
+            f"patch_model(..., rows={chunk + 1})"
         )
     with examples.bank.scratch(chunk) as rows:
 
@@ -176,23 +188,21 @@ def cross_entropy_method(
     config: CEMConfig,
     progress: Callable[[int, float], None] | None = None,
 ) -> Found:
-    """`search`, wherever candidates are scored.
+    """The search itself, for any way to score candidates.
 
-    shape: (E, G) of an alpha; examples: how many; make: (alpha [E, G], **manifest) -> the expert of that mixture
+    score: alpha [P, E, G] -> the scores of the P mixtures
+    shape: (E, G); examples: their number
+    make: (alpha [E, G], **manifest) -> the expert of that mixture
+    config, progress: as of `search`
     """
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(config.seed)
     E, G = shape
     mean = torch.full((E, G), 1 / E if config.mean is None else config.mean)
     std = torch.full((E, G), float(config.std))
-    best, best_key, since, history, candidates, stopped = (
-        mean.clone(),
-        None,
-        0,
-        [],
-        0,
-        f"{config.iterations} generations",
-    )
+    best, best_key = mean.clone(), None
+    history: list[float] = []
+    since, candidates, stopped = 0, 0, f"{config.iterations} generations"
     answers: list[dict[str, None]] = [{} for _ in range(examples)]
     for step in range(config.iterations):
         alpha = mean + std * torch.randn(config.population, E, G, generator=generator)
@@ -238,8 +248,8 @@ def cross_entropy_method(
     )
 
 
-def _fitness(batches: Iterable[Scores], config: CEMConfig, answers: list[dict]) -> list[tuple[float, float]]:
-    """(fitness, what breaks ties) of each candidate; right answers are added to `answers`."""
+def _fitness(batches: Iterable[Scores], config: CEMConfig, answers: list[dict[str, None]]) -> list[tuple[float, float]]:
+    """(fitness, tie-breaker) of each candidate. Right answers are added to `answers`."""
     keys: list[tuple[float, float]] = []
     for scores in batches:
         keys += _keys(scores, config)
@@ -252,6 +262,7 @@ def _fitness(batches: Iterable[Scores], config: CEMConfig, answers: list[dict]) 
 
 
 def _keys(scores: Scores, config: CEMConfig) -> list[tuple[float, float]]:
+    """(fitness, tie-breaker) of each candidate, from the mean reward and the likelihood."""
     zero = torch.zeros(len(scores.rewards if scores.rewards is not None else scores.likelihood))
     reward = zero if scores.reward is None else scores.reward
     likelihood = zero if scores.likelihood is None else scores.likelihood
@@ -259,8 +270,3 @@ def _keys(scores: Scores, config: CEMConfig) -> list[tuple[float, float]]:
         config.score
     ]
     return [(round(a, 6), b) for a, b in zip(first.tolist(), likelihood.tolist(), strict=True)]
-
-
-def _require(good: bool, name: str, value: object, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name}={value!r}; wanted {wanted}")

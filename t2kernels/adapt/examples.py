@@ -1,107 +1,121 @@
-"""`Examples`: a few labelled prompts, and what P experts, in P rows, make of them in one batch."""
+"""`Examples`: a few labelled prompts, and the scores of many experts on them, in one batch."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from t2kernels.rollout.generation import Rollout, Sampler, completion_logits
+from t2kernels.experts.bank import ExpertBank
+from t2kernels.rollout.chat import AnyPrompt, as_completion
+from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
+from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.prefix import forward, hoist, prefill
-from t2kernels.rollout.rewards import Reward, Scorer
-from t2kernels.train.data import is_task
-from t2kernels.train.loss import log_probs
+from t2kernels.rollout.rewards import Reward, Scorer, is_task
 
 MEMORY = 4 * 2**30
-"""Bytes of keys, values and logits that a batch may hold, unless said otherwise."""
+"""Default for the bytes of keys, values and logits of a batch."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """rewards: [P, K * samples], of the answers, or None; likelihood: [P] mean log-likelihood of a right answer in nats, or None;
-    answers: P lists of what was written, one for each example and sample"""
+    """The scores of P candidates on K examples.
+
+    rewards: [P, K * samples] fp32, of the answers, or None
+    likelihood: [P] fp32, mean log-likelihood of a right answer in nats, or None
+    answers: P lists of K * samples answers, or None
+    """
 
     rewards: Tensor | None
     likelihood: Tensor | None
-    answers: list[list] | None = None
+    answers: list[list[Any]] | None = None
 
     @property
     def reward(self) -> Tensor | None:
-        """[P], the mean."""
+        """[P], the mean reward of each candidate."""
         return None if self.rewards is None else self.rewards.mean(1)
 
 
 class Examples:
-    """K labelled prompts for one patched model.
+    """K labelled prompts for one patched model, and the scores of experts on them.
 
-    rows: dicts with a prompt (text or chat) and the columns that the reward takes; a task stands for its reward only
-    reward: reward(prompts, completions, **columns), a task, or None where only likelihoods are wanted
-    gold: the column that holds a right completion, or a function row -> completion; None where only rewards are wanted
+    rows: dicts with a prompt (text or chat) and the columns of the reward
+    reward: reward(prompts, completions, **columns), a task (for its reward), or None if only likelihoods are wanted
+    gold: the column with a right completion, or a function row -> completion; None if only rewards are wanted
     max_new_tokens: of an answer; None: the task's, else 64
     memory: bytes that one batch may take beside the weights; more candidates go through in chunks
-    at_once: set it to let fewer rows do: most candidates of a chunk, whatever fits into memory
+    at_once: (attribute) most candidates of a chunk, on top of the memory limit; None: no such limit
 
-    Raises ValueError before any forward: no examples, a missing or empty prompt or gold answer, a tokenizer that cannot pad, neither reward
-    nor gold, a reward that fails on an empty answer.
+    Raises ValueError before any forward: no examples, a missing or empty prompt or gold answer, a tokenizer that cannot
+    pad, neither reward nor gold, a reward that fails on an empty answer.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
-        rows: Sequence[Mapping],
-        reward=None,
-        gold=None,
+        tokenizer: Any,
+        rows: Sequence[Mapping[str, Any]],
+        reward: Any = None,
+        gold: str | Callable[[Mapping[str, Any]], str] | None = None,
         max_new_tokens: int | None = None,
-        memory=MEMORY,
-    ):
-        if getattr(model, "t2_bank", None) is None:
-            raise ValueError("the model is not patched: bank = t2kernels.patch_model(model) first")
-        rows = check_rows(rows)
+        memory: float = MEMORY,
+    ) -> None:
+        self.model: nn.Module = model
+        self.bank: ExpertBank = bank_of(model)
+        self.rows: list[Mapping[str, Any]] = check_rows(rows)
+        self.memory: float = memory
         if reward is None and gold is None:
             raise ValueError("examples need a reward, a gold answer, or both: nothing else says what is right")
-        self.model, self.bank, self.rows, self.memory = model, model.t2_bank, rows, memory
         self.at_once: int | None = None
-        self.scorer, max_new_tokens = scorer_of(reward, rows, max_new_tokens)
-        self.sampler = Sampler(model, tokenizer, max_new_tokens)
-        self.prompts = [row["prompt"] for row in self.rows]
+        self.scorer: Scorer | None
+        self.scorer, max_new_tokens = scorer_of(reward, self.rows, max_new_tokens)
+        self.sampler: Sampler = Sampler(model, tokenizer, max_new_tokens)
+        self.prompts: list[AnyPrompt] = [row["prompt"] for row in self.rows]
         ids, mask = self.sampler.encode(self.prompts, self.bank.device)
+        self.prefix: Tensor
+        self.ids: Tensor
+        self.mask: Tensor
         self.prefix, self.ids, self.mask = hoist(ids, mask)
-        self.gold = None if gold is None else self._encode_gold(gold)
+        self.gold: tuple[Tensor, Tensor] | None = None if gold is None else self._encode_gold(gold)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def reward(self) -> Reward | None:
-        """The reward function, as it was given."""
+        """The reward function, or None."""
         return None if self.scorer is None else self.scorer.rewards[0]
 
     def score(
         self, ids: Tensor, temperature: float = 0.0, samples: int = 1, reward: bool = True, likelihood: bool = True
     ) -> Scores:
-        """What the experts in these rows of the bank make of the examples; as many as `memory` allows at once.
+        """Score experts on the examples, as many at once as `memory` allows.
 
-        ids: [P] int32, one for each candidate. temperature, samples: of the answers that are rewarded; 0 is greedy
+        ids: [P] int32, the table rows of the experts
+        temperature, samples: of the answers that are rewarded; 0 is greedy
+        reward, likelihood: False to leave out that part
+        Raises ValueError if no part is left.
         """
         ids = ids.reshape(-1)
         rewards, likelihoods, answers = [], [], []
         reward, likelihood = reward and self.scorer is not None, likelihood and self.gold is not None
         if not (reward or likelihood):
             raise ValueError(
-                "nothing to score by: these examples have no reward or no gold answer, and the other was not asked for"
+                "nothing to score by: one of reward and likelihood is off, and these examples lack the other"
             )
         for chunk in ids.split(self.chunk(samples if reward else 1)):
-            # Both read the prompts, and both change the cache they are given; one alone reads them in its own first forward.
+            # Reward and likelihood both read the prompts, and both change the cache that they get. One alone reads the
+            # prompts in its own first forward.
             cache = (
                 self._read_prompts(chunk)
                 if reward and likelihood
                 else prefill(self.model, self.prefix, chunk, len(self))
             )
-            if reward:
+            if reward and self.scorer is not None:
                 drawn = self._answers(chunk, copy.deepcopy(cache) if likelihood else cache, temperature, samples)
                 got, written = rewarded(self.scorer, self.rows, drawn, samples)
                 rewards.append(got)
@@ -113,14 +127,17 @@ class Examples:
         return Scores(torch.cat(rewards), torch.cat(likelihoods) if likelihood else None, answers)
 
     def chunk(self, samples: int = 1) -> int:
-        """How many candidates go through at once: what `memory` allows, and at most `at_once`."""
+        """How many candidates go through at once: as many as `memory` allows, at most `at_once`."""
         gold = 0 if self.gold is None else self.gold[0].shape[1]
         tokens = self.ids.shape[1] + max(self.sampler.max_new_tokens if self.scorer else 0, gold)
         fit = int(self.memory // (bytes_per_token(self.model) * tokens * len(self) * samples))
         return max(1, fit if self.at_once is None else min(fit, self.at_once))
 
-    def _read_prompts(self, chunk: Tensor):
-        """The cache of all prompts but their last tokens, candidates side by side; of their common beginning only once a candidate."""
+    def _read_prompts(self, chunk: Tensor) -> Any:
+        """The KV cache of all prompts without their last tokens, candidate by candidate.
+
+        Each candidate reads the common prefix of the prompts once.
+        """
         cache = prefill(self.model, self.prefix, chunk, len(self))
         if self.ids.shape[1] - 1 > len(self.prefix):
             ids, mask = self._rows(chunk, self.ids[:, :-1], self.mask[:, :-1])
@@ -130,7 +147,8 @@ class Examples:
     def _rows(self, chunk: Tensor, *tensors: Tensor) -> list[Tensor]:
         return [t.repeat(len(chunk), 1) for t in tensors]
 
-    def _answers(self, chunk: Tensor, cache, temperature: float, samples: int) -> list:
+    def _answers(self, chunk: Tensor, cache: Any, temperature: float, samples: int) -> list[Any]:
+        """The answers of each candidate to each example, side by side."""
         if cache is not None:
             cache.batch_repeat_interleave(samples)
         each = chunk.repeat_interleave(len(self))
@@ -140,8 +158,9 @@ class Examples:
         return self.sampler.decode(drawn, [p for p in self.prompts for _ in range(samples)] * len(chunk))
 
     @torch.no_grad()
-    def _likelihoods(self, chunk: Tensor, cache) -> Tensor:
-        """[P'] mean over the examples of log p(gold | prompt), in one forward."""
+    def _likelihoods(self, chunk: Tensor, cache: Any) -> Tensor:
+        """The mean over the examples of log p(gold | prompt), for each candidate of the chunk, in one forward."""
+        assert self.gold is not None
         tokens, there = self.gold
         ids, mask = self._rows(chunk, torch.cat([self.ids, tokens], 1), torch.cat([self.mask, there.long()], 1))
         rollout = Rollout(ids, mask, *self._rows(chunk, there))
@@ -149,7 +168,7 @@ class Examples:
         found = log_probs(logits).gather(-1, rollout.tokens[..., None])[..., 0]
         return torch.where(rollout.completion, found, 0).sum(1).reshape(len(chunk), -1).mean(1)
 
-    def _encode_gold(self, gold) -> tuple[Tensor, Tensor]:
+    def _encode_gold(self, gold: str | Callable[[Mapping[str, Any]], str]) -> tuple[Tensor, Tensor]:
         texts = [gold(row) if callable(gold) else row.get(gold) for row in self.rows]
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not text:
@@ -158,11 +177,11 @@ class Examples:
         return encode_completions(self.sampler.tokenizer, texts, self.bank.device)
 
 
-def check_rows(rows: Sequence[Mapping]) -> list[Mapping]:
-    """Labelled prompts as a list. Raises ValueError for what is none, or none at all, and for a row without a prompt."""
+def check_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The examples as a list. Raises ValueError for anything but a list of dicts, for no rows, and without a prompt."""
     if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__len__") or is_task(rows):
         raise ValueError(
-            f"examples are a {type(rows).__name__}; wanted a list of dicts with a prompt; task.split('train', 16) gives one"
+            f"examples are a {type(rows).__name__}; wanted a list of dicts with a prompt: task.split('train', 16)"
         )
     if not len(rows):
         raise ValueError("there are no examples: few-shot adaptation needs at least one labelled prompt")
@@ -172,26 +191,37 @@ def check_rows(rows: Sequence[Mapping]) -> list[Mapping]:
     return list(rows)
 
 
-def scorer_of(reward, rows: Sequence[Mapping], max_new_tokens: int | None) -> tuple[Scorer | None, int]:
-    """(the scorer of a reward or a task, tried on empty answers; the length of an answer). Raises what that reward raises."""
+def scorer_of(reward: Any, rows: Sequence[Mapping[str, Any]], max_new_tokens: int | None) -> tuple[Scorer | None, int]:
+    """(the scorer of a reward or a task, or None; the length of an answer).
+
+    Tries the reward on empty answers to `rows`, and raises what it raises.
+    """
     if is_task(reward):
         max_new_tokens = max_new_tokens or getattr(reward, "max_new_tokens", None)
-        reward = reward.reward
     scorer = None if reward is None else Scorer.of(reward)
     if scorer is not None:
-        scorer(rows, ["" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": ""}] for row in rows])
+        scorer(rows, [as_completion("", row["prompt"]) for row in rows])
     return scorer, max_new_tokens or 64
 
 
-def rewarded(scorer: Scorer, rows: Sequence[Mapping], drawn: Sequence, samples: int) -> tuple[Tensor, list[list]]:
-    """(rewards [P, K * samples], P lists of answers) of P * K * samples answers, each candidate's and each example's side by side."""
+def rewarded(
+    scorer: Scorer, rows: Sequence[Mapping[str, Any]], drawn: Sequence[Any], samples: int
+) -> tuple[Tensor, list[list[Any]]]:
+    """Score the answers of P candidates.
+
+    drawn: P * K * samples answers, those of a candidate side by side, and among them those of an example
+    Returns (rewards [P, K * samples], P lists of answers).
+    """
     each = len(rows) * samples
     got = scorer([row for row in rows for _ in range(samples)] * (len(drawn) // each), drawn).reshape(-1, each)
     return got, [list(drawn[i : i + each]) for i in range(0, len(drawn), each)]
 
 
-def encode_completions(tokenizer, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Completions with the end of text behind them: ids [K, C] int64, right-padded, and [K, C] bool, where there is a token."""
+def encode_completions(tokenizer: Any, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens of completions, each with the end-of-text token at its end.
+
+    Returns (ids [K, C] int64, right-padded; [K, C] bool, True for a token).
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in texts]
     ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id, dtype=torch.int64)
@@ -203,7 +233,7 @@ def encode_completions(tokenizer, texts: Sequence[str], device: torch.device) ->
 
 
 def bytes_per_token(model: nn.Module) -> int:
-    """Keys and values of every layer, a row of hidden states, and logits in fp32 with their softmax: what a token of a batch costs at most."""
+    """Upper bound of the memory of one token: keys and values of all layers, an MLP, and fp32 logits with softmax."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

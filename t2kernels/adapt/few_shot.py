@@ -1,36 +1,41 @@
-"""`FewShot`: one new expert for all prompts of a task, found on a few of them (arXiv 2501.06252, section 3.2, "few-shot adaptation")."""
+"""`FewShot`: one new expert for all prompts of a task, found on a few (arXiv 2501.06252, section 3.2, "few-shot")."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.names import Name
+from t2kernels.rollout.chat import AnyPrompt
 
 from .cem import CEMConfig, Found, search
 from .examples import Examples, Scores
-from .strategy import Strategy
+from .strategy import Strategy, bank_names
 
 
 class FewShot(Strategy):
-    """Searches when it is made, puts what it found into the bank, and sends every prompt there.
+    """Searches once, when it is made, puts the expert that it found into the bank, and sends every prompt there.
 
-    examples: labelled prompts; experts: to mix, names in the bank or {name: Expert}; config, progress: of the search
-    name: of the new expert; replace: whether it may replace one
-    caution: keep the base model unless the mean gain on the examples is above so many of its standard errors; None: never mind the base.
-        A search over many candidates always finds one that is a little better on few examples.
+    examples: labelled prompts; experts: to mix, names in the bank or {name: Expert}
+    config, progress: of the search
+    name: of the new expert; replace: True if it may replace an expert of that name
+    caution: the base model answers unless the mean gain on the examples is above so many of its standard errors; None:
+        the new expert always answers. A search over many candidates always finds one that is a little better on few
+        examples.
 
-    After that: `found`, what the search found; `name`, the expert, or None for the base model; `gain` and `error`: the mean reward of the examples'
-    answers less that of the base model's, and its standard error over examples (without a reward: of the likelihood, and 0)
+    Attributes: `found`, the result of the search; `name`, the new expert, or None for the base model; `gain` and
+    `error`, as of `gain`.
     Raises as `search`, before any forward, and ValueError for a name that is taken.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: Any,
         examples: Examples,
         experts: Sequence[str] | Mapping[str, Expert],
         config: CEMConfig | None = None,
@@ -38,7 +43,7 @@ class FewShot(Strategy):
         replace: bool = False,
         caution: float | None = 2.0,
         progress: Callable[[int, float], None] | None = None,
-    ):
+    ) -> None:
         super().__init__(model, tokenizer)
         if examples.bank is not self.bank:
             raise ValueError("the examples were made for another model")
@@ -47,17 +52,47 @@ class FewShot(Strategy):
         self.found: Found = search(examples, experts, name, config, progress=progress)
         self.bank.add(name, self.found.expert, replace=replace)
         scores = examples.score(self.bank.ids([None, name]), likelihood=examples.scorer is None)
+        self.gain: float
+        self.error: float
         self.gain, self.error = gain(scores)
-        self.name = name if caution is None or self.gain > caution * self.error else None
+        self.name: str | None = name if is_better(self.gain, self.error, caution) else None
 
-    def choose_batch(self, prompts: Sequence) -> list[Name]:
+    def choose_batch(self, prompts: Sequence[AnyPrompt]) -> list[Name]:
+        """The new expert, or the base model, for every prompt."""
         return [self.name] * len(prompts)
 
 
 def gain(scores: Scores) -> tuple[float, float]:
-    """What the second of two experts gains over the first: (difference of the mean reward, its standard error over examples); without a reward
-    (difference of the likelihood, 0)."""
+    """The gain of the second of two experts over the first.
+
+    Returns (difference of the mean reward, its standard error over examples), or (difference of the likelihood in nats,
+    0) without a reward.
+    """
     if scores.rewards is None:
         return (scores.likelihood[1] - scores.likelihood[0]).item(), 0.0
     difference = scores.rewards[1] - scores.rewards[0]
     return difference.mean().item(), (difference.std(unbiased=False) / len(difference) ** 0.5).item()
+
+
+def is_better(gain: float, error: float, caution: float | None) -> bool:
+    """True if a gain is above `caution` of its standard errors, and for caution=None."""
+    return caution is None or gain > caution * error
+
+
+def make_few_shot(
+    model: nn.Module,
+    tokenizer: Any,
+    experts: Sequence[str] | Mapping[str, str],
+    *,
+    examples: str | Path,
+    tiny: bool = False,
+) -> FewShot:
+    """`FewShot` on the examples of a .jsonl file with prompt and answer. Other arguments as of `make_strategy`."""
+    from t2kernels import tasks
+
+    task = tasks.from_jsonl(examples)
+    rows = [row for split in ("train", "validation", "test") for row in task.rows(split, None, 0)]
+    if tiny:  # the built-in model's answers end in "=ANSWER", with or without working before it
+        task = tasks.Task(task.name, task.rows, tasks.tiny.final, 32)
+    found = Examples(model, tokenizer, rows, task, gold=lambda row: ("=" if tiny else "") + row["answer"])
+    return FewShot(model, tokenizer, found, bank_names(experts), CEMConfig())

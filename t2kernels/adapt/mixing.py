@@ -1,39 +1,44 @@
 """`Mixer`: many mixtures of a few experts as rows of the bank's table, by one small matrix product.
 
-z' - 1 = Σ_k alpha_k (z_k - 1)            "delta": the base model is the fixed point
-z'     = Σ_k alpha_k z_k                  "z": the paper's equation (arXiv 2501.06252, section 3.2); the same where Σ alpha = 1
-z'     = Σ_k alpha_k z_k / Σ_k alpha_k    "normalised": an affine combination of experts; where Σ alpha is 0, the base model
-z'     = m Σ sigma / Σ(sigma m), m = Σ_k alpha_k p_k        "logits": what the authors' release computes, p the logits of each expert
+    "delta"        z' - 1 = Σ_k alpha_k (z_k - 1)
+    "z"            z' = Σ_k alpha_k z_k                    the paper (arXiv 2501.06252, section 3.2)
+    "normalised"   z' = Σ_k alpha_k z_k / Σ_k alpha_k      the base model where Σ alpha is 0
+    "logits"       z' = m Σ sigma / Σ(sigma m), m = Σ_k alpha_k p_k    the authors' release, p the logits of an expert
+
+The first three are the same where Σ alpha = 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
+from t2kernels.rollout.checks import check_setting
 
-GRANULARITIES = ("expert", "layer", "matrix")
-MIXINGS = ("delta", "z", "normalised", "logits")
-RELEASE_START = 0.1  # the release's p before training, which its trace normalisation makes the base model
-EDGE = (
-    1e-3  # z beyond what a sigmoid can be is cut to this far from its ends; a sum closer to 0 than this divides nothing
-)
+GRANULARITIES: tuple[str, ...] = ("expert", "layer", "matrix")
+MIXINGS: tuple[str, ...] = ("delta", "z", "normalised", "logits")
+RELEASE_START = 0.1
+"""The release's p before training. Its trace normalisation turns that into the base model."""
+EDGE = 1e-3
+"""A sigmoid is cut to [EDGE, 1 - EDGE], so that it has a logit. A sum closer to 0 than EDGE does not divide."""
 
 
 class Mixer:
-    """alpha [P, E, G] -> z' - 1 of P mixtures, [P, C].
+    """alpha [P, E, G] -> z' - 1 of P mixtures, [P, C], C columns of the bank's table.
 
-    experts: names in the bank, or {name: Expert}; E of them
-    per: "expert", one number for each (G = 1); "layer", one for each and block; "matrix", one for each and matrix
-    mixing: "delta", "z", "normalised" or "logits", as above; "z" and "logits" rescale every component and need them all in the support
-    logits: {name: {matrix: p [R]}} for "logits", as `integrations.sakana.load_logits` reads them; for an expert without, p is taken from z, which
-        fixes it up to the one factor per matrix that trace normalisation removes: p = logit(z sigmoid(.1)), the release's start being z = 1
+    experts: E names in the bank, or {name: Expert}
+    per: an alpha of an expert holds for all of it ("expert", G = 1), for a block ("layer") or for a matrix ("matrix")
+    mixing: one of the above; "z" and "logits" rescale every component, so the support must have them all
+    logits: {name: {matrix: p [R]}} for "logits". For other experts p is computed from z as logit(z sigmoid(.1)), since
+        the release starts at z = 1; that is right up to the one factor per matrix that trace normalisation removes.
 
-    Raises ValueError: no experts, an unknown word, a support that leaves components out; KeyError: an expert that is not in the bank.
+    Raises ValueError: no experts, an unknown word, a support without some components; KeyError: an expert that is not
+    in the bank.
     """
 
     def __init__(
@@ -43,21 +48,22 @@ class Mixer:
         per: str = "expert",
         mixing: str = "delta",
         logits: Mapping[str, Mapping[str, Tensor]] | None = None,
-    ):
+    ) -> None:
         for value, allowed, what in ((per, GRANULARITIES, "per"), (mixing, MIXINGS, "mixing")):
-            if value not in allowed:
-                raise ValueError(f"{what}={value!r}; wanted {', '.join(map(repr, allowed))}")
+            check_setting(value in allowed, what, value, ", ".join(map(repr, allowed)))
         if isinstance(experts, str) or not len(experts):
             raise ValueError(
                 f"experts={experts!r}; wanted a list of names in the bank, or {{name: Expert}}, with at least one"
             )
-        self.names = list(experts)
+        self.names: list[str] = list(experts)
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"experts={self.names}: a name occurs twice")
-        self.bank, self.per, self.mixing = bank, per, mixing
+        self.bank: ExpertBank = bank
+        self.per: str = per
+        self.mixing: str = mixing
         found = experts if isinstance(experts, Mapping) else {name: bank[name] for name in self.names}
         rows = [bank.vector(e) for e in found.values()]
-        self.vectors = torch.stack(rows).to(bank.device)  # [E, C]
+        self.vectors: Tensor = torch.stack(rows).to(bank.device)  # [E, C]
         self._spans = bank.spans
         if mixing in ("z", "logits"):
             self._need_all_components()
@@ -66,7 +72,7 @@ class Mixer:
             self.vectors = torch.stack(
                 [self._logits(row, (logits or {}).get(n)) for n, row in zip(self.names, self.vectors, strict=True)]
             )
-        self.groups = self._group()
+        self.groups: list[list[slice]] = self._group()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,19 +100,19 @@ class Mixer:
             for span in self._spans.values():
                 m, sigma = out[:, span], self._sigma[span]
                 total = (sigma * m).sum(1, keepdim=True)
-                kept = (
-                    total.abs() > EDGE * sigma.sum()
-                )  # all alphas 0: the release divides 0 by 0; here that is the base model
+                # All alphas 0: the release divides 0 by 0. Here that is the base model.
+                kept = total.abs() > EDGE * sigma.sum()
                 out[:, span] = torch.where(kept, m * (sigma.sum() / torch.where(kept, total, 1)) - 1, 0)
         return out
 
-    def expert(self, alpha: Tensor, **manifest) -> Expert:
-        """The one expert of alpha [E, G], whose manifest says what it is made of."""
-        facts = recorded(self.names, alpha, self.per, self.mixing)
-        return self.bank.from_vector(self(alpha[None])[0], **facts, **manifest)
+    def expert(self, alpha: Tensor, **manifest: Any) -> Expert:
+        """The expert of alpha [E, G]. Its manifest records the mixture, and the facts in `manifest`."""
+        return self.bank.from_vector(
+            self(alpha[None])[0], **recorded(self.names, alpha, self.per, self.mixing), **manifest
+        )
 
     def _group(self) -> list[list[slice]]:
-        """The columns that each of the G alphas of an expert holds for, as few slices as can be."""
+        """The columns of each of the G alphas of an expert, in as few slices as possible."""
         keys: dict[object, list[slice]] = {}
         for name, span in self._spans.items():
             key = {"expert": 0, "matrix": name, "layer": next((p for p in name.split(".") if p.isdigit()), "")}[
@@ -135,13 +141,13 @@ class Mixer:
         for name, p in known.items():
             if name not in self._spans or self.bank.matrices[name] != p.numel():
                 raise ValueError(
-                    f"logits of {name} are {list(p.shape)}; wanted one for each component of a matrix of this model"
+                    f"logits of {name} are {list(p.shape)}; wanted one for each component of a matrix of the model"
                 )
             out[self._spans[name]] = p.to(out)
         return out
 
 
-def recorded(names: Sequence[str], alpha: Tensor, per: str, mixing: str) -> dict:
-    """What the manifest of a mixture of alpha [E, G] says it is made of."""
+def recorded(names: Sequence[str], alpha: Tensor, per: str, mixing: str) -> dict[str, Any]:
+    """The facts about a mixture of alpha [E, G] that its manifest records."""
     made_of = {name: [round(v, 6) for v in row] for name, row in zip(names, alpha.tolist(), strict=True)}
     return {"mixed": made_of, "mixing": mixing, "per": per}

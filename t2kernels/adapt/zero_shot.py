@@ -1,61 +1,66 @@
-"""`ZeroShot`: no labels and no examples; what the experts themselves, or a classifier's doubts, say about a prompt. Not in the paper.
+"""`ZeroShot` and `Router`: choices without examples. Not in the paper.
 
-"likelihood"   argmax_e log p(x | e)            how well each expert predicts the prompt: one forward with a row for each
-"confidence"   argmax_e max_v log p(v | x, e)   how sure each is of the first token of its answer: the same forward
-"router"       z = 1 + Σ_c p(c | x) (z_c - 1)   a mixture by the classifier's probabilities
+    "likelihood"   argmax_e log p(x | e)            the expert that predicts the prompt best
+    "confidence"   argmax_e max_v log p(v | x, e)   the expert that is surest of the first token of its answer
+    `Router`       z = 1 + Σ_c p(c | x) (z_c - 1)   a mixture by the probabilities of a classifier
+
+The first two take one forward with a row for each expert.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from t2kernels.experts.names import Name
-from t2kernels.rollout.generation import Rollout, completion_logits
-from t2kernels.train.loss import log_probs
+from t2kernels.rollout.chat import AnyPrompt
+from t2kernels.rollout.generation import Rollout, completion_logits, log_probs
+from t2kernels.rollout.modes import eval_mode
 
-from .prompt import Prompt
-from .strategy import Strategy
+from .prompt import Prompt, make_classifier
+from .strategy import Strategy, bank_names
 
 
 class ZeroShot(Strategy):
-    """experts: names to choose from; the base model is always one of them. by: "likelihood" or "confidence".
+    """Chooses by how well the experts themselves predict a prompt or its answer.
 
+    experts: names to choose from; the base model is always one more
+    by: "likelihood" or "confidence"
     Raises ValueError: no experts, one that is not in the bank, an unknown `by`.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, experts: Sequence[str], by: str = "likelihood"):
+    def __init__(self, model: nn.Module, tokenizer: Any, experts: Sequence[str], by: str = "likelihood") -> None:
         super().__init__(model, tokenizer, max_new_tokens=1)
         if by not in ("likelihood", "confidence"):
-            raise ValueError(
-                f"by={by!r}; wanted 'likelihood' or 'confidence' (the mixture by a classifier is `Router`)"
-            )
+            raise ValueError(f"by={by!r}; wanted 'likelihood' or 'confidence'")
         if isinstance(experts, str) or not len(experts):
             raise ValueError(f"experts={experts!r}; wanted a list of names in the bank, at least one")
-        self._in_bank(experts, "to choose from are")
-        self.experts, self.by = [None, *experts], by
+        self.check_in_bank(experts, "to choose from are")
+        self.experts: list[str | None] = [None, *experts]
+        self.by: str = by
+        self.readers: Sequence[str | None] = self.experts
 
     @torch.no_grad()
-    def scores(self, prompts: Sequence) -> Tensor:
-        """[B, 1 + E]: log p(prompt | expert), or of its most likely next token; the base model first. On the host."""
+    def scores(self, prompts: Sequence[AnyPrompt]) -> Tensor:
+        """log p(prompt | expert), or the log-probability of its most likely next token, in nats.
+
+        Returns [B, 1 + E] fp32 on the CPU, the base model first.
+        """
         ids, mask = self.sampler.encode(prompts, self.bank.device)
         rows = self.bank.ids(self.experts)
         E, B = len(self.experts), len(prompts)
-        dummy = ids[:, :1]  # what follows the prompt; its logits are those of the answer's first token, whatever it is
+        dummy = ids[:, :1]  # any token after the prompt: its logits are those of the answer's first token
         ids, mask = torch.cat([ids, dummy], 1).repeat(E, 1), torch.cat([mask, torch.ones_like(dummy)], 1).repeat(E, 1)
         if self.by == "confidence":
             rollout = Rollout(ids, mask, torch.ones_like(ids[:, -1:], dtype=torch.bool))
         else:
             rollout = Rollout(ids, mask, mask[:, 1:].bool() & mask[:, :-1].bool())
-        training = self.model.training
-        self.model.eval()
-        try:
+        with eval_mode(self.model):
             found = log_probs(completion_logits(self.model, rollout, expert_ids=rows.repeat_interleave(B)))
-        finally:
-            self.model.train(training)
         if self.by == "confidence":
             return found[:, 0].amax(-1).reshape(E, B).T.cpu()
         there = rollout.completion.clone()
@@ -63,24 +68,31 @@ class ZeroShot(Strategy):
         picked = found.gather(-1, rollout.tokens[..., None])[..., 0]
         return torch.where(there, picked, 0).sum(1).reshape(E, B).T.cpu()
 
-    def choose_batch(self, prompts: Sequence) -> list[Name]:
+    def choose_batch(self, prompts: Sequence[AnyPrompt]) -> list[Name]:
+        """The expert with the best score for each prompt."""
         return [self.experts[i] for i in self.scores(prompts).argmax(1).tolist()]
 
 
 class Router(Strategy):
-    """A mixture by the probabilities that a `Prompt` or `Classifier` gives its labels; what the base model's labels get is left to it.
+    """A mixture of experts by the probabilities that a `Prompt` or `Classifier` gives its labels.
 
-    step: probabilities are rounded to multiples of it: a mixture is a row of the bank, and prompts that are much alike should share one
-    most: mixtures in a batch at most, the rarest of more give way to the likeliest expert; None: a quarter of the bank's rows
+    judge: gives the probabilities; the share of labels without an expert goes to the base model
+    step: probabilities are rounded to multiples of it, so that similar prompts share a mixture, which takes a row
+    most: largest number of mixtures in a batch; prompts with a rarer one get their likeliest expert. None: a quarter of
+        the bank's rows.
     """
 
-    def __init__(self, judge: Prompt, step: float = 0.25, most: int | None = None):
+    def __init__(self, judge: Prompt, step: float = 0.25, most: int | None = None) -> None:
         super().__init__(judge.model, judge.sampler.tokenizer)
-        self.judge, self.step, self.most = judge, step, max(1, self.bank.rows // 4) if most is None else most
+        self.judge: Prompt = judge
+        self.step: float = step
+        self.most: int = max(1, self.bank.rows // 4) if most is None else most
+        self.readers: Sequence[str | None] = judge.readers
 
-    def choose_batch(self, prompts: Sequence) -> list[Name]:
+    def choose_batch(self, prompts: Sequence[AnyPrompt]) -> list[Name]:
+        """The mixture of each prompt, or its one expert."""
         likelihoods = self.judge.log_likelihoods(prompts)
-        chosen: list[tuple] = []
+        chosen: list[tuple[tuple[str, float], ...]] = []
         for row in likelihoods.softmax(1).tolist():
             weights: dict[str, float] = {}
             for name, p in zip(self.judge.experts, row, strict=True):
@@ -103,3 +115,29 @@ class Router(Strategy):
             else:
                 out.append(dict(mixture) or None)
         return out
+
+
+def make_likelihood(
+    model: nn.Module, tokenizer: Any, experts: Sequence[str] | Mapping[str, str], *, tiny: bool = False
+) -> ZeroShot:
+    """`ZeroShot` by "likelihood". Arguments as of `make_strategy`."""
+    return ZeroShot(model, tokenizer, bank_names(experts), by="likelihood")
+
+
+def make_confidence(
+    model: nn.Module, tokenizer: Any, experts: Sequence[str] | Mapping[str, str], *, tiny: bool = False
+) -> ZeroShot:
+    """`ZeroShot` by "confidence". Arguments as of `make_strategy`."""
+    return ZeroShot(model, tokenizer, bank_names(experts), by="confidence")
+
+
+def make_router(
+    model: nn.Module,
+    tokenizer: Any,
+    experts: Sequence[str] | Mapping[str, str],
+    *,
+    classifier: str | None,
+    tiny: bool = False,
+) -> Router:
+    """`Router` with a `Classifier`. Arguments as of `make_strategy`."""
+    return Router(make_classifier(model, tokenizer, experts, classifier=classifier, tiny=tiny))

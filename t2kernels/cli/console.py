@@ -1,4 +1,4 @@
-"""What every verb shares: where it prints, its progress bars, and errors as one line."""
+"""Shared by the verbs: consoles, progress bars, tables, and errors as one line."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out: Console = Console(highlight=False)
+err: Console = Console(stderr=True, highlight=False)
 
-# What bad input, files and machines raise, with a message that is meant to be read. Anything else is a bug and keeps its traceback.
-EXPECTED = (ValueError, KeyError, IndexError, OSError, RuntimeError, ImportError)
+EXPECTED: tuple[type[Exception], ...] = (ValueError, KeyError, IndexError, OSError, RuntimeError, ImportError)
+"""Errors of bad input, files and machines: their message is shown. Any other error is a bug and keeps its traceback."""
 
 
 class Commands(TyperGroup):
-    """The verbs; takes --debug out of the arguments wherever it stands."""
+    """The group of verbs. It takes --debug out of the arguments wherever it stands."""
 
     debug: ClassVar[bool] = False
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As TyperGroup's, without --debug."""
         end = args.index("--") if "--" in args else len(args)
         type(self).debug = "--debug" in args[:end]
         return super().parse_args(ctx, [a for i, a in enumerate(args) if a != "--debug" or i > end])
 
 
-def verb(function: Callable) -> Callable:
-    """A verb whose expected errors end as one line on stderr and exit code 1; with --debug they keep their traceback."""
+def verb(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a verb: an expected error is one line on stderr and exit code 1. With --debug it keeps its traceback."""
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         hush()
         wait_quietly()
         try:
@@ -59,13 +60,13 @@ def verb(function: Callable) -> Callable:
 
 
 def one_line(e: BaseException) -> str:
-    """An exception's message without its line breaks; its class where it has no message."""
+    """The message of an exception without line breaks, or its class if it has no message."""
     text = e.args[0] if isinstance(e, KeyError) and e.args else e  # str of a KeyError is its message in quotes
     return " ".join(str(text).split()) or type(e).__name__
 
 
 def bar(*fields: str) -> Progress:
-    """A progress bar on stderr; `fields` are further columns, as format strings of a rich task ("{task.fields[kl]:.2f}")."""
+    """A progress bar on stderr. fields: more columns, as format strings of a rich task: "{task.fields[kl]:.2f}"."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -77,7 +78,7 @@ def bar(*fields: str) -> Progress:
 
 
 def table(name: str, *numbers: str) -> Table:
-    """A table of a name and numbers a row; the numbers are never cut."""
+    """An empty table with a column for a name and columns for numbers, which are never cut."""
     made = Table(box=SIMPLE_HEAD, pad_edge=False)
     made.add_column(name, overflow="fold")
     for column in numbers:
@@ -86,20 +87,20 @@ def table(name: str, *numbers: str) -> Table:
 
 
 def show(title: str, made: Table, note: str = "") -> None:
-    """A heading, a table, and what its columns mean."""
+    """Print a heading, a table, and a note about its columns."""
     out.print("", f"[bold]{title}[/]", made, *([f"[dim]{note}[/]"] if note else []), sep="\n")
 
 
-NOISE = {
+NOISE: dict[str, str] = {
     "torchao": "Failed to load",
     "torch.utils._pytree": "is an Enum subclass",
     "bitsandbytes.backends.cpu.ops": "from kernels-community",
 }
-"""Messages by logger that say nothing about what is run here: optional kernels that other packages look for when they are imported."""
+"""{logger: message} of other packages about their own optional kernels, which a user of `t2` does not need."""
 
 
 def hush() -> None:
-    """Drop NOISE. Every other warning stays."""
+    """Drop the messages of NOISE. Every other warning stays."""
     for name, message in NOISE.items():
         logger = logging.getLogger(name)
         if not any(isinstance(f, _Without) for f in logger.filters):
@@ -107,27 +108,30 @@ def hush() -> None:
 
 
 def wait_quietly() -> None:
-    """Let threads of a parallel region sleep, not spin, while they wait; torch reads this when it is imported.
+    """Make OpenMP threads sleep, not spin, while they wait. torch reads this when it is imported.
 
-    On two cores that other programs used as well, ten steps of `t2 train` took 54 s with spinning threads and 6 s with sleeping ones.
+    On two cores that other programs used as well, ten steps of `t2 train` took 54 s with spinning threads and 6 s with
+    sleeping ones.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 class _Without(logging.Filter):
-    def __init__(self, message: str):
+    """Drops messages that contain a text."""
+
+    def __init__(self, message: str) -> None:
         super().__init__()
-        self.message = message
+        self.message: str = message
 
     def filter(self, record: logging.LogRecord) -> bool:
         return self.message not in record.getMessage()
 
 
 def comma_list(text: str) -> list[str]:
-    """ "a, b" -> ["a", "b"]."""
+    """Split "a, b" into ["a", "b"]."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def is_missing(place: str) -> bool:
-    """Whether this can only be a path, and nothing is there; what could be a model's id on the hub is left to transformers."""
+    """True for a path to nothing. A text that can be the id of a model on the hub is left to transformers."""
     return not Path(place).expanduser().exists() and (place.startswith((".", "/", "~")) or place.count("/") > 1)

@@ -1,4 +1,4 @@
-"""Models and experts as the command line names them."""
+"""Models and experts on the command line: options that verbs share, loading, patching, and finding experts."""
 
 from __future__ import annotations
 
@@ -10,49 +10,59 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from t2kernels.cli.verbs.decompose import parse_dtype, parse_rank
 from t2kernels.experts.names import BASE, parse_mixture
 
 from .console import bar, comma_list, is_missing
 
 if TYPE_CHECKING:
+    import torch
+
     from t2kernels import ExpertBank
 
 TINY = "tiny"
+"""The name of the built-in model."""
 
 # Options that several verbs share.
-ModelOption = typer.Option(
-    TINY, "--model", "-m", help="'tiny' (built in), a checkpoint's directory, or a model's id on the hub."
+ModelOption: Any = typer.Option(
+    TINY, "--model", "-m", help="'tiny' (built in), the directory of a checkpoint, or the id of a model on the hub."
 )
-TargetsOption = typer.Option("all", help="'all', 'mlp', 'attention', or a regular expression on matrix names.")
-RankOption = typer.Option(
-    "all", help="Components that an expert may rescale: 'all', a number, or a fraction of min(M, N)."
+TargetsOption: Any = typer.Option("all", help="'all', 'mlp', 'attention', or a regular expression on matrix names.")
+RankOption: Any = typer.Option(
+    "all", help="Components that an expert can rescale: 'all', a number, or a fraction of min(M, N)."
 )
-FormOption = typer.Option(
-    "auto", help="'auto', 'factored' or 'delta'; docs/reference/patching.md says which is for what."
-)
-FactorsOption = typer.Option(
+FormOption: Any = typer.Option("auto", help="'auto', 'factored' or 'delta' (docs/reference/patching.md).")
+FactorsOption: Any = typer.Option(
     None,
-    help="Directory that 't2 decompose' wrote; or int8, fp16, bf16: decompose now, into that.  \\[default: decompose now]",
+    help="A directory written by 't2 decompose'; or int8, fp16, bf16: decompose now, to that format.  "
+    "\\[default: decompose now]",
     show_default=False,
 )
-DtypeOption = typer.Option(
-    None, help="Of the model's weights.  \\[default: float32 for tiny, else as saved]", show_default=False
+DtypeOption: Any = typer.Option(
+    None, help="Dtype of the model's weights.  \\[default: float32 for tiny, else as saved]", show_default=False
 )
-DeviceOption = typer.Option(None, help="Where to run.  \\[default: a GPU if there is one]", show_default=False)
+DeviceOption: Any = typer.Option(None, help="Where to run.  \\[default: a GPU if there is one]", show_default=False)
 
 
 @dataclass
 class Loaded:
-    """A model with its tokenizer, and the name it was asked for by."""
+    """A model with its tokenizer, and the name that it was loaded by."""
 
     name: str
     model: Any
     tokenizer: Any
 
+    @property
+    def is_tiny(self) -> bool:
+        """True for the built-in model."""
+        return self.name == TINY
+
 
 def load(name: str, dtype: str | None = None, device: str | None = None) -> Loaded:
-    """The built-in model, or any causal language model of transformers, in eval mode. Raises OSError or ValueError with what is missing."""
+    """Load the built-in model, or any causal language model of transformers, in eval mode.
+
+    name: 'tiny', a directory, or an id on the hub; dtype, device: None: as described in the help of their options
+    Raises OSError or ValueError if something is missing.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,9 +71,8 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = None if dtype is None else parse_dtype(dtype)
     if name == TINY:
-        torch.set_num_threads(
-            min(torch.get_num_threads(), 4)
-        )  # its matrices are 128 wide: more threads would only wait for each other
+        # Its matrices are 128 wide: more threads would only wait for each other.
+        torch.set_num_threads(min(torch.get_num_threads(), 4))
         with _no_bars():
             model, tokenizer = tiny.load(wanted or torch.float32)
     else:
@@ -80,7 +89,7 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Without the progress bars of transformers: for a model that loads at once."""
+    """Turn off the progress bars of transformers, for a model that loads in a moment."""
     from transformers.utils import logging
 
     before = logging.is_progress_bar_enabled()
@@ -119,12 +128,16 @@ def patch(
 
 
 def add_experts(bank: ExpertBank, text: str, model: str) -> list[str | None]:
-    """Put the experts of a comma-separated list into the bank; their names there, None for "base"."""
+    """Put the experts of a comma-separated list into the bank. Returns their names there, None for "base"."""
     return [add_expert(bank, name, model) for name in comma_list(text)]
 
 
 def add_expert(bank: ExpertBank, name: str, model: str) -> str | None:
-    """Put an expert into the bank, by path or, for the built-in model, by name; its name there, None for "base". Raises ValueError."""
+    """Put an expert into the bank. Returns its name there, None for "base".
+
+    name: a path, or for the built-in model the name of an expert that comes with it
+    Raises FileNotFoundError, ExpertError or ExpertMismatch.
+    """
     if name == BASE:
         return None
     path = find_expert(name, model)
@@ -135,7 +148,7 @@ def add_expert(bank: ExpertBank, name: str, model: str) -> str | None:
 
 
 def find_expert(name: str, model: str) -> Path:
-    """The file of an expert: a path, with or without .safetensors, or the name of one that comes with the built-in model."""
+    """The file of an expert: a path, with or without .safetensors, or the name of one that comes with the model."""
     from t2kernels import tiny
     from t2kernels.experts.files import find_file
 
@@ -149,16 +162,37 @@ def find_expert(name: str, model: str) -> Path:
 
 
 def parse_mix(text: str, bank: ExpertBank, model: str) -> dict[str, float]:
-    """ "math=.7,code=.3" -> {"math": 0.7, "code": 0.3}, with these experts in the bank. Raises ValueError."""
+    """Parse "math=.7,code=.3" into {"math": 0.7, "code": 0.3}, with these experts in the bank. Raises ValueError."""
     try:
-        shares = parse_mixture(text)
-    except ValueError:
+        weights = parse_mixture(text)
+    except ValueError as e:
+        raise ValueError(f"--mix {text}: wanted NAME=WEIGHT,NAME=WEIGHT, such as math=.7,code=.3 ({e})") from None
+    # "base" needs no entry: the base model has the share that the weights leave, 1 + sum of weight (z - 1).
+    named = {add_expert(bank, name, model): weight for name, weight in weights.items()}
+    return {name: weight for name, weight in named.items() if name is not None}
+
+
+def parse_rank(text: str | None) -> int | float | None:
+    """Parse "all" into None, "256" into 256, "0.25" and "1/4" into 0.25. Raises ValueError."""
+    if text is None or text == "all":
+        return None
+    try:
+        if "/" in text:
+            above, below = text.split("/")
+            return int(above) / int(below)
+        return float(text) if "." in text else int(text)
+    except (ValueError, ZeroDivisionError):
         raise ValueError(
-            f"--mix {text}: wanted NAME=WEIGHT,NAME=WEIGHT with each name once, such as math=.7,code=.3"
+            f"--rank {text}: wanted 'all', a number of components such as 256, or a fraction such as 0.25 or 1/4"
         ) from None
-    mixture: dict[str, float] = {}
-    for name, share in shares.items():
-        expert = add_expert(bank, name, model)
-        if expert is not None:  # the base model's share is what the weights leave: 1 + sum of weight (z - 1)
-            mixture[expert] = mixture.get(expert, 0.0) + share
-    return mixture
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """A floating-point dtype of torch by its name. Raises ValueError."""
+    import torch
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(text, getattr(torch, text, None))
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        hint = "; for int8 factors use --format int8" if text == "int8" else ""
+        raise ValueError(f"--dtype {text}: wanted float32, bfloat16 or float16{hint}")
+    return dtype

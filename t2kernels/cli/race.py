@@ -1,7 +1,7 @@
-"""The race of `t2 demo`: one mixed batch, against the authors' way of serving experts, on the same requests with the same answers.
+"""The race of `t2 demo`: one mixed batch against the authors' way of serving experts, on the same requests.
 
-Their release holds one expert at a time, in the dense weights: it rebuilds W' = U diag(sigma z) Vᵀ in every layer, answers that expert's
-requests, and goes on to the next expert.
+Their release holds one expert at a time, in the dense weights: it rebuilds W' = U diag(sigma z) Vᵀ in every layer,
+answers that expert's requests, and goes on to the next expert.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ import random
 import time
 from typing import Any
 
-from t2kernels.evaluation import answers
+from t2kernels.evaluation import answers, rebuild
+from t2kernels.experts.names import Name
 
 from . import models
 from .console import bar, show, table
 
-REQUESTS, LIMIT = 32, 28
-"""Prompts, and tokens of an answer."""
+REQUESTS = 32
+"""Prompts of a race."""
+LIMIT = 28
+"""Tokens of an answer."""
 
 
 def race(loaded: models.Loaded, bank: Any, served: dict[str, str], counts: tuple[int, ...], repeats: int) -> None:
-    """Time the same requests both ways, for each number of experts in `counts`.
+    """Time the same requests both ways, for each number of experts in `counts`, and print a table.
 
-    served: {expert in the bank: its task}
+    served: {expert in the bank: its task}; repeats: timed runs, of which the best counts
     """
     import t2kernels as t2
 
@@ -38,7 +41,7 @@ def race(loaded: models.Loaded, bank: Any, served: dict[str, str], counts: tuple
                 ours.append(mixed(loaded, prompts, experts))
                 theirs.append(one_by_one(loaded, bank, dense, factors, prompts, experts))
                 progress.advance(running)
-            # The first of each warms up. The best of the others, because what else runs on the machine only ever adds time.
+            # The first run of each warms up. Of the others the best counts: other programs only ever add time.
             (fast, first), (slow, second, rebuilding) = min(ours[1:]), min(theirs[1:])
             equal = sum(a == b for a, b in zip(first, second, strict=True))
             shown.add_row(
@@ -52,11 +55,12 @@ def race(loaded: models.Loaded, bank: Any, served: dict[str, str], counts: tuple
     show(
         f"{REQUESTS} requests in one mixed batch, and expert by expert with weights rebuilt in between",
         shown,
-        f"rebuilding: its part of one by one · best of {repeats}, taken in turn · a tiny model on this machine: nothing follows for a large one",
+        f"rebuilding: its part of one by one · best of {repeats}, taken in turn · a tiny model on this machine: "
+        "nothing follows for a large one",
     )
 
 
-def mixed(loaded: models.Loaded, prompts: list[str], experts: list) -> tuple[float, list[str]]:
+def mixed(loaded: models.Loaded, prompts: list[str], experts: list[Name]) -> tuple[float, list[str]]:
     """(seconds, answers) of one batch."""
     start = time.perf_counter()
     written = answers(loaded.model, loaded.tokenizer, prompts, experts, LIMIT)
@@ -64,9 +68,9 @@ def mixed(loaded: models.Loaded, prompts: list[str], experts: list) -> tuple[flo
 
 
 def one_by_one(
-    loaded: models.Loaded, bank: Any, dense: Any, factors: Any, prompts: list[str], experts: list
+    loaded: models.Loaded, bank: Any, dense: Any, factors: Any, prompts: list[str], experts: list[Name]
 ) -> tuple[float, list[str], float]:
-    """(seconds, answers, seconds of it spent on rebuilding) of a batch an expert."""
+    """(seconds, answers, seconds for rebuilding) of one batch for each expert."""
     start, rebuilding = time.perf_counter(), 0.0
     written = [""] * len(prompts)
     for expert in [e for i, e in enumerate(experts) if e not in experts[:i]]:
@@ -81,8 +85,11 @@ def one_by_one(
     return time.perf_counter() - start, written, rebuilding
 
 
-def requests(served: dict[str, str], count: int) -> tuple[list[str], list]:
-    """REQUESTS prompts of all tasks in turn, and for each one of `count` experts: those served, the base model, then mixtures of them."""
+def requests(served: dict[str, str], count: int) -> tuple[list[str], list[Name]]:
+    """REQUESTS prompts of all tasks in turn, and an expert for each.
+
+    The `count` experts are those that are served, then the base model, then mixtures.
+    """
     from t2kernels import tasks
 
     problems = [tasks.load(task).split("test", REQUESTS) for task in served.values()]
@@ -92,8 +99,8 @@ def requests(served: dict[str, str], count: int) -> tuple[list[str], list]:
     return prompts, [made[i % count] for i in range(REQUESTS)]
 
 
-def z_of(bank: Any, expert: Any) -> dict:
-    """z by matrix of an expert, of a mixture, or of the base model (nothing: all ones)."""
+def z_of(bank: Any, expert: Name) -> dict[str, Any]:
+    """{matrix: z} of an expert or a mixture; empty for the base model, whose z are ones."""
     import t2kernels as t2
 
     if expert is None:
@@ -101,12 +108,3 @@ def z_of(bank: Any, expert: Any) -> dict:
     return (
         bank[expert] if isinstance(expert, str) else t2.Expert.mix([(bank[name], a) for name, a in expert.items()])
     ).z
-
-
-def rebuild(dense: Any, factors: Any, z: dict) -> None:
-    """W' = U diag(sigma z) Vᵀ into every weight of a dense model."""
-    import torch
-
-    with torch.no_grad():
-        for name, factor in factors.items():
-            dense.get_submodule(name).weight.copy_(factor.dense(z.get(name)))

@@ -1,99 +1,99 @@
-"""Strategies of `t2kernels.adapt` as the command line names them."""
+"""The strategies of `t2kernels.adapt` on the command line: --adapt, and the options that strategies registered."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from t2kernels.experts.names import CLASSIFIER
+from t2kernels.adapt.strategy_registry import (
+    Option,
+    check_options,
+    make_strategy,
+    own_options,
+    strategy_names,
+    strategy_options,
+)
 
 from . import models
 
 if TYPE_CHECKING:
-    from t2kernels.adapt import Question, Strategy
+    from t2kernels.adapt import Strategy
 
-KINDS = ("prompt", "classify", "router", "confidence", "likelihood", "few-shot")
+NAMES: str = ", ".join(strategy_names())
+DEFAULT_EXPERTS: tuple[str, ...] = ("math", "code", "reason")
+"""What the built-in model chooses from if no expert is given."""
 
-AdaptOption = typer.Option(
+AdaptOption: Any = typer.Option(
     None,
-    help="Choose the expert of each prompt: prompt, classify, router, confidence, likelihood or few-shot; docs/reference/adaptation.md says how.",
+    help=f"Choose the expert of each prompt by a strategy: {NAMES} (docs/reference/adaptation.md).",
     show_default=False,
 )
-ClassifierOption = typer.Option(
-    CLASSIFIER, help="The expert that answers for --adapt classify and router, by path or name."
-)
-ExamplesOption = typer.Option(
-    None, help="A .jsonl file with prompt and answer, for --adapt few-shot.", show_default=False
-)
-MarginOption = typer.Option(
-    0.0, help="Nats by which --adapt prompt and classify must prefer an expert; below it the base model answers."
-)
+
+EACH: Any = None
+"""Default of the parameter that `with_strategy_options` replaces."""
 
 
-def strategy(
-    kind: str,
-    loaded: models.Loaded,
-    experts: Sequence[str],
-    classifier: str = CLASSIFIER,
-    examples: Path | None = None,
-    margin: float = 0.0,
-    seed: int = 0,
-) -> Strategy:
-    """The strategy `kind` on a patched model, over experts by path or name (the built-in model's by default), which it puts into the bank.
+def with_strategy_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter `strategy_options` of a verb by one option for each option that a strategy registered.
 
-    Raises ValueError before any forward: an unknown kind, no experts, no examples for few-shot.
+    The verb gets their values as one dict.
     """
-    from t2kernels import adapt, tasks
-
-    check(kind, examples)
-    if not experts and loaded.name != models.TINY:
-        raise ValueError(f"--adapt {kind} needs experts to choose from: give each with --expert")
-    model, tokenizer, bank = loaded.model, loaded.tokenizer, loaded.model.t2_bank
-    names = [
-        n
-        for n in (models.add_expert(bank, e, loaded.name) for e in experts or ("math", "code", "reason"))
-        if n is not None
+    signature = inspect.signature(verb)
+    added = [
+        inspect.Parameter(o.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=_typer_option(o), annotation=o.type)
+        for o in strategy_options()
     ]
-    if kind in ("confidence", "likelihood"):
-        return adapt.ZeroShot(model, tokenizer, names, by=kind)
-    if kind == "few-shot":
-        task = tasks.from_jsonl(examples)
-        rows = [row for split in ("train", "validation", "test") for row in task.rows(split, None, 0)]
-        if loaded.name == models.TINY:  # its answers end in the answer, with or without the working before it
-            task = tasks.Task(task.name, task.rows, tasks.tiny.final, 32)
-        few = adapt.Examples(
-            model, tokenizer, rows, task, gold=lambda row: ("=" if loaded.name == models.TINY else "") + row["answer"]
-        )
-        return adapt.FewShot(model, tokenizer, few, names, adapt.CEMConfig(seed=seed))
-    if kind == "prompt":
-        return adapt.Prompt(model, tokenizer, question(loaded, names), margin)
-    asked = models.add_expert(bank, classifier, loaded.name)
-    if asked is None:
-        raise ValueError(f"--adapt {kind}: the base model is no classifier; --adapt prompt asks it")
-    known = bank[asked].manifest.get("question") is not None
-    judge = adapt.Classifier(model, tokenizer, None if known else question(loaded, names), asked, margin=margin)
-    return judge if kind == "classify" else adapt.Router(judge)
+
+    @functools.wraps(verb)
+    def run(**values: Any) -> None:
+        verb(strategy_options={p.name: values.pop(p.name) for p in added}, **values)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        parameters += added if parameter.name == "strategy_options" else [parameter]
+    # Typer reads both.
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
-def check(kind: str, examples: Path | None) -> None:
-    """What can be known before a model is loaded. Raises ValueError or FileNotFoundError."""
-    if kind not in KINDS:
-        raise ValueError(f"--adapt {kind}: wanted one of {', '.join(KINDS)}")
-    if kind == "few-shot" and examples is None:
-        raise ValueError("--adapt few-shot needs --examples FILE.jsonl, with a prompt and its answer a line")
-    if kind == "few-shot" and not examples.is_file():
-        raise FileNotFoundError(f"--examples {examples}: no such file")
+def _typer_option(option: Option) -> Any:
+    users = [name for name in strategy_names() if option.name in {o.name for o in strategy_options(name)}]
+    by = " By path or name." if option.expert else ""
+    text = f"{option.help}{by} For --adapt {', '.join(users)}."
+    return typer.Option(option.default, help=text, show_default=option.default is not None)
 
 
-def question(loaded: models.Loaded, names: Sequence[str]) -> Question:
-    """What a model is asked: the built-in one its own question, any other in English."""
-    from t2kernels.adapt import Question
+def check(name: str, options: Mapping[str, Any]) -> None:
+    """Check a strategy and its options before a model is loaded. Raises ValueError or FileNotFoundError."""
+    try:
+        given = own_options(name, options)
+        for option in strategy_options(name):
+            if option.required and given.get(option.name) is None:
+                raise ValueError(f"it needs --{option.name}: {option.help}")
+        check_options(name, given)
+    except (ValueError, FileNotFoundError) as e:
+        raise type(e)(f"--adapt {name}: {e}") from None
 
-    return (
-        Question.tiny(names)
-        if loaded.name == models.TINY
-        else Question.about(names, chat=bool(loaded.tokenizer.chat_template))
-    )
+
+def strategy(name: str, loaded: models.Loaded, experts: Sequence[str], options: Mapping[str, Any]) -> Strategy:
+    """Make a strategy for a patched model, with the experts that it needs in the bank.
+
+    experts: to choose from, by path or name; none: those that come with the built-in model
+    options: of all strategies; each takes its own
+    Raises ValueError before any forward.
+    """
+    if not experts and not loaded.is_tiny:
+        raise ValueError(f"--adapt {name} needs experts to choose from: give each with --expert")
+    bank = loaded.model.t2_bank
+    found = [models.add_expert(bank, expert, loaded.name) for expert in experts or DEFAULT_EXPERTS]
+    given = own_options(name, options)
+    for option in strategy_options(name):
+        if option.expert:
+            given[option.name] = models.add_expert(bank, given[option.name], loaded.name)
+    names = [expert for expert in found if expert is not None]
+    return make_strategy(name, loaded.model, loaded.tokenizer, names, tiny=loaded.is_tiny, **given)

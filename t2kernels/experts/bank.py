@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from t2kernels.layers.active import Routing
 from t2kernels.layers.groups import find_groups
 from t2kernels.layers.linear import SVFLinear
+from t2kernels.layers.routing.active import Routing
 
 from .expert import Expert
 from .loading import LoadedExperts

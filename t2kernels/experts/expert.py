@@ -66,7 +66,8 @@ class Expert:
         return {n: v.numel() for n, v in self.z.items()}
 
     def digest(self) -> str:
-        """sha256 of z, 64 hexadecimal digits: the same for the same z, however its file was written. Manifest and sketch do not count."""
+        """sha256 of z, 64 hexadecimal digits: the same for the same z, however its file was written. Manifest and
+        sketch do not count."""
         hashed = hashlib.sha256()
         for name in sorted(self.z):
             z = self.z[name]

@@ -1,4 +1,5 @@
-"""The file of an expert: z and sketch of each matrix in safetensors, a manifest in the header (docs/reference/experts.md)."""
+"""The file of an expert: z and sketch of each matrix in safetensors, a manifest in the header
+(docs/reference/experts.md)."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2kernels.layers.active import Routing
-from t2kernels.layers.route import Route
-from t2kernels.layers.scopes import Scope
+from t2kernels.layers.routing.active import Routing
+from t2kernels.layers.routing.route import Route
+from t2kernels.layers.routing.scopes import Scope
 
 from .columns import Columns
 from .names import Key, Name, Names, flat_names, key_of, shape_of
@@ -98,7 +98,7 @@ class LoadedExperts(Columns):
             self._rows.unpin(set(rows) - {0})
 
     def use(self, names: Names | Tensor) -> Scope:
-        """A scope: inside its `with` block every forward of the model uses these experts (`layers.scopes`).
+        """A scope: inside its `with` block every forward of the model uses these experts (`layers.routing.scopes`).
 
         names: as for `ids`, or a tensor of `ids`. One name fits any batch.
         `with bank.use(...) as ids` gives the ids.

@@ -18,7 +18,7 @@ from torch import Tensor
 from t2kernels.ops.dispatch import expand, fuses_swiglu, shrink, swiglu
 from t2kernels.ops.op import call_group
 
-from .route import Route
+from .routing.route import Route
 
 # Names of modules of one parent whose forward passes the same tensor to each. A wrong guess costs time only: a group
 # whose members get different tensors gives up.

@@ -21,9 +21,9 @@ from t2kernels.factors.int8 import Int8Factor, spread
 from t2kernels.factors.matrices import Matrix, is_quantised
 from t2kernels.ops.op import call
 
-from .active import Routing
 from .forward_hooks import remove_hook
 from .groups import Group
+from .routing.active import Routing
 from .scale import make_scale, z_from_logits
 
 

@@ -1,7 +1,8 @@
 """Whether a base layer lets a gradient through to its input.
 
-Training z needs d(x Wᵀ)/dx of every base layer in delta form. Some quantised layers have no backward, or a wrong one, and say nothing: torchao with
-dynamically quantised activations returns 0, bitsandbytes nf4 on a CPU returns noise once it has packed its weight. The probe asks the layer itself.
+Training z needs d(x Wᵀ)/dx of every base layer in delta form. Some quantised layers have no backward, or a wrong one,
+and say nothing: torchao with dynamically quantised activations returns 0, bitsandbytes nf4 on a CPU returns noise once
+it has packed its weight. The probe asks the layer itself.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from torch import Tensor, nn
 
 DIRECTIONS = 24
 CORRELATION = 0.9
-"""Smallest correlation of predicted and seen changes. A right gradient of an int8 layer gives .99, of nf4 .99; a wrong one gives 0 within .2."""
+"""Smallest correlation of predicted and seen changes. A right gradient of an int8 layer gives .99, of nf4 .99; a wrong
+one gives 0 within .2."""
 
 
 def unsupported_gradient(module: nn.Module, in_features: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a linear module's gradient to its input cannot be trusted, or None.
 
-    f(x + d) - f(x) along random directions d must follow from the gradient of <r, f(x)>: d · grad = <r, f(x + d) - f(x)>. The module runs without
+    f(x + d) - f(x) along random directions d must follow from the gradient of <r, f(x)>: d · grad = <r, f(x + d) -
+    f(x)>. The module runs without
     gradients first, as it does in every rollout: some layers pack their weight then.
 
-    module: linear in its input [T, in_features]; dtype, device: of that input. The global random generator is left alone.
+    module: linear in its input [T, in_features]; dtype, device: of that input. The global random generator is left
+        alone.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -57,5 +61,8 @@ def _compare(module: nn.Module, x: Tensor, moved: Tensor, generator: torch.Gener
     predicted = torch.stack([(gradient.double() * d.double()).sum() for d in moved])
     correlation = torch.corrcoef(torch.stack([predicted, seen]))[0, 1].item()
     if not correlation >= CORRELATION:
-        return f"the gradient of its input is wrong (it predicts the output's changes with a correlation of {correlation:.2f}; expected 1)"
+        return (
+            "the gradient of its input is wrong (it predicts the output's changes with a correlation of "
+            f"{correlation:.2f}; expected 1)"
+        )
     return None

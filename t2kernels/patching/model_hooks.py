@@ -21,7 +21,7 @@ from transformers.utils import logging
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.layers import subclass
 from t2kernels.layers.forward_hooks import remove_hook
-from t2kernels.layers.route import Route
+from t2kernels.layers.routing.route import Route
 from t2kernels.layers.subclass import Mixin
 
 logger: Any = logging.get_logger(__name__)

@@ -17,9 +17,9 @@ from t2kernels.factors.checkpoint import name_of
 from t2kernels.factors.factor import resolve_rank
 from t2kernels.factors.matrices import Matrix, Targets, find_matrices
 from t2kernels.layers import swiglu
-from t2kernels.layers.active import Routing
 from t2kernels.layers.linear import DeltaLinear, FactoredLinear, SVFLinear
 from t2kernels.layers.moe import DeltaStack, stack_factors
+from t2kernels.layers.routing.active import Routing
 
 from . import model_hooks
 from .forms import FORMS, choose_form, unsupported

@@ -1,1 +1,1 @@
-"""Generate, score and read log-probabilities: what training, adaptation and evaluation share."""
+"""Encode prompts, draw completions, read log-probabilities, score: for training, adaptation, evaluation, serving."""

@@ -1,32 +1,58 @@
-"""Completions of a model: drawn with its KV cache, then scored in one forward with gradients."""
+"""Completions of a model: drawn with a KV cache, then scored in one forward with gradients."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-STAGE = 8  # tokens: few enough that little is drawn for rows that have ended, enough that the set-up of `generate` stays small beside it
+from .chat import AnyPrompt, as_completion, encode, end_tokens
+from .modes import eval_mode
+
+STAGE = 8
+"""Least tokens of a stage of `Sampler.draw`. Fewer would spend more on the set-up of `generate`; more would go on
+drawing for rows that have ended."""
+
+NEUTRAL: dict[str, object] = {
+    "min_length": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+"""Settings of `generate` that are switched off by another value than None."""
+NOT_SETTINGS = ("_from_model_config", "transformers_version")
+"""Fields of a GenerationConfig that `generate` does not take."""
 
 
 @dataclass
 class Rollout:
-    """Prompts, left-padded to P tokens, and their completions, right-padded to C.
+    """Prompts, left-padded to P tokens, and their completions, right-padded to C tokens.
 
-    ids: [B, P + C] int64; mask: [B, P + C] int64, 1 for prompt and completion; completion: [B, C] bool, up to the end of text, which counts
+    ids: [B, P + C] int64
+    mask: [B, P + C] int64, 1 for a token of the prompt or the completion
+    completion: [B, C] bool, True up to the end token, which counts
+    advantages, weights: [B] fp32, or None before they are known
+    experts: [B] the name of each row's expert, or empty
     """
 
     ids: Tensor
     mask: Tensor
     completion: Tensor
-    advantages: Tensor | None = None  # [B]
-    weights: Tensor | None = None  # [B]
+    advantages: Tensor | None = None
+    weights: Tensor | None = None
     experts: Sequence[str | None] = ()
 
     def __len__(self) -> int:
@@ -34,11 +60,11 @@ class Rollout:
 
     @property
     def tokens(self) -> Tensor:
-        """[B, C], the completions."""
+        """[B, C] int64, the completions."""
         return self.ids[:, -self.completion.shape[1] :]
 
     def split(self, size: int | None) -> list[Rollout]:
-        """Pieces of at most `size` rows, the shortest first, each without the columns that are padding in all of it."""
+        """Pieces of at most `size` rows (None: all), shortest rows first, without columns that are all padding."""
         order = self.mask.sum(1).argsort(stable=True)
         size, prompt = size or len(self), self.ids.shape[1] - self.completion.shape[1]
         pieces = []
@@ -60,167 +86,181 @@ class Rollout:
 
 
 class Sampler:
-    """Prompts to tokens, tokens to completions, for one model and its tokenizer.
+    """Turns prompts into tokens and tokens into completions, for one model and its tokenizer.
 
-    Raises ValueError if the tokenizer has neither a pad nor an end-of-text token.
+    model: only its end tokens and its number of positions are read; None if they are not known
+    max_new_tokens: length of the longest completion
+    Raises ValueError if the tokenizer has neither a pad token nor an end-of-text token.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, max_new_tokens: int):
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
-        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
-        self.ends = list(dict.fromkeys(e for e in ends if e is not None))
+    def __init__(self, model: nn.Module | None, tokenizer: Any, max_new_tokens: int) -> None:
+        self.tokenizer: Any = tokenizer
+        self.max_new_tokens: int = max_new_tokens
+        self.ends: list[int] = end_tokens(model, tokenizer)
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
                 raise ValueError(
                     "the tokenizer has no pad token and no end-of-text token to pad with: set tokenizer.pad_token"
                 )
             tokenizer.pad_token = tokenizer.eos_token
-        self.pad = tokenizer.pad_token_id
-        self.limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        self.pad: int = tokenizer.pad_token_id
+        self.limit: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
-    def encode(self, prompts: Sequence, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(ids, mask), both [B, P] int64, left-padded. A prompt is text or a chat, which goes through the tokenizer's template."""
-        chats = [not isinstance(p, str) for p in prompts]
-        if any(chats) and not all(chats):
-            raise ValueError("some prompts of this batch are text and some are chats: use one of the two throughout")
-        texts = [
-            self.tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) if chat else p
-            for p, chat in zip(prompts, chats, strict=True)
-        ]
-        # A chat template writes its own special tokens.
-        encoded = self.tokenizer(
-            texts,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not any(chats),
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        longest = encoded["input_ids"].shape[1] + self.max_new_tokens
-        if self.limit is not None and longest > self.limit:
+    def encode(self, prompts: Sequence[AnyPrompt], device: torch.device) -> tuple[Tensor, Tensor]:
+        """(ids, mask), both [B, P] int64, left-padded.
+
+        Raises ValueError for a batch of both texts and chats, and for a prompt without room for `max_new_tokens`.
+        """
+        rows = encode(self.tokenizer, prompts)
+        width = max(map(len, rows))
+        if self.limit is not None and width + self.max_new_tokens > self.limit:
             raise ValueError(
-                f"the longest prompt has {encoded['input_ids'].shape[1]} tokens, with max_new_tokens={self.max_new_tokens} that is {longest}; "
-                f"the model has {self.limit} positions: leave such prompts out, or lower max_new_tokens"
+                f"the longest prompt has {width} tokens, with max_new_tokens={self.max_new_tokens} that is "
+                f"{width + self.max_new_tokens}; the model has {self.limit} positions: leave such prompts out, or "
+                "lower max_new_tokens"
             )
-        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+        ids = torch.full((len(rows), width), self.pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.int64)
+            mask[i, width - len(row) :] = 1
+        return ids.to(device), mask.to(device)
 
     @torch.no_grad()
     def draw(
-        self, model: nn.Module, ids: Tensor, mask: Tensor, temperature: float, samples: int = 1, cache=None, **routing
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        mask: Tensor,
+        temperature: float,
+        samples: int = 1,
+        cache: Any = None,
+        stop: Sequence[str] = (),
+        own_settings: bool = False,
+        **routing: Tensor,
     ) -> Rollout:
-        """Completions by `model.generate`; temperature 0 is greedy. The model's own generation settings (top-k, penalties, ...) do not apply:
-        what is drawn must be what `completion_logits` gives the probabilities of.
+        """Draw completions with `model.generate`, in eval mode.
 
-        cache: keys and values of the first tokens of every row, if they are known; B * samples rows. It is changed.
-        Drawn in stages over one cache: rows that have ended leave the batch after each, so that a few long ones do not hold up the rest.
+        ids, mask: [B, P] int64, left-padded prompts; samples: completions of each, side by side
+        temperature: 0 is greedy
+        cache: KV cache of the first tokens of all B * samples rows, or None. It is changed.
+        stop: texts that end a completion as well; they stay in it
+        own_settings: False: the model's own generation settings (top-k, penalties, ...) do not apply, so that tokens
+            have the probabilities that `completion_logits` gives. True: they apply.
+        routing: `expert_ids` of `generate`, 0-dim or [B]
+
+        Completions are drawn in stages over one cache. Rows that have ended leave the batch after each stage, so that
+        the others do not wait for a few long rows. With `stop` or the model's own settings there is one stage, since
+        these depend on where the completion begins. The model is not changed: other threads may use it.
         """
         ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
         prompts = mask
         routing = {k: v.repeat_interleave(samples, 0) if v.dim() else v for k, v in routing.items()}
-        sampling = (
-            {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
-            if temperature > 0
-            else {"do_sample": False}
-        )
-        prompt, stage = ids.shape[1], max(STAGE, self.max_new_tokens // 8)
+        settings: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            settings["temperature"] = float(temperature)
+        if not own_settings:
+            settings = _settings(model, **settings, **({"top_k": 0, "top_p": 1.0} if temperature > 0 else {}))
+        settings |= {"eos_token_id": self.ends or None, "pad_token_id": self.pad}
+        settings |= {"use_cache": True, "return_dict_in_generate": True}
+        if stop:
+            settings |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
+        whole = bool(stop) or own_settings
+        prompt, stage = ids.shape[1], self.max_new_tokens if whole else max(STAGE, self.max_new_tokens // 8)
         out = torch.cat([ids, ids.new_full((len(ids), self.max_new_tokens), self.pad)], 1)
         rows, width = torch.arange(len(ids), device=ids.device), prompt
-        training = model.training
-        model.eval()
-        try:
+        with eval_mode(model):
             while len(rows) and width < out.shape[1]:
-                step = min(stage, out.shape[1] - width)
-                plain = GenerationConfig(
-                    max_new_tokens=step, eos_token_id=self.ends or None, pad_token_id=self.pad, **sampling
-                )
-                with _generation_config(model, plain):
-                    known = {kept_as(): cache}
-                    drawn = model.generate(
-                        input_ids=ids,
-                        attention_mask=mask,
-                        use_cache=True,
-                        return_dict_in_generate=True,
-                        **known,
-                        **routing,
-                    )
-                ids, cache = drawn.sequences, drawn[kept_as()]
+                settings["max_new_tokens"] = min(stage, out.shape[1] - width)
+                known = {} if cache is None else {cache_argument(): cache}
+                drawn = model.generate(input_ids=ids, attention_mask=mask, **settings, **known, **routing)
+                ids = drawn.sequences
                 out[rows, width : ids.shape[1]] = ids[:, width:]
-                going = ~self._ends(ids[:, width:]).any(1)
-                width = ids.shape[1]
+                going = ~self._is_end(ids[:, width:], bool(stop)).any(1)
+                width, kept = ids.shape[1], going.nonzero()[:, 0]
+                if whole or not len(kept):
+                    break
+                cache = drawn[cache_argument()]
                 mask = torch.cat([mask, mask.new_ones(len(mask), width - mask.shape[1])], 1)
-                kept = going.nonzero()[:, 0]
-                if len(kept) < len(rows) and len(kept):
+                if len(kept) < len(rows):
                     ids, mask, rows = ids[kept], mask[kept], rows[kept]
                     cache.batch_select_indices(kept)
                     routing = {k: v[kept] if v.dim() else v for k, v in routing.items()}
-                elif not len(kept):
-                    break
-        finally:
-            model.train(training)
-        ends = self._ends(out[:, prompt:])
-        completion = (ends.cumsum(1) - ends.long() == 0)[:, : width - prompt]  # [B, C], nothing ended before
+        ends = self._is_end(out[:, prompt:], bool(stop))
+        completion = (ends.cumsum(1) - ends.long() == 0)[:, : width - prompt]  # [B, C], True until after the first end
         mask = torch.cat([prompts, completion.long()], 1)
         return Rollout(out[:, :width], mask, completion)
 
-    def _ends(self, tokens: Tensor) -> Tensor:
-        return torch.isin(tokens, torch.tensor(self.ends, device=tokens.device, dtype=tokens.dtype))
+    def _is_end(self, tokens: Tensor, stopped: bool) -> Tensor:
+        """[B, C] bool. After a stop text `generate` pads: then the first pad token ends the row."""
+        ends = [*self.ends, self.pad] if stopped else self.ends
+        return torch.isin(tokens, torch.tensor(ends, device=tokens.device, dtype=tokens.dtype))
 
-    def decode(self, rollout: Rollout, prompts: Sequence) -> list:
+    def decode(self, rollout: Rollout, prompts: Sequence[AnyPrompt]) -> list[Any]:
         """The completions as text without special tokens; as a chat message where the prompt is a chat."""
         lengths = rollout.completion.sum(1).tolist()
         return self.read([row[:n] for row, n in zip(rollout.tokens.tolist(), lengths, strict=True)], prompts)
 
-    def read(self, ids: Sequence[Sequence[int]], prompts: Sequence) -> list:
-        """`decode` of the tokens of each completion."""
+    def read(self, ids: Sequence[Sequence[int]], prompts: Sequence[AnyPrompt]) -> list[Any]:
+        """`decode` for the token ids of each completion."""
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [
-            t if isinstance(p, str) else [{"role": "assistant", "content": t}]
-            for t, p in zip(texts, prompts, strict=True)
-        ]
+        return [as_completion(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]
 
 
-@contextlib.contextmanager
-def _generation_config(model: nn.Module, config: GenerationConfig):
-    """`generate` fills what a given config leaves open from the model's own; so the model's own is put aside."""
-    before, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = before
+def _settings(model: nn.Module, **chosen: Any) -> dict[str, Any]:
+    """`chosen`, and the neutral value of every other field of the model's generation config that is set.
 
-
-def completion_logits(model: nn.Module, rollout: Rollout, cache=None, **routing) -> Tensor:
-    """[B, C, vocabulary]: the logits that each completion token was, or would have been, drawn from.
-
-    cache: keys and values of the first tokens of every row, if they are known. It is changed.
+    `generate` fills fields that are left open from the model's config. Passing each by name keeps that config unread
+    without changing it: another thread may be generating with it.
     """
-    ids, mask, length = (
-        rollout.ids[:, :-1],
-        rollout.mask[:, :-1],
-        rollout.completion.shape[1],
-    )  # nothing follows the last token
+    own = {k: v for k, v in model.generation_config.to_dict().items() if v is not None and k not in NOT_SETTINGS}
+    plain = GenerationConfig().to_dict()
+    return {k: NEUTRAL.get(k, plain.get(k)) for k in own if k in plain} | chosen
+
+
+def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature), in at least fp32. Temperature 0 (greedy) counts as 1.
+
+    logits: [B, C, vocabulary]
+    Returns [B, C, vocabulary].
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, -1)
+
+
+def completion_logits(model: nn.Module, rollout: Rollout, cache: Any = None, **routing: Any) -> Tensor:
+    """[B, C, vocabulary]: the logits that each token of the completion is drawn from.
+
+    cache: KV cache of the first tokens of every row, or None. It is changed.
+    routing: `expert_ids` of the forward
+    """
+    length = rollout.completion.shape[1]
+    ids, mask = rollout.ids[:, :-1], rollout.mask[:, :-1]  # nothing follows the last token
     inputs = forward_inputs(model, ids, mask, length, cache)
     return model(**inputs, use_cache=cache is not None, **routing).logits[:, -length:]
 
 
-def forward_inputs(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, cache=None) -> dict:
-    """What a forward is given for left-padded tokens [B, S] of which `cache` may hold the first; logits of the last `keep` tokens, 0: of all."""
+def forward_inputs(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, cache: Any = None) -> dict[str, Any]:
+    """Arguments of a forward over left-padded tokens.
+
+    ids, mask: [B, S] int64, with the tokens that `cache` holds already
+    keep: how many last logits to compute, 0 for all
+    """
     known = 0 if cache is None else cache.get_seq_length()
     accepted = _forward_arguments(model)
-    inputs = {"input_ids": ids[:, known:], "attention_mask": mask}
+    inputs: dict[str, Any] = {"input_ids": ids[:, known:], "attention_mask": mask}
     if "position_ids" in accepted:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, known:]
     if "logits_to_keep" in accepted:  # the head is most of the work where the vocabulary is large
         inputs["logits_to_keep"] = keep
     if cache is not None:
-        inputs[kept_as()] = cache
+        inputs[cache_argument()] = cache
     return inputs
 
 
 @functools.cache
-def kept_as() -> str:
-    """What this transformers calls keys and values that are kept, as an argument and in outputs: "cache", or "past_key_values" before 5.24."""
+def cache_argument() -> str:
+    """The name of the KV cache in arguments and outputs: "cache", or "past_key_values" before transformers 5.24."""
     from transformers import LlamaForCausalLM
 
     return "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"

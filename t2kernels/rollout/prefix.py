@@ -1,21 +1,26 @@
-"""What many prompts begin with, computed once for each expert instead of once for each prompt."""
+"""The common prefix of many prompts, computed once for each expert instead of once for each prompt."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .generation import forward_inputs, kept_as
+from .generation import cache_argument, forward_inputs
+from .modes import eval_mode
 
-WORTH = 16
-"""Common tokens below which a cache of their own saves nothing: copying it costs about as much as so few tokens."""
+MIN_PREFIX = 16
+"""Common tokens below which a prefix cache saves nothing: copying it costs about as much as so few tokens."""
 
 
-def hoist(ids: Tensor, mask: Tensor, worth: int = WORTH) -> tuple[Tensor, Tensor, Tensor]:
-    """Left-padded prompts, with the tokens that all of them begin with put before the padding.
+def hoist(ids: Tensor, mask: Tensor, min_prefix: int = MIN_PREFIX) -> tuple[Tensor, Tensor, Tensor]:
+    """Move the common prefix of left-padded prompts before the padding.
 
-    ids, mask: [B, S]. Returns the common prefix [P] (empty where it is shorter than `worth`), and ids and mask [B, S] as
-    (prefix, padding, rest). Positions are counted by the mask, so the padding in between is not seen. At least one token stays in each rest.
+    ids, mask: [B, S] int64
+    Returns (prefix [P], empty if it is shorter than `min_prefix`; ids [B, S]; mask [B, S]), the last two in the order
+    (prefix, padding, rest). Positions are counted by the mask, so the padding in between is not seen. At least one
+    token stays in each rest.
     """
     starts = (mask.shape[1] - mask.sum(1)).tolist()
     rows = [row[s:].tolist() for row, s in zip(ids, starts, strict=True)]
@@ -25,7 +30,7 @@ def hoist(ids: Tensor, mask: Tensor, worth: int = WORTH) -> tuple[Tensor, Tensor
             break
         count += 1
     count = min(count, min(map(len, rows)) - 1)
-    if count < worth or len(rows) < 2:
+    if count < min_prefix or len(rows) < 2:
         return ids[0, :0], ids, mask
     order = [
         torch.cat([torch.arange(s, s + count), torch.arange(s), torch.arange(s + count, ids.shape[1])]).to(ids.device)
@@ -36,8 +41,12 @@ def hoist(ids: Tensor, mask: Tensor, worth: int = WORTH) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def prefill(model: nn.Module, prefix: Tensor, expert_ids: Tensor, copies: int):
-    """A KV cache of `prefix` [P] under each of `expert_ids` [E], each `copies` times in a row; None for an empty prefix."""
+def prefill(model: nn.Module, prefix: Tensor, expert_ids: Tensor, copies: int) -> Any:
+    """The KV cache of a prefix under several experts.
+
+    prefix: [P] int64; expert_ids: [E] int32
+    Returns a cache of E * copies rows, the copies of an expert side by side, or None for an empty prefix.
+    """
     if not len(prefix):
         return None
     ids = prefix.expand(len(expert_ids), -1)
@@ -47,16 +56,17 @@ def prefill(model: nn.Module, prefix: Tensor, expert_ids: Tensor, copies: int):
 
 
 @torch.no_grad()
-def forward(model: nn.Module, ids: Tensor, mask: Tensor, cache=None, keep: int = 0, **routing):
-    """(logits of the last `keep` tokens, 0: of all that the cache lacks; the cache, which now holds all of them). In eval mode.
+def forward(
+    model: nn.Module, ids: Tensor, mask: Tensor, cache: Any = None, keep: int = 0, **routing: Tensor
+) -> tuple[Tensor, Any]:
+    """One forward in eval mode that fills a KV cache.
 
-    ids, mask: [B, S], the tokens that the cache holds included
+    ids, mask: [B, S] int64, with the tokens that `cache` holds already
+    keep: how many last logits to compute, 0 for all
+    routing: `expert_ids` of the forward
+    Returns (logits [B, keep, vocabulary] of tokens that were not in the cache; the cache, now of all S tokens).
     """
     inputs = forward_inputs(model, ids, mask, keep, cache)
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         out = model(**inputs, use_cache=True, **routing)
-    finally:
-        model.train(training)
-    return out.logits, out[kept_as()]
+    return out.logits, out[cache_argument()]

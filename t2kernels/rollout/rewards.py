@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Reward = Callable[..., Sequence[float]]
-"""reward(prompts=[...], completions=[...], **columns) -> one number a completion: the form that TRL calls."""
+"""reward(prompts=[...], completions=[...], **columns) -> one number for each completion: the form that TRL calls."""
+
+
+def is_task(data: object) -> bool:
+    """True for a `t2kernels.tasks.Task` or the like: it has splits, and its own reward."""
+    return callable(getattr(data, "reward", None)) and callable(getattr(data, "split", None))
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """r = Σ_k weights_k reward_k(prompts, completions, **columns).
-
-    Raises ValueError without a reward, or with another number of weights.
-    """
+    """r = Σ_k weights_k reward_k(prompts, completions, **columns)."""
 
     rewards: tuple[Reward, ...]
     weights: tuple[float, ...]
 
     @classmethod
-    def of(cls, reward: Reward | Sequence[Reward] | None, weights: Sequence[float] | None = None) -> Scorer:
+    def of(cls, reward: Any, weights: Sequence[float] | None = None) -> Scorer:
+        """The scorer of a reward, of several (a list), or of a task, which brings its own.
+
+        weights: one for each reward; None: all 1
+        Raises ValueError for what is not callable, and for another number of weights.
+        """
+        reward = reward.reward if is_task(reward) else reward
         rewards = tuple(reward) if isinstance(reward, (list, tuple)) else (reward,)
         if not rewards or not all(map(callable, rewards)):
             raise ValueError(
-                f"reward={reward!r}; wanted a callable reward(prompts, completions, **columns) -> list of numbers, a list of these, "
-                "or a task, which brings its own"
+                f"reward={reward!r}; wanted a callable reward(prompts, completions, **columns) -> list of numbers, "
+                "a list of these, or a task"
             )
         weights = tuple(map(float, weights or [1.0] * len(rewards)))
         if len(weights) != len(rewards):
@@ -38,21 +47,27 @@ class Scorer:
 
     @property
     def name(self) -> str:
+        """The names of the reward functions."""
         return " + ".join(getattr(r, "__qualname__", type(r).__name__) for r in self.rewards)
 
-    def __call__(self, rows: Sequence[Mapping], completions: Sequence) -> Tensor:
-        """[B] fp32 on the CPU: the reward of each completion of the row beside it. Raises ValueError on a count or a value that cannot be."""
+    def __call__(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Any]) -> Tensor:
+        """The reward of each completion.
+
+        rows: [B] dicts with a prompt and the columns of the reward; completions: [B] texts or chats
+        Returns [B] fp32 on the CPU. Raises ValueError if a reward returns another count, or something that is not a
+        finite number.
+        """
         prompts = [row["prompt"] for row in rows]
         columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "prompt"}
         total = torch.zeros(len(rows))
         for reward, weight in zip(self.rewards, self.weights, strict=True):
-            total += weight * _numbers(
-                reward(prompts=prompts, completions=list(completions), **columns), len(rows), reward
-            )
+            values = reward(prompts=prompts, completions=list(completions), **columns)
+            total += weight * _numbers(values, len(rows), reward)
         return total
 
 
 def _numbers(values: object, count: int, reward: Reward) -> Tensor:
+    """What a reward returned as [B] fp32, after checks."""
     who = f"the reward {getattr(reward, '__qualname__', reward)!s}"
     if isinstance(values, Tensor):
         values = values.detach().reshape(-1).tolist()
@@ -62,7 +77,7 @@ def _numbers(values: object, count: int, reward: Reward) -> Tensor:
     try:
         numbers = [float(v) for v in values]
     except (TypeError, ValueError) as e:
-        raise ValueError(f"{who} returned something that is no number: {e}") from None
+        raise ValueError(f"{who} returned something that is not a number: {e}") from None
     for i, number in enumerate(numbers):
         if not math.isfinite(number):
             raise ValueError(f"{who} returned {number} for completion {i} of {count}; wanted finite numbers")
@@ -70,15 +85,19 @@ def _numbers(values: object, count: int, reward: Reward) -> Tensor:
 
 
 def advantages(
-    rewards: Tensor, groups: Sequence, samples: int, kind: str = "none", clip: float | None = None
+    rewards: Tensor, groups: Sequence[Hashable], samples: int, kind: str = "none", clip: float | None = None
 ) -> Tensor:
-    """[B] fp32: what each completion's log-probability is weighted with.
+    """The weight A of each completion's log-probability.
 
-    rewards: [B], the `samples` completions of a prompt side by side
-    groups: [B] hashable; "batch" takes mean and deviation over the completions of equal group (an expert's)
-    kind: "none" r; "batch" (r - mean) / std, 0 where all are equal; "group" r - mean over the prompt's completions; "leave_one_out" r - mean
-        over the prompt's other completions, which keeps the estimate unbiased
-    clip: the result is cut to [-clip, clip]
+    rewards: [B] fp32, the `samples` completions of a prompt side by side
+    groups: [B], whose completions "batch" takes mean and deviation over (an expert's)
+    kind:
+        "none"           A = r
+        "batch"          A = (r - mean) / std over the group; 0 where all rewards are equal
+        "group"          A = r - mean over the completions of the prompt
+        "leave_one_out"  A = r - mean over the other completions of the prompt, which keeps the estimate unbiased
+    clip: A is cut to [-clip, clip]
+    Returns [B] fp32.
     """
     if kind == "batch":
         out = torch.empty_like(rewards)

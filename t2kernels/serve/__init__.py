@@ -1,4 +1,4 @@
-"""`t2 serve`: experts behind an OpenAI-compatible API, on transformers' continuous batching (docs/serving.md).
+"""`t2 serve`: experts behind an OpenAI-compatible API, on transformers' continuous batching (docs/reference/server.md).
 
 | file | idea |
 |---|---|

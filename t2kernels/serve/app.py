@@ -11,13 +11,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from t2kernels.experts.names import AUTO
 from t2kernels.serve.http.errors import APIError, bad
 from t2kernels.serve.http.limits import LimitBody, RequireKey
 from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
 
 from .admin import add_routes
 from .completions import answer
-from .registry import AUTO
 from .service import Service
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from t2kernels.adapt import Classifier, Prompt, Question, Strategy
-from t2kernels.experts.names import Name
+from t2kernels.adapt import Strategy, make_strategy, strategy_names
+from t2kernels.adapt.question import choosable
+from t2kernels.adapt.strategy_registry import own_options, strategy_options
+from t2kernels.experts.names import CLASSIFIER, Name
 from t2kernels.serve.engine.engine import Engine
 from t2kernels.serve.http.errors import APIError, SettingsError
 
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger: logging.Logger = logging.getLogger(__name__)
-
-PROMPT: str = "prompt"
-"""The route on which the base model is asked."""
-CLASSIFY: str = "classify"
-"""Default name of a classification expert. The one that comes with the built-in model holds no question."""
 
 AutoPrompt = str | list[dict[str, Any]]
 """A prompt to choose for: text, or messages of a chat."""
@@ -38,7 +34,7 @@ class Router:
     Prompts that arrive together are asked in one forward, between two steps of generation.
 
     engine, experts, tokenizer: of the server
-    way: "prompt", where the base model says what a prompt is about, or the name of a classification expert
+    way: a strategy by name, or the name of a classification expert, which the strategy "classify" asks
     tiny: whether the model is the built-in one, which has its own form of question
     margin: nats by which an expert must lead; below it the base model answers
     Raises SettingsError if the way cannot work.
@@ -65,8 +61,6 @@ class Router:
         self._made: tuple[int, Strategy, object] | None = None  # epoch of the names, strategy for them, its row
         self._asked: list[tuple[AutoPrompt, asyncio.Future[Chosen]]] = []
         self._task: asyncio.Task[None] | None = None
-        if experts.bank.rows < 3 and way != PROMPT:
-            raise SettingsError(f"--route {way} keeps a row for the classification expert: use --rows 3 or more")
         try:
             self.strategy()
         except APIError as error:
@@ -100,7 +94,8 @@ class Router:
                 if future.done():  # its client is gone
                     continue
                 try:
-                    future.set_result(self.experts.of_names(back.get(key)))
+                    named = {back.get(k, k): w for k, w in key.items()} if isinstance(key, Mapping) else back.get(key)
+                    future.set_result(self.experts.of_names(named))
                 except APIError as error:  # the expert was removed meanwhile
                     future.set_exception(error)
 
@@ -116,33 +111,36 @@ class Router:
         return self._made[1]
 
     def _make(self) -> tuple[Strategy, object]:
-        experts, model = self.experts, self.engine.model
+        experts = self.experts
         keys = {name: version.key for name, version in experts.current.items()}
-        if self.way == PROMPT:
-            return Prompt(model, self.tokenizer, self._question(keys), self.margin), None
-        if self.way not in keys:
-            raise APIError(503, f"model 'auto' asks the expert {self.way!r}, which is not there; add it", "no_router")
-        recorded = experts.current[self.way].manifest.get("question")
-        if recorded is not None:  # a category whose expert is not there is answered by the base model
-            question = Question(**recorded)
-            question = replace(question, labels={label: keys.get(name) for label, name in question.labels.items()})
-        else:
-            question = self._question({name: key for name, key in keys.items() if name != self.way})
-        held = experts.bank.ids(keys[self.way])  # its row is kept: it must not wait for those whose expert it chooses
-        return Classifier(model, self.tokenizer, question, keys[self.way], margin=self.margin), held
-
-    def _question(self, keys: dict[str, str]) -> Question:
-        """The default question: which of the experts' names fits. Classification experts are not among them."""
-        keys = {
-            name: key
-            for name, key in keys.items()
-            if "question" not in self.experts.current[name].manifest and name != CLASSIFY
-        }
-        if not keys:
-            raise APIError(503, "model 'auto' has no expert to choose", "no_experts")
-        if not self.tiny:
-            return Question.about(keys, chat=bool(self.tokenizer.chat_template))
-        if len(keys) < 2:
-            raise APIError(503, "model 'auto' needs two experts to choose from", "no_experts")
-        question = Question.tiny(list(keys))
-        return replace(question, labels={label: keys[name] for label, name in question.labels.items()})
+        kind, options = self.way, {"margin": self.margin}
+        if kind not in strategy_names():  # the name of a classification expert
+            kind, options["classifier"] = CLASSIFIER, self.way
+        judges = {}
+        for option in strategy_options(kind):
+            if option.expert:
+                name = options.get(option.name, option.default)
+                if name not in keys:
+                    raise APIError(503, f"model 'auto' asks the expert {name!r}, which is not there", "no_router")
+                judges[name] = options[option.name] = keys[name]
+        names = choosable({name: version.manifest for name, version in experts.current.items() if name not in judges})
+        try:
+            strategy = make_strategy(
+                kind,
+                self.engine.model,
+                self.tokenizer,
+                {name: keys[name] for name in names},
+                tiny=self.tiny,
+                **own_options(kind, options),
+            )
+        except ValueError as error:
+            raise APIError(503, f"model 'auto' cannot choose: {error}", "no_experts") from None
+        readers = {key for key in strategy.readers if key is not None}
+        if len(readers) + 2 > experts.bank.rows:
+            raise APIError(
+                503,
+                f"model 'auto' keeps rows for {len(readers)} experts: --rows {len(readers) + 2} at least",
+                "no_rows",
+            )
+        # Their rows are kept: the strategy must not wait for requests that wait for its choice.
+        return strategy, [experts.bank.ids(key) for key in readers]

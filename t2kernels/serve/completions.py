@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from t2kernels.experts.names import AUTO
+from t2kernels.rollout.chat import encode, has_template
 from t2kernels.serve.http.errors import APIError, bad
 from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
 
 from .answer import Answer
 from .auto import AutoPrompt
-from .registry import AUTO, Chosen
+from .registry import Chosen
 from .service import Service
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -75,13 +77,12 @@ def _text(service: Service, request: CompletionRequest) -> tuple[list[list[int]]
 def _encode_chat(service: Service, messages: list[dict[str, Any]]) -> list[int]:
     """Apply the chat template. Without one, a single message of the user is the prompt."""
     tokenizer = service.tokenizer
-    if tokenizer.chat_template:
+    if has_template(tokenizer):
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return encode(tokenizer, [messages])[0]
         except Exception as error:  # a template may raise anything
             logger.warning("the chat template refused %d messages", len(messages), exc_info=True)
             raise bad(f"the model's chat template refuses these messages: {error}", "messages") from None
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(messages) == 1 and messages[0]["role"] == "user":
         return tokenizer(messages[0]["content"])["input_ids"]
     raise bad(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from t2kernels.rollout.chat import end_tokens
 from t2kernels.serve.engine.batching import BatchSettings
 from t2kernels.serve.engine.engine import Engine
 from t2kernels.serve.http.metrics import Metrics
@@ -80,9 +81,8 @@ class Service:
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.started = int(time.time())
-        ends = model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-        self.engine = Engine(model, sorted(ends), settings.batch, settings.max_running, settings.max_waiting)
+        ends = sorted(end_tokens(model, tokenizer))
+        self.engine = Engine(model, ends, settings.batch, settings.max_running, settings.max_waiting)
         self.experts = ExpertRegistry(model.t2_bank, (settings.name,))
         self.folder = ExpertFolder(settings.experts)
         for name, path in (shipped or {}).items():

@@ -1,55 +1,62 @@
-"""`SVFConfig`: the arguments of transformers, and what REINFORCE on an expert needs beside them."""
+"""`SVFConfig`: the training arguments of transformers, plus the settings of REINFORCE on experts."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
-PARAMETRISATIONS = ("raw", "sigmoid")
-ADVANTAGES = ("none", "batch", "group", "leave_one_out")
-KL_DIRECTIONS = ("reverse", "forward")
+from t2kernels.rollout.checks import check_setting
+
+PARAMETRISATIONS: tuple[str, ...] = ("raw", "sigmoid")
+ADVANTAGES: tuple[str, ...] = ("none", "batch", "group", "leave_one_out")
+KL_DIRECTIONS: tuple[str, ...] = ("reverse", "forward")
 
 
 @dataclass
 class SVFConfig(TrainingArguments):
-    """Settings of `SVFTrainer`. The defaults are a recipe that works; `SVFConfig.paper()` has those of the authors' release.
+    """Settings of `SVFTrainer`. The defaults are a recipe that works; `SVFConfig.paper()` is the authors' release.
 
     What is learned
-    parametrisation: "raw", z = 1 + p; "sigmoid", the release's z = sigmoid(p) with the trace of W kept (needs form="factored", rank=None)
+    parametrisation: "raw", z = 1 + p; "sigmoid", the release's z = sigmoid(p) with the trace of W kept (needs
+        form="factored", rank=None)
 
     Rollouts
-    max_new_tokens: longest completion; None: what the task says, else 64
-    num_generations: completions a prompt (G)
-    temperature: of the sampling *and* of every log-probability and KL: pi is the distribution that was sampled from, so the gradient is that
-        of its expected reward. 0: greedy rollouts, log-probabilities at temperature 1, as the release has it; that is no policy gradient.
+    max_new_tokens: tokens of the longest completion; None: the task's, else 64
+    num_generations: completions of each prompt (G)
+    temperature: of the sampling *and* of every log-probability and KL, so that the gradient is that of the expected
+        reward under the distribution that was sampled from. 0: greedy rollouts with log-probabilities at
+        temperature 1, as in the release; that is not a policy gradient.
 
     From rewards to advantages
-    reward_range: [low, high] that rewards are cut to. [0, 1] turns the tasks' +1 / -1 into 1 / 0: without a baseline a wrong answer then
-        teaches nothing, instead of pushing down every token of it, right ones included. Rewards that are within it stay as they are.
-        None: no cut, the paper's +1 / -1. Accuracy always means reward > 0, before the cut.
-    advantage: "none", A = r (the paper); "batch", (r - mean) / std over the batch; "group", r - mean over the G completions of a prompt;
-        "leave_one_out", r - mean over the other G - 1
+    reward_range: [low, high] that rewards are cut to; None: no cut, the paper's +1 / -1. [0, 1] turns the tasks'
+        +1 / -1 into 1 / 0. Without a baseline a wrong answer then teaches nothing, instead of pushing down all of its
+        tokens, right ones included. Accuracy always means reward > 0 before the cut.
+    advantage: "none", A = r (the paper); "batch", (r - mean) / std over the batch; "group", r - mean over the G
+        completions of a prompt; "leave_one_out", r - mean over the other G - 1
     advantage_clip: A is cut to [-clip, clip]
 
     Loss
-    kl_coef: weight of the full-vocabulary KL between the expert and the base model (row 0), summed over a completion; 0 saves a forward
+    kl_coef: weight of the full-vocabulary KL between the expert and the base model (row 0), summed over a completion; 0
+        saves a forward
     kl_direction: "reverse", KL(pi || base); "forward", KL(base || pi), the release's
-    loss_batch_size: rows of one forward and backward, of similar length; None: all at once. Advantages and gradients are the same: it is for
-        memory, and because the longest row of a piece pads only that piece
+    loss_batch_size: rows of one forward and backward, of similar length; None: all at once. It does not change
+        gradients. Smaller pieces take less memory, and the longest row of a piece pads only that piece.
 
-    Arguments of transformers with another default here: learning_rate .02, 150 steps of 128 prompts, warm-up over 7 % of the steps, the last
-    30 % down to 5 % in a straight line, gradient norm cut at 1 (each expert by itself), nothing saved, no progress bar, best model by accuracy.
+    Arguments of transformers with another default here: learning_rate .02, 150 steps of 128 prompts, warm-up over 7 %
+    of the steps, the last 30 % down to 5 % in a straight line, gradient norm cut at 1 (each expert by itself), nothing
+    saved, no progress bar, best model by accuracy.
 
     Raises ValueError for a value that is not one of these.
     """
 
     parametrisation: str = field(default="raw", metadata={"help": "raw or sigmoid"})
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest completion; by default what the task says, else 64."}
+        default=None, metadata={"help": "Tokens of the longest completion; by default the task's, else 64."}
     )
-    num_generations: int = field(default=1, metadata={"help": "Completions a prompt."})
+    num_generations: int = field(default=1, metadata={"help": "Completions of each prompt."})
     temperature: float = field(
         default=1.0, metadata={"help": "Of the sampling and of the log-probabilities; 0 is greedy."}
     )
@@ -65,46 +72,44 @@ class SVFConfig(TrainingArguments):
     loss_batch_size: int | None = field(default=32, metadata={"help": "Rows of one forward and backward."})
 
     learning_rate: float = field(
-        default=0.02, metadata={"help": "Adam's; for raw z, about the most that a component moves in a step."}
+        default=0.02, metadata={"help": "Of Adam; about the largest move of a raw z in one step."}
     )
     max_steps: int = field(default=150, metadata={"help": "Updates; -1: num_train_epochs decides."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Prompts a step."})
-    per_device_eval_batch_size: int = field(
-        default=256, metadata={"help": "Prompts generated for at once in evaluation."}
-    )
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Prompts of one batch in evaluation."})
     lr_scheduler_type: str = field(default="warmup_stable_decay", metadata={"help": "Any scheduler of transformers."})
     warmup_steps: float = field(default=0.07, metadata={"help": "Steps, or a share of all steps if below 1."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "The norm of an expert's gradient is cut to this."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     save_strategy: str = field(
-        default="no", metadata={"help": "no, steps, epoch or best; the experts come back in memory either way."}
+        default="no", metadata={"help": "no, steps, epoch or best; the experts stay in memory either way."}
     )
     metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "accuracy or reward"})
     disable_tqdm: bool | None = field(default=True, metadata={"help": "False for the progress bar of transformers."})
     use_cache: bool = field(
         default=True, metadata={"help": "Rollouts use a KV cache; forwards with gradients never do."}
     )
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Batches are text: there is nothing to pin."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Columns go to the reward."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "False: text cannot be pinned."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "False: the reward needs the columns."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, allowed in (
             ("parametrisation", PARAMETRISATIONS),
             ("advantage", ADVANTAGES),
             ("kl_direction", KL_DIRECTIONS),
         ):
-            _require(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(map(repr, allowed)))
+            check_setting(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(map(repr, allowed)))
         for name in ("max_new_tokens", "num_generations", "loss_batch_size"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        _require(
+            check_setting(value is None or value >= 1, name, value, "at least 1")
+        check_setting(
             self.temperature >= 0 and math.isfinite(self.temperature),
             "temperature",
             self.temperature,
             "0 (greedy) or more",
         )
-        _require(self.kl_coef >= 0 and math.isfinite(self.kl_coef), "kl_coef", self.kl_coef, "0 or more")
-        _require(
+        check_setting(self.kl_coef >= 0 and math.isfinite(self.kl_coef), "kl_coef", self.kl_coef, "0 or more")
+        check_setting(
             self.advantage_clip is None or self.advantage_clip > 0,
             "advantage_clip",
             self.advantage_clip,
@@ -113,9 +118,9 @@ class SVFConfig(TrainingArguments):
         if self.reward_range is not None:
             self.reward_range = [float(v) for v in self.reward_range]
             good = len(self.reward_range) == 2 and self.reward_range[0] < self.reward_range[1]
-            _require(good, "reward_range", self.reward_range, "[low, high], or None")
+            check_setting(good, "reward_range", self.reward_range, "[low, high], or None")
         if self.advantage in ("group", "leave_one_out"):
-            _require(
+            check_setting(
                 self.num_generations > 1,
                 "num_generations",
                 self.num_generations,
@@ -123,15 +128,15 @@ class SVFConfig(TrainingArguments):
             )
             if self.temperature == 0:
                 raise ValueError(
-                    f"advantage={self.advantage!r} compares samples of a prompt, and at temperature=0 they are all the same"
+                    f"advantage={self.advantage!r} compares samples of a prompt, and at temperature=0 all are the same"
                 )
         self._checkpointing()
         super().__post_init__()
         if self.push_to_hub:
-            raise ValueError("push_to_hub is not supported: save_expert(name, path) writes one small file; upload that")
+            raise ValueError("push_to_hub is not supported: save_expert(name, path) writes one small file to upload")
 
     def _checkpointing(self) -> None:
-        """Gradient checkpointing must be non-reentrant: the recomputation has to know the experts of its forward."""
+        """Make gradient checkpointing non-reentrant: its recomputation has to know the experts of its forward."""
         # transformers 5.23 calls it activation_checkpointing, and warns about the older name.
         new = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
         on = getattr(self, new) or self.gradient_checkpointing
@@ -141,22 +146,25 @@ class SVFConfig(TrainingArguments):
                 "use_reentrant=True would recompute with the wrong experts: leave it out, or set it to False"
             )
         if on:
-            self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
+            for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+                setattr(self, name, None)
             setattr(self, new, True)
             setattr(self, f"{new}_kwargs", kwargs)
 
     @property
     def should_save(self) -> bool:
-        """Whether this process writes checkpoints; without any the output directory is not even made."""
+        """True if this process writes checkpoints. If not, transformers does not create the output directory."""
         return super().should_save and self.save_strategy != "no"
 
     @classmethod
-    def paper(cls, output_dir: str | None = None, **changes) -> SVFConfig:
-        """The settings of the authors' release: sigmoid z with the trace kept, Adam at 2e-3 without a schedule, gradient norm cut at 1e-3,
-        256 prompts a step with one greedy completion each, reward +1 / -1 without a baseline, no KL, and the expert that was best on the
-        validation set (so an eval_dataset is needed). `changes` replace single settings.
+    def paper(cls, output_dir: str | None = None, **changes: Any) -> SVFConfig:
+        """The settings of the authors' release. `changes` replace single settings.
 
-        Far slower to learn than the defaults: Adam at 2e-3 on p moves z by about 1e-3 a step, a twentieth of the default.
+        Sigmoid z with the trace kept; Adam at 2e-3 without a schedule; gradient norm cut at 1e-3; 256 prompts a step
+        with one greedy completion each; reward +1 / -1 without a baseline; no KL; the expert that was best on the
+        validation set, so an eval_dataset is needed.
+
+        It learns far slower than the defaults: Adam at 2e-3 on p moves z by about 1e-3 a step, a twentieth of theirs.
         """
         settings = {
             "parametrisation": "sigmoid",
@@ -177,8 +185,3 @@ class SVFConfig(TrainingArguments):
             "load_best_model_at_end": True,
         }
         return cls(output_dir, **{**settings, **changes})
-
-
-def _require(good: bool, name: str, value: object, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name}={value!r}; wanted {wanted}")

@@ -1,29 +1,33 @@
-"""Problems of one or several experts as one dataset: rows with a prompt, an expert's name, and the columns of the reward."""
+"""Problems of one or several experts as one dataset: rows with a prompt, an expert and the columns of the reward."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import accumulate
+from typing import Any
 
 from torch.utils.data import Dataset
 
+from t2kernels.rollout.rewards import is_task
 
-class Problems(Dataset):
-    """The rows of {expert: dataset}, one dataset after the other; row i is a dict with at least "prompt" and "expert".
 
-    A dataset is a list of dicts, a `datasets.Dataset`, or anything with a length that gives a dict for an index. An expert None leaves the
-    column "expert" of its rows as it is.
-    Raises ValueError for a dataset that is empty or has no column "prompt".
+class Problems(Dataset[dict[str, Any]]):
+    """The rows of {expert: dataset}, one dataset after the other. Row i is a dict with at least "prompt" and "expert".
+
+    parts: a dataset is a list of dicts, a `datasets.Dataset`, or anything with a length that gives a dict for an index.
+        The rows of expert None name their own expert in a column "expert".
+    what: the name of the argument, for errors
+    Raises ValueError for a dataset that is empty or lacks a column.
     """
 
-    def __init__(self, parts: Mapping[str | None, Sequence[Mapping]], what: str = "train_dataset"):
-        self.parts = dict(parts)
+    def __init__(self, parts: Mapping[str | None, Any], what: str = "train_dataset") -> None:
+        self.parts: dict[str | None, Any] = dict(parts)
         for name, rows in self.parts.items():
             self._check(rows, f"{what}[{name!r}]" if len(self.parts) > 1 else what, name is None)
-        self.ends = list(accumulate(len(rows) for rows in self.parts.values()))
+        self.ends: list[int] = list(accumulate(len(rows) for rows in self.parts.values()))
 
-    def _check(self, rows: Sequence[Mapping], what: str, by_column: bool) -> None:
+    def _check(self, rows: Any, what: str, by_column: bool) -> None:
         if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, (str, Mapping)):
             raise ValueError(f"{what} is a {type(rows).__name__}; wanted a list of dicts, a datasets.Dataset or a task")
         if not len(rows):
@@ -41,7 +45,7 @@ class Problems(Dataset):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, i: int) -> dict:
+    def __getitem__(self, i: int) -> dict[str, Any]:
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         i %= len(self)
@@ -52,21 +56,40 @@ class Problems(Dataset):
 
     @property
     def experts(self) -> list[str]:
-        """The names, in order of appearance."""
+        """The names of the experts, in order of appearance."""
         if None not in self.parts:
-            return list(self.parts)
+            return [name for name in self.parts if name is not None]
         return list(dict.fromkeys(self[i]["expert"] for i in range(len(self))))
 
 
-def is_task(data: object) -> bool:
-    """Whether this is a `t2kernels.tasks.Task`, or the like: it has splits, and its own reward."""
-    return callable(getattr(data, "reward", None)) and callable(getattr(data, "split", None))
+def problems(data: Any, split: str, what: str) -> Problems | None:
+    """`Problems` of a dataset, of a task (its `split`), or of {expert: one of these}. None stays None.
 
-
-def problems(data, split: str, what: str) -> Problems | None:
-    """`Problems` of a dataset, a task (its `split`), {expert: one of these}, or None. Rows without an expert belong to None."""
+    what: the name of the argument, for errors
+    """
     if data is None or isinstance(data, Problems):
         return data
     parts = data if isinstance(data, Mapping) else {None: data}
     parts = {name: d.split(split) if is_task(d) else d for name, d in parts.items()}
     return Problems(parts, what)
+
+
+def by_expert(train_dataset: Any, experts: str | Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """Sort out the two ways to say what to train on.
+
+    Returns ({expert: data}, or a dataset with a column "expert"; {expert: its task}). Raises ValueError if there is no
+    data, or if both arguments bring some.
+    """
+    if isinstance(experts, Mapping):
+        if train_dataset is not None:
+            raise ValueError("experts={name: dataset} already says what to train on: leave out train_dataset")
+        if not experts:
+            raise ValueError("experts={} names none; wanted {name: dataset}")
+        data = dict(experts)
+    elif train_dataset is None:
+        raise ValueError("there is nothing to train on: pass train_dataset, or experts={name: dataset}")
+    elif experts is None and not is_task(train_dataset) and len(train_dataset) and "expert" in train_dataset[0]:
+        return train_dataset, {}
+    else:
+        data = {experts or getattr(train_dataset, "name", None) or "expert": train_dataset}
+    return data, {name: d for name, d in data.items() if is_task(d)}

@@ -1,4 +1,4 @@
-"""`ReinforceTrainer`: REINFORCE (Transformer², arXiv 2501.06252, section 3.1) on those weights of a causal language model that require grad."""
+"""`ReinforceTrainer`: REINFORCE (Transformer², arXiv 2501.06252, section 3.1) on the weights that require gradients."""
 
 from __future__ import annotations
 
@@ -7,30 +7,41 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
-from t2kernels.rollout.generation import Rollout, Sampler, completion_logits
+from t2kernels.rollout.chat import as_completion
+from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
 from t2kernels.rollout.rewards import Scorer, advantages
 
 from .config import SVFConfig
 from .data import Problems
-from .loss import kl_divergence, log_probs, reinforce_loss
+from .loss import kl_divergence, reinforce_loss
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
-PATIENCE = 5  # batches in a row whose rewards are all equal, before a warning
+PATIENCE = 5
+"""Batches in a row whose rewards are all equal, before a warning."""
 
 
 class ReinforceTrainer(Trainer):
-    """Samples completions, scores them, and follows ∇ E[r] = E[A ∇ log pi(y | x)], less the gradient of a KL to the model it started from.
+    """Samples completions, scores them, and follows the gradient of the expected reward less a KL penalty:
 
-    Says nothing about what is trained: `SVFTrainer` trains experts; a subclass with another `routing` and `reference` trains adapters of
-    another kind under the same rollouts, loss and evaluation.
+        ∇ E[r] = E[A ∇ log pi(y | x)]
 
-    train_dataset, eval_dataset: `Problems`; scorers: {expert (or None): Scorer}, of the rows with that column "expert"
+    It does not know what is trained. `SVFTrainer` trains experts; a subclass with its own `routing` and `reference`
+    trains other adapters with the same rollouts, loss and evaluation.
+
+    model: a causal language model; args: the settings
+    train_dataset, eval_dataset: `Problems`
+    scorers: {expert, or None: its Scorer}, for the rows with that value in the column "expert"
+    processing_class: the model's tokenizer
+    The rest as in transformers.Trainer.
+
+    Raises ValueError without a tokenizer, for rows without a scorer, and for a reward that fails on empty completions.
     """
 
     args: SVFConfig
@@ -42,13 +53,13 @@ class ReinforceTrainer(Trainer):
         train_dataset: Problems,
         eval_dataset: Problems | None,
         scorers: Mapping[str | None, Scorer],
-        processing_class,
-        **kwargs,
-    ):
+        processing_class: Any,
+        **kwargs: Any,
+    ) -> None:
         if processing_class is None:
             raise ValueError("processing_class is missing: give the model's tokenizer")
-        self.scorers = dict(scorers)
-        self.sampler = Sampler(model, processing_class, args.max_new_tokens or 64)
+        self.scorers: dict[str | None, Scorer] = dict(scorers)
+        self.sampler: Sampler = Sampler(model, processing_class, args.max_new_tokens or 64)
         for part in (train_dataset, eval_dataset):
             self._probe(part)
         config = getattr(model, "config", None)
@@ -64,34 +75,33 @@ class ReinforceTrainer(Trainer):
         )
         if use_cache is not None:
             config.use_cache = use_cache  # Trainer sets it from its arguments
-        self.args._n_gpu = min(
-            self.args.n_gpu, 1
-        )  # one process a device: replicas of nn.DataParallel have no experts in training
-        self.remove_callback(
-            PrinterCallback
-        )  # which Trainer adds where there is no progress bar, and which writes to stdout
+        # One process for each device: replicas of nn.DataParallel have no experts in training.
+        self.args._n_gpu = min(self.args.n_gpu, 1)
+        self.remove_callback(PrinterCallback)  # Trainer adds it where there is no progress bar; it writes to stdout
         self.loss_is_scaled_for_ga = False
         self._measured: dict[str, list[float]] = defaultdict(list)
         self._equal: Counter[str | None] = Counter()
 
-    # --- what a subclass says about its weights
+    # --- overridden by subclasses
 
-    def routing(self, experts: Sequence[str | None]) -> dict:
+    def routing(self, experts: Sequence[str | None]) -> dict[str, Tensor]:
         """Arguments of a forward that sends row i of a batch through experts[i]."""
         return {}
 
-    def reference(self) -> contextlib.AbstractContextManager:
-        """Within it the model is the one that the KL refers to."""
+    def reference(self) -> contextlib.AbstractContextManager[object]:
+        """A context in which the model is the reference of the KL."""
         raise NotImplementedError("a KL needs a reference: set kl_coef=0, or define reference()")
 
     # --- a step
 
-    def training_step(self, model: nn.Module, inputs: Mapping, num_items_in_batch=None) -> Tensor:
-        """Roll out, score, and run forward and backward; returns the loss."""
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Roll out, score, and run forward and backward. Returns the loss, a scalar."""
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        # No dropout: log-probabilities are those of the model that was sampled from. But models checkpoint in training mode only.
-        model.train(bool(self.args.gradient_checkpointing))
+        # No dropout: log-probabilities are those of the model that was sampled from. But models recompute activations
+        # in training mode only.
+        if model.training != bool(self.args.gradient_checkpointing):
+            model.train(not model.training)
         rollout = self.rollout(inputs["rows"])
         pieces = rollout.split(self.args.loss_batch_size)
         total = torch.zeros((), device=self.args.device)
@@ -104,7 +114,7 @@ class ReinforceTrainer(Trainer):
         return total
 
     @torch.no_grad()
-    def rollout(self, rows: Sequence[Mapping]) -> Rollout:
+    def rollout(self, rows: Sequence[Mapping[str, Any]]) -> Rollout:
         """Draw `num_generations` completions of each row's prompt and score them."""
         args, samples = self.args, self.args.num_generations
         prompts = [row["prompt"] for row in rows]
@@ -119,15 +129,15 @@ class ReinforceTrainer(Trainer):
         cut = rewards if args.reward_range is None else rewards.clamp(*args.reward_range)
         self._watch(out.experts, rewards, cut)
         out.advantages = self._advantages(cut, out.experts).to(ids.device)
-        # A mean for each expert, not over the batch: an expert's gradient is the same whatever it shares its batch with.
+        # A mean for each expert, not over the batch: its gradient must not depend on the other rows of the batch.
         counts = self._counts(out.experts)
         out.weights = torch.tensor([self.accelerator.num_processes / counts[e] for e in out.experts], device=ids.device)
         lengths = out.completion.sum(1)
         self._note(out.experts, reward=rewards, accuracy=rewards > 0, completion_length=lengths)
         return out
 
-    def score(self, rows: Sequence[Mapping], completions: Sequence) -> Tensor:
-        """[B] fp32 on the CPU: rewards, each by the scorer of its row's expert."""
+    def score(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Any]) -> Tensor:
+        """The reward of each completion, by the scorer of its row's expert. Returns [B] fp32 on the CPU."""
         rewards = torch.zeros(len(rows))
         for expert in dict.fromkeys(row.get("expert") for row in rows):
             at = [i for i, row in enumerate(rows) if row.get("expert") == expert]
@@ -135,9 +145,9 @@ class ReinforceTrainer(Trainer):
         return rewards
 
     def compute_loss(
-        self, model: nn.Module, inputs: Rollout, return_outputs: bool = False, num_items_in_batch=None
+        self, model: nn.Module, inputs: Rollout, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """`reinforce_loss` of a rollout."""
+        """`reinforce_loss` of a rollout, a scalar."""
         temperature = self.args.temperature
         log_base = None
         if self.args.kl_coef:
@@ -150,7 +160,8 @@ class ReinforceTrainer(Trainer):
             self._note(inputs.experts, kl=torch.where(inputs.completion, kl.detach(), 0).sum(1))
         return reinforce_loss(taken, inputs.completion, inputs.advantages, inputs.weights, kl, self.args.kl_coef)
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As Trainer's. "warmup_stable_decay" without arguments goes down to 5 % over the last 30 % of the steps."""
         kwargs = self.args.lr_scheduler_kwargs
         if kwargs is None and self.args.lr_scheduler_type == "warmup_stable_decay":
             decay = {"num_decay_steps": round(0.3 * num_training_steps), "decay_type": "linear", "min_lr_ratio": 0.05}
@@ -187,12 +198,14 @@ class ReinforceTrainer(Trainer):
     # --- evaluation
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Greedy completions of the evaluation problems, each by its expert.
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Answer the evaluation problems greedily, each with its expert, and score the answers.
 
-        Returns {prefix}_accuracy (share of rewards > 0), _accuracy_se (its binomial standard error), _reward (mean), _reward_se and
-        _completion_length, over all problems; with several experts also {prefix}_{expert}_accuracy and so on for each.
-        Raises ValueError without an evaluation set.
+        Returns {prefix}_accuracy (share of rewards > 0), _accuracy_se (its binomial standard error), _reward (mean),
+        _reward_se and _completion_length, over all problems. With several experts also {prefix}_{expert}_accuracy and
+        so on for each. Raises ValueError without an evaluation set.
         """
         start = time.perf_counter()
         data = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -213,7 +226,7 @@ class ReinforceTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _answer(self, rows: Sequence[Mapping]) -> list[tuple[str | None, float, int]]:
+    def _answer(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str | None, float, int]]:
         """(expert, reward, completion length) of a greedy completion for each row, in no particular order."""
         model, size, out = self.accelerator.unwrap_model(self.model), self.args.per_device_eval_batch_size, []
         rows = sorted(rows, key=lambda row: len(str(row["prompt"])))  # equal lengths together: less padding
@@ -229,7 +242,8 @@ class ReinforceTrainer(Trainer):
     # --- logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to a training log the means since the last one: reward, accuracy, completion_length, kl, and those of each of several experts."""
+        """As Trainer's. A training log also gets the means since the last log: reward, accuracy, completion_length
+        and kl, and the same for each of several experts."""
         if "loss" in logs:
             logs |= {key: sum(values) / len(values) for key, values in self._measured.items()}
             self._measured.clear()
@@ -245,7 +259,7 @@ class ReinforceTrainer(Trainer):
                     self._measured[f"{e}_{key}"].append(one)
 
     def _watch(self, experts: Sequence[str | None], rewards: Tensor, cut: Tensor) -> None:
-        """Warn, once for each expert, where a run of batches had nothing to tell good completions from bad ones."""
+        """Warn once for each expert if all its rewards were equal, within a batch, for PATIENCE batches in a row."""
         for expert in dict.fromkeys(experts):
             at = [i for i, e in enumerate(experts) if e == expert]
             equal = len(at) > 1 and bool((cut[at] == cut[at][0]).all())
@@ -267,25 +281,24 @@ class ReinforceTrainer(Trainer):
             )
 
     def _probe(self, data: Problems | None) -> None:
-        """Find out before any long work that a reward cannot be called: on two rows of each expert with empty completions."""
+        """Try each reward on two rows with empty completions, so that a broken one fails before any long work."""
         for name, rows in ({} if data is None else data.parts).items():
             rows = [dict(rows[i]) for i in range(min(2, len(rows)))]
             rows = rows if name is None else [{**row, "expert": name} for row in rows]
             for row in rows:
                 if row.get("expert") not in self.scorers:
                     raise ValueError(
-                        f"no reward for rows of expert {row.get('expert')!r}; there are rewards for {list(self.scorers)}"
+                        f"no reward for rows of expert {row.get('expert')!r}; there are some for {list(self.scorers)}"
                     )
-            self.score(
-                rows, ["" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": ""}] for row in rows]
-            )
+            self.score(rows, [as_completion("", row["prompt"]) for row in rows])
 
 
-def _collate(rows: list[dict]) -> dict:
+def _collate(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {"rows": rows}
 
 
-def _statistics(values: Sequence, prefix: str) -> dict[str, float]:
+def _statistics(values: Sequence[Any], prefix: str) -> dict[str, float]:
+    """Means and standard errors of (reward, length) pairs."""
     rewards, lengths = (torch.tensor(column, dtype=torch.float64) for column in zip(*values, strict=True))
     n = len(rewards)
     accuracy = (rewards > 0).double().mean().item()

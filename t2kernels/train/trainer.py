@@ -7,8 +7,10 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,69 +18,76 @@ from transformers import set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
+from t2kernels.rollout.modes import restored_mode
+from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.rewards import Reward, Scorer
 from t2kernels.storage import write_json
 
 from . import trainer_state as checkpoint
 from .config import SVFConfig
-from .data import is_task, problems
+from .data import by_expert, problems
 from .reinforce import ReinforceTrainer
 
 STATE, ARGUMENTS = "trainer_state.json", "svf_config.json"
 SPECIAL = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields of a model's configs that Trainer changes."""
 
 
 class SVFTrainer(ReinforceTrainer):
     """Trains one expert, or several at once, on a model that `patch_model` has patched.
 
-    An expert is W' = U diag(sigma * z) Vᵀ (Transformer², arXiv 2501.06252, section 3.1); its z, over the support of each layer, is all that
-    is trained. Rollouts, log-probabilities and the KL's reference (row 0) all run through the one model; no weight is copied.
+    An expert is W' = U diag(sigma * z) Vᵀ (Transformer², arXiv 2501.06252, section 3.1). Only its z is trained, over
+    the support of each layer. Rollouts, log-probabilities and the KL's reference (row 0) all run through the one
+    model; no weight is copied.
 
         trainer = SVFTrainer(model, SVFConfig("out"), tasks.load("math"), processing_class=tokenizer)
         trainer.train()
         trainer.save_expert("math", "experts/math")          # it is in the model's bank as well
 
-    train_dataset: a task, a list of dicts or a `datasets.Dataset`, with a column "prompt" (text, or chat messages) and the columns that the
-        reward takes; a column "expert" gives each row its own
-    eval_dataset: the same; None: the validation split of the tasks given
-    reward: reward(prompts, completions, **columns) -> list of numbers, as TRL calls it; a list of them; {expert: one of these}; None: the task's
-    experts: the name of the one expert (default: the task's name, or "expert"), or {name: train_dataset} for several at once
-    reward_weights: one for each reward, where several are summed
-    init: {name: Expert} or one Expert, to go on from ("raw" only); None: the base model
+    train_dataset: a task, a list of dicts or a `datasets.Dataset`. A column "prompt" (text, or chat messages) and the
+        columns that the reward takes; a column "expert" gives each row its own expert.
+    eval_dataset: the same; None: the validation split of the tasks
+    reward: reward(prompts, completions, **columns) -> list of numbers, as TRL calls it; a list of rewards;
+        {expert: one of these}; None: the task's
+    experts: the name of the one expert (default: the task's name, or "expert"), or {name: train_dataset} for several
+    reward_weights: one for each reward of a list
+    init: the Expert to start from, or {name: Expert} ("raw" only); None: the base model
+    processing_class: the model's tokenizer
     The rest as in transformers.Trainer.
 
-    Several experts in a batch train as each would alone: every row is rolled out, scored, normalised and averaged with those of its own
-    expert, gradient norms are cut one by one, and an expert that a step does not see is not moved by it.
+    Several experts in a batch train as each would alone: rows are rolled out, scored, normalised and averaged with
+    those of their own expert, gradient norms are cut one by one, and a step does not move an expert that it does not
+    see.
 
-    After `train()`: `experts` {name: Expert}, also in the bank; every other weight as it was, with its requires_grad.
-    Raises ValueError before any work: not patched, no reward, a reward that fails or gives the wrong number of values or NaN, no prompts, a
-    name that is taken, a tokenizer that cannot pad.
+    After `train()`: `experts` {name: Expert}, also in the bank. Every other weight is as before, with its
+    requires_grad.
+    Raises ValueError before any work: not patched, no reward, a reward that fails or returns the wrong number of
+    values or NaN, no prompts, a name that is taken, a tokenizer that cannot pad.
     """
 
     def __init__(
         self,
         model: nn.Module,
         args: SVFConfig | None = None,
-        train_dataset=None,
-        eval_dataset=None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         reward: Reward | Sequence[Reward] | Mapping[str, Reward | Sequence[Reward]] | None = None,
-        experts: str | Mapping | None = None,
+        experts: str | Mapping[str, Any] | None = None,
         reward_weights: Sequence[float] | None = None,
         init: Expert | Mapping[str, Expert] | None = None,
-        processing_class=None,
-        **kwargs,
-    ):
-        bank = getattr(model, "t2_bank", None)
-        if bank is None:
-            raise ValueError("the model is not patched: bank = t2kernels.patch_model(model) first")
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        bank = bank_of(model)
         if "optimizers" in kwargs:
             raise ValueError(
-                "optimizers cannot be given: the parameters are made by train(); use optim=, or optimizer_cls_and_kwargs="
+                "optimizers cannot be given, as train() makes the parameters: use optim= or optimizer_cls_and_kwargs="
             )
-        self.bank = bank
+        self.bank: ExpertBank = bank
         args = SVFConfig() if args is None else args
-        data, tasks = _by_expert(train_dataset, experts)
+        data, tasks = by_expert(train_dataset, experts)
         train = problems(data, "train", "train_dataset")
         names = train.experts
         if eval_dataset is None and tasks and set(tasks) == set(names):
@@ -87,12 +96,14 @@ class SVFTrainer(ReinforceTrainer):
             eval_dataset = {names[0]: eval_dataset}
         for name in names:
             if not isinstance(name, str) or not name:
-                raise ValueError(f"an expert's name is a non-empty string, not {name!r}")
+                raise ValueError(f"an expert has the name {name!r}; wanted a non-empty string")
             if name in bank:
                 raise ValueError(
                     f"the bank has an expert named {name!r}; choose another name, or remove it and pass it as init"
                 )
-        self.init = dict.fromkeys(names, init) if isinstance(init, Expert) or init is None else dict(init)
+        self.init: dict[str, Expert | None] = (
+            dict.fromkeys(names, init) if isinstance(init, Expert) or init is None else dict(init)
+        )
         if unknown := set(self.init) - set(names):
             raise ValueError(f"init has {sorted(unknown)}, but the experts in training are {names}")
         if args.max_new_tokens is None and tasks:
@@ -101,8 +112,8 @@ class SVFTrainer(ReinforceTrainer):
         scorers = {}
         for name in names:
             own = rewards.get(name)
-            scorers[name] = Scorer.of(tasks[name].reward if own is None and name in tasks else own, reward_weights)
-        self.tasks = {name: getattr(task, "name", None) for name, task in tasks.items()}
+            scorers[name] = Scorer.of(tasks.get(name) if own is None else own, reward_weights)
+        self.tasks: dict[str, str | None] = {name: getattr(task, "name", None) for name, task in tasks.items()}
         evaluation = problems(eval_dataset, "validation", "eval_dataset")
         if evaluation is not None and (unknown := set(evaluation.experts) - set(names)):
             raise ValueError(
@@ -110,25 +121,26 @@ class SVFTrainer(ReinforceTrainer):
             )
         super().__init__(model, args, train, evaluation, scorers, processing_class, **kwargs)
         self.experts: dict[str, Expert] = {}
-        self._names, self._seen = names, set()
+        self._names: list[str] = names
+        self._seen: set[str | None] = set()  # experts of the batches since the last optimiser step
         self._chosen: dict[str, int] = {}  # the step that load_best_model_at_end picked
 
     # --- training
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As Trainer.train. Experts of an earlier train() of this trainer leave the bank first; what was learned before a failure is in `experts`.
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As Trainer.train. Experts of an earlier train() of this trainer leave the bank first.
 
-        Raises ValueError for parametrisation="sigmoid" on partial supports, ExpertMismatch for a checkpoint of other factors.
+        After a failure `experts` holds the experts as far as they got. Raises ValueError for parametrisation="sigmoid"
+        on partial supports, ExpertMismatch for a checkpoint of other factors.
         """
         for name in set(self.experts) & set(self.bank.names):
             self.bank.remove(name)
         self.experts, self._chosen = {}, {}
-        self.optimizer = self.lr_scheduler = None  # of parameters that are no more
-        set_seed(self.args.seed)  # again: what ran since the trainer was made must not decide where it starts
+        self.optimizer = self.lr_scheduler = None  # their parameters are gone
+        set_seed(self.args.seed)  # again: the start must not depend on what ran since the trainer was made
         finished, at_start = False, self.args.eval_on_start
-        self.args.eval_on_start = (
-            at_start and not resume_from_checkpoint
-        )  # a run that goes on has been evaluated at its start
+        # A run that resumes was evaluated at its start already.
+        self.args.eval_on_start = at_start and not resume_from_checkpoint
         with self._only_experts_train():
             try:
                 for name in self._names:
@@ -144,9 +156,9 @@ class SVFTrainer(ReinforceTrainer):
         return result
 
     @contextlib.contextmanager
-    def _only_experts_train(self):
-        """Freeze every weight there is, and leave the model as it was found afterwards."""
-        model, training = self.model, self.model.training
+    def _only_experts_train(self) -> Iterator[None]:
+        """Freeze every weight, and restore the model afterwards."""
+        model = self.model
         grads = {p: p.requires_grad for p in model.parameters()}
         configs = [
             c
@@ -157,7 +169,8 @@ class SVFTrainer(ReinforceTrainer):
         checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         model.requires_grad_(False)
         try:
-            yield
+            with restored_mode(model):
+                yield
         finally:
             for p, grad in grads.items():
                 p.requires_grad_(grad)
@@ -165,18 +178,17 @@ class SVFTrainer(ReinforceTrainer):
                 for k, v in values.items():
                     setattr(config, k, v)
             if self.args.gradient_checkpointing and not checkpointing:
-                getattr(
-                    model, "activation_checkpointing_disable", model.gradient_checkpointing_disable
-                )()  # the name since 5.23
+                # transformers 5.23 renamed it.
+                getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             vars(model).pop("_is_accelerate_prepared", None)
             self.model_wrapped = self.model = model
-            model.train(training)
 
-    def training_step(self, model: nn.Module, inputs: Mapping, num_items_in_batch=None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As `ReinforceTrainer.training_step`. Experts that the batch has no row of get no gradient."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            # A zero gradient is not none: Adam would go on moving an expert by its momentum.
+            # A gradient of zero is not enough: Adam would go on moving the expert by its momentum.
             for name in self._names:
                 if name not in self._seen:
                     for p in self.bank.trained_parameters(name).values():
@@ -184,20 +196,22 @@ class SVFTrainer(ReinforceTrainer):
             self._seen.clear()
         return loss
 
-    def routing(self, experts: Sequence[str | None]) -> dict:
+    def routing(self, experts: Sequence[str | None]) -> dict[str, Tensor]:
+        """`expert_ids` of the rows. A name that is not in the bank means the base model."""
         names = [e if e in self.bank else None for e in experts]
         return {"expert_ids": self.bank.ids(names[0] if len(set(names)) == 1 else names)}
 
-    def reference(self):
+    def reference(self) -> contextlib.AbstractContextManager[object]:
+        """The base model."""
         return self.bank.routing.hold(None)
 
-    def _counts(self, experts):
+    def _counts(self, experts: Sequence[str | None]) -> Counter[str | None]:
         counts = super()._counts(experts)
         self._seen |= set(counts)
         return counts
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Cut the norm of each expert's gradient by itself; returns the norm over all of them before that."""
+        """Cut the norm of each expert's gradient by itself. Returns the norm over all of them before the cut."""
         norms = [
             self.accelerator.clip_grad_norm_(list(self.bank.trained_parameters(name).values()), self.args.max_grad_norm)
             for name in self._names
@@ -206,8 +220,11 @@ class SVFTrainer(ReinforceTrainer):
 
     # --- experts
 
-    def save_expert(self, name: str, path: str | os.PathLike) -> Path:
-        """Write one expert, as it is now, to `path`(.safetensors). Raises KeyError for a name that was not trained, OSError."""
+    def save_expert(self, name: str, path: str | os.PathLike[str]) -> Path:
+        """Write one expert, as it is now, to `path`(.safetensors). Returns the path of the file.
+
+        Raises KeyError for a name that was not trained, OSError if the file cannot be written.
+        """
         return self._expert(name).save(path)
 
     def _expert(self, name: str) -> Expert:
@@ -217,8 +234,8 @@ class SVFTrainer(ReinforceTrainer):
             raise KeyError(f"no expert {name!r} was trained here; there are {list(self.experts) or 'none yet'}")
         return self.bank.expert(self.bank[name].z, **self._manifest(name))
 
-    def _manifest(self, name: str) -> dict:
-        """What an expert's file says about its training."""
+    def _manifest(self, name: str) -> dict[str, Any]:
+        """The facts about its training that an expert's file records."""
         args, history = self.args, self._history(name)
         step = self._chosen.get(name, self.state.global_step)
         facts = {
@@ -245,9 +262,9 @@ class SVFTrainer(ReinforceTrainer):
         key = f"eval_{metric}" if len(self._names) == 1 else f"eval_{name}_{metric}"
         return {entry["step"]: entry[key] for entry in self.state.log_history if key in entry}
 
-    # --- checkpoints: experts, and what it takes to go on
+    # --- checkpoints
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.is_world_process_zero():
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -258,8 +275,8 @@ class SVFTrainer(ReinforceTrainer):
         )
         write_json(folder / ARGUMENTS, self.args.to_dict())
 
-    def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """As Trainer's, but whole or not at all: written beside its place, then renamed."""
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer's, but atomic: written under a temporary name, then renamed."""
         run = Path(self._get_output_dir(trial))
         place = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         parts = [f".{place.name}.{uuid.uuid4().hex[:8]}.tmp"]
@@ -302,11 +319,11 @@ class SVFTrainer(ReinforceTrainer):
         for name in self._names:
             self._load_expert(resume_from_checkpoint, name)
 
-    def _load_expert(self, folder: str | os.PathLike, name: str) -> None:
+    def _load_expert(self, folder: str | os.PathLike[str], name: str) -> None:
         checkpoint.load(folder, name, self.bank.trained_parameters(name), self.args.parametrisation, self.bank.check)
 
     def _load_best_model(self) -> None:
-        """Each expert from the checkpoint that was best for it, among those that are still there."""
+        """Load each expert from its own best checkpoint among those that still exist."""
         metric = self.args.metric_for_best_model.removeprefix("eval_")
         sign = 1 if self.args.greater_is_better else -1
         fallback = int(Path(self.state.best_model_checkpoint).name.rpartition("-")[2])
@@ -318,20 +335,3 @@ class SVFTrainer(ReinforceTrainer):
                     best, step = sign * value, at
             self._load_expert(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}", name)
             self._chosen[name] = step
-
-
-def _by_expert(train_dataset, experts) -> tuple[object, dict]:
-    """({expert: data} or a dataset with a column "expert", {expert: its task}) of what the trainer was given."""
-    if isinstance(experts, Mapping):
-        if train_dataset is not None:
-            raise ValueError("experts={name: dataset} already says what to train on: leave out train_dataset")
-        if not experts:
-            raise ValueError("experts={} names none; wanted {name: dataset}")
-        data = dict(experts)
-    elif train_dataset is None:
-        raise ValueError("there is nothing to train on: pass train_dataset, or experts={name: dataset}")
-    elif experts is None and not is_task(train_dataset) and len(train_dataset) and "expert" in train_dataset[0]:
-        return train_dataset, {}
-    else:
-        data = {experts or getattr(train_dataset, "name", None) or "expert": train_dataset}
-    return data, {name: d for name, d in data.items() if is_task(d)}

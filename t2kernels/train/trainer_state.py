@@ -1,11 +1,12 @@
-"""What a training checkpoint holds of experts: their files, to be used, and their parameters as they are, to go on from.
+"""The experts in a training checkpoint: their files, which can be served, and their parameters, to go on from.
 
-z = 1 + p in fp32 does not give p back, so an `Expert` alone would resume to another run.
+The file of an expert holds z = 1 + p in fp32, which does not give p back exactly. A run that resumed from it would be
+another run, so the parameters are kept as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +25,10 @@ def save(
     parameters: Mapping[str, Mapping[str, torch.Tensor]],
     parametrisation: str,
 ) -> None:
-    """Write folder/experts/{name}.safetensors, and folder/parameters.safetensors unless there are none."""
+    """Write folder/experts/{name}.safetensors, and folder/parameters.safetensors if there are parameters.
+
+    parameters: {expert: {matrix: p}}
+    """
     for name, expert in experts.items():
         expert.save(Path(folder) / FOLDER / f"{name}.safetensors")
     if parameters:
@@ -36,12 +40,17 @@ def save(
 
 @torch.no_grad()
 def load(
-    folder: str | Path, name: str, parameters: Mapping[str, torch.nn.Parameter], parametrisation: str, check
+    folder: str | Path,
+    name: str,
+    parameters: Mapping[str, torch.nn.Parameter],
+    parametrisation: str,
+    check: Callable[[Expert], object],
 ) -> None:
     """Set the parameters of one expert to those in a checkpoint.
 
-    check: raises ExpertMismatch for an expert of other factors. Raises ExpertError for a checkpoint that is not there, damaged, or of another
-    parametrisation, ExpertMismatch for one of other matrices or factors.
+    parameters: {matrix: p}, written in place; check: raises ExpertMismatch for an expert of other factors
+    Raises ExpertError for a checkpoint that is missing or damaged, ExpertMismatch for one of another parametrisation,
+    of other matrices or of other factors.
     """
     folder = Path(folder)
     path = folder / PARAMETERS

@@ -20,8 +20,8 @@ from t2kernels.adapt import (
     shuffled,
     transfer,
 )
-from t2kernels.adapt.prompt import label_log_likelihoods
-from t2kernels.adapt.transfer import factors_of, resample
+from t2kernels.adapt.between_models import factors_of, resample
+from t2kernels.rollout.labels import label_log_likelihoods
 from tests.helpers.families import build
 
 NAMES = ["math", "code", "reason"]

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import t2kernels as t2
 from t2kernels.cli import app, models
-from t2kernels.cli.verbs.decompose import parse_rank
+from t2kernels.cli.models import parse_rank
 from t2kernels.evaluation import Score, answers, scores
 from tests.helpers.commandline import t2_, wide  # noqa: F401
 
@@ -59,7 +59,8 @@ def test_help_lists_every_verb():
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys; from t2kernels.cli import app; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    code = "import sys; from t2kernels.cli import app; "
+    code += "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

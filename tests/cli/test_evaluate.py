@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import t2kernels as t2
 from t2kernels.cli import models
 from t2kernels.cli.verbs import evaluate
-from t2kernels.evaluation import Meter, answers, scores
+from t2kernels.evaluation import Meter, answers, measure, scores
 from t2kernels.tasks.base import Task
 from tests.helpers.commandline import t2_, wide  # noqa: F401
 
@@ -53,9 +53,10 @@ def test_a_way_to_choose_is_an_arm_like_an_expert(loaded):
         "object": Strategy(),
         "mix": {"math": 0.5, "code": 0.5},
     }
-    found = evaluate.measure(loaded, task, rows, arms, {"by category": [row["category"] for row in rows]}, batch=64)
+    arms["by category"] = [row["category"] for row in rows]
+    found = measure(loaded.model, loaded.tokenizer, task, rows, arms, batch=64)
     arm = found.arms
-    assert list(arm) == [*arms, "by category"]
+    assert list(arm) == list(arms)
     for label in ("routed", "object", "by category"):
         assert arm[label].routes == {"code": {"code": 20}, "math": {"math": 20}}
         assert arm[label].parts["math"] == arm["math"].parts["math"]
@@ -71,9 +72,9 @@ def test_a_way_to_choose_is_an_arm_like_an_expert(loaded):
 def test_names_that_cannot_be(loaded):
     task, rows = mixed(2)
     with pytest.raises(ValueError, match="few chose 1 experts for 4 prompts"):
-        evaluate.measure(loaded, task, rows, {"few": lambda prompts: ["math"]})
+        measure(loaded.model, loaded.tokenizer, task, rows, {"few": lambda prompts: ["math"]})
     with pytest.raises(KeyError, match="no expert named 'law' in the bank"):
-        evaluate.measure(loaded, task, rows, {"law": lambda prompts: ["law"] * len(prompts)})
+        measure(loaded.model, loaded.tokenizer, task, rows, {"law": lambda prompts: ["law"] * len(prompts)})
 
 
 def test_tokens_are_those_written(loaded):

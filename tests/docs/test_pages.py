@@ -1,7 +1,9 @@
-"""The pages of docs/ and README.md: their Python blocks run as printed, their outputs are what is printed, and their links lead somewhere.
+"""The pages of docs/ and README.md: their Python blocks run as printed, their outputs are what is printed, and their
+links lead somewhere.
 
-The blocks of a page run in turn and share one namespace, in an empty folder, with the built-in model. A `text` block right after a Python block is
-its output. A block that cannot run here has a comment above it, `<!-- not run: REASON -->`.
+The blocks of a page run in turn and share one namespace, in an empty folder, with the built-in model. A `text` block
+right after a Python block is its output. A block that cannot run here has a comment above it, `<!-- not run: REASON
+-->`.
 """
 
 import re

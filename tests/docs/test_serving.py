@@ -1,4 +1,5 @@
-"""Pages on serving: their commands run as they stand, with a small model of random weights in place of the one from the hub, and with the built-in one."""
+"""Pages on serving: their commands run as they stand, with a small model of random weights in place of the one from the
+hub, and with the built-in one."""
 
 import re
 import runpy

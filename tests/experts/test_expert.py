@@ -220,7 +220,8 @@ def test_mix_refuses(expert):
     elsewhere = Expert(numbers(2), {"name": "code"}, decomposed(seed=5).sketches)
     with pytest.raises(
         ExpertMismatch,
-        match=r"mix: expert 'code' and expert 'math'.*trained with a different decomposition of the model; 3 of 3 matrices differ",
+        match=r"mix: expert 'code' and expert 'math'.*trained with a different "
+        "decomposition of the model; 3 of 3 matrices differ",
     ):
         Expert.mix({expert: 0.5, elsewhere: 0.5})
     # The part that only the first one has does not count.

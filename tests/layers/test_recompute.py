@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.checkpoint import checkpoint
 
 import t2kernels as t2
-from t2kernels.layers.scopes import AmbiguousScopeError
+from t2kernels.layers.routing.scopes import AmbiguousScopeError
 from tests.helpers.families import build
 
 

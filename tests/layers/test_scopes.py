@@ -14,7 +14,7 @@ import torch._dynamo
 from transformers import TextIteratorStreamer
 
 import t2kernels as t2
-from t2kernels.layers.scopes import AmbiguousScopeError
+from t2kernels.layers.routing.scopes import AmbiguousScopeError
 from tests.helpers.families import build
 
 

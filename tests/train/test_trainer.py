@@ -1,4 +1,4 @@
-"""The trainer: gradients against fp64, what moves and what does not, the same run after a resume, and that it learns."""
+"""The trainer: gradients against fp64, what moves and what does not, the same run after a resume; it learns."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ ROWS = [
 def small(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
@@ -299,7 +300,7 @@ def test_the_rollout_is_of_the_expert_and_ignores_the_models_own_sampling(tmp_pa
 
 @pytest.mark.parametrize("max_new_tokens", [6, 20])  # in one stage, and in three
 def test_what_is_drawn_is_what_the_loss_scores(tmp_path, max_new_tokens):
-    """Greedy completions are the most likely tokens of `completion_logits`, whole or in pieces, and those of plain `generate`."""
+    """Greedy completions are the most likely tokens of `completion_logits`, whole or in pieces, and of `generate`."""
     model = small()
     tr = trainer(
         tmp_path,
@@ -498,7 +499,8 @@ def test_checkpoints_hold_experts_only_and_fit_only_their_model(tmp_path):
         if p.is_file()
     }
     assert set(files) == {
-        "experts/a.safetensors", "parameters.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "svf_config.json",
+        "experts/a.safetensors", "parameters.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+        "trainer_state.json", "svf_config.json",
     }  # fmt: skip
     assert sum(files.values()) < 100_000
     assert t2.Expert.load(tmp_path / "checkpoint-2/experts/a") == tr.experts["a"]
@@ -547,7 +549,8 @@ def test_evaluation_counts_and_the_best_expert_is_kept(tmp_path):
     reward = Graded()
     reward.judging = False
     tr = trainer(
-        tmp_path, reward=reward, eval_dataset=ROWS, max_steps=3, eval_strategy="steps", eval_steps=1, eval_on_start=True, save_strategy="steps",
+        tmp_path, reward=reward, eval_dataset=ROWS, max_steps=3, eval_strategy="steps", eval_steps=1,
+        eval_on_start=True, save_strategy="steps",
         save_steps=1, load_best_model_at_end=True,
     )  # fmt: skip
     evaluate = tr.evaluate
@@ -603,7 +606,10 @@ def test_a_task_brings_prompts_reward_and_length(tmp_path):
 
 def test_chats_go_through_the_template(tmp_path):
     tokenizer = build()
-    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}[a]{% endif %}"
+    )
     seen = {}
 
     def reward(prompts, completions, **columns):

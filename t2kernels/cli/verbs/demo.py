@@ -1,6 +1,6 @@
 """`t2 demo`: everything once, on the built-in model, with numbers that are computed while you watch.
 
-It is an example, too: each step is one small function that uses the library as any program would.
+It is also an example: each step is one small function that uses the library as any program would.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from t2kernels.cli import models
 from t2kernels.cli.console import bar, out, show, table
 from t2kernels.cli.race import race
 from t2kernels.evaluation import Score, answers, scores
+from t2kernels.experts.names import BASE
 
 from .train import compare, learn
 
@@ -29,10 +30,10 @@ SERVED = ("math", "code", "reason")
 
 def demo(
     quick: bool = typer.Option(
-        False, "--quick", help="Few steps and few problems: whether it runs, not what it shows."
+        False, "--quick", help="Few steps and few problems: to see that it runs; its numbers mean nothing."
     ),
 ) -> None:
-    """Train an expert, serve many in one batch, and time that, on the built-in model: less than three minutes on two CPU cores.
+    """Train an expert, serve many in one batch, and time it, on the built-in model: three minutes on two CPU cores.
 
     [dim]$[/] t2 demo
     """
@@ -43,14 +44,15 @@ def demo(
 
     step(
         "1  A model that takes experts",
-        "patch_model, in place: the experts will be rows of a table beside each linear layer",
+        "patch_model, in place: experts will be rows of a table beside each linear layer",
     )
     loaded = models.load(models.TINY)
     parameters = loaded.model.num_parameters()
     bank = models.patch(loaded)
     out.print(f"{type(loaded.model).__name__} of {parameters:,} parameters; {bank.describe()}")
     out.print(
-        f"an expert is {sum(bank.matrices.values()):,} numbers, one for each singular value of {len(bank.matrices)} matrices"
+        f"an expert is {sum(bank.matrices.values()):,} numbers, one for each singular value of {len(bank.matrices)} "
+        "matrices"
     )
 
     step("2  One expert, trained by RL", f"only prompts and a check of the answer; the task is {TASK}")
@@ -71,7 +73,8 @@ def demo(
 
     step(
         "5  Against rebuilding the weights",
-        "the authors' release answers an expert at a time: W' = U diag(sigma z) Vᵀ in every layer, its requests, the next expert",
+        "the authors' release takes one expert at a time: it rebuilds W' = U diag(sigma z) Vᵀ in every layer, answers "
+        "its requests, and takes the next expert",
     )
     race(loaded, bank, {name: task_of(name) for name in served}, counts, repeats)
 
@@ -79,11 +82,12 @@ def demo(
 
 
 def step(title: str, explanation: str) -> None:
+    """Print the heading of a step."""
     out.print("", Rule(f"[bold]{title}[/]", align="left"), f"[dim]{explanation}[/]")
 
 
 def train_live(loaded: models.Loaded, task: Any, steps: int, problems: int) -> None:
-    """An expert from nothing, with accuracy on held-out problems before and after."""
+    """Train an expert from the base model, and print its accuracy on held-out problems before and after."""
     held_out = task.split("test", problems)
     start = time.perf_counter()
     expert = learn(loaded, task, LIVE, max_steps=steps, per_device_train_batch_size=64)
@@ -93,7 +97,7 @@ def train_live(loaded: models.Loaded, task: Any, steps: int, problems: int) -> N
 
 
 def mixed_batch(loaded: models.Loaded, served: list[str]) -> None:
-    """One `generate` whose rows are answered by the base model and by each task's expert."""
+    """Answer a problem of each task in one batch, by the base model and by the task's expert."""
     from t2kernels import tasks
 
     rows = []
@@ -107,12 +111,12 @@ def mixed_batch(loaded: models.Loaded, served: list[str]) -> None:
     for (one, problem, expert), text in zip(rows, written, strict=True):
         right = one.reward([problem["prompt"]], [text], answer=[problem["answer"]])[0] > 0
         verdict = "[green]right[/]" if right else f"[red]wrong[/], it is {escape(problem['answer'])}"
-        shown.add_row(escape(problem["prompt"]), expert or models.BASE, escape(text), verdict)
+        shown.add_row(escape(problem["prompt"]), expert or BASE, escape(text), verdict)
     out.print(shown)
 
 
 def cross_table(loaded: models.Loaded, experts: list[str | None], problems: int) -> None:
-    """Accuracy of each expert (rows) on each task that one was trained for (columns)."""
+    """Print the accuracy of each expert (rows) on each task of an expert (columns)."""
     from t2kernels import tasks, tiny
 
     names = list(tiny.experts()) or [TASK]
@@ -136,7 +140,7 @@ def cross_table(loaded: models.Loaded, experts: list[str | None], problems: int)
             best = max(s.right for s in columns[name])
             text = f"{columns[name][i].accuracy:.1%}"
             cells.append(f"[bold]{text}[/]" if columns[name][i].right == best else text)
-        shown.add_row(expert or models.BASE, *cells)
+        shown.add_row(expert or BASE, *cells)
     worst = max(s.standard_error for column in columns.values() for s in column)
     show(
         "accuracy on held-out problems", shown, f"standard errors are at most {worst:.1%}; {LIVE}: the expert of step 2"
@@ -144,7 +148,7 @@ def cross_table(loaded: models.Loaded, experts: list[str | None], problems: int)
 
 
 def what_next(seconds: float) -> None:
-    """What a user can do with what just happened."""
+    """Print commands to go on with."""
     from t2kernels import tasks
 
     prompt, t2 = tasks.load(TASK).split("test", 1)[0]["prompt"], program()
@@ -165,11 +169,11 @@ def what_next(seconds: float) -> None:
 
 
 def program() -> str:
-    """What a user types for `t2` here: after `make demo` it lies in .venv/bin, which is on no one's path."""
+    """The command to type for `t2`: after `make demo` it is in .venv/bin, which is not on the path."""
     typed = Path(sys.argv[0])
     return "t2" if shutil.which("t2") or typed.name != "t2" else str(typed)
 
 
 def task_of(expert: str) -> str:
-    """The task an expert of this demo was trained on."""
+    """The task that an expert of this demo was trained on."""
     return TASK if expert == LIVE else expert

@@ -1,4 +1,4 @@
-"""`t2 env`: what this machine has. It prints whatever is missing or broken, too: it is what goes into a bug report."""
+"""`t2 env`: a report on this machine for bug reports. It also shows what is missing or broken."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 from importlib import metadata
+from typing import Any
 
 import typer
 from rich.markup import escape
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from t2kernels.cli.console import one_line, out
 
-PACKAGES = (
+PACKAGES: tuple[str, ...] = (
     "t2kernels",
     "torch",
     "triton",
@@ -30,7 +31,7 @@ PACKAGES = (
 
 
 def env(as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table.")) -> None:
-    """Report versions, CPU, memory, GPUs, and which implementations of svf_linear run here.
+    """Report versions, CPU, memory, GPUs, and the implementations of svf_linear that run here.
 
     [dim]$[/] t2 env --json > env.json
     """
@@ -45,8 +46,8 @@ def env(as_json: bool = typer.Option(False, "--json", help="Print JSON instead o
     out.print(shown)
 
 
-def report() -> dict[str, dict]:
-    """{section: {name: value}}; a section that cannot be had holds the error instead."""
+def report() -> dict[str, dict[str, Any]]:
+    """{section: {name: value}}. A section that fails has its error instead."""
     sections = {
         "versions": _versions,
         "machine": _machine,

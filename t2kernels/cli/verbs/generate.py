@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from t2kernels.cli import models
-from t2kernels.cli import strategies as adaptation
+from t2kernels.cli import models, strategies
 from t2kernels.cli.console import out
 from t2kernels.evaluation import answers
+from t2kernels.experts.names import BASE, MIX, Name, write_mixture
+from t2kernels.rollout.chat import AnyPrompt, has_template, user_message
+
+if TYPE_CHECKING:
+    from t2kernels import ExpertBank
 
 
+@strategies.with_strategy_options
 def generate(
     prompts: list[str] = typer.Argument(help="One or more prompts.", show_default=False),
     expert: list[str] = typer.Option(
         [], "--expert", "-e", help="An expert's path or name, or 'base'. May be repeated."
     ),
     mix: list[str] = typer.Option([], help="A mixture of experts, NAME=WEIGHT,... May be repeated."),
-    adapt: str = adaptation.AdaptOption,
-    classifier: str = adaptation.ClassifierOption,
-    examples: Path = adaptation.ExamplesOption,
-    margin: float = adaptation.MarginOption,
+    adapt: str = strategies.AdaptOption,
+    strategy_options: dict[str, Any] = strategies.EACH,
     pair: bool = typer.Option(
-        False, "--pair", help="The i-th prompt with the i-th expert only, not every prompt with every expert."
+        False, "--pair", help="Answer the i-th prompt with the i-th expert, not every prompt with every expert."
     ),
     model: str = models.ModelOption,
-    max_new_tokens: int = typer.Option(64, help="Most tokens to write."),
-    temperature: float = typer.Option(0.0, help="0 is greedy."),
-    chat: bool = typer.Option(False, "--chat", help="Put each prompt into the model's chat template."),
+    max_new_tokens: int = typer.Option(64, help="Tokens of the longest answer."),
+    temperature: float = typer.Option(0.0, help="Sampling temperature; 0 is greedy."),
+    chat: bool = typer.Option(False, "--chat", help="Ask through the model's chat template."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON lines instead of a table."),
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
@@ -40,7 +44,7 @@ def generate(
     dtype: str = models.DtypeOption,
     device: str = models.DeviceOption,
 ) -> None:
-    """Answer prompts with experts, all in one mixed batch: every row of it has its own expert.
+    """Answer prompts with experts in one mixed batch, in which every row has its own expert.
 
     [dim]$[/] t2 generate "47+8+6?" --expert base --expert math --expert code
 
@@ -50,76 +54,54 @@ def generate(
 
     [dim]$[/] t2 generate "47+8+6?" "rsxt(gcafd)?" --adapt classify
     """
-    if adapt:
-        adaptation.check(adapt, examples)
-    loaded = models.load(model, dtype, device)
-    bank = models.patch(loaded, targets, rank, form, factors)
     if adapt and (mix or pair):
         raise ValueError(
-            "--adapt chooses the expert of each prompt: it takes no --mix and no --pair; --expert says what to choose from"
+            "--adapt chooses the expert of each prompt: it takes no --mix and no --pair; give the experts with --expert"
         )
     if adapt:
-        way = adaptation.strategy(adapt, loaded, expert, classifier, examples, margin)
-        picked = way.choose(
-            [
-                _templated(loaded.tokenizer, prompt) if chat and adapt in ("confidence", "likelihood") else prompt
-                for prompt in prompts
-            ]
-        )
-        rows = [(prompt, (_label(name), name)) for prompt, name in zip(prompts, picked, strict=True)]
+        strategies.check(adapt, strategy_options)
+    loaded = models.load(model, dtype, device)
+    if chat and not has_template(loaded.tokenizer):
+        raise ValueError("--chat: this model's tokenizer has no chat template")
+    bank = models.patch(loaded, targets, rank, form, factors)
+    asked: list[AnyPrompt] = [user_message(prompt) for prompt in prompts] if chat else list(prompts)
+    if adapt:
+        chosen = strategies.strategy(adapt, loaded, expert, strategy_options).choose(asked)
+        rows = [(i, _label(name), name) for i, name in enumerate(chosen)]
     else:
-        rows = _asked_for(prompts, expert, mix, pair, bank, model)
-    texts = [_templated(loaded.tokenizer, prompt) if chat else prompt for prompt, _ in rows]
+        rows = _asked_for(len(prompts), expert, mix, pair, bank, model)
     written = answers(
         loaded.model,
         loaded.tokenizer,
-        texts,
-        [e for _, (_, e) in rows],
+        [asked[i] for i, _, _ in rows],
+        [name for _, _, name in rows],
         max_new_tokens,
         batch=len(rows),
         temperature=temperature,
     )
     if as_json:
-        for (prompt, (label, _)), text in zip(rows, written, strict=True):
-            print(json.dumps({"prompt": prompt, "expert": label, "text": text}, ensure_ascii=False))
+        for (i, label, _), text in zip(rows, written, strict=True):
+            print(json.dumps({"prompt": prompts[i], "expert": label, "text": text}, ensure_ascii=False))
         return
     shown = Table("prompt", "expert", "answer", title=f"one batch of {len(rows)}", title_justify="left")
-    for (prompt, (label, _)), text in zip(rows, written, strict=True):
-        shown.add_row(Text(prompt), Text(label), Text(text))  # as they are: in rich's markup :b: is an emoji
+    for (i, label, _), text in zip(rows, written, strict=True):
+        shown.add_row(Text(prompts[i]), Text(label), Text(text))  # Text: in rich's markup :b: is an emoji
     out.print(shown)
 
 
 def _asked_for(
-    prompts: list[str], expert: list[str], mix: list[str], pair: bool, bank, model: str
-) -> list[tuple[str, tuple]]:
-    """(prompt, (label, expert)) for what --expert and --mix name; the base model where they name nothing."""
-    chosen: list = [models.add_expert(bank, name, model) for name in expert] + [
-        models.parse_mix(text, bank, model) for text in mix
-    ]
-    labels = [*expert, *mix] or [models.BASE]
-    return pairs(prompts, list(zip(labels, chosen or [None], strict=True)), pair)
+    count: int, expert: list[str], mix: list[str], pair: bool, bank: ExpertBank, model: str
+) -> list[tuple[int, str, Name]]:
+    """(prompt, label, expert) for --expert and --mix; the base model if neither is given. Raises ValueError."""
+    chosen: list[Name] = [models.add_expert(bank, name, model) for name in expert]
+    chosen += [models.parse_mix(text, bank, model) for text in mix]
+    named = list(zip([*expert, *mix] or [BASE], chosen or [None], strict=True))
+    if not pair:
+        return [(i, label, name) for i in range(count) for label, name in named]
+    if count != len(named):
+        raise ValueError(f"--pair: {count} prompts and {len(named)} experts; wanted one expert for each prompt")
+    return [(i, label, name) for i, (label, name) in enumerate(named)]
 
 
-def _label(name) -> str:
-    if isinstance(name, dict):
-        return ",".join(f"{n}={weight:g}" for n, weight in name.items())
-    return name or models.BASE
-
-
-def pairs(prompts: list[str], experts: list, one_to_one: bool) -> list[tuple[str, object]]:
-    """Which prompt is answered by which expert. Raises ValueError."""
-    if not one_to_one:
-        return [(prompt, expert) for prompt in prompts for expert in experts]
-    if len(prompts) != len(experts):
-        raise ValueError(
-            f"--pair: {len(prompts)} prompts and {len(experts)} experts; wanted one expert for each prompt"
-        )
-    return list(zip(prompts, experts, strict=True))
-
-
-def _templated(tokenizer, prompt: str) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError("--chat: this model's tokenizer has no chat template")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+def _label(name: Name) -> str:
+    return write_mixture(name).removeprefix(MIX) if isinstance(name, Mapping) else name or BASE

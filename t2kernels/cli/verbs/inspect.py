@@ -1,9 +1,11 @@
-"""`t2 inspect`: what an expert, a directory of factors or a model holds."""
+"""`t2 inspect`: show the content of an expert, of factors or of a model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.markup import escape
@@ -14,17 +16,17 @@ from t2kernels.cli.console import is_missing, out, show, table
 
 def inspect(
     path: str = typer.Argument(
-        help="An expert's file, a directory of factors, a checkpoint's directory, or a model's id on the hub."
+        help="The file of an expert, a directory of factors or of a checkpoint, or the id of a model on the hub."
     ),
-    rows: int = typer.Option(0, help="Show only the first matrices; 0 shows all."),
+    rows: int = typer.Option(0, help="Show only so many matrices; 0 shows all."),
 ) -> None:
-    """Show what an expert, a directory of factors or a model holds.
+    """Show the content of an expert, of a directory of factors or of a model.
 
-    [dim]$[/] t2 inspect experts/math                 [dim]an expert: z of each matrix, where it was trained, how[/]
+    [dim]$[/] t2 inspect experts/math                 [dim]an expert: its training, and z of each matrix[/]
 
-    [dim]$[/] t2 inspect factors/llama                [dim]factors: ranks, errors, energy of each matrix[/]
+    [dim]$[/] t2 inspect factors/llama                [dim]factors: rank, error and energy of each matrix[/]
 
-    [dim]$[/] t2 inspect meta-llama/Llama-3.1-8B      [dim]a model: how many numbers an expert trains, beside LoRA; reads its config only[/]
+    [dim]$[/] t2 inspect meta-llama/Llama-3.1-8B      [dim]a model, by its config: the numbers an expert trains[/]
     """
     from t2kernels.experts.files import find_file
 
@@ -53,10 +55,11 @@ def _expert(path: Path, rows: int) -> None:
     known = len(expert.manifest.get("fingerprints", {})), len(expert.sketch)
     if any(known):
         out.print(
-            f"It knows its factors by {known[0]} fingerprints and {known[1]} sketches: a model with other singular vectors will refuse it."
+            f"It has {known[0]} fingerprints and {known[1]} sketches of its factors: a model with other singular "
+            "vectors refuses it."
         )
     else:
-        out.print("It carries no fingerprint and no sketch: any model with matrices of these names and sizes takes it.")
+        out.print("It has no fingerprint and no sketch: any model with matrices of these names and sizes accepts it.")
 
 
 def _factors(path: Path, rows: int) -> None:
@@ -133,7 +136,7 @@ def _model(path: str) -> None:
     show(title, shown, "SVF expert, LoRA r=16: how many numbers are trained for one task")
 
 
-def _facts(facts: dict, title: str) -> None:
+def _facts(facts: Mapping[str, Any], title: str) -> None:
     shown = Table("", "", show_header=False, box=None, pad_edge=False)
     for name, value in facts.items():
         if value is not None:
@@ -141,18 +144,18 @@ def _facts(facts: dict, title: str) -> None:
     show(escape(title), shown)
 
 
-def _shorten(names):
-    """What all names begin with stands once, in the head of their column: (head, name -> the rest of it)."""
+def _shorten(names: Iterable[str]) -> tuple[str, Callable[[str], str]]:
+    """(head of the column with the common start of all names, function name -> the rest of it)."""
     columns = zip(*(name.split(".") for name in names), strict=False)
     prefix = "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, columns))
     return f"matrix {prefix}".strip(), lambda name: name.removeprefix(prefix) or name
 
 
-def _first(mapping, rows: int):
-    """(name, value) in the order of layers, which files do not keep; the first `rows`, or all."""
+def _first(mapping: Mapping[str, Any], rows: int) -> list[tuple[str, Any]]:
+    """The first `rows` items, or all for 0, in the order of layers, which files do not keep."""
     items = sorted(mapping.items(), key=lambda item: _parts(item[0]))
     return items[:rows] if rows else items
 
 
-def _parts(name: str) -> list[tuple]:
+def _parts(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

@@ -1,4 +1,4 @@
-"""`t2 train`: an expert by reinforcement learning, with a live view of it."""
+"""`t2 train`: train an expert by reinforcement learning, with a live view of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import typer
 
 from t2kernels.cli import models
 from t2kernels.cli.console import bar, comma_list, out
-from t2kernels.cli.strategies import question
 from t2kernels.evaluation import Score, scores
+from t2kernels.experts.names import BASE
 
 from .evaluate import show_accuracies
 
@@ -22,31 +22,31 @@ def train(
     ),
     classes: str = typer.Option(
         None,
-        help="With --task classify: tasks by name or .jsonl file, comma-separated, whose prompts are to be told apart.",
+        help="For --task classify: the tasks that the expert tells apart, by name or .jsonl file, comma-separated.",
         show_default=False,
     ),
     into: Path = typer.Option(
-        None, "--out", "-o", help="Where to save the expert.  \\[default: experts/TASK]", show_default=False
+        None, "--out", "-o", help="File to save the expert to.  \\[default: experts/TASK]", show_default=False
     ),
     model: str = models.ModelOption,
-    init: str = typer.Option(None, help="Go on from this expert, instead of from the base model.", show_default=False),
-    steps: int = typer.Option(150, help="Updates."),
+    init: str = typer.Option(None, help="Start from this expert, not from the base model.", show_default=False),
+    steps: int = typer.Option(150, help="Optimiser steps."),
     batch: int = typer.Option(128, help="Prompts a step."),
     samples: int = typer.Option(1, help="Completions of each prompt."),
     advantage: str = typer.Option(
-        "none", help="From rewards to advantages: none, batch, group or leave_one_out (these two with --samples)."
+        "none", help="Advantages: none, batch, or with --samples group or leave_one_out (docs/reference/training.md)."
     ),
     lr: float = typer.Option(0.02, help="Adam's learning rate."),
     kl: float = typer.Option(0.05, help="Weight of the KL to the base model."),
-    temperature: float = typer.Option(1.0, help="Of the completions that are learned from; 0 is greedy."),
-    param: str = typer.Option("raw", help="'raw', z = 1 + p; 'sigmoid', the authors' (needs --form factored)."),
+    temperature: float = typer.Option(1.0, help="Sampling temperature of the completions; 0 is greedy."),
+    param: str = typer.Option("raw", help="'raw': z = 1 + p; 'sigmoid': as the authors (needs --form factored)."),
     seed: int = typer.Option(0, help="The same seed gives the same expert on the same machine."),
-    max_new_tokens: int = typer.Option(None, help="Longest completion.  \\[default: the task's]", show_default=False),
-    n: int = typer.Option(
-        1000, "-n", help="Held-out problems for the accuracy before and after; fewer where there are fewer."
+    max_new_tokens: int = typer.Option(
+        None, help="Tokens of the longest completion.  \\[default: the task's]", show_default=False
     ),
+    n: int = typer.Option(1000, "-n", help="Most held-out problems for the accuracy before and after."),
     checkpoints: Path = typer.Option(
-        None, help="Save here every 25 steps, and go on from what lies there.", show_default=False
+        None, help="Directory to save to every 25 steps, and to resume from.", show_default=False
     ),
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
@@ -55,7 +55,7 @@ def train(
     dtype: str = models.DtypeOption,
     device: str = models.DeviceOption,
 ) -> None:
-    """Train an expert by REINFORCE on a task's own reward: prompts and a check of the answer, no worked solutions.
+    """Train an expert by REINFORCE on the reward of a task: it takes prompts and a check of answers, no solutions.
 
     [dim]$[/] t2 train --task math --out experts/math
 
@@ -71,15 +71,15 @@ def train(
         raise ValueError(f"--classes goes with --task classify, not with --task {task}")
     parts = {Path(name).stem: t2.tasks.load(name) for name in comma_list(classes or "")}
     chosen = None if parts else t2.tasks.load(task)
-    held_out = None if parts else some(chosen, "test", n)
+    held_out = None if parts else chosen.split("test")[:n]
     for one in parts.values() or [chosen]:
-        one.split("train", 1)  # whether it is there is known before the model is
+        one.split("train", 1)  # fail before the model is loaded if there is none
     loaded = models.load(model, dtype, device)
     asked = None
     if parts:
-        asked = question(loaded, list(parts))
+        asked = t2.adapt.Question.for_experts(list(parts), loaded.tokenizer, loaded.is_tiny)
         chosen = t2.adapt.labelled(dict(zip(asked.labels, parts.values(), strict=False)), asked)
-        held_out = some(chosen, "test", n)
+        held_out = chosen.split("test")[:n]
     into = into or Path("experts") / chosen.name
     bank = models.patch(loaded, targets, rank, form, factors)
     out.print(f"[dim]{bank.describe()}[/]")
@@ -109,17 +109,17 @@ def train(
         "accuracy_after": after.accuracy,
     }
     if asked is not None:
-        expert.manifest["question"] = asked.record()  # what a Classifier asks it
+        expert.manifest["question"] = asked.record()  # a Classifier asks it
     path = expert.save(into)
     out.print(
-        f"{expert.numel:,} numbers trained in {seconds:.0f} s, saved as {path} ({path.stat().st_size / 1024:.0f} KiB)"
+        f"{expert.numel:,} numbers trained in {seconds:.0f} s, saved to {path} ({path.stat().st_size / 1024:.0f} KiB)"
     )
 
 
-def learn(loaded: models.Loaded, task: Any, name: str, init: Any = None, **settings) -> Any:
-    """Train the expert `name` of a patched model on a task, under a progress bar; it is in the model's bank afterwards, and returned.
+def learn(loaded: models.Loaded, task: Any, name: str, init: Any = None, **settings: Any) -> Any:
+    """Train an expert of a patched model on a task, with a progress bar. Returns the expert, which is in the bank too.
 
-    settings: fields of `SVFConfig`
+    init: the Expert to start from; settings: fields of `SVFConfig`
     """
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -145,7 +145,7 @@ def learn(loaded: models.Loaded, task: Any, name: str, init: Any = None, **setti
 
 
 def _watcher(progress: Any, bar_: Any) -> Any:
-    """A callback that moves the bar, and shows means over the last steps: a single batch is noisy."""
+    """A callback that moves the bar, and shows means over the last 5 steps: a single batch is noisy."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
@@ -163,18 +163,13 @@ def _watcher(progress: Any, bar_: Any) -> Any:
     return Watch()
 
 
-def some(task: Any, split: str, n: int) -> list[dict]:
-    """At most n problems of a split."""
-    return task.split(split)[:n]
-
-
-def compare(loaded: models.Loaded, task: Any, held_out: list[dict], name: str) -> tuple[Score, Score]:
-    """Print the accuracy of the base model and of an expert on the same problems, in the same batches; returned, too."""
+def compare(loaded: models.Loaded, task: Any, held_out: list[dict[str, Any]], name: str) -> tuple[Score, Score]:
+    """Print and return the accuracy of the base model and of an expert on the same problems, in the same batches."""
     with bar() as progress:
         count = progress.add_task("answering", total=2 * len(held_out))
         before, after = scores(
             loaded.model, loaded.tokenizer, task, held_out, [None, name], done=lambda k: progress.advance(count, k)
         )
-    labels = [f"{models.BASE} (before)", f"{name} (after)"]
+    labels = [f"{BASE} (before)", f"{name} (after)"]
     show_accuracies(f"{task.name}: {len(held_out)} held-out problems", labels, [before, after])
     return before, after

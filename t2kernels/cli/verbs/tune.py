@@ -4,35 +4,38 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from t2kernels.cli.console import bar, comma_list, is_missing, out
-
-from .decompose import parse_dtype
+from t2kernels.cli.models import parse_dtype
 
 if TYPE_CHECKING:
+    import torch
+
     from t2kernels.ops.tuning.tuner import Shape
 
 
 def tune(
-    model: str = typer.Argument(help="A checkpoint's directory or a model's id on the hub; only its config is read."),
+    model: str = typer.Argument(
+        help="The directory of a checkpoint or the id of a model on the hub; only its config is read."
+    ),
     ranks: str = typer.Option(
         "128,256", help="Components of the delta form to tune for, comma-separated; '' for none."
     ),
-    factored: bool = typer.Option(True, help="Tune the factored form, with all components, as well."),
-    dtype: str = typer.Option("bfloat16", help="Of the model."),
+    factored: bool = typer.Option(True, help="Tune the factored form, with all components, too."),
+    dtype: str = typer.Option("bfloat16", help="Dtype of the model."),
     factors: str = typer.Option(
         "same,int8", help="Formats of the factors, comma-separated: 'same' as the model, 'int8', or a dtype."
     ),
     tokens: str = typer.Option("1,8,32,128", help="Tokens of a forward to tune for, comma-separated."),
     device: str = typer.Option("cuda", help="Which GPU."),
     folder: Path = typer.Option(
-        None, help="Where to keep the table.  \\[default: the user's cache directory]", show_default=False
+        None, help="Directory for the tables.  \\[default: the user's cache directory]", show_default=False
     ),
 ) -> None:
-    """Check the Triton and CUDA kernels on this GPU against fp64, then time them for a model's shapes. Takes minutes; a model tunes nothing.
+    """Check the Triton and CUDA kernels on this GPU against fp64, then time them for a model's shapes. Takes minutes.
 
     [dim]$[/] t2 tune meta-llama/Llama-3.1-8B
 
@@ -56,7 +59,7 @@ def tune(
     paths = []
     with bar("[dim]{task.fields[name]}[/]") as progress:
         task = progress.add_task("checking, then timing", total=None, name="")
-        if triton or not cuda:  # where neither runs, this says why
+        if triton or not cuda:  # if neither runs, this says why
             paths.append(
                 run(
                     wanted,
@@ -73,8 +76,8 @@ def tune(
         out.print(f"checked and tuned: {path}", soft_wrap=True)
 
 
-def shapes(config, ranks: list[int], factored: bool, x, formats: list) -> list[Shape]:
-    """The distinct calls that a patched model of this config makes, in either form: matrices that read the same input are one call."""
+def shapes(config: Any, ranks: list[int], factored: bool, x: torch.dtype, formats: list[torch.dtype]) -> list[Shape]:
+    """The distinct calls of a patched model of this config, in both forms. Matrices of one input are one call."""
     from t2kernels.factors.checkpoint import meta_model
     from t2kernels.factors.matrices import find_matrices
     from t2kernels.layers.groups import shared_input
@@ -91,8 +94,7 @@ def shapes(config, ranks: list[int], factored: bool, x, formats: list) -> list[S
             for k in ranks:
                 C = tuple(min(k, m.rank) for m in members)
                 found[Shape(N, M, C, True, x, f)] = None
-                for m, c in zip(
-                    members, C, strict=True
-                ):  # where the base is another library's, members expand one by one
+                # If the base layer is another library's, members expand one by one.
+                for m, c in zip(members, C, strict=True):
                     found[Shape(N, (m.shape[0],), (c,), True, x, f)] = None
     return list(found)

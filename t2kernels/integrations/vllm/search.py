@@ -18,7 +18,7 @@ from torch import Tensor
 
 from t2kernels.adapt.cem import CEMConfig, Found, cross_entropy_method
 from t2kernels.adapt.examples import Scores, check_rows, rewarded, scorer_of
-from t2kernels.adapt.few_shot import gain
+from t2kernels.adapt.few_shot import gain, is_better
 from t2kernels.adapt.mixing import recorded
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.files import require_file
@@ -110,7 +110,7 @@ def few_shot(
     file = found.expert.save(Path(out).expanduser())
     request = expert(name, file)
     more, error = gain(population.answer([None, request]))
-    return Adapted(request if caution is None or more > caution * error else None, file, found, more, error)
+    return Adapted(request if is_better(more, error, caution) else None, file, found, more, error)
 
 
 class Population:

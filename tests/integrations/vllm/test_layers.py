@@ -24,8 +24,8 @@ from t2kernels.integrations.vllm.engine.lora_layers import (
     members_of,
 )
 from t2kernels.integrations.vllm.settings import Settings
-from t2kernels.layers.active import Routing
 from t2kernels.layers.linear import DeltaLinear
+from t2kernels.layers.routing.active import Routing
 from t2kernels.layers.scale import make_scale
 
 N, HEAD, T, E = 48, 8, 13, 4

@@ -13,7 +13,8 @@ from tests.helpers.triton_cases import MIXES, E, check, draw_ids, eager, gradien
 pytest.importorskip("triton")
 
 from t2kernels.ops.impls import torch_kernels
-from t2kernels.ops.impls.triton import TRITON, launch, matmul
+from t2kernels.ops.impls.triton import TRITON, matmul
+from t2kernels.ops.impls.triton import launch_pair as launch
 
 pytestmark = [pytest.mark.gpu]
 if not torch.cuda.is_available():

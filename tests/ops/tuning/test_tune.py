@@ -205,7 +205,7 @@ def test_tune_cuda_checks_then_times_and_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(CUDA, "unsupported_device", lambda device: None)
     monkeypatch.setattr(TRITON, "unsupported_device", lambda device: None)
     monkeypatch.setattr(cuda_kernels, "forward", lambda x, *a: ("cuda", x.shape[0], a[0].dtype))
-    launch = pytest.importorskip("t2kernels.ops.impls.triton.launch")
+    launch = pytest.importorskip("t2kernels.ops.impls.triton.launch_pair")
     monkeypatch.setattr(launch, "forward_pair", lambda x, *a: ("triton", x.shape[0], a[0].dtype))
 
     def timer(f):

@@ -13,8 +13,8 @@ from t2kernels.experts.bank import ExpertBank
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm.requests import STACK
 from t2kernels.integrations.vllm.settings import Settings
-from t2kernels.layers.active import Routing
 from t2kernels.layers.linear import SVFLinear
+from t2kernels.layers.routing.active import Routing
 
 from .check import origin_of
 from .lora_layers import ExpertPath, Member, adapt, check_weights, delta_member, members_of

@@ -17,8 +17,8 @@ from t2kernels.factors.factor import Factor
 from t2kernels.factors.int8 import Int8Factor
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm.constants import QUANTIZATION
-from t2kernels.layers.active import Routing
 from t2kernels.layers.linear import SVFLinear
+from t2kernels.layers.routing.active import Routing
 
 from .check import origin_of
 from .lora_layers import SHARD_BYTES, ExpertPath, FactoredMember, Member, ShardedPath, members_of

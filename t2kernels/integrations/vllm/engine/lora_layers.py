@@ -271,7 +271,8 @@ def check_weights(
     device: torch.device,
     quantised: bool,
 ) -> None:
-    """W v_1 = sigma_1 u_1, by the layer itself, in whatever format it holds W. Raises ValueError where the factors are of other weights."""
+    """W v_1 = sigma_1 u_1, by the layer itself, in whatever format it holds W. Raises ValueError where the factors are
+    of other weights."""
     u, v = leading_pair(factor)
     y = layer.quant_method.apply(layer, v[member.take].to(device, dtype)[None], None)
     if type(layer).__name__ == "RowParallelLinear" and layer.tp_size > 1:

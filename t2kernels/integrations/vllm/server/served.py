@@ -15,12 +15,14 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from t2kernels.adapt.question import Question
+from t2kernels.adapt.question import Question, asked_of
 from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.experts.files import require_file
-from t2kernels.experts.names import AUTO, CLASSIFIER, MIX, parse_mixture, write_mixture
+from t2kernels.experts.names import AUTO, MIX, parse_mixture, write_mixture
 from t2kernels.integrations.vllm import requests
 from t2kernels.integrations.vllm.engine.check import check_request
+from t2kernels.rollout.chat import encode, has_template, user_message
+from t2kernels.rollout.labels import encode_labels, split_labels
 
 from .spool import Spool
 
@@ -185,12 +187,14 @@ class ServedExperts:
         return name
 
     async def choose(self, prompt: Any) -> str:
-        """The expert of the label that is likeliest after the question (arXiv 2501.06252, section 3.2), or the base model's name.
+        """The expert of the label that is likeliest after the question (arXiv 2501.06252, section 3.2), or the base
+        model's name.
 
-        prompt: text, or a chat. An expert whose file holds a question answers it; else one that is called "classify"; else the base model
+        prompt: text, or a chat. An expert whose file holds a question answers it; else one that is called "classify";
+            else the base model
         """
         if not isinstance(prompt, str):
-            prompt = [{"role": "user", "content": last_text(prompt)}]
+            prompt = user_message(last_text(prompt))
         base = self.models.base_model_paths[0].name
         judge, question = self.question()
         labels = list(question.labels)
@@ -199,39 +203,25 @@ class ServedExperts:
         return chosen if chosen in self.models.lora_requests else base
 
     def question(self) -> tuple[str | None, Question]:
-        """Who is asked (None: the base model), and what. Raises Refused where there is nothing to choose from."""
-        names = [n for n in self.models.lora_requests if n not in self._mixtures]
-        for name in names:
-            if recorded := self._manifest(name).get("question"):
-                return name, Question(**recorded)
-        experts = [n for n in names if n != CLASSIFIER]
-        if not experts:
-            raise Refused(HTTPStatus.BAD_REQUEST, 'model "auto" has no experts to choose from')
-        judge = CLASSIFIER if CLASSIFIER in names else None
-        if self.tiny:
-            return judge, Question.tiny(experts)
-        return judge, Question.about(experts, chat=bool(getattr(self.engine.get_tokenizer(), "chat_template", None)))
+        """(who is asked, None: the base model; the question). Raises Refused if there is nothing to choose from."""
+        manifests = {n: self._manifest(n) for n in self.models.lora_requests if n not in self._mixtures}
+        try:
+            return asked_of(manifests, self.engine.get_tokenizer(), self.tiny)
+        except ValueError as e:
+            raise Refused(HTTPStatus.BAD_REQUEST, f'model "auto" cannot choose: {e}') from None
 
     def _manifest(self, name: str) -> dict:
         (file,) = requests.files(self.models.lora_requests[name].lora_path)
         return Expert.load(file).manifest
 
     async def log_likelihoods(self, asked: Any, labels: Sequence[str], judge: str | None) -> list[float]:
-        """log p(label | asked) of each label by requests to the engine; 0 and -inf where one token decides, and only the best is needed."""
+        """log p(label | asked) of each label by requests to the engine; 0 and -inf where one token decides, and only
+        the best is needed."""
         tokenizer = self.engine.get_tokenizer()
-        if not isinstance(asked, str) and not getattr(tokenizer, "chat_template", None):
+        if not isinstance(asked, str) and not has_template(tokenizer):
             asked = asked[-1]["content"]  # the server was given a template of its own, or has none: asked as text
-        if isinstance(asked, str):
-            prompt = tokenizer(asked)["input_ids"]
-        else:
-            text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
-        common = 0
-        while all(len(i) > common + 1 for i in ids) and len({i[common] for i in ids}) == 1:
-            common += 1
-        rest = [i[common:] for i in ids]
-        prompt = prompt + ids[0][:common]
+        common, rest = split_labels(encode_labels(tokenizer, labels))
+        prompt = encode(tokenizer, [asked])[0] + common
         if all(len(r) == 1 for r in rest):
             out = await self._ask(prompt, judge, allowed_token_ids=sorted({r[0] for r in rest}))
             return [0.0 if r[0] == out.outputs[0].token_ids[0] else float("-inf") for r in rest]

@@ -1,9 +1,10 @@
 """Which experts a forward that is computed again inside a backward pass belongs to.
 
-Activation checkpointing drops what a block computed and runs the block again in the backward pass. By then the scope of the forward may be closed, and
-the block may run on another thread. Each forward of a patched model therefore leaves its route at the autograd nodes of its outputs. When backward
-reaches such a node, the route is known for this backward pass; the sequence number of the node that is being differentiated says which of several
-forwards a block is computed again for. This works for every kind of checkpointing, since nothing of it is replaced.
+Activation checkpointing drops what a block computed and runs the block again in the backward pass. By then the scope of
+the forward may be closed, and the block may run on another thread. Each forward of a patched model therefore leaves its
+route at the autograd nodes of its outputs. When backward reaches such a node, the route is known for this backward
+pass; the sequence number of the node that is being differentiated says which of several forwards a block is computed
+again for. This works for every kind of checkpointing, since nothing of it is replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ KEPT = 64  # backward passes remembered after an exception kept them from saying
 
 
 class Forward(NamedTuple):
-    """A forward that autograd recorded: its route, the range of sequence numbers of its nodes, and the thread that counted them."""
+    """A forward that autograd recorded: its route, the range of sequence numbers of its nodes, and the thread that
+    counted them."""
 
     route: Route | None
     first: int

@@ -1,13 +1,15 @@
 """Which experts the code that is running asked for: `with bank.use("math")`.
 
-A scope holds for the code inside its `with` block, and for nothing else. It lives in a context variable, so each asyncio task has its own, and a task
-or `asyncio.to_thread` that starts inside a scope keeps it. Three cases cannot be told from one another by a context variable, and raise:
+A scope holds for the code inside its `with` block, and for nothing else. It lives in a context variable, so each
+asyncio task has its own, and a task or `asyncio.to_thread` that starts inside a scope keeps it. Three cases cannot be
+told from one another by a context variable, and raise:
 
 - a thread that says nothing while another thread has a scope open: it may have been started inside that scope or not;
 - code between two steps of a generator that has a scope open: the variable leaks out of a generator;
 - scopes that are closed in another order than they were opened.
 
-torch.compile cannot read a context variable. A compiled model reads a copy kept per thread, and refuses scopes that this copy cannot show.
+torch.compile cannot read a context variable. A compiled model reads a copy kept per thread, and refuses scopes that
+this copy cannot show.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class AmbiguousScopeError(RuntimeError):
 class Scope:
     """`with` block in which every forward of one model uses `route`.
 
-    private: the scope serves a single call of the library, such as `generate(experts=...)`. Other threads need not know of it.
+    private: the scope serves a single call of the library, such as `generate(experts=...)`. Other threads need not know
+        of it.
     """
 
     def __init__(self, scopes: Scopes, route: Route | None, label: str = "", private: bool = False):
@@ -67,8 +70,10 @@ class Scope:
             if error is not None:
                 return  # it says more than that the scope was closed out of order
             raise AmbiguousScopeError(
-                f"the scope {self.label or 'of an expert'} was closed while a scope opened after it was still open, or in another asyncio task "
-                "or context than it was opened in; close scopes in the reverse order, or pass experts=... to each call instead"
+                f"the scope {self.label or 'of an expert'} was closed while a scope opened after it was still open, "
+                "or in another asyncio task or context than it was opened in; close scopes in the reverse order, "
+                "or pass "
+                "experts=... to each call instead"
             )
         parent = self.parent
         while parent is not None and parent.broken:
@@ -127,8 +132,10 @@ class Scopes:
             return None
         if scope.owner is not None and not _is_running(scope.owner):
             raise AmbiguousScopeError(
-                f"the scope {scope.label} was opened by a generator ({scope.owner.f_code.co_qualname}) that is not running now, and this forward "
-                "is not part of it; pass experts=... to each call inside a generator instead of bank.use(...)"
+                f"the scope {scope.label} was opened by a generator ({scope.owner.f_code.co_qualname}) that is not "
+                "running now, and this forward is not part of it; pass experts=... to each call inside a "
+                "generator instead of "
+                "bank.use(...)"
             )
         return scope
 
@@ -139,7 +146,8 @@ class Scopes:
             scope = mirror[-1]
             if scope.isolated:
                 raise AmbiguousScopeError(
-                    "a compiled model cannot see a scope that an asyncio task or a generator opened; pass expert_ids=bank.ids(...) to each call"
+                    "a compiled model cannot see a scope that an asyncio task or a generator opened; pass "
+                    "expert_ids=bank.ids(...) to each call"
                 )
             return scope
         if self.any_open:
@@ -152,8 +160,10 @@ class Scopes:
             other = next((s for s in self._open if s.thread != here), None)
         if other is not None:
             raise AmbiguousScopeError(
-                f"another thread has the scope {other.label} open, and this thread has none: it may or may not belong to it. Say in this thread "
-                "which expert is meant: experts=... in the call, or bank.use(...), where None is the base model; bank.default holds for every thread"
+                f"another thread has the scope {other.label} open, and this thread has none: it may or may not "
+                "belong to that scope. Say in this thread which expert is meant: experts=... in the call, "
+                "or bank.use(...), where "
+                "None is the base model; bank.default holds for every thread"
             )
 
 

@@ -1,8 +1,8 @@
 """`Routing`: which route the running forward of a patched model uses.
 
 Each patched model has one `Routing`. A forward puts its route on a stack of its own thread, because two threads may run
-the same model with different experts. Code outside a forward asks for experts with scopes (`layers.scopes`); a block
-that a backward pass computes again finds the route of its forward (`layers.recompute`).
+the same model with different experts. Code outside a forward asks for experts with scopes (`layers.routing.scopes`); a
+block that a backward pass computes again finds the route of its forward (`layers.routing.recompute`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""`refine`: a few gradient steps on z from where a search ended, on the same few examples. Not in the paper.
+"""`refine`: gradient steps on z from where a search ended, on the same few examples. Not in the paper.
 
-maximise (1/K) Σ_i mean_y log p(y | x_i; z)        y: right completions of example i, given, or written by candidates of the search
+    maximise (1/K) Σ_i mean_y log p(y | x_i; z)        y: right completions of example i
+
+The right completions are given, or candidates of the search wrote them.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import torch
 from torch import nn
 
 from t2kernels.experts.expert import Expert
-from t2kernels.rollout.generation import Rollout, Sampler, completion_logits
-from t2kernels.train.loss import log_probs
+from t2kernels.rollout.chat import AnyPrompt
+from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
+from t2kernels.rollout.modes import eval_mode
 
 from .examples import Examples, encode_completions
 
@@ -28,19 +31,23 @@ def refine(
     batch: int = 32,
     seed: int = 0,
 ) -> Expert:
-    """An expert that makes right completions of the examples likelier; returned, not put into the bank.
+    """Train an expert to make right completions of the examples likelier. It is returned, not put into the bank.
 
-    completions: for each example, texts that are right; an example without any is left out. `Found.answers` of a search, or [[gold], ...]
-    start: where z starts; None: the base model. steps, lr, batch, seed: as in `supervise`
+    completions: for each example, texts that are right, such as `Found.answers` of a search or [[gold], ...]; an
+        example without any is left out
+    start: where z starts; None: the base model
+    steps, lr, batch, seed: as in `supervise`
 
-    Raises ValueError before any step: a count that differs from the examples', no completion at all, a name that is in the bank.
+    Raises ValueError before any step: a count that differs from the examples', no completion at all, a name that is in
+    the bank.
     """
     if len(completions) != len(examples):
         raise ValueError(f"{len(completions)} lists of completions for {len(examples)} examples; wanted one for each")
     pairs = [(i, text) for i, texts in enumerate(completions) for text in texts]
     if not pairs:
         raise ValueError(
-            "no example has a right completion to learn from: give gold answers, or search with samples at a temperature above 0"
+            "no example has a right completion to learn from: give gold answers, or search with samples at a "
+            "temperature above 0"
         )
     model, bank = examples.model, examples.bank
     count = {i: len(texts) for i, texts in enumerate(completions)}
@@ -70,23 +77,22 @@ def supervise(
     model: nn.Module,
     sampler: Sampler,
     parameters: Sequence[nn.Parameter],
-    work: Sequence[tuple],
+    work: Sequence[tuple[AnyPrompt, str, float]],
     steps: int,
     lr: float,
     batch: int = 32,
     seed: int = 0,
-    **routing,
+    **routing: torch.Tensor,
 ) -> None:
-    """Raise Σ weight log p(completion | prompt) over `work`, triples (prompt, completion, weight), by moving `parameters`.
+    """Maximise Σ weight log p(completion | prompt) over `parameters`, without dropout.
 
-    Adam, the learning rate in a straight line from lr to 5 % of it, gradient norm cut at 1; more than `batch` triples are drawn from anew at
-    each step. routing: of the forwards.
+    work: (prompt, completion, weight); if there are more than `batch`, each step draws `batch` of them
+    steps, lr: of Adam; the rate goes from lr to 5 % of it in a straight line, the gradient norm is cut at 1
+    routing: `expert_ids` of the forwards
     """
     r, device = random.Random(seed), parameters[0].device
     optimiser = torch.optim.Adam(parameters, lr=lr)
-    training = model.training
-    model.eval()  # no dropout: few examples, few steps
-    try:
+    with eval_mode(model):
         for step in range(steps):
             optimiser.param_groups[0]["lr"] = lr * max(0.05, 1 - step / steps)
             picked = work if len(work) <= batch else r.sample(work, batch)
@@ -100,5 +106,3 @@ def supervise(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
-    finally:
-        model.train(training)

@@ -1,7 +1,7 @@
-"""Experts of one model on another (arXiv 2501.06252, section 4.2), how well their singular vectors agree, and the control.
+"""Experts of one model on another (arXiv 2501.06252, section 4.2), the fit of their singular vectors, and a control.
 
-z_i rescales the i-th singular component, whichever that is; so z means the same on another model as far as component i there is component i
-here. Models that share their pre-training have that in common, unrelated ones do not.
+z_i rescales the i-th singular component. It means the same on another model as far as component i of that model is
+component i of this one. Models that share their pre-training have that in common, unrelated models do not.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import pi, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +20,21 @@ from t2kernels.experts.expert import Expert, ExpertMismatch
 from t2kernels.factors.factor import Factor
 
 LEADING = 16
+"""Components that count as leading."""
 ENOUGH = 0.3
-"""Mean |cos| below which a warning is given. Siblings of the built-in model have .7 to .9; unrelated models of width N chance, sqrt(2 / (pi N))."""
+"""Mean |cos| below which `transfer` warns. Siblings of the built-in model have .7 to .9; unrelated models of width N
+have sqrt(2 / (pi N))."""
 
 
 @dataclass(frozen=True)
 class Alignment:
     """How well component i of one model matches component i of another.
 
-    leading, all: mean |cos| over the first 16 and over all components of matrices of equal shape, right and left singular vectors alike; or,
-        from an expert's sketch alone, the correlation of the sketches, which is about the fourth power of that. chance: what unrelated ones give
-    matrices: {name: mean |cos| over its components}; by: "vectors" or "sketches"
+    leading, all: mean |cos| of singular vectors, left and right, over the first 16 and over all components of matrices
+        of equal shape. From an expert's sketch alone: the correlation of the sketches, about the fourth power of that.
+    chance: the value for unrelated models
+    matrices: {name: mean |cos| over its components}
+    by: "vectors" or "sketches"
     """
 
     leading: float
@@ -44,9 +49,10 @@ def alignment(
 ) -> Alignment:
     """Compare the factors of two models.
 
-    source: `Factors`, a bank, or, where there is nothing else, an `Expert`, whose file holds a sketch of the factors it was trained on
-    rename: the name in the target of a matrix of the source
-    Raises ExpertMismatch where no matrix of equal shape is in both.
+    source: `Factors` or a bank; or an `Expert`, whose file holds a sketch of the factors it was trained on
+    target: the bank of the other model
+    rename: the name of a matrix of the source -> its name in the target
+    Raises ExpertMismatch if the two have no matrix of one name and shape.
     """
     rename = rename or (lambda name: name)
     mine = factors_of(target)
@@ -69,7 +75,7 @@ def alignment(
         chance += [sqrt(2 / (pi * n)) for n in (a.U.shape[0], a.V.shape[0])]
     if not every:
         raise ExpertMismatch(
-            "the two models have no matrix of one name and shape: nothing to compare; pass rename= where names differ"
+            "the two models have no matrix of one name and shape to compare: pass rename= where names differ"
         )
     return Alignment(
         torch.stack(leading).mean().item(),
@@ -86,20 +92,25 @@ def transfer(
     source: Mapping[str, Factor] | ExpertBank | None = None,
     rename: Callable[[str], str] | None = None,
     strength: float = 1.0,
-    **manifest,
+    **manifest: Any,
 ) -> Expert:
-    """The expert of another model as one of this model's, 1 + strength (z - 1): where a matrix has as many components, as it is; where it has
-    more or fewer, interpolated along the spectrum, component i of R at (i + 1/2) / R.
+    """An expert of another model as an expert of this one: z' = 1 + strength (z - 1).
 
-    source: the factors of the model that it was trained on, to compare with; None: the expert's own sketch, if it has one
-    Warns where the singular vectors do not match. Raises ExpertMismatch where no matrix of the expert is in this model.
+    Where a matrix has another number of components, z is interpolated along the spectrum, component i of R at
+    (i + 1/2) / R.
+
+    expert: of the other model; bank: of this model
+    source: the factors that the expert was trained on, to compare with; None: the expert's own sketch, if it has one
+    rename: the name of a matrix of the expert -> its name here
+    manifest: facts to record in the new expert
+    Warns if the singular vectors do not match. Raises ExpertMismatch if no matrix of the expert is in this model.
     """
     rename = rename or (lambda name: name)
     moved = {rename(name): z for name, z in expert.z.items() if rename(name) in bank.matrices}
     if not moved:
         raise ExpertMismatch(
-            f"none of the expert's matrices ({', '.join(list(expert.z)[:2])}, ...) is in this model ({', '.join(list(bank.matrices)[:2])}, ...); "
-            "pass rename= where names differ"
+            f"none of the expert's matrices ({', '.join(list(expert.z)[:2])}, ...) is in this model "
+            f"({', '.join(list(bank.matrices)[:2])}, ...): pass rename= where names differ"
         )
     measured = None
     if source is not None or expert.sketch:
@@ -115,8 +126,8 @@ def transfer(
             else f"agree by {measured.all:.2f} ({measured.by}; chance is {measured.chance:.2f})"
         )
         warnings.warn(
-            f"the singular vectors of the two models {found}: z rescales other components here than those it was trained on, and may well hurt; "
-            "compare with shuffled(expert), and try strength=0.5",
+            f"the singular vectors of the two models {found}: here z rescales other components than in training, and "
+            "may well hurt; compare with shuffled(expert), and try strength=0.5",
             stacklevel=2,
         )
     z, unlike = {}, 0
@@ -139,14 +150,17 @@ def transfer(
 
 
 def shuffled(expert: Expert, seed: int = 0) -> Expert:
-    """The control: the same values of z, in a random order within each matrix. If this does as well, the order of components carried nothing."""
+    """The control: the same values of z in a random order within each matrix.
+
+    If it does as well as the expert, then the order of the components does not matter.
+    """
     generator = torch.Generator().manual_seed(seed)
     z = {name: v[torch.randperm(len(v), generator=generator)] for name, v in expert.z.items()}
     return Expert(z, {**expert.manifest, "shuffled": seed}, expert.sketch)
 
 
 def resample(z: Tensor, rank: int) -> Tensor:
-    """z [R] read off at `rank` points along the spectrum, linearly between components; [rank]."""
+    """z [R] at `rank` points along the spectrum, by linear interpolation. Returns [rank] fp32."""
     at = ((torch.arange(rank, dtype=torch.float64) + 0.5) / rank * len(z) - 0.5).clamp(0, len(z) - 1)
     low = at.floor().long()
     high = (low + 1).clamp(max=len(z) - 1)
@@ -155,7 +169,7 @@ def resample(z: Tensor, rank: int) -> Tensor:
 
 
 def factors_of(bank: ExpertBank) -> dict[str, Factor]:
-    """{matrix: its factors, as far as the model holds them}, views of what is in the layers. Matrices with int8 factors are left out."""
+    """{matrix: its factors}, as views of the layers' tensors. Matrices with int8 factors are left out."""
     out = {}
     for layer, names in bank.layers:
         if layer.fold is not None:
@@ -168,8 +182,8 @@ def factors_of(bank: ExpertBank) -> dict[str, Factor]:
     return out
 
 
-def _full(expert: Expert, source, name: str, wanted: int) -> int:
-    """How many components the matrix had that z was trained on; a z that is short of it leaves the rest alone."""
+def _full(expert: Expert, source: Mapping[str, Factor] | ExpertBank | None, name: str, wanted: int) -> int:
+    """The number of components of the matrix that z was trained on. A shorter z leaves the others alone."""
     if isinstance(source, ExpertBank):
         return source.origin.ranks.get(name, wanted)
     if source is not None and name in source:
@@ -178,6 +192,7 @@ def _full(expert: Expert, source, name: str, wanted: int) -> int:
 
 
 def _by_sketches(expert: Expert, target: ExpertBank, rename: Callable[[str], str]) -> Alignment:
+    """`alignment` from the sketch in an expert's file."""
     found, leading, matrices, sizes = [], [], {}, []
     for name, mine in expert.sketch.items():
         theirs = target.origin.sketches.get(rename(name))
@@ -191,11 +206,12 @@ def _by_sketches(expert: Expert, target: ExpertBank, rename: Callable[[str], str
         sizes.append(len(mine))
     if not found:
         raise ExpertMismatch(
-            "the expert has no sketch of a matrix of this model: pass source=, the factors of the model it was trained on"
+            "the expert has no sketch of a matrix of this model: pass source=, the factors that it was trained on"
         )
     return Alignment(sum(leading) / len(leading), sum(found) / len(found), 1 / sqrt(sum(sizes)), matrices, "sketches")
 
 
 def _cos(a: Tensor, b: Tensor) -> Tensor:
+    """|cos| of each pair of columns."""
     a, b = a.double(), b.double().to(a.device)
     return ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-12)).abs()
