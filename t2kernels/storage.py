@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from t2kernels import InputError
+
 TEMPORARY: str = ".tmp"  # the ending of temporary files; no reader opens one
 GRACE: float = 60.0  # seconds since its last write after which an unlocked temporary file counts as left behind
 
@@ -53,11 +55,11 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path} is not {what}: {e}") from None
+        raise InputError(f"{path} is not {what}: {e}") from None
     except RecursionError:
-        raise ValueError(f"{path} is not {what}: its JSON is nested too deeply") from None
+        raise InputError(f"{path} is not {what}: its JSON is nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is not {what}: it holds a JSON {type(value).__name__}, not an object")
+        raise InputError(f"{path} is not {what}: it holds a JSON {type(value).__name__}, not an object")
     return value
 
 
@@ -71,7 +73,7 @@ def header(path: str | Path) -> dict[str, Any] | None:
     try:
         return None if text is None else json.loads(text)
     except RecursionError:
-        raise ValueError(f"{path}: the JSON in its header is nested too deeply") from None
+        raise InputError(f"{path}: the JSON in its header is nested too deeply") from None
 
 
 def why_unreadable(path: str | Path) -> str:

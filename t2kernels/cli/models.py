@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from t2kernels import InputError, MissingFileError
 from t2kernels.experts.names import BASE, parse_mixture
 
 from .console import bar, comma_list, is_missing
@@ -77,7 +78,7 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
             model, tokenizer = tiny.load(wanted or torch.float32)
     else:
         if is_missing(name):
-            raise FileNotFoundError(f"--model {name}: no such directory")
+            raise MissingFileError(f"--model {name}: no such directory")
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted or "auto")
         if tokenizer.pad_token is None:
@@ -158,7 +159,7 @@ def find_expert(name: str, model: str) -> Path:
     if model == TINY and name in shipped:
         return shipped[name]
     known = f" nor one of {', '.join(shipped)}, which come with the built-in model" if model == TINY else ""
-    raise FileNotFoundError(f"no expert {name!r}: it is not a file{known} ('base' is the model without an expert)")
+    raise MissingFileError(f"no expert {name!r}: it is not a file{known} ('base' is the model without an expert)")
 
 
 def parse_mix(text: str, bank: ExpertBank, model: str) -> dict[str, float]:
@@ -166,7 +167,7 @@ def parse_mix(text: str, bank: ExpertBank, model: str) -> dict[str, float]:
     try:
         weights = parse_mixture(text)
     except ValueError as e:
-        raise ValueError(f"--mix {text}: wanted NAME=WEIGHT,NAME=WEIGHT, such as math=.7,code=.3 ({e})") from None
+        raise InputError(f"--mix {text}: wanted NAME=WEIGHT,NAME=WEIGHT, such as math=.7,code=.3 ({e})") from None
     # "base" needs no entry: the base model has the share that the weights leave, 1 + sum of weight (z - 1).
     named = {add_expert(bank, name, model): weight for name, weight in weights.items()}
     return {name: weight for name, weight in named.items() if name is not None}
@@ -182,7 +183,7 @@ def parse_rank(text: str | None) -> int | float | None:
             return int(above) / int(below)
         return float(text) if "." in text else int(text)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(
+        raise InputError(
             f"--rank {text}: wanted 'all', a number of components such as 256, or a fraction such as 0.25 or 1/4"
         ) from None
 
@@ -194,5 +195,5 @@ def parse_dtype(text: str) -> torch.dtype:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(text, getattr(torch, text, None))
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         hint = "; for int8 factors use --format int8" if text == "int8" else ""
-        raise ValueError(f"--dtype {text}: wanted float32, bfloat16 or float16{hint}")
+        raise InputError(f"--dtype {text}: wanted float32, bfloat16 or float16{hint}")
     return dtype

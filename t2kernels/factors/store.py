@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from t2kernels import InputError, MissingFileError, UnknownNameError
 from t2kernels.storage import read_json, why_unreadable, write_json, write_tensors
 
 from .factor import Factor, resolve_rank
@@ -146,7 +147,7 @@ class Factors(Mapping[str, Factor | Int8Factor]):
 
     def _known(self, name: str) -> str:
         if name not in self.ranks:
-            raise KeyError(
+            raise UnknownNameError(
                 f"no factors of {name!r}; there are {', '.join(list(self.ranks)[:4])}{', ...' if len(self) > 4 else ''}"
             )
         return name
@@ -163,7 +164,7 @@ class _Memory:
                 continue
             U, sigma, V = factor
             if U.dim() != 2 or V.dim() != 2 or sigma.shape != (U.shape[1],) or U.shape[1] != V.shape[1]:
-                raise ValueError(
+                raise InputError(
                     f"{name}: wanted U [M, R], sigma [R], V [N, R], "
                     f"got {list(U.shape)}, {list(sigma.shape)}, {list(V.shape)}"
                 )
@@ -208,18 +209,18 @@ class _Directory:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"no directory of factors at {path}; `decompose(model, out={str(path)!r})` makes one"
             )
         if not (path / MANIFEST).is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{path} holds no {MANIFEST}: it is not a directory of factors, or its decomposition was interrupted; "
                 "run decompose again"
             )
         self.manifest = read_json(path / MANIFEST, "a manifest of factors")
         if self.manifest.get("format") != FORMAT or not isinstance(self.manifest.get("matrices"), dict):
             found = self.manifest.get("format")
-            raise ValueError(
+            raise InputError(
                 f"{path / MANIFEST} has format {found!r}, this version reads {FORMAT}; "
                 "update t2kernels or decompose again"
             )
@@ -261,12 +262,12 @@ class _Directory:
     def _open(self, file: str, get: Callable[[Any], T]) -> T:
         path = self.path / file
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing, though {self.path / MANIFEST} names it; run decompose again")
+            raise MissingFileError(f"{path} is missing, though {self.path / MANIFEST} names it; run decompose again")
         try:
             with safe_open(path, framework="pt") as f:
                 return get(f)
         except SafetensorError as e:
-            raise ValueError(
+            raise InputError(
                 f"{path} cannot be read: {why_unreadable(path)} ({e}); delete it and run decompose again"
             ) from None
 

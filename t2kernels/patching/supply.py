@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from t2kernels import InputError
 from t2kernels.experts.origin import Origin
 from t2kernels.factors.factor import Factor, svd
 from t2kernels.factors.formats import FORMATS, check_format, convert
@@ -34,7 +35,7 @@ class FactorSupply:
             self.format, given = given, None
             check_format(self.format, max_error)
         elif max_error is not None:
-            raise ValueError(
+            raise InputError(
                 f"max_error={max_error}: it limits what a format loses; pass it with factors='int8', 'fp16' or 'bf16'"
             )
         self.factors: Factors | Mapping[str, Factor | Int8Factor] | None = (
@@ -92,9 +93,9 @@ class FactorSupply:
         factor = factors[m.name]
         got = (factor.U.shape[0], factor.V.shape[0])
         if got != m.shape:
-            raise ValueError(f"{m.name} is {list(m.shape)}, its factors are of {list(got)}: they are of another model")
+            raise InputError(f"{m.name} is {list(m.shape)}, its factors are of {list(got)}: they are of another model")
         if factor.rank < wanted:
-            raise ValueError(
+            raise InputError(
                 f"{m.name}: the factors hold {factor.rank} components, {form} form needs {wanted}; decompose with more"
             )
         try:

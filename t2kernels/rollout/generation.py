@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from t2kernels import InputError
+
 from .chat import AnyPrompt, as_completion, encode, end_tokens
 from .modes import eval_mode
 
@@ -99,7 +101,7 @@ class Sampler:
         self.ends: list[int] = end_tokens(model, tokenizer)
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
-                raise ValueError(
+                raise InputError(
                     "the tokenizer has no pad token and no end-of-text token to pad with: set tokenizer.pad_token"
                 )
             tokenizer.pad_token = tokenizer.eos_token
@@ -114,7 +116,7 @@ class Sampler:
         rows = encode(self.tokenizer, prompts)
         width = max(map(len, rows))
         if self.limit is not None and width + self.max_new_tokens > self.limit:
-            raise ValueError(
+            raise InputError(
                 f"the longest prompt has {width} tokens, with max_new_tokens={self.max_new_tokens} that is "
                 f"{width + self.max_new_tokens}; the model has {self.limit} positions: leave such prompts out, or "
                 "lower max_new_tokens"

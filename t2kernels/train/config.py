@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from t2kernels import InputError
 from t2kernels.rollout.checks import check_setting
 
 PARAMETRISATIONS: tuple[str, ...] = ("raw", "sigmoid")
@@ -127,13 +128,13 @@ class SVFConfig(TrainingArguments):
                 f"at least 2 for advantage={self.advantage!r}",
             )
             if self.temperature == 0:
-                raise ValueError(
+                raise InputError(
                     f"advantage={self.advantage!r} compares samples of a prompt, and at temperature=0 all are the same"
                 )
         self._checkpointing()
         super().__post_init__()
         if self.push_to_hub:
-            raise ValueError("push_to_hub is not supported: save_expert(name, path) writes one small file to upload")
+            raise InputError("push_to_hub is not supported: save_expert(name, path) writes one small file to upload")
 
     def _checkpointing(self) -> None:
         """Make gradient checkpointing non-reentrant: its recomputation has to know the experts of its forward."""
@@ -142,7 +143,7 @@ class SVFConfig(TrainingArguments):
         on = getattr(self, new) or self.gradient_checkpointing
         kwargs = dict(getattr(self, f"{new}_kwargs") or self.gradient_checkpointing_kwargs or {})
         if on and kwargs.setdefault("use_reentrant", False):
-            raise ValueError(
+            raise InputError(
                 "use_reentrant=True would recompute with the wrong experts: leave it out, or set it to False"
             )
         if on:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
+from t2kernels import InputError
 from t2kernels.rollout.chat import as_completion
 from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
 from t2kernels.rollout.rewards import Scorer, advantages
@@ -57,7 +58,7 @@ class ReinforceTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if processing_class is None:
-            raise ValueError("processing_class is missing: give the model's tokenizer")
+            raise InputError("processing_class is missing: give the model's tokenizer")
         self.scorers: dict[str | None, Scorer] = dict(scorers)
         self.sampler: Sampler = Sampler(model, processing_class, args.max_new_tokens or 64)
         for part in (train_dataset, eval_dataset):
@@ -210,7 +211,7 @@ class ReinforceTrainer(Trainer):
         start = time.perf_counter()
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if data is None:
-            raise ValueError("evaluate() needs problems: pass eval_dataset here or to the trainer")
+            raise InputError("evaluate() needs problems: pass eval_dataset here or to the trainer")
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = [data[i] for i in range(rank, len(data), world)]
         results = self._gather(self._answer(rows))
@@ -287,7 +288,7 @@ class ReinforceTrainer(Trainer):
             rows = rows if name is None else [{**row, "expert": name} for row in rows]
             for row in rows:
                 if row.get("expert") not in self.scorers:
-                    raise ValueError(
+                    raise InputError(
                         f"no reward for rows of expert {row.get('expert')!r}; there are some for {list(self.scorers)}"
                     )
             self.score(rows, [as_completion("", row["prompt"]) for row in rows])

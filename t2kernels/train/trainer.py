@@ -18,6 +18,7 @@ from transformers import set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from t2kernels import InputError, UnknownNameError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
 from t2kernels.rollout.modes import restored_mode
@@ -82,7 +83,7 @@ class SVFTrainer(ReinforceTrainer):
     ) -> None:
         bank = bank_of(model)
         if "optimizers" in kwargs:
-            raise ValueError(
+            raise InputError(
                 "optimizers cannot be given, as train() makes the parameters: use optim= or optimizer_cls_and_kwargs="
             )
         self.bank: ExpertBank = bank
@@ -96,16 +97,16 @@ class SVFTrainer(ReinforceTrainer):
             eval_dataset = {names[0]: eval_dataset}
         for name in names:
             if not isinstance(name, str) or not name:
-                raise ValueError(f"an expert has the name {name!r}; wanted a non-empty string")
+                raise InputError(f"an expert has the name {name!r}; wanted a non-empty string")
             if name in bank:
-                raise ValueError(
+                raise InputError(
                     f"the bank has an expert named {name!r}; choose another name, or remove it and pass it as init"
                 )
         self.init: dict[str, Expert | None] = (
             dict.fromkeys(names, init) if isinstance(init, Expert) or init is None else dict(init)
         )
         if unknown := set(self.init) - set(names):
-            raise ValueError(f"init has {sorted(unknown)}, but the experts in training are {names}")
+            raise InputError(f"init has {sorted(unknown)}, but the experts in training are {names}")
         if args.max_new_tokens is None and tasks:
             args.max_new_tokens = max(getattr(t, "max_new_tokens", 64) for t in tasks.values())
         rewards = reward if isinstance(reward, Mapping) else dict.fromkeys(names, reward)
@@ -116,7 +117,7 @@ class SVFTrainer(ReinforceTrainer):
         self.tasks: dict[str, str | None] = {name: getattr(task, "name", None) for name, task in tasks.items()}
         evaluation = problems(eval_dataset, "validation", "eval_dataset")
         if evaluation is not None and (unknown := set(evaluation.experts) - set(names)):
-            raise ValueError(
+            raise InputError(
                 f"eval_dataset has problems of {sorted(map(str, unknown))}, but the experts in training are {names}"
             )
         super().__init__(model, args, train, evaluation, scorers, processing_class, **kwargs)
@@ -231,7 +232,7 @@ class SVFTrainer(ReinforceTrainer):
         if name in self.experts:
             return self.experts[name]
         if name not in self.bank.in_training or name not in self._names:
-            raise KeyError(f"no expert {name!r} was trained here; there are {list(self.experts) or 'none yet'}")
+            raise UnknownNameError(f"no expert {name!r} was trained here; there are {list(self.experts) or 'none yet'}")
         return self.bank.expert(self.bank[name].z, **self._manifest(name))
 
     def _manifest(self, name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from t2kernels import InputError, MissingFileError
 from t2kernels.cli.console import bar, is_missing, out
 from t2kernels.cli.models import parse_dtype, parse_rank
 
@@ -56,7 +57,7 @@ def decompose(
     import t2kernels as t2
 
     if is_missing(model):
-        raise FileNotFoundError(f"no checkpoint at {model}")
+        raise MissingFileError(f"no checkpoint at {model}")
     start, make = time.perf_counter(), t2.decompose
     wanted = {"rank": parse_rank(rank), "targets": targets, "device": device, "workers": workers}
     wanted |= {"dtype": None if dtype is None else parse_dtype(dtype), "format": format, "max_error": max_error}
@@ -65,7 +66,7 @@ def decompose(
 
         make = write_checkpoint
         if wanted.pop("rank") is not None:
-            raise ValueError(f"--rank {rank}: the factored form needs every component; leave it out")
+            raise InputError(f"--rank {rank}: the factored form needs every component; leave it out")
         del wanted["format"]
     with bar("[dim]{task.fields[name]}[/]") as progress:
         task = progress.add_task("decomposing", total=None, name="reading the checkpoint")

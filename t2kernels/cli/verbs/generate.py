@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from t2kernels import InputError
 from t2kernels.cli import models, strategies
 from t2kernels.cli.console import out
 from t2kernels.evaluation import answers
@@ -55,14 +56,14 @@ def generate(
     [dim]$[/] t2 generate "47+8+6?" "rsxt(gcafd)?" --adapt classify
     """
     if adapt and (mix or pair):
-        raise ValueError(
+        raise InputError(
             "--adapt chooses the expert of each prompt: it takes no --mix and no --pair; give the experts with --expert"
         )
     if adapt:
         strategies.check(adapt, strategy_options)
     loaded = models.load(model, dtype, device)
     if chat and not has_template(loaded.tokenizer):
-        raise ValueError("--chat: this model's tokenizer has no chat template")
+        raise InputError("--chat: this model's tokenizer has no chat template")
     bank = models.patch(loaded, targets, rank, form, factors)
     asked: list[AnyPrompt] = [user_message(prompt) for prompt in prompts] if chat else list(prompts)
     if adapt:
@@ -99,7 +100,7 @@ def _asked_for(
     if not pair:
         return [(i, label, name) for i in range(count) for label, name in named]
     if count != len(named):
-        raise ValueError(f"--pair: {count} prompts and {len(named)} experts; wanted one expert for each prompt")
+        raise InputError(f"--pair: {count} prompts and {len(named)} experts; wanted one expert for each prompt")
     return [(i, label, name) for i, (label, name) in enumerate(named)]
 
 

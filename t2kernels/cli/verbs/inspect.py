@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from t2kernels import MissingFileError
 from t2kernels.cli.console import is_missing, out, show, table
 
 
@@ -111,9 +112,9 @@ def _model(path: str) -> None:
 
     place = Path(path).expanduser()
     if place.is_dir() and not (place / "config.json").is_file():
-        raise FileNotFoundError(f"{path} holds neither a manifest.json (factors) nor a config.json (a model)")
+        raise MissingFileError(f"{path} holds neither a manifest.json (factors) nor a config.json (a model)")
     if is_missing(path):
-        raise FileNotFoundError(f"no expert, no factors and no checkpoint at {path}")
+        raise MissingFileError(f"no expert, no factors and no checkpoint at {path}")
     config = AutoConfig.from_pretrained(place if place.is_dir() else path)
     model = meta_model(config)
     total = sum(p.numel() for p in model.parameters())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from t2kernels import InputError, MissingFileError, PackageError
 from t2kernels.cli import models
 from t2kernels.cli.console import err
 
@@ -79,30 +80,30 @@ def serve(
     [dim]$[/] t2 serve meta-llama/Llama-3.1-8B-Instruct --experts experts --rank 256 --form delta --route prompt
     """
     if engine not in ENGINES:
-        raise ValueError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+        raise InputError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     if experts is not None and not experts.is_dir():
-        raise FileNotFoundError(f"--experts {experts}: no such directory")
+        raise MissingFileError(f"--experts {experts}: no such directory")
     if engine == "vllm" or (engine == "auto" and vllm_is_installed()):
         for other in context.params.keys() - SHARED:
             if context.get_parameter_source(other).name == "COMMANDLINE":
-                raise ValueError(
+                raise InputError(
                     f"--{other.replace('_', '-')} is for --engine transformers; options of vLLM are passed as "
                     "--option=--NAME=VALUE"
                 )
         if form not in ("auto", "delta" if factors else "factored"):
-            raise ValueError(
+            raise InputError(
                 f"--form {form} with --engine vllm: the form is delta with --factors, and factored without it"
             )
         _serve_vllm(model, experts, host, port, api_key, rows, factors, option)
         return
     if option:
-        raise ValueError("--option is for --engine vllm")
+        raise InputError("--option is for --engine vllm")
     try:
         from t2kernels.serve.engine.batching import BatchSettings, check_transformers
         from t2kernels.serve.server import listen, run
         from t2kernels.serve.service import Service, Settings
     except ImportError as e:
-        raise ImportError(f"t2 serve needs a web server: pip install 't2kernels[serve]' ({e})") from e
+        raise PackageError(f"t2 serve needs a web server: pip install 't2kernels[serve]' ({e})") from e
     check_transformers()
     at = listen(host, port)  # before the model is loaded, so that a taken port is reported at once
     template = None if chat_template is None else chat_template.read_text()
@@ -155,7 +156,7 @@ def _serve_vllm(
     option: list[str],
 ) -> None:
     if not vllm_is_installed():
-        raise ImportError("--engine vllm: vllm is not installed here; install it, or use --engine transformers")
+        raise PackageError("--engine vllm: vllm is not installed here; install it, or use --engine transformers")
     from t2kernels import tiny
     from t2kernels.integrations.vllm.server import launch as vllm
 

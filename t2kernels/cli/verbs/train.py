@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from t2kernels import InputError
 from t2kernels.cli import models
 from t2kernels.cli.console import bar, comma_list, out
 from t2kernels.evaluation import Score, scores
@@ -68,7 +69,7 @@ def train(
     import t2kernels as t2
 
     if classes and task != "classify":
-        raise ValueError(f"--classes goes with --task classify, not with --task {task}")
+        raise InputError(f"--classes goes with --task classify, not with --task {task}")
     parts = {Path(name).stem: t2.tasks.load(name) for name in comma_list(classes or "")}
     chosen = None if parts else t2.tasks.load(task)
     held_out = None if parts else chosen.split("test")[:n]

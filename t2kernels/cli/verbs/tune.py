@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from t2kernels import MissingFileError, StateError
 from t2kernels.cli.console import bar, comma_list, is_missing, out
 from t2kernels.cli.models import parse_dtype
 
@@ -49,9 +50,9 @@ def tune(
     from t2kernels.ops.tuning.tuner import tune_cuda
 
     if is_missing(model):
-        raise FileNotFoundError(f"{model}: no such directory")
+        raise MissingFileError(f"{model}: no such directory")
     if not torch.cuda.is_available():
-        raise RuntimeError(f"t2 tune measures a GPU, and torch {torch.__version__} finds none here")
+        raise StateError(f"t2 tune measures a GPU, and torch {torch.__version__} finds none here")
     x = parse_dtype(dtype)
     formats = [x if f == "same" else torch.int8 if f == "int8" else parse_dtype(f) for f in comma_list(factors)]
     wanted = shapes(AutoConfig.from_pretrained(model), [int(k) for k in comma_list(ranks)], factored, x, formats)
