@@ -112,7 +112,9 @@ def faults(modules: dict[str, str]) -> list[str]:
     folders = Counter(name.rpartition(".")[0] for name in modules)
     found += [f"{folder} has {n} files, 12 are allowed" for folder, n in folders.items() if n > 12]
     names = Counter(name.rpartition(".")[2] for name in modules)
-    found += [f"{n} files are called {name}.py" for name, n in names.items() if n > 1 and name != "__init__"]
+    found += [
+        f"{n} files are called {name}.py" for name, n in names.items() if n > 1 and name not in ("__init__", "__main__")
+    ]
     return sorted(found)
 
 
@@ -133,6 +135,31 @@ def test_the_root_is_small():
 def test_tests_mirror_the_package():
     folders = {p.parent.relative_to(ROOT / "tests") for p in (ROOT / "tests").rglob("test_*.py")}
     assert [str(f) for f in folders if f.parts and f.parts[0] not in NOT_ROOMS and not (PACKAGE / f).is_dir()] == []
+
+
+PYTHON_ERRORS = {
+    *("ValueError", "TypeError", "KeyError", "IndexError", "RuntimeError", "OSError", "FileNotFoundError"),
+    *("ImportError", "ModuleNotFoundError"),
+}
+# Programs that run without the package, the protocols of mappings and sequences, and an OSError of any number.
+MAY_RAISE = {
+    *(f"tasks/sandbox/{name}.py" for name in ("isolation", "judge", "player", "warden", "wire")),
+    *("factors/store.py", "train/data.py", "storage.py"),
+}
+
+
+def test_errors_that_are_meant_to_be_read_are_t2_errors():
+    """The command line takes any other error for a bug."""
+    bare = [
+        f"{file.relative_to(PACKAGE)}:{node.lineno} raises {node.exc.func.id}"
+        for file in PACKAGE.rglob("*.py")
+        if file.relative_to(PACKAGE).as_posix() not in MAY_RAISE
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise)
+        and isinstance(node.exc, ast.Call)
+        and getattr(node.exc.func, "id", "") in PYTHON_ERRORS
+    ]
+    assert not bare, "\n".join(bare)
 
 
 def test_lines_are_short():
