@@ -27,7 +27,7 @@ class Fixed:
 
 def sampling(u: float, **settings) -> Sampling:
     way = Sampling(temperature=1.0, **settings)
-    way.random = Fixed(u)
+    way.source = Fixed(u)
     return way
 
 
