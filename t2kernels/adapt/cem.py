@@ -198,8 +198,8 @@ def cross_entropy_method(
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(config.seed)
     E, G = shape
-    mean = torch.full((E, G), 1 / E if config.mean is None else config.mean)
-    std = torch.full((E, G), float(config.std))
+    mean = torch.full((E, G), 1 / E if config.mean is None else config.mean, dtype=torch.float32)
+    std = torch.full((E, G), float(config.std), dtype=torch.float32)
     best, best_key = mean.clone(), None
     history: list[float] = []
     since, candidates, stopped = 0, 0, f"{config.iterations} generations"

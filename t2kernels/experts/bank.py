@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from t2kernels.layers.groups import find_groups
@@ -151,6 +152,7 @@ class ExpertBank(LoadedExperts):
 
     # --- training
 
+    @torch.inference_mode(False)  # parameters made in inference mode cannot be trained
     def start_training(self, name: str, parametrisation: str = "raw", init: Expert | None = None) -> list[nn.Parameter]:
         """Create a trainable expert: one parameter p [rank] per layer. Every forward uses its current value.
 
@@ -162,6 +164,7 @@ class ExpertBank(LoadedExperts):
         does not fit), RuntimeError (no row free).
         """
         self._training.check(parametrisation, init)
+        self._training.check_layers()
         start = None
         if init is not None:
             self.check(init)

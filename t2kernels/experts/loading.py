@@ -69,7 +69,7 @@ class LoadedExperts(Columns):
         flat = list(flat_names(names))
         shape = shape_of(names)
         rows = self.pin(flat)
-        out = torch.tensor(rows, dtype=torch.int32).reshape(shape).to(self.device)
+        out = torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(shape).to(self.device)
         weakref.finalize(out, self._rows.release, set(rows) - {0})
         return out
 
@@ -135,6 +135,8 @@ class LoadedExperts(Columns):
                 f"expert_ids is {got}; wanted an int32 or int64 tensor, 0-dim, [B] or [B, S]; "
                 "bank.ids([...]) makes one from names"
             )
+        if ids.device.type == "meta":
+            raise ValueError("expert_ids is on the meta device and has no values; bank.ids([...]) makes one from names")
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(v) for v in torch.aminmax(ids))
             if low < 0 or high >= self.rows:
@@ -189,7 +191,7 @@ class LoadedExperts(Columns):
 
     def _load(self, key: Key) -> int:
         if isinstance(key, tuple):
-            delta = torch.zeros(self.width)
+            delta = torch.zeros(self.width, dtype=torch.float32, device="cpu")
             for name, weight in key:
                 delta.add_(self._experts[name][0], alpha=weight)
         else:

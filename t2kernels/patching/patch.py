@@ -28,6 +28,7 @@ from .supply import FactorSupply, Given
 logger: logging.Logger = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # factors made in inference mode could not be trained on
 def patch_model(
     model: nn.Module,
     targets: Targets = "all",

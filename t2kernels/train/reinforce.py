@@ -104,7 +104,7 @@ class ReinforceTrainer(Trainer):
             model.train(not model.training)
         rollout = self.rollout(inputs["rows"])
         pieces = rollout.split(self.args.loss_batch_size)
-        total = torch.zeros((), device=self.args.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.args.device)
         for piece in pieces:
             with contextlib.nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
@@ -131,14 +131,16 @@ class ReinforceTrainer(Trainer):
         out.advantages = self._advantages(cut, out.experts).to(ids.device)
         # A mean for each expert, not over the batch: its gradient must not depend on the other rows of the batch.
         counts = self._counts(out.experts)
-        out.weights = torch.tensor([self.accelerator.num_processes / counts[e] for e in out.experts], device=ids.device)
+        out.weights = torch.tensor(
+            [self.accelerator.num_processes / counts[e] for e in out.experts], dtype=torch.float32, device=ids.device
+        )
         lengths = out.completion.sum(1)
         self._note(out.experts, reward=rewards, accuracy=rewards > 0, completion_length=lengths)
         return out
 
     def score(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Any]) -> Tensor:
         """The reward of each completion, by the scorer of its row's expert. Returns [B] fp32 on the CPU."""
-        rewards = torch.zeros(len(rows))
+        rewards = torch.zeros(len(rows), dtype=torch.float32)
         for expert in dict.fromkeys(row.get("expert") for row in rows):
             at = [i for i, row in enumerate(rows) if row.get("expert") == expert]
             rewards[at] = self.scorers[expert]([rows[i] for i in at], [completions[i] for i in at])
@@ -191,7 +193,7 @@ class ReinforceTrainer(Trainer):
             )
         everyone = self._gather(list(zip(experts, rewards.tolist(), strict=True)))
         names, values = zip(*everyone, strict=True)
-        out = advantages(torch.tensor(values), names, 1, "batch", self.args.advantage_clip)
+        out = advantages(torch.tensor(values, dtype=torch.float32), names, 1, "batch", self.args.advantage_clip)
         start = self.accelerator.process_index * len(rewards)
         return out[start : start + len(rewards)]
 
