@@ -7,8 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from t2kernels import T2Error
+
 from . import linalg
 from .int8 import Int8Factor
+
+
+class TooLarge(T2Error, ValueError):
+    """A matrix whose singular values do not fit fp32."""
 
 
 class Factor(NamedTuple):
@@ -79,7 +85,7 @@ def svd(W: Tensor, rank: int | float | None = None) -> Factor:
     """Decompose W [M, N] = U diag(sigma) Vᵀ: in fp64 on W's device, returned in fp32.
 
     rank: as in `resolve_rank`: the leading components only
-    Raises ValueError if W is not a finite floating-point matrix.
+    Raises ValueError if W is not a finite floating-point matrix, or if its singular values do not fit fp32.
     """
     W = W.detach()
     if W.dim() != 2 or not W.is_floating_point() or 0 in W.shape:
@@ -90,8 +96,16 @@ def svd(W: Tensor, rank: int | float | None = None) -> Factor:
 
 
 def keep(found: linalg.SVD, dtype: torch.dtype = torch.float32) -> Factor:
-    """Turn a decomposition into a `Factor`: U and V in `dtype`, sigma in fp32, U [M, R] and Vᵀ [R, N] contiguous."""
-    return Factor(found.U.to(dtype).contiguous(), found.sigma.float(), found.Vt.to(dtype).contiguous().t())
+    """Turn a decomposition into a `Factor`: U and V in `dtype`, sigma in fp32, U [M, R] and Vᵀ [R, N] contiguous.
+
+    Raises ValueError if sigma is too large for fp32."""
+    sigma = found.sigma.float()
+    if not torch.isfinite(sigma).all():
+        raise TooLarge(
+            f"the largest singular value is {found.sigma[0].item():.3g}, more than fp32 holds (3.4e38); "
+            "scale the weight first"
+        )
+    return Factor(found.U.to(dtype).contiguous(), sigma, found.Vt.to(dtype).contiguous().t())
 
 
 def reconstruction_error(W: Tensor, factor: Factor | Int8Factor) -> float:
