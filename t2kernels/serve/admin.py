@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from t2kernels.serve.http.errors import APIError, bad
 from t2kernels.serve.http.limits import discard
-from t2kernels.storage import TEMPORARY
+from t2kernels.storage import parse_json, temporary_beside
 
 from .registry import Experts, Version
 from .searches import FewShotRequest, FewShots
@@ -81,7 +79,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         except APIError:
             await discard(http.receive)
             raise
-        temporary = place.with_name(f".{uuid.uuid4().hex}{TEMPORARY}")
+        temporary = temporary_beside(place)
         try:
             await _receive(http, temporary)
             version = await publish(
@@ -129,7 +127,7 @@ def _read(experts: Experts, name: str, path: Path) -> Version:
 
 async def _json(http: Request) -> dict:
     try:
-        asked = json.loads(await http.body())
+        asked = parse_json(await http.body())
     except ValueError:
         asked = None
     if not isinstance(asked, dict) or not isinstance(asked.get("file", ""), str):

@@ -17,6 +17,7 @@ from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.experts.names import AUTO, BASE, MIX, Name, check_name, parse_mixture, write_mixture
 from t2kernels.factors.identity import ExpertMismatch
 from t2kernels.serve.http.errors import APIError, bad
+from t2kernels.storage import printable
 
 MIXED = "mix"
 REMOVED = "removed"
@@ -250,9 +251,11 @@ class Experts:
             or name.startswith(".")
             or not name.endswith(".safetensors")
             or "\0" in name
+            or len(name) > 255
+            or name != printable(name)
         ):
             raise bad(
-                f"file {name!r}: wanted the bare name of a .safetensors file inside the experts folder",
+                f"file {printable(name)[:80]!r}: wanted the bare name of a .safetensors file inside the experts folder",
                 "file",
                 "bad_file_name",
             )
