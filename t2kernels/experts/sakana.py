@@ -174,6 +174,10 @@ def _combine(path: Path, state: Mapping[str, Tensor], mask: str) -> dict[str, Te
         raise ExpertError(
             f"{path}: adaptive_weights {list(a.shape)} does not fit {len(names)} matrices with {counts} experts each"
         )
+    for name, vectors in found.items():
+        if len({v.numel() for v in vectors.values()}) > 1:
+            raise ExpertError(f"{path}: the experts differ in length at {name}; the file is damaged")
+    _check_finite(path, "adaptive_weights", a)
     a = a.expand(-1, len(names))
     if mask == "sigmoid":
         found = {n: {k: torch.sigmoid(p) for k, p in v.items()} for n, v in found.items()}

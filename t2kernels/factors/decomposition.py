@@ -183,6 +183,7 @@ def _read(path: Path, name: str, wanted: dict[str, Any]) -> _Done | None:
         return None
     if any(k not in record or record[k] != v for k, v in wanted.items()):
         return None
+    schema.check(record, schema.DECOMPOSED, "its header", FileError, "it is not used")
     if digest := verify(path):
         record["digest"] = digest
     check_matrix(path, name, record)

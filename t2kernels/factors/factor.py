@@ -1,7 +1,8 @@
-"""`Factor`: U, sigma and V of one matrix, W = U diag(sigma) Vᵀ, and how it is computed from W."""
+"""`Factor`: U, sigma and V of one matrix, W = U diag(sigma) Vᵀ, how it is computed from W, and how it is read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from t2kernels import T2Error
 
 from . import linalg
-from .int8 import Int8Factor
+from .int8 import Int8Factor, kept_columns
 
 
 class TooLarge(T2Error, ValueError):
@@ -117,3 +118,21 @@ def reconstruction_error(W: Tensor, factor: Factor | Int8Factor) -> float:
         off += (rows.float() - u.float() @ scaled.t()).to(wide).square().sum().item()
         total += rows.to(wide).square().sum().item()
     return (off / total) ** 0.5 if total else off**0.5
+
+
+def read_factor(f: Any, name: str, record: Mapping[str, Any], rank: int) -> Factor | Int8Factor:
+    """The leading components of a matrix from its open safetensors file.
+
+    record: of the matrix, in the manifest
+    rank: how many components
+    """
+    U, sigma, Vt = (f.get_slice(f"{name}.{part}") for part in ("U", "sigma", "Vt"))
+    if "runs" not in record:
+        return Factor(U[:, :rank], sigma[:rank], Vt[:rank].t())
+    source, fold = f.get_tensor(f"{name}.source"), f.get_tensor(f"{name}.fold")
+    if rank == record["rank"]:
+        return Int8Factor(U[:], sigma[:], Vt[:].t(), source, fold, tuple(record["runs"]))
+    kept = [slice(*ab) for ab in kept_columns(source, fold, record["runs"], rank)]
+    U, Vt = torch.cat([U[:, s] for s in kept], 1), torch.cat([Vt[s] for s in kept])
+    source, fold = (torch.cat([t[s] for s in kept]) for t in (source, fold))
+    return Int8Factor(U, sigma[:rank], Vt.t(), source, fold, tuple(s.stop - s.start for s in kept)).aligned()

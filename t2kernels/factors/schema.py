@@ -68,7 +68,8 @@ PLAIN_NAME: Kind = Kind(
 
 # --- schemas
 
-# FACTORS: the manifest of a directory. MATRIX: one matrix in it. WRITTEN: the header of the matrix's file.
+# FACTORS: the manifest of a directory. MATRIX: one matrix in it. WRITTEN: the header of the matrix's file. DECOMPOSED:
+# what `decompose` adds to it.
 MATRIX: Schema = {
     "shape": list_of(COUNT, 2),
     "rank": COUNT,
@@ -90,6 +91,7 @@ MATRIX: Schema = {
     "measured?": TEXT,
 }
 WRITTEN: Schema = {**MATRIX, "format": COUNT, "name": TEXT}
+DECOMPOSED: Schema = {"algorithm": TEXT, "residual": NUMBER, "error": NUMBER}
 FACTORS: Schema = {
     "matrices": Each(MATRIX),
     "order?": TEXTS,

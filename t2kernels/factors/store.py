@@ -18,10 +18,10 @@ from torch import Tensor
 from t2kernels.storage import FileError, header, read_json, verify, why_unreadable, write_json, write_tensors
 
 from . import schema
-from .factor import Factor, resolve_rank
+from .factor import Factor, read_factor, resolve_rank
 from .formats import FORMATS, check_format, convert
 from .identity import FactorsError, FactorsMissing, combine_fingerprints, fingerprint, sketch
-from .int8 import Int8Factor, kept_columns
+from .int8 import Int8Factor
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -257,7 +257,7 @@ class _Directory:
     def read(self, name: str, rank: int) -> Factor | Int8Factor:
         record = self._matrices[name]
         return self._open(
-            record["file"], lambda path: check_matrix(path, name, record), lambda f: _get(f, name, record, rank)
+            record["file"], lambda path: check_matrix(path, name, record), lambda f: read_factor(f, name, record, rank)
         )
 
     def sigma(self, name: str) -> Tensor:
@@ -271,15 +271,16 @@ class _Directory:
             if verify(path) != self.manifest.get("spectra"):
                 raise FileError(f"it is not the file that {MANIFEST} was written with")
 
-        found = self._open(SPECTRA, compare, lambda f: f.get_tensor(f"{name}.{part}"))
-        if found.dtype != torch.float32 or found.shape != (self.rank(name),) or not torch.isfinite(found).all():
-            raise FactorsError(
-                f"{self.path / SPECTRA}: {name}.{part} is {found.dtype} {list(found.shape)}, "
-                f"wanted [{self.rank(name)}] finite torch.float32; {AGAIN}"
-            )
+        key, rank = f"{name}.{part}", self.rank(name)
+        found = self._open(SPECTRA, compare, lambda f: f.get_tensor(key))
+        sound = found.dtype == torch.float32 and found.shape == (rank,) and bool(torch.isfinite(found).all())
+        if sound and "spectra" not in self.manifest:  # an older version wrote it: the file of the matrix holds it too
+            sound = torch.equal(found, self._open(self._matrices[name]["file"], None, lambda f: f.get_tensor(key)))
+        if not sound:
+            raise FactorsError(f"{self.path / SPECTRA}: {key} is not what was written, [{rank}] finite fp32; {AGAIN}")
         return found
 
-    def _open(self, file: str, compare: Callable[[Path], None], get: Callable[[Any], T]) -> T:
+    def _open(self, file: str, compare: Callable[[Path], None] | None, get: Callable[[Any], T]) -> T:
         """Compare a file with what was written, unless that was done and it has not changed since, and read from it."""
         path = self.path / file
         if not path.is_file():
@@ -287,7 +288,7 @@ class _Directory:
         stat = path.stat()
         state = stat.st_ino, stat.st_size, stat.st_mtime_ns
         try:
-            if self._verified.get(file) != state:
+            if compare and self._verified.get(file) != state:
                 compare(path)
                 self._verified[file] = state
             with safe_open(path, framework="pt") as f:
@@ -304,15 +305,16 @@ def check_matrix(path: Path, name: str, record: Mapping[str, Any]) -> None:
     Raises FileError if they differ, SafetensorError if the file cannot be read.
     """
     found = header(path) or {}
-    if found.get("format") != FORMAT or found.get("name") != name:
+    if found.get("format") != FORMAT or found.get("name") != name or found.get("file") != file_of(name):
         raise FileError(f"it is not the file of {name}")
     if verify(path) != record.get("digest"):
         raise FileError(f"it is not the file that {MANIFEST} was written with: their digests differ")
     written = {k: v for k, v in found.items() if k not in ("format", "name")}
     expected = {k: v for k, v in record.items() if k != "digest"}
     if written != expected:
-        key = next(k for k in {**written, **expected} if written.get(k) != expected.get(k))
-        there, here = (schema.shortened(part.get(key)) for part in (written, expected))
+        parts = (written, expected)
+        key = next(k for k in {**written, **expected} if any(k not in p for p in parts) or written[k] != expected[k])
+        there, here = (schema.shortened(p[key]) if key in p else "missing" for p in parts)
         raise FileError(f"{name}: {key} is {there} in it and {here} in the manifest")
     with safe_open(path, framework="pt") as f:
         slices = {part: f.get_slice(f"{name}.{part}") for part in ("U", "sigma", "Vt")}
@@ -322,25 +324,11 @@ def check_matrix(path: Path, name: str, record: Mapping[str, Any]) -> None:
             if (got := slices[part].get_shape()) != shape:
                 raise FileError(f"{name}.{part} is {got}, its manifest says {shape}")
         if "digest" not in record:  # an older version wrote it: only its fingerprint can be compared
-            factor = _get(f, name, record, R)
+            factor = read_factor(f, name, record, R)
             if not all(torch.isfinite(t).all() for t in factor.tensors().values()):
                 raise FileError(f"{name} holds NaN or infinity")
             if fingerprint(factor) != record["fingerprint"]:
                 raise FileError(f"the fingerprint of {name} is not that of its manifest")
-
-
-def _get(f: Any, name: str, record: Mapping[str, Any], rank: int) -> Factor | Int8Factor:
-    """The leading components of a matrix from its open file."""
-    U, sigma, Vt = (f.get_slice(f"{name}.{part}") for part in ("U", "sigma", "Vt"))
-    if "runs" not in record:
-        return Factor(U[:, :rank], sigma[:rank], Vt[:rank].t())
-    source, fold = f.get_tensor(f"{name}.source"), f.get_tensor(f"{name}.fold")
-    if rank == record["rank"]:
-        return Int8Factor(U[:], sigma[:], Vt[:].t(), source, fold, tuple(record["runs"]))
-    kept = [slice(*ab) for ab in kept_columns(source, fold, record["runs"], rank)]
-    U, Vt = torch.cat([U[:, s] for s in kept], 1), torch.cat([Vt[s] for s in kept])
-    source, fold = (torch.cat([t[s] for s in kept]) for t in (source, fold))
-    return Int8Factor(U, sigma[:rank], Vt.t(), source, fold, tuple(s.stop - s.start for s in kept)).aligned()
 
 
 class _View(Mapping[str, T]):
