@@ -237,7 +237,10 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         raise ExpertError(f"{path} does not exist; wanted a .pt file of the release")
     try:
         # Decomposed weights of an 8B model are 45 GB. A mapped file is read only where it is used.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            _check_sums(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # a damaged pickle can raise any exception
         why = str(e).partition("\n")[0] or type(e).__name__
         raise ExpertError(
@@ -257,6 +260,15 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
                 "the file is not one of the release"
             )
     return dict(state)
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the parts of a .pt file with their checksums, which torch writes and does not read. Raises ValueError."""
+    with zipfile.ZipFile(path) as parts:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+            raise ValueError("its parts are compressed, which torch.save never does")
+        if (damaged := parts.testzip()) is not None:
+            raise ValueError(f"the checksum of its part {damaged} is wrong, so the file is damaged")
 
 
 def _sha256(path: Path) -> str:

@@ -279,7 +279,7 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
         "write_tensors(sys.argv[1], t, {k: len(k) for k in {'x', 'yy', 'zzz', 'w'}})"
     )
     found = set()
-    for seed in ("0", "1", "2"):
+    for seed in ("0", "1"):
         subprocess.run(
             [sys.executable, "-c", script, tmp_path / seed], check=True, env={**os.environ, "PYTHONHASHSEED": seed}
         )
