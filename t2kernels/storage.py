@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import struct
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -152,7 +153,7 @@ def _left_behind(pid: int, made: str, changed: float) -> bool:
     made: the last part of the name; its first 8 of 16 letters name the machine
     changed: when the file was last written to, in seconds
     """
-    now = psutil.time.time()
+    now = time.time()
     if len(made) == 16 and made[:8] != _machine():  # process ids of another machine, or container, say nothing here
         return now - changed > DAY
     try:
@@ -290,5 +291,5 @@ def _hash(header: Mapping[str, Any]) -> Any:
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode())
 
 
-def _bytes(t: Tensor) -> memoryview:
+def _bytes(t: Tensor) -> Any:  # a buffer
     return memoryview(t.flatten().view(torch.uint8).numpy())

@@ -312,7 +312,7 @@ def check_matrix(path: Path, name: str, record: Mapping[str, Any]) -> None:
     written = {k: v for k, v in found.items() if k not in ("format", "name")}
     expected = {k: v for k, v in record.items() if k != "digest"}
     if written != expected:
-        parts = (written, expected)
+        parts: tuple[dict[str, Any], dict[str, Any]] = (written, expected)
         key = next(k for k in {**written, **expected} if any(k not in p for p in parts) or written[k] != expected[k])
         there, here = (schema.shortened(p[key]) if key in p else "missing" for p in parts)
         raise FileError(f"{name}: {key} is {there} in it and {here} in the manifest")
