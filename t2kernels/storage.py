@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import torch
 from safetensors import safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from t2kernels import T2Error
@@ -30,6 +31,8 @@ MANIFEST_KEY: str = "t2kernels"
 DIGEST_KEY: str = "t2kernels.digest"
 DEEPEST: int = 64  # levels of a JSON value. Python's own limit would raise RecursionError, here or in a later copy
 DAY: int = 86_400
+LONGEST: int = 100_000_000  # bytes of a header that safetensors reads
+CHANGED: str = "its bytes are not those that were written: their sha256 is not the digest in its header"
 # The names that safetensors gives to the types of torch.
 _TYPES: dict[str, str] = {
     "bool": "BOOL",
@@ -225,12 +228,41 @@ def header(path: str | Path) -> dict[str, Any] | None:
     """
     with safe_open(path, framework="pt") as f:
         text = (f.metadata() or {}).get(MANIFEST_KEY)
-    if text is None:
-        return None
+    return None if text is None else _manifest(text)
+
+
+def _manifest(text: str) -> dict[str, Any]:
     value = parse_json(text)
     if not isinstance(value, dict):
         raise FileError(f"the manifest in its header is a JSON {type(value).__name__}, not an object")
     return value
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors and metadata of a file that `write_tensors` wrote, compared with its digest.
+
+    The file is opened once, so that a writer that replaces it at this moment does no harm.
+    Returns no tensors, and None, for a safetensors file without such metadata. Raises as `verify`.
+    """
+    with open(path, "rb") as f:
+        start = f.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        text = f.read(length) if length < LONGEST else b""
+        if MANIFEST_KEY.encode() not in text:
+            with safe_open(path, framework="pt"):  # another safetensors file, which may be huge, or none
+                return {}, None
+        data = start + text + f.read()
+    tensors = load(data)  # checks the structure
+    found = json.loads(text)
+    facts = found.get("__metadata__") or {}
+    if MANIFEST_KEY not in facts:
+        return {}, None
+    if (wanted := facts.pop(DIGEST_KEY, None)) is not None:
+        hashed = _hash(found)
+        hashed.update(memoryview(data)[8 + length :])
+        if hashed.hexdigest() != wanted:
+            raise FileError(CHANGED)
+    return tensors, _manifest(facts[MANIFEST_KEY])
 
 
 def verify(path: str | Path) -> str | None:
@@ -251,7 +283,7 @@ def verify(path: str | Path) -> str | None:
         while piece := f.read(1 << 22):
             hashed.update(piece)
     if hashed.hexdigest() != wanted:
-        raise FileError("its bytes are not those that were written: their sha256 is not the digest in its header")
+        raise FileError(CHANGED)
     return wanted
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from t2kernels.factors import schema
 from t2kernels.factors.identity import ExpertError
-from t2kernels.storage import FileError, header, parse_json, printable, verify, why_unreadable, write_tensors
+from t2kernels.storage import FileError, parse_json, printable, read_tensors, why_unreadable, write_tensors
 
 FORMAT = 1
 SUFFIX = ".safetensors"
@@ -88,10 +88,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[st
     have none), another kind of file, a newer format.
     """
     try:
-        facts = header(path)
-        verify(path)
-        with safe_open(path, framework="pt") as f:
-            tensors = {key: f.get_tensor(key).clone() for key in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        tensors, facts = read_tensors(path)
     except SafetensorError as e:
         why = why_unreadable(path)
         advice = "Expert.from_sakana reads the release's files" if "pickle" in why else "copy or make it again"

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from t2kernels.experts.expert import Expert, ExpertError, ExpertMismatch
 from t2kernels.experts.names import check_files
 from t2kernels.factors import schema
-from t2kernels.storage import FileError, header, verify, why_unreadable, write_tensors
+from t2kernels.storage import FileError, read_tensors, why_unreadable, write_tensors
 
 FOLDER, PARAMETERS = "experts", "parameters.safetensors"
 OLDER = "resume from an older checkpoint"
@@ -65,13 +64,12 @@ def load(
     if not path.is_file():
         raise CheckpointError(f"{folder} is no checkpoint of SVFTrainer: it has no {PARAMETERS}")
     try:
-        facts = schema.check(header(path) or {}, MANIFEST, path, CheckpointError, OLDER)
-        verify(path)
-        saved = load_file(path)
+        saved, found = read_tensors(path)
     except SafetensorError as e:
         raise CheckpointError(f"{path}: {why_unreadable(path)} ({e}); {OLDER}") from None
     except FileError as e:
         raise CheckpointError(f"{path} is damaged: {e}; {OLDER}") from None
+    facts = schema.check(found or {}, MANIFEST, path, CheckpointError, OLDER)
     if name not in facts["experts"]:
         raise ExpertMismatch(f"{folder} holds the experts {', '.join(facts['experts']) or 'none'}, not {name!r}")
     if facts["parametrisation"] != parametrisation:
@@ -79,13 +77,13 @@ def load(
             f"{folder} was trained with parametrisation={facts['parametrisation']!r}, not {parametrisation!r}"
         )
     check(Expert.load(folder / FOLDER / f"{name}.safetensors"))
-    found = {key.removeprefix(f"{name}/"): t for key, t in saved.items() if key.startswith(f"{name}/")}
-    for key in {**found, **parameters}:
-        if key not in found or key not in parameters or found[key].shape != parameters[key].shape:
+    mine = {key.removeprefix(f"{name}/"): t for key, t in saved.items() if key.startswith(f"{name}/")}
+    for key in {**mine, **parameters}:
+        if key not in mine or key not in parameters or mine[key].shape != parameters[key].shape:
             raise ExpertMismatch(f"{folder} was trained with other targets or another rank: {key} differs")
-        if not found[key].is_floating_point() or not torch.isfinite(found[key]).all():
+        if not mine[key].is_floating_point() or not torch.isfinite(mine[key]).all():
             raise CheckpointError(
-                f"{path}: {key} is {found[key].dtype} or holds NaN or infinity, wanted finite numbers; {OLDER}"
+                f"{path}: {key} is {mine[key].dtype} or holds NaN or infinity, wanted finite numbers; {OLDER}"
             )
     for key, p in parameters.items():
-        p.copy_(found[key])
+        p.copy_(mine[key])

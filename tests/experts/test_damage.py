@@ -139,6 +139,23 @@ def test_saving_twice_gives_the_same_bytes(expert, tmp_path):
     assert len(found) == 1
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_one_of_the_two(expert, tmp_path):
+    other = t2.Expert({n: v + 1 for n, v in expert.z.items()}, {**expert.manifest, "name": "a longer name"})
+    expert.save(tmp_path / "a")
+    done = threading.Event()
+
+    def write():
+        for i in range(150):
+            (other, expert)[i % 2].save(tmp_path / "a")
+        done.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not done.is_set():
+        assert t2.Expert.load(tmp_path / "a") in (expert, other)
+    thread.join()
+
+
 @pytest.mark.parametrize("name", BAD, ids=ascii)
 def test_names_that_cannot_be_a_file_are_refused(bank, tmp_path, name):
     for use in (lambda: bank.add(name, draw(bank)), lambda: bank.start_training(name), lambda: check_name(name)):
