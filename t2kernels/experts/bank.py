@@ -21,6 +21,7 @@ from t2kernels.layers.routing.active import Routing
 
 from .expert import Expert
 from .loading import LoadedExperts
+from .names import check_files, check_name
 from .origin import Origin
 from .table import ScaleTable
 
@@ -87,10 +88,10 @@ class ExpertBank(LoadedExperts):
         replace: whether `name` may be taken. The new values then go into the row of the old ones, unless a live tensor
             of `ids` uses it.
 
-        Raises ExpertError or ExpertMismatch (file, values, other factors), ValueError (name taken, too much lost).
+        Raises ExpertError or ExpertMismatch (file, values, other factors), NameRefused (a ValueError: `check_name`),
+        ValueError (name taken, too much lost).
         """
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"an expert's name is a non-empty string, not {name!r}")
+        check_name(name, version=True)
         self._check_free(name, replace)
         if not isinstance(expert, Expert):
             expert = Expert.load(Path(expert))
@@ -124,8 +125,12 @@ class ExpertBank(LoadedExperts):
             self._rows.drop(name)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write every expert to `folder`/NAME.safetensors. Returns the paths."""
+        """Write every expert to `folder`/NAME.safetensors. Returns the paths.
+
+        Raises NameRefused for two names that differ only in case, before anything is written; OSError.
+        """
         with self._lock:
+            check_files(self.names)
             kept, training = dict(self._experts), {name: self[name] for name in self._training}
         made = ((name, self.from_vector(delta, **manifest)) for name, (delta, manifest) in kept.items())
         experts = (pair for part in (made, training.items()) for pair in part)
@@ -160,9 +165,10 @@ class ExpertBank(LoadedExperts):
             keep the trace of W, from p = 0.1 + 0.01 randn
         init: the expert to start from ("raw" only)
 
-        Returns the parameters, in model order. Raises ValueError (name taken, unknown parametrisation, an `init` that
-        does not fit), RuntimeError (no row free).
+        Returns the parameters, in model order. Raises ValueError (a name that is refused or taken, unknown
+        parametrisation, an `init` that does not fit), RuntimeError (no row free).
         """
+        check_name(name, version=True)
         self._training.check(parametrisation, init)
         self._training.check_layers()
         start = None

@@ -60,8 +60,8 @@ class Trainables:
         for s in self._slots:
             if any(t.is_inference() for t in s.layer.buffers()):
                 raise GradientError(
-                    f"{s.names[0]} holds tensors that torch.inference_mode made, which cannot be trained: load and patch "
-                    "the model outside of it"
+                    f"{s.names[0]} holds tensors that torch.inference_mode made, which cannot be trained: load and "
+                    "patch the model outside of it"
                 )
             kind = s.layer.probe_kind()
             if kind is None:
@@ -69,10 +69,11 @@ class Trainables:
             if kind not in asked:
                 asked[kind] = s.layer.unsupported_training()
             if reason := asked[kind]:
+                what = kind[0].__name__ if isinstance(kind, tuple) else kind
                 raise GradientError(
-                    f"{s.names[0]} ({kind[0].__name__ if isinstance(kind, tuple) else kind}) cannot be trained through: "
-                    f"{reason}, so the gradients of z would be wrong without an error. Train on a base in bf16, or with "
-                    "weight-only quantisation; the expert then serves on this one"
+                    f"{s.names[0]} ({what}) cannot be trained through: {reason}, so the gradients of z would be wrong "
+                    "without an error. Train on a base in bf16, or with weight-only quantisation; "
+                    "the expert then serves on this one"
                 )
 
     def start(self, rows: Rows, name: str, parametrisation: str, start: Tensor | None) -> list[nn.Parameter]:

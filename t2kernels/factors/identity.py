@@ -35,6 +35,14 @@ LEADING_OFF = 0.02
 LEADING_OFF_QUANTISED = 0.3
 
 
+class FactorsError(T2Error, ValueError):
+    """Factors, or their files, that cannot be used: damaged, not finite, or not those that their manifest names."""
+
+
+class FactorsMissing(FactorsError, FileNotFoundError):
+    """A directory of factors, or one of its files, that is not there."""
+
+
 class ExpertError(T2Error, ValueError):
     """An expert, or its file, that cannot be used."""
 

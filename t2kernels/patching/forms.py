@@ -60,7 +60,7 @@ def unsupported(matrix: Matrix, form: str) -> str | None:
         )
     if form == "factored" and matrix.adapted:
         return (
-            "carries another adapter, which merges itself into a weight that the factored form drops; use form='delta', "
+            "carries another adapter, which merges itself into a weight that the factored form drops; use form='delta' "
             "or merge the adapter first"
         )
     if form == "factored" and hook is not None:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
+from t2kernels.experts.names import check_files
 from t2kernels.rollout.modes import restored_mode
 from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.rewards import Reward, Scorer
@@ -94,9 +95,8 @@ class SVFTrainer(ReinforceTrainer):
             eval_dataset = tasks
         elif eval_dataset is not None and len(names) == 1 and not isinstance(eval_dataset, Mapping):
             eval_dataset = {names[0]: eval_dataset}
+        check_files(names)
         for name in names:
-            if not isinstance(name, str) or not name:
-                raise ValueError(f"an expert has the name {name!r}; wanted a non-empty string")
             if name in bank:
                 raise ValueError(
                     f"the bank has an expert named {name!r}; choose another name, or remove it and pass it as init"

@@ -82,7 +82,7 @@ def write_checkpoint(model: str | Path, out: str | Path, targets: Any = "all", *
 def is_factored(model: str | Path) -> bool:
     """True if `model` is the directory of a checkpoint in factored form."""
     path = Path(model).expanduser() / "config.json"
-    return (
-        path.is_file()
-        and read_json(path, "a model's config").get("quantization_config", {}).get("quant_method") == QUANTIZATION
-    )
+    if not path.is_file():
+        return False
+    config = read_json(path, "a model's config").get("quantization_config")
+    return isinstance(config, dict) and config.get("quant_method") == QUANTIZATION
