@@ -19,7 +19,7 @@ from t2kernels.layers.groups import find_groups
 from t2kernels.layers.linear import SVFLinear
 from t2kernels.layers.routing.active import Routing
 
-from .expert import Expert
+from .expert import Expert, ExpertError
 from .loading import LoadedExperts
 from .names import check_files, check_name
 from .origin import Origin
@@ -97,6 +97,8 @@ class ExpertBank(LoadedExperts):
             expert = Expert.load(Path(expert))
         self.check(expert)
         delta, lost = self.flatten(expert, max_error, name)
+        if reason := self.table.unsupported(delta):
+            raise ExpertError(f"expert {name!r} cannot run on this model: {reason}; train it again")
         manifest = {**expert.manifest, "lost": lost} if lost else dict(expert.manifest)
         with self._lock:
             self._check_free(name, replace)  # again: another thread may have added it while the file was read

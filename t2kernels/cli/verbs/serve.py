@@ -65,6 +65,14 @@ def serve(
     drain: float = typer.Option(
         30.0, min=0, help="Seconds that running requests may still take when the server stops."
     ),
+    allow_host: list[str] = typer.Option(
+        [],
+        help="Name that clients may call the server by, besides localhost; for a server without a key.",
+        show_default=False,
+    ),
+    allow_origin: list[str] = typer.Option(
+        [], help="Origin such as https://chat.example whose web pages may use the server.", show_default=False
+    ),
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
     form: str = models.FormOption,
@@ -122,6 +130,8 @@ def serve(
         max_running=max_running,
         max_waiting=max_waiting,
         upload=max_upload << 20,
+        hosts=_hosts(host, api_key, allow_host),
+        origins=tuple(allow_origin),
     )
     service = Service(loaded.model, loaded.tokenizer, settings, _shipped() if tiny and experts is None else None)
     names = ", ".join(service.experts.current) or "none yet"
@@ -129,6 +139,12 @@ def serve(
     err.print(f"{settings.name} on http://{host}:{port}/v1, experts: {names}", soft_wrap=True)
     err.print(f"{bank.rows} rows of {row / 1e3:,.0f} kB; {bank.describe()}", soft_wrap=True)
     run(service, at, drain)
+
+
+def _hosts(host: str, api_key: str | None, allowed: list[str]) -> tuple[str, ...]:
+    """The hosts that a server answers to. A local one without a key answers to nobody who gives it another name."""
+    local = ("localhost", "127.0.0.1", "[::1]")
+    return (*local, *allowed) if api_key is None and host in (*local, "::1") else ()
 
 
 def vllm_is_installed() -> bool:
