@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class Cuda(Implementation):
 
     name = "cuda"
     strict = True
-    fused_paths = ("decode",)
+    fused_paths: ClassVar[tuple[str, ...]] = ("decode",)
 
     def unsupported_device(self, device: torch.device) -> str | None:
         """See `Implementation`."""

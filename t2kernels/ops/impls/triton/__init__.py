@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from importlib import metadata
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Triton(Torch):
     """The Triton kernels: two skinny launches for few tokens, torch's matmuls around a Triton pass for many."""
 
     name = "triton"
-    fused_paths = ("pair",)
+    fused_paths: ClassVar[tuple[str, ...]] = ("pair",)
 
     @property
     def row_scaling(self) -> ScaleRows:
