@@ -1,13 +1,13 @@
 """The next token of each request of a batch, each with its own sampling.
 
     kept = the top_k likeliest tokens, of these the fewest whose softmax(logits / temperature) sum up to top_p
-    token = argmax over kept of logits / temperature - log E(token),    E(token) exponential, from the request's own seed
+    token = argmax over kept of logits / temperature - log E(token),    E(token) exponential, from the request's seed
 
-This is the Gumbel-max form of a draw from the softmax. The noise of a token depends on the seed, on the place in the text
-and on the token's id. So a seed gives the same token in every batch and on every device, unless the logits of two tokens
-come closer than their rounding: bf16 models round their logits differently in batches of different sizes. A draw that
-walks the tokens in order of probability changes its token in a third of such cases, this one in a few of a hundred.
-Nothing is sorted unless top_p asks for it.
+This is the Gumbel-max form of a draw from the softmax. The noise of a token depends on the seed, on the place in the
+text and on the token's id. So a seed gives the same token in every batch and on every device, unless the logits of two
+tokens come closer than their rounding: bf16 models round their logits differently in batches of different sizes. A draw
+that walks the tokens in order of probability changes its token in a third of such cases, this one in a few of a
+hundred. Nothing is sorted unless top_p asks for it.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def exponential(keys: Sequence[int], like: Tensor) -> Tensor:
     """One exponentially distributed number for each key and token id, [B, V] fp32. It depends on nothing else.
 
     keys: [B] 32-bit numbers; like: [B, V], gives V and the device
-    The numbers come from a 32-bit integer hash (lowbias32, https://nullprogram.com/blog/2018/07/31/), which is the same on
-    every device. They have 24 bits, so an event of a probability below 1e-7 has its exact probability only roughly.
+    The numbers come from a 32-bit integer hash (lowbias32, https://nullprogram.com/blog/2018/07/31/), which is the same
+    on every device. They have 24 bits, so an event of a probability below 1e-7 has its exact probability only roughly.
     """
     x = torch.arange(like.shape[1], dtype=torch.int32, device=like.device) * _signed(0x9E3779B1)
     x = x + torch.tensor([_signed(key) for key in keys], dtype=torch.int32, device=like.device)[:, None]
