@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from t2kernels.ops.device import Device
-from t2kernels.ops.impls.implementation import Added, Implementation, Operands
+from t2kernels.ops.impls.implementation import Expansion, Implementation, Operands
 from t2kernels.ops.impls.torch_kernels import ScaleRows, Torch
 from t2kernels.ops.planner import Call, Choice, Path, dense_path
 from t2kernels.ops.tuning.tables import read_table
@@ -113,22 +113,13 @@ class Triton(Torch):
             return shrink(x, V, scale, expert_ids)
         return super().shrink(choice, x, V, scale, expert_ids)
 
-    def expand(
-        self,
-        choice: Choice,
-        g: Tensor,
-        Us: list[Tensor],
-        bases: Added,
-        biases: Added,
-        dtype: torch.dtype,
-        lead: torch.Size,
-    ) -> list[Tensor]:
+    def expand(self, choice: Choice, given: Expansion) -> list[Tensor]:
         """See `Implementation`."""
         if choice.path == "pair":
             from .launch_pair import expand
 
-            return [y.reshape(*lead, y.shape[-1]) for y in expand(g, Us, bases, biases, dtype)]
-        return super().expand(choice, g, Us, bases, biases, dtype, lead)
+            return [y.reshape(*given.lead, y.shape[-1]) for y in expand(*given[:5])]
+        return super().expand(choice, given)
 
     def swiglu(self, given: Operands) -> Tensor:
         """See `Implementation`."""
