@@ -40,7 +40,8 @@ def drawn(row: torch.Tensor, count: int, **settings) -> Counter:
 
 
 def fits(found: Counter, wanted: dict[int, float]) -> bool:
-    """Counts within five standard deviations of a multinomial: each token in `wanted`, and all others together."""
+    """Counts within five standard deviations of a multinomial: each of the tokens in `wanted`, and all others
+    together."""
     n, rest = found.total(), 1 - sum(wanted.values())
     counts = [(found[token], q) for token, q in wanted.items()]
     counts.append((n - sum(count for count, _ in counts), rest))
@@ -76,7 +77,8 @@ def test_truncated_settings_draw_from_the_most_likely_tokens(logits, settings):
 
 
 def test_a_seed_survives_the_rounding_of_bf16(logits):
-    """A model rounds to bf16 differently in another batch: few tokens change; a walk by probability loses a third."""
+    """Of a model that rounds to bf16 differently in another batch: few tokens change, where a walk by probability loses
+    a third."""
     row, n = logits[0] * 3, 512
     rounded = (row + torch.randn(n, VOCABULARY) * row.abs() * 2.0**-8).bfloat16().float()
     ways = [[Sampling(1.0, seed=i) for i in range(n)] for _ in range(2)]

@@ -1,7 +1,7 @@
 """The next token of each request of a batch, each with its own sampling.
 
     kept = the top_k likeliest tokens, of these the fewest whose softmax(logits / temperature) sum up to top_p
-    token = argmax over kept of logits / temperature - log E(token),    E(token) exponential, from the request's seed
+    token = argmax over kept of logits / temperature - log E(token), with E exponential, from the request's own seed
 
 This is the Gumbel-max form of a draw from the softmax. The noise of a token depends on the seed, on the place in the
 text and on the token's id. So a seed gives the same token in every batch and on every device, unless the logits of two
