@@ -128,7 +128,7 @@ class PatchedModel(Mixin):
     """Mixed into the class of a patched transformers model."""
 
     t2_bank: ExpertBank  # imported at run time: transformers evaluates the annotations of its models
-    generate = _Generate()
+    generate: _Generate = _Generate()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the base model, dense, as it was before `patch_model`. `bank.save(folder)` saves the experts."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerControl
 
 from t2kernels.rollout.chat import as_completion
 from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
@@ -45,6 +45,8 @@ class ReinforceTrainer(Trainer):
     """
 
     args: SVFConfig
+    control: TrainerControl
+    loss_is_scaled_for_ga: bool | None
 
     def __init__(
         self,

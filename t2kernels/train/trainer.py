@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -67,6 +69,11 @@ class SVFTrainer(ReinforceTrainer):
     Raises ValueError before any work: not patched, no reward, a reward that fails or returns the wrong number of
     values or NaN, no prompts, a name that is taken, a tokenizer that cannot pad.
     """
+
+    model: PreTrainedModel
+    model_wrapped: nn.Module
+    optimizer: Optimizer | None
+    lr_scheduler: LRScheduler | None
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from t2kernels.factors.checkpoint import INDEX, Checkpoint
 from t2kernels.factors.decomposition import decompose
+from t2kernels.factors.matrices import Targets
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm.constants import FACTS, FORMAT, QUANTIZATION
 from t2kernels.storage import read_json, write_json, write_tensors
@@ -27,7 +28,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 """Endings of files that are not copied: they hold the dense weights."""
 
 
-def write_checkpoint(model: str | Path, out: str | Path, targets: Any = "all", **options: Any) -> Factors:
+def write_checkpoint(model: str | Path, out: str | Path, targets: Targets = "all", **options: Any) -> Factors:
     """Write a checkpoint in factored form. Returns its factors.
 
     model: directory of a checkpoint, or its id on the hub; out: directory. A run that was interrupted continues where
