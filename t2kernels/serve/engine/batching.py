@@ -170,7 +170,8 @@ def finite_update(update: Callable[..., Any]) -> Callable[..., Any]:
     """The cache's `update`, which never stores a key or value beyond `HUGE`.
 
     All requests of a step lie in one packed row, and a mask separates them: keys of others have weight 0. But 0 * NaN
-    is NaN, so one request whose expert overflows would spoil the answers of all. With 0 in their place only its own are.
+    is NaN, so one request whose expert overflows would spoil the answers of all. With 0 in place of such numbers only
+    its own are.
     """
 
     def finite(t: Tensor) -> Tensor:
