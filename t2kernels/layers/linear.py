@@ -323,12 +323,43 @@ class FactoredLinear(SVFLinear):
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "weight" in state_dict:
-            args[-1].append(
-                f"{prefix[:-1]} is patched in factored form, so a dense weight cannot be loaded into it; "
-                "unpatch_model(model) first"
-            )
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take a bias. A weight that is the layer's own changes nothing; any other is an error: it would be lost."""
+        for name in ("weight", "bias") if self.bias is not None else ("weight",):
+            found = state_dict.get(prefix + name)
+            if found is None:
+                missing_keys += [prefix + name] if strict else []
+            elif found.shape != getattr(self, name).shape:
+                error_msgs.append(
+                    f"{prefix}{name} is {list(found.shape)}, but the layer has {list(getattr(self, name).shape)}"
+                )
+            elif name == "bias":
+                with torch.no_grad():
+                    self.bias.copy_(found)
+            elif not _same(found, self.weight):
+                error_msgs.append(
+                    f"{prefix}weight is not the weight of the base model. The layer is patched in factored form, which "
+                    "keeps factors, so another dense weight cannot be loaded into it; unpatch_model(model) first"
+                )
+
+
+def _same(found: Tensor, weight: Tensor) -> bool:
+    """Whether two weights are equal within the rounding of the coarser dtype, and of a product in fp32."""
+    if not found.is_floating_point():
+        return False
+    step = max(torch.finfo(found.dtype).eps, torch.finfo(weight.dtype).eps)
+    a, b = found.to(weight.device).float(), weight.float()
+    allowed = step * b.abs() + 32 * torch.finfo(torch.float32).eps * b.abs().max()
+    return bool(((a - b).abs() <= allowed).all())
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
