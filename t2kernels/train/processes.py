@@ -33,9 +33,9 @@ def alone_by_mistake(processes: int) -> str | None:
         return None
     if os.environ.get("WORLD_SIZE", "1") != "1":
         return f"WORLD_SIZE is {os.environ['WORLD_SIZE']}"
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        if "WORLD_SIZE" not in os.environ:
-            return "accelerate launch was asked for several processes (without a GPU it starts one)"
+    set_by_accelerate = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
+    if set_by_accelerate <= set(os.environ) and "WORLD_SIZE" not in os.environ:
+        return "accelerate launch was asked for several processes (without a GPU it starts one)"
     return None
 
 
