@@ -189,7 +189,7 @@ class LoadedExperts(Columns):
 
     def _load(self, key: Key) -> int:
         if isinstance(key, tuple):
-            delta = torch.zeros(self.width)
+            delta = torch.zeros(self.width, dtype=torch.float32)
             for name, weight in key:
                 delta.add_(self._experts[name][0], alpha=weight)
         else:

@@ -62,12 +62,12 @@ class Trainables:
         for s in self._slots:
             shape, device = (*s.layer.sigma.shape[:-1], s.layer.support), s.layer.sigma.device
             if parametrisation == "sigmoid":
-                p = 0.1 + 0.01 * torch.randn(shape, device=device)
+                p = 0.1 + 0.01 * torch.randn(shape, dtype=torch.float32, device=device)
             elif start is not None:
                 whole = start[s.start : s.stop].reshape(s.layer.sigma.shape)
                 p = whole[..., : s.layer.support].to(device).clone()
             else:
-                p = torch.zeros(shape, device=device)
+                p = torch.zeros(shape, dtype=torch.float32, device=device)
             parameters.append(nn.Parameter(p))
             s.layer.add_trained(key, row, parameters[-1], parametrisation)
         return parameters

@@ -347,8 +347,8 @@ class FactoredLinear(SVFLinear):
                     self.bias.copy_(found)
             elif not _same(found, self.weight):
                 error_msgs.append(
-                    f"{prefix}weight is not the weight of the base model. The layer is patched in factored form, which "
-                    "keeps factors, so another dense weight cannot be loaded into it; unpatch_model(model) first"
+                    f"{prefix}weight is not the base weight of this layer. The layer is patched in factored form and "
+                    "keeps only factors, so another dense weight cannot be loaded into it; unpatch_model(model) first"
                 )
 
 

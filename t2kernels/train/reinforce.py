@@ -72,10 +72,7 @@ class ReinforceTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_trainer()
-        if not isinstance(args, SVFConfig):
-            raise TypeError(f"args is a {type(args).__name__}; wanted an SVFConfig")
-        if reason := unsupported(args) or unsupported_argument(kwargs):
-            raise UnsupportedSettingError(reason)
+        check_arguments(args, kwargs)
         if processing_class is None:
             raise ValueError("processing_class is missing: give the model's tokenizer")
         self.scorers: dict[str | None, Scorer] = dict(scorers)
@@ -134,7 +131,7 @@ class ReinforceTrainer(Trainer):
             model.train(not model.training)
         rollout = self.rollout(inputs["rows"])
         pieces = rollout.split(self.args.loss_batch_size)
-        total = torch.zeros((), device=self.args.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.args.device)
         for piece in pieces:
             with contextlib.nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
@@ -168,14 +165,15 @@ class ReinforceTrainer(Trainer):
         out.advantages = self._advantages(cut, out.experts, everyone, start).to(ids.device)
         # A mean for each expert, not over the batch: its gradient must not depend on the other rows of the batch.
         counts = self._counts([expert for expert, *_ in everyone])
-        out.weights = torch.tensor([self.accelerator.num_processes / counts[e] for e in out.experts], device=ids.device)
+        weights = [self.accelerator.num_processes / counts[e] for e in out.experts]
+        out.weights = torch.tensor(weights, dtype=torch.float32, device=ids.device)
         lengths = out.completion.sum(1)
         self._note(out.experts, reward=rewards, accuracy=rewards > 0, completion_length=lengths)
         return out
 
     def score(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Any]) -> Tensor:
         """The reward of each completion, by the scorer of its row's expert. Returns [B] fp32 on the CPU."""
-        rewards = torch.zeros(len(rows))
+        rewards = torch.zeros(len(rows), dtype=torch.float32)
         for expert in dict.fromkeys(row.get("expert") for row in rows):
             at = [i for i, row in enumerate(rows) if row.get("expert") == expert]
             rewards[at] = self.scorers[expert]([rows[i] for i in at], [completions[i] for i in at])
@@ -224,7 +222,7 @@ class ReinforceTrainer(Trainer):
         if args.advantage != "batch":
             return advantages(cut, experts, args.num_generations, args.advantage, args.advantage_clip)
         names, _, values = zip(*everyone, strict=True)
-        out = advantages(torch.tensor(values), names, 1, "batch", args.advantage_clip)
+        out = advantages(torch.tensor(values, dtype=torch.float32), names, 1, "batch", args.advantage_clip)
         return out[start : start + len(cut)]
 
     # --- evaluation
@@ -338,6 +336,18 @@ class _Begin(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.begin()
+
+
+def check_arguments(args: SVFConfig, kwargs: Mapping[str, object]) -> SVFConfig:
+    """Return `args`. Raises TypeError if they are of another trainer, UnsupportedSettingError as `unsupported` says.
+
+    kwargs: the other arguments of Trainer
+    """
+    if not isinstance(args, SVFConfig):
+        raise TypeError(f"args is a {type(args).__name__}; wanted an SVFConfig")
+    if reason := unsupported(args) or unsupported_argument(kwargs):
+        raise UnsupportedSettingError(reason)
+    return args
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -28,7 +28,7 @@ from t2kernels.storage import write_json
 from . import trainer_state as checkpoint
 from .config import SVFConfig
 from .data import by_expert, problems
-from .reinforce import ReinforceTrainer
+from .reinforce import ReinforceTrainer, check_arguments
 from .trainer_methods import unsupported_part
 
 STATE, ARGUMENTS = "trainer_state.json", "svf_config.json"
@@ -81,7 +81,7 @@ class SVFTrainer(ReinforceTrainer):
     ) -> None:
         bank = bank_of(model)
         self.bank: ExpertBank = bank
-        args = SVFConfig() if args is None else args
+        args = check_arguments(SVFConfig() if args is None else args, kwargs)
         data, tasks = by_expert(train_dataset, experts)
         train = problems(data, "train", "train_dataset")
         names = train.experts

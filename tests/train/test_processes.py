@@ -37,7 +37,13 @@ def two(tmp_path_factory):
     both = {"experts": ["math", "code"]}
     runs = {
         "greedy": {**GREEDY, "per_device_train_batch_size": 4},
-        "several": {**GREEDY, **both, "max_steps": 3, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
+        "several": {
+            **GREEDY,
+            **both,
+            "max_steps": 3,
+            "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+        },
         "one_prompt": {**SAMPLED, "max_steps": 1, "one_prompt": True, "save_strategy": "no"},
         "straight": SAMPLED,
         "cut": {**SAMPLED, "max_steps": 2},
@@ -54,7 +60,13 @@ def one(tmp_path_factory):
     both = {"experts": ["math", "code"]}
     runs = {
         "greedy": {**GREEDY, "per_device_train_batch_size": 8},
-        "several": {**GREEDY, **both, "max_steps": 3, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
+        "several": {
+            **GREEDY,
+            **both,
+            "max_steps": 3,
+            "per_device_train_batch_size": 6,
+            "gradient_accumulation_steps": 2,
+        },
     }
     return {key: two_processes.run(f"{folder}/{key}", settings) for key, settings in runs.items()}
 
