@@ -21,9 +21,9 @@ _warned: weakref.WeakKeyDictionary[ExpertBank, set[str]] = weakref.WeakKeyDictio
 
 
 def watch(model: Any, as_base: bool, output: object) -> None:
-    """Warn, once for each bank, when backward reaches `output`: a forward of the base model, or base weights that train.
+    """Warn, once for each bank, when backward reaches a forward of the base model, or base weights that train.
 
-    model: patched, with experts in training; as_base: whether the forward had no experts
+    model: patched, with experts in training; output: of its forward; as_base: whether the forward had no experts
     """
     bank = model.t2_bank
     if len(_warned.get(bank, ())) == 2:

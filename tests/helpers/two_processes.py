@@ -33,8 +33,8 @@ def run(folder: str, settings: dict) -> dict:
     if one_prompt:
         rows = {name: [part[0]] * 48 for name, part in rows.items()}
     config = SVFConfig(
-        f"{folder}/run", use_cpu=True, report_to="none", logging_steps=1, max_new_tokens=16, lr_scheduler_type="constant",
-        **settings,
+        f"{folder}/run", use_cpu=True, report_to="none", logging_steps=1, max_new_tokens=16,
+        lr_scheduler_type="constant", **settings,
     )  # fmt: skip
     tr = Recording(
         model, config, experts=rows, reward={name: task.reward for name, task in tasks.items()},

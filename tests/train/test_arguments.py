@@ -1,4 +1,4 @@
-"""Every argument of transformers' trainer works, is refused by name, or is harmless for a reason that is written down."""
+"""Every argument of transformers' trainer works, is refused by name, or is harmless for a written reason."""
 
 import dataclasses
 import inspect
