@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from t2kernels.factors.factor import Factor
+from t2kernels.factors.identity import same_weight
 from t2kernels.factors.int8 import Int8Factor, spread
 from t2kernels.factors.matrices import Matrix, is_quantised
 from t2kernels.ops.op import call
@@ -369,24 +370,24 @@ class FactoredLinear(SVFLinear):
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        given = state_dict.get(prefix + "weight")
-        if given is not None and not self._is_own(given):
-            args[-1].append(
-                f"{prefix[:-1]} is patched in factored form, so another dense weight cannot be loaded into it; "
-                "unpatch_model(model) first"
-            )
-        bias = state_dict.get(prefix + "bias")
-        if bias is not None and self.bias is not None:
-            with torch.no_grad():
-                self.bias.copy_(bias)
-
-    def _is_own(self, weight: Tensor) -> bool:
-        """True if a weight is the base model's, within the rounding of its dtype: there is nothing to load."""
-        own = self._stored(self.dense())
-        if weight.shape != own.shape:
-            return False
-        off = (weight.to(own.device).float() - own.float()).norm()
-        return bool(off <= 4 * torch.finfo(own.dtype).eps * own.float().norm())
+        """Take a bias. A weight that is the layer's own changes nothing; any other is an error: it would be lost."""
+        _, strict, missing_keys, _, error_msgs = args
+        for name in ("weight", "bias") if self.bias is not None else ("weight",):
+            found = state_dict.get(prefix + name)
+            if found is None:
+                missing_keys += [prefix + name] if strict else []
+            elif found.shape != getattr(self, name).shape:
+                error_msgs.append(
+                    f"{prefix}{name} is {list(found.shape)}, but the layer has {list(getattr(self, name).shape)}"
+                )
+            elif name == "bias":
+                with torch.no_grad():
+                    self.bias.copy_(found)
+            elif not same_weight(found, self._stored(self.dense())):
+                error_msgs.append(
+                    f"{prefix}weight is not the base weight of this layer. The layer is patched in factored form and "
+                    "keeps only factors, so another dense weight cannot be loaded into it; unpatch_model(model) first"
+                )
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -25,6 +25,8 @@ from t2kernels.layers.routing.recompute import check_torch
 from t2kernels.layers.routing.route import Route
 from t2kernels.layers.subclass import Mixin
 
+from .forgotten import watch
+
 logger: Any = logging.get_logger(__name__)
 
 # The private methods of transformers that `PatchedModel` overrides: why, and the parameters that they must have.
@@ -218,7 +220,10 @@ def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 
 def _leave(module: Any, args: tuple[Any, ...], output: Any) -> None:
-    module.t2_bank.routing.leave(module, output)
+    routing = module.t2_bank.routing
+    if routing.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        watch(module, routing.active is None, output)
+    routing.leave(module, output)
 
 
 def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

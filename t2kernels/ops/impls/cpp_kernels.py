@@ -142,7 +142,7 @@ def forward(
 
 def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
     """g = (x V) * scale[expert_ids], [T, C] fp32: the first half of `forward`."""
-    g = torch.empty((x.shape[:-1].numel(), V.shape[1]))
+    g = torch.empty((x.shape[:-1].numel(), V.shape[1]), dtype=torch.float32)
     held, first = _first_half(x, V, scale, expert_ids)
     extension.load().cpu_shrink(first, g.data_ptr(), torch.get_num_threads(), isa())
     del held
