@@ -344,7 +344,7 @@ class FactoredLinear(SVFLinear):
                 )
             elif name == "bias":
                 with torch.no_grad():
-                    self.bias.copy_(found)
+                    getattr(self, name).copy_(found)
             elif not _same(found, self.weight):
                 error_msgs.append(
                     f"{prefix}weight is not the base weight of this layer. The layer is patched in factored form and "
