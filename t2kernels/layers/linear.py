@@ -382,7 +382,7 @@ class FactoredLinear(SVFLinear):
                 )
             elif name == "bias":
                 with torch.no_grad():
-                    self.bias.copy_(found)
+                    getattr(self, name).copy_(found)
             elif not same_weight(found, self._stored(self.dense())):
                 error_msgs.append(
                     f"{prefix}weight is not the base weight of this layer. The layer is patched in factored form and "

@@ -301,7 +301,8 @@ class ReinforceTrainer(Trainer):
         everyone: (expert, reward, cut reward) of the batch, of all processes
         """
         for expert in dict.fromkeys(e for e, *_ in everyone):
-            rewards, cut = zip(*((r, c) for e, r, c in everyone if e == expert), strict=True)
+            rewards = [reward for e, reward, _ in everyone if e == expert]
+            cut = [value for e, _, value in everyone if e == expert]
             equal = len(cut) > 1 and len(set(cut)) == 1
             self._equal[expert] = self._equal[expert] + 1 if equal else 0
             if self._equal[expert] != PATIENCE or not self.is_world_process_zero():
