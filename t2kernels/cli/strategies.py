@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from t2kernels import InputError
+from t2kernels import InputError, MissingFileError
 from t2kernels.adapt.strategy_registry import (
     Option,
     check_options,
@@ -77,7 +77,7 @@ def check(name: str, options: Mapping[str, Any]) -> None:
             if option.required and given.get(option.name) is None:
                 raise InputError(f"it needs --{option.name}: {option.help}")
         check_options(name, given)
-    except (ValueError, FileNotFoundError) as e:
+    except (InputError, MissingFileError) as e:
         raise type(e)(f"--adapt {name}: {e}") from None
 
 

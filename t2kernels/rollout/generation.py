@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +145,7 @@ class Sampler:
         """Draw completions with `model.generate`, in eval mode.
 
         ids, mask: [B, P] int64, left-padded prompts; samples: completions of each, side by side
-        temperature: 0 is greedy
+        temperature: 0 is greedy. Raises ValueError if it is negative or not finite
         cache: KV cache of the first tokens of all B * samples rows, or None. It is changed.
         stop: texts that end a completion as well; they stay in it
         own_settings: False: the model's own generation settings (top-k, penalties, ...) do not apply, so that tokens
@@ -155,6 +156,8 @@ class Sampler:
         the others do not wait for a few long rows. With `stop` or the model's own settings there is one stage, since
         these depend on where the completion begins. The model is not changed: other threads may use it.
         """
+        if not (temperature >= 0 and math.isfinite(temperature)):
+            raise InputError(f"temperature={temperature}; expected 0 (greedy) or more")
         ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
         prompts = mask
         routing = {k: v.repeat_interleave(samples, 0) if v.dim() else v for k, v in routing.items()}

@@ -109,6 +109,8 @@ class SVFConfig(TrainingArguments):
             self.temperature,
             "0 (greedy) or more",
         )
+        rate = float(self.learning_rate)
+        check_setting(rate >= 0 and math.isfinite(rate), "learning_rate", self.learning_rate, "0 or more")
         check_setting(self.kl_coef >= 0 and math.isfinite(self.kl_coef), "kl_coef", self.kl_coef, "0 or more")
         check_setting(
             self.advantage_clip is None or self.advantage_clip > 0,

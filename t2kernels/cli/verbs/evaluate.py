@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from t2kernels import InputError
+from t2kernels import InputError, MissingFileError
 from t2kernels.cli import models, strategies
 from t2kernels.cli.console import bar, comma_list, out, show, table
 from t2kernels.evaluation import Measured, Score, measure
@@ -46,14 +46,17 @@ def evaluate(
     chat: bool = typer.Option(
         None,
         "--chat/--no-chat",
+        metavar="",
         help="Ask through the chat template, or not.  "
         "\\[default: for datasets of the hub, if the model has a template]",
     ),
-    batch: int = typer.Option(256, help="Prompts of a batch; all experts share it."),
+    batch: int = typer.Option(256, min=1, help="Prompts of a batch; all experts share it."),
     max_new_tokens: int = typer.Option(
-        None, help="Tokens of the longest answer.  \\[default: the task's]", show_default=False
+        None, min=1, help="Tokens of the longest answer.  \\[default: the task's]", show_default=False
     ),
-    save: Path = typer.Option(None, "--json", help="Write the numbers to this file as well.", show_default=False),
+    save: Path = typer.Option(
+        None, "--json", dir_okay=False, help="Write the numbers to this file as well.", show_default=False
+    ),
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
     form: str = models.FormOption,
@@ -73,6 +76,8 @@ def evaluate(
     """
     from t2kernels import tasks
 
+    if save is not None and not save.parent.is_dir():
+        raise MissingFileError(f"--json {save}: there is no directory {save.parent}")
     asked = comma_list(task)
     if not asked:
         raise InputError("--task is empty; name a task, such as --task math")

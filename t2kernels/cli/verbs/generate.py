@@ -12,7 +12,7 @@ from rich.text import Text
 
 from t2kernels import InputError
 from t2kernels.cli import models, strategies
-from t2kernels.cli.console import out
+from t2kernels.cli.console import check_text, out
 from t2kernels.evaluation import answers
 from t2kernels.experts.names import BASE, MIX, Name, write_mixture
 from t2kernels.rollout.chat import AnyPrompt, has_template, user_message
@@ -31,13 +31,16 @@ def generate(
     adapt: str = strategies.AdaptOption,
     strategy_options: dict[str, Any] = strategies.EACH,
     pair: bool = typer.Option(
-        False, "--pair", help="Answer the i-th prompt with the i-th expert, not every prompt with every expert."
+        False,
+        "--pair",
+        metavar="",
+        help="Answer the i-th prompt with the i-th expert, not every prompt with every expert.",
     ),
     model: str = models.ModelOption,
-    max_new_tokens: int = typer.Option(64, help="Tokens of the longest answer."),
-    temperature: float = typer.Option(0.0, help="Sampling temperature; 0 is greedy."),
-    chat: bool = typer.Option(False, "--chat", help="Ask through the model's chat template."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON lines instead of a table."),
+    max_new_tokens: int = typer.Option(64, min=1, help="Tokens of the longest answer."),
+    temperature: float = typer.Option(0.0, min=0, help="Sampling temperature; 0 is greedy."),
+    chat: bool = typer.Option(False, "--chat", metavar="", help="Ask through the model's chat template."),
+    as_json: bool = typer.Option(False, "--json", metavar="", help="Print JSON lines instead of a table."),
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
     form: str = models.FormOption,
@@ -59,6 +62,8 @@ def generate(
         raise InputError(
             "--adapt chooses the expert of each prompt: it takes no --mix and no --pair; give the experts with --expert"
         )
+    for prompt in prompts:
+        check_text(prompt)
     if adapt:
         strategies.check(adapt, strategy_options)
     loaded = models.load(model, dtype, device)

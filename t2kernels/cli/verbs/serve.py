@@ -9,6 +9,7 @@ import typer
 from t2kernels import InputError, MissingFileError, PackageError
 from t2kernels.cli import models
 from t2kernels.cli.console import err
+from t2kernels.cli.model_files import locate
 
 ENGINES: tuple[str, ...] = ("auto", "transformers", "vllm")
 
@@ -21,7 +22,8 @@ SHARED: frozenset[str] = frozenset(
 def serve(
     context: typer.Context,
     model: str = typer.Argument(
-        help="'tiny' (built in), the directory of a checkpoint, or the id of a model on the hub.", show_default=False
+        help="'tiny' (built in), the directory of a checkpoint, a .gguf file, or the id of a model on the hub.",
+        show_default=False,
     ),
     experts: Path = typer.Option(
         None,
@@ -29,7 +31,7 @@ def serve(
         show_default=False,
     ),
     host: str = typer.Option("127.0.0.1", help="Address to listen on."),
-    port: int = typer.Option(8000, help="Port to listen on."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0: any free one."),
     api_key: str = typer.Option(
         None, envvar="T2_API_KEY", help="Key that clients must send; without one everybody may ask.", show_default=False
     ),
@@ -105,8 +107,9 @@ def serve(
     except ImportError as e:
         raise PackageError(f"t2 serve needs a web server: pip install 't2kernels[serve]' ({e})") from e
     check_transformers()
+    locate(model)
     at = listen(host, port)  # before the model is loaded, so that a taken port is reported at once
-    template = None if chat_template is None else chat_template.read_text()
+    template = None if chat_template is None else _text(chat_template)
     tiny = model == models.TINY
     loaded = models.load(model, dtype, device)
     if template is not None:
@@ -130,6 +133,13 @@ def serve(
     err.print(f"{settings.name} on http://{host}:{port}/v1, experts: {names}", soft_wrap=True)
     err.print(f"{bank.rows} rows of {row / 1e3:,.0f} kB; {bank.describe()}", soft_wrap=True)
     run(service, at, drain)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{file} is not text in UTF-8: {e}") from None
 
 
 def vllm_is_installed() -> bool:
@@ -157,12 +167,14 @@ def _serve_vllm(
 ) -> None:
     if not vllm_is_installed():
         raise PackageError("--engine vllm: vllm is not installed here; install it, or use --engine transformers")
-    from t2kernels import tiny
     from t2kernels.integrations.vllm.server import launch as vllm
 
     named = _shipped() if model == models.TINY and experts is None else {}
     if experts is not None:
         named |= {path.stem: path for path in sorted(experts.glob("*.safetensors"))}
-    model = str(tiny.path()) if model == models.TINY else model
+    files = locate(model)
+    if files.gguf:
+        raise InputError(f"--engine vllm: {model} is a GGUF file; give the directory of its original checkpoint")
+    model = files.source
     more = {} if rows is None else {"rows": rows}
     vllm.serve(model, named, host=host, port=port, api_key=api_key, factors=factors, options=tuple(option), **more)
