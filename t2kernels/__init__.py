@@ -43,7 +43,46 @@ _HOME = {
 
 
 class T2Error(Exception):
-    """Base of the errors that are meant to be read: they say what was given, what was expected and what to do."""
+    """Base of the errors that are meant to be read: they say what was given, what was expected and what to do.
+
+    Each of them is also an error of Python, so that `except ValueError` catches an `InputError`. An error that is no
+    `T2Error` is a bug, or comes from another package or from the operating system.
+    """
+
+
+class InputError(T2Error, ValueError):
+    """An argument, an option or the content of a file cannot be used."""
+
+
+class InputTypeError(T2Error, TypeError):
+    """An argument is of a type that cannot be used."""
+
+
+class UnknownNameError(T2Error, KeyError):
+    """Nothing has this name."""
+
+    __str__ = Exception.__str__
+    """The message as it is: KeyError would put it in quotes."""
+
+
+class OutOfRangeError(T2Error, IndexError):
+    """There is no row of this number."""
+
+
+class MissingFileError(T2Error, FileNotFoundError):
+    """A file or a folder that is needed is not there."""
+
+
+class HubError(T2Error, OSError):
+    """The hub of models and datasets did not provide something."""
+
+
+class StateError(T2Error, RuntimeError):
+    """This cannot be done now, or not on this machine."""
+
+
+class PackageError(T2Error, ModuleNotFoundError):
+    """An optional package, or the compiled extension, is missing or cannot be loaded."""
 
 
 _SUBPACKAGES = ("adapt", "evaluation", "tasks", "tiny", "train")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Protocol
 
+from t2kernels import InputError
 from t2kernels.experts.names import BASE, Name
 from t2kernels.rollout.chat import AnyPrompt
 
@@ -206,7 +207,7 @@ def measure(
             made[label], seconds[label] = list(arm), 0.0
     for label, names in made.items():
         if len(names) != len(problems):
-            raise ValueError(f"{label} chose {len(names)} experts for {len(problems)} prompts; wanted one for each")
+            raise InputError(f"{label} chose {len(names)} experts for {len(problems)} prompts; wanted one for each")
     rights, meter = _verdicts(model, tokenizer, task, problems, list(made.values()), batch, done)
     categories = [str(problem.get("category", task.name)) for problem in problems]
     found = {}

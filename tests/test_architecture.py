@@ -112,7 +112,9 @@ def faults(modules: dict[str, str]) -> list[str]:
     folders = Counter(name.rpartition(".")[0] for name in modules)
     found += [f"{folder} has {n} files, 12 are allowed" for folder, n in folders.items() if n > 12]
     names = Counter(name.rpartition(".")[2] for name in modules)
-    found += [f"{n} files are called {name}.py" for name, n in names.items() if n > 1 and name != "__init__"]
+    found += [
+        f"{n} files are called {name}.py" for name, n in names.items() if n > 1 and name not in ("__init__", "__main__")
+    ]
     return sorted(found)
 
 

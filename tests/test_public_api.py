@@ -26,6 +26,7 @@ NAMES = {
         "Factors": "factors, manifest=None, sketches=None",
         "ParameterCount": "matrices, dense, svf, lora, lora_rank",
         "T2Error": "",
+        "evaluation": "",
         "adapt": "",
         "count_parameters": "model, targets='all', rank=None, lora_rank=16",
         "decompose": (

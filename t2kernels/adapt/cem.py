@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2kernels import InputError
 from t2kernels.experts.expert import Expert
 from t2kernels.rollout.checks import check_setting
 
@@ -149,16 +150,16 @@ def search(
     config = config or CEMConfig()
     mixer = Mixer(examples.bank, experts, config.per, config.mixing, logits)
     if config.score != "likelihood" and examples.scorer is None:
-        raise ValueError(
+        raise InputError(
             f"score={config.score!r} needs a reward, and these examples have none: use score='likelihood', or give one"
         )
     if config.score != "reward" and examples.gold is None:
-        raise ValueError(
+        raise InputError(
             f"score={config.score!r} needs gold answers, and these examples have none: use score='reward', or give some"
         )
     chunk = min(config.population, examples.chunk(config.samples))
     if chunk > examples.bank.rows - 1:
-        raise ValueError(
+        raise InputError(
             f"{chunk} candidates at once need {chunk + 1} rows, and the bank has {examples.bank.rows}: "
             f"patch_model(..., rows={chunk + 1})"
         )

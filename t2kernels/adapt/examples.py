@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.rollout.chat import AnyPrompt, as_completion
 from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
@@ -69,7 +70,7 @@ class Examples:
         self.rows: list[Mapping[str, Any]] = check_rows(rows)
         self.memory: float = memory
         if reward is None and gold is None:
-            raise ValueError("examples need a reward, a gold answer, or both: nothing else says what is right")
+            raise InputError("examples need a reward, a gold answer, or both: nothing else says what is right")
         self.at_once: int | None = None
         self.scorer: Scorer | None
         self.scorer, max_new_tokens = scorer_of(reward, self.rows, max_new_tokens)
@@ -104,7 +105,7 @@ class Examples:
         rewards, likelihoods, answers = [], [], []
         reward, likelihood = reward and self.scorer is not None, likelihood and self.gold is not None
         if not (reward or likelihood):
-            raise ValueError(
+            raise InputError(
                 "nothing to score by: one of reward and likelihood is off, and these examples lack the other"
             )
         for chunk in ids.split(self.chunk(samples if reward else 1)):
@@ -173,21 +174,21 @@ class Examples:
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not text:
                 what = "its gold answer" if callable(gold) else f"its {gold!r}"
-                raise ValueError(f"example {i}: {what} is {text!r}; wanted the text of a right completion")
+                raise InputError(f"example {i}: {what} is {text!r}; wanted the text of a right completion")
         return encode_completions(self.sampler.tokenizer, texts, self.bank.device)
 
 
 def check_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The examples as a list. Raises ValueError for anything but a list of dicts, for no rows, and without a prompt."""
     if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__len__") or is_task(rows):
-        raise ValueError(
+        raise InputError(
             f"examples are a {type(rows).__name__}; wanted a list of dicts with a prompt: task.split('train', 16)"
         )
     if not len(rows):
-        raise ValueError("there are no examples: few-shot adaptation needs at least one labelled prompt")
+        raise InputError("there are no examples: few-shot adaptation needs at least one labelled prompt")
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping) or not row.get("prompt"):
-            raise ValueError(f"example {i} is {row!r}; wanted a dict with a prompt that is not empty")
+            raise InputError(f"example {i} is {row!r}; wanted a dict with a prompt that is not empty")
     return list(rows)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from t2kernels import InputError
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.names import Name
 from t2kernels.rollout.chat import AnyPrompt
@@ -46,9 +47,9 @@ class FewShot(Strategy):
     ) -> None:
         super().__init__(model, tokenizer)
         if examples.bank is not self.bank:
-            raise ValueError("the examples were made for another model")
+            raise InputError("the examples were made for another model")
         if name in self.bank and not replace:
-            raise ValueError(f"the bank has an expert named {name!r}: choose another name, or pass replace=True")
+            raise InputError(f"the bank has an expert named {name!r}: choose another name, or pass replace=True")
         self.found: Found = search(examples, experts, name, config, progress=progress)
         self.bank.add(name, self.found.expert, replace=replace)
         scores = examples.score(self.bank.ids([None, name]), likelihood=examples.scorer is None)

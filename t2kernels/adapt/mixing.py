@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
 from t2kernels.rollout.checks import check_setting
@@ -52,12 +53,12 @@ class Mixer:
         for value, allowed, what in ((per, GRANULARITIES, "per"), (mixing, MIXINGS, "mixing")):
             check_setting(value in allowed, what, value, ", ".join(map(repr, allowed)))
         if isinstance(experts, str) or not len(experts):
-            raise ValueError(
+            raise InputError(
                 f"experts={experts!r}; wanted a list of names in the bank, or {{name: Expert}}, with at least one"
             )
         self.names: list[str] = list(experts)
         if len(set(self.names)) < len(self.names):
-            raise ValueError(f"experts={self.names}: a name occurs twice")
+            raise InputError(f"experts={self.names}: a name occurs twice")
         self.bank: ExpertBank = bank
         self.per: str = per
         self.mixing: str = mixing
@@ -82,7 +83,7 @@ class Mixer:
     def __call__(self, alpha: Tensor) -> Tensor:
         """z' - 1 [P, C] of alpha [P, E, G]. Raises ValueError for another shape."""
         if alpha.dim() != 3 or tuple(alpha.shape[1:]) != self.shape:
-            raise ValueError(f"alpha is {list(alpha.shape)}; wanted [P, {self.shape[0]}, {self.shape[1]}]")
+            raise InputError(f"alpha is {list(alpha.shape)}; wanted [P, {self.shape[0]}, {self.shape[1]}]")
         alpha = alpha.to(self.vectors)
         if self.mixing == "normalised":
             total = alpha.sum(1, keepdim=True)
@@ -128,7 +129,7 @@ class Mixer:
     def _need_all_components(self) -> None:
         partial = next((n for n in self._spans if self.bank.matrices[n] < self.bank.origin.ranks[n]), None)
         if partial:
-            raise ValueError(
+            raise InputError(
                 f"mixing={self.mixing!r} rescales every component, but {partial} has {self.bank.matrices[partial]} of "
                 f"{self.bank.origin.ranks[partial]} in its support: patch with rank=None, or use mixing='delta'"
             )
@@ -140,7 +141,7 @@ class Mixer:
         out = torch.full_like(row, RELEASE_START)
         for name, p in known.items():
             if name not in self._spans or self.bank.matrices[name] != p.numel():
-                raise ValueError(
+                raise InputError(
                     f"logits of {name} are {list(p.shape)}; wanted one for each component of a matrix of the model"
                 )
             out[self._spans[name]] = p.to(out)

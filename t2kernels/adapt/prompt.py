@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2kernels import InputError
 from t2kernels.experts.names import CLASSIFIER, Name
 from t2kernels.rollout.chat import AnyPrompt
 from t2kernels.rollout.generation import Sampler
@@ -51,7 +52,7 @@ class Prompt(Strategy):
     ) -> None:
         super().__init__(model, tokenizer, max_new_tokens=8 if method == "likelihood" else 16)
         if method not in METHODS:
-            raise ValueError(f"method={method!r}; wanted {' or '.join(map(repr, METHODS))}")
+            raise InputError(f"method={method!r}; wanted {' or '.join(map(repr, METHODS))}")
         self.check_in_bank(list(question.labels.values()), "the question's labels name")
         self.check_in_bank([asked], "the question shall be answered by")
         self.question: Question = question
@@ -84,9 +85,9 @@ class Prompt(Strategy):
         Each prompt is answered by the base model and by the expert of its best label, in one batch.
         """
         if self.method != "likelihood":
-            raise ValueError("method='generate' has no margin: its answers are text, not likelihoods")
+            raise InputError("method='generate' has no margin: its answers are text, not likelihoods")
         if not len(rows):
-            raise ValueError("there is no validation data to fit a margin on")
+            raise InputError("there is no validation data to fit a margin on")
         scorer = Scorer.of(reward)
         sampler = Sampler(
             self.model, self.sampler.tokenizer, max_new_tokens or getattr(reward, "max_new_tokens", None) or 64
@@ -151,12 +152,12 @@ class Classifier(Prompt):
         if question is None:
             bank = bank_of(model)
             if classifier not in bank:
-                raise ValueError(
+                raise InputError(
                     f"no expert {classifier!r} in the bank to take the question from; add it, or pass question="
                 )
             recorded = bank[classifier].manifest.get("question")
             if recorded is None:
-                raise ValueError(
+                raise InputError(
                     f"the manifest of expert {classifier!r} holds no question: pass the question of its training"
                 )
             question = Question(**recorded)
@@ -204,7 +205,7 @@ def make_classifier(
     Raises ValueError for classifier=None, the base model.
     """
     if classifier is None:
-        raise ValueError("the base model is no classifier; strategy 'prompt' asks it")
+        raise InputError("the base model is no classifier; strategy 'prompt' asks it")
     bank = bank_of(model)
     recorded = bank[classifier].manifest.get("question") if classifier in bank else None
     if recorded is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from t2kernels import InputError
 from t2kernels.experts.names import CLASSIFIER
 from t2kernels.rollout.chat import AnyPrompt, has_template, user_message
 from t2kernels.tasks.base import Task, whole
@@ -37,15 +38,15 @@ class Question:
 
     def __post_init__(self) -> None:
         if "{prompt}" not in self.template:
-            raise ValueError(f"the question {self.template[:60]!r} has no {{prompt}} in it")
+            raise InputError(f"the question {self.template[:60]!r} has no {{prompt}} in it")
         if len(self.labels) < 2 or not all(isinstance(k, str) and k.strip() for k in self.labels):
-            raise ValueError(
+            raise InputError(
                 f"labels={dict(self.labels)!r}; wanted at least two answers that are not empty, each with its expert "
                 "or None"
             )
         for a, b in pairwise(sorted(self.labels)):
             if b.startswith(a):
-                raise ValueError(
+                raise InputError(
                     f"the label {a!r} begins the label {b!r}, so the likelihood of the first includes the second: "
                     "rename one"
                 )
@@ -76,7 +77,7 @@ class Question:
         """
         named = _by_name(experts)
         if len({name[:1] for name in named}) < len(named):
-            raise ValueError(
+            raise InputError(
                 f"the built-in model names a family by its first letter, and two of {', '.join(named)} share one"
             )
         return cls("kind({prompt})?", {f"={name[0]}": expert for name, expert in named.items()}, strip="?")
@@ -89,7 +90,7 @@ class Question:
         Raises ValueError without experts.
         """
         if not experts:
-            raise ValueError("there are no experts to choose from")
+            raise InputError("there are no experts to choose from")
         return cls.tiny(experts) if tiny else cls.about(experts, chat=has_template(tokenizer))
 
     def ask(self, prompt: AnyPrompt) -> AnyPrompt:
@@ -146,15 +147,15 @@ def labelled(tasks: Mapping[str, Task], question: Question, name: str = "classif
     """
     unknown = [label for label in tasks if label not in question.labels]
     if unknown:
-        raise ValueError(f"the question has no label {unknown[0]!r}; it has {', '.join(map(repr, question.labels))}")
+        raise InputError(f"the question has no label {unknown[0]!r}; it has {', '.join(map(repr, question.labels))}")
     without = [label for label, expert in question.labels.items() if expert is not None and label not in tasks]
     if without:
-        raise ValueError(
+        raise InputError(
             f"label {without[0]!r} has no task to take prompts from; wanted {{label: task}} for every label with an "
             "expert"
         )
     if len(tasks) < 2:
-        raise ValueError("a classification task needs prompts of at least two tasks")
+        raise InputError("a classification task needs prompts of at least two tasks")
 
     def rows(split: str, n: int | None, seed: int) -> list[dict[str, Any]]:
         each = None if n is None else -(-n // len(tasks))

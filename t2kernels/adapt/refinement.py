@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from t2kernels import InputError
 from t2kernels.experts.expert import Expert
 from t2kernels.rollout.chat import AnyPrompt
 from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
@@ -42,10 +43,10 @@ def refine(
     the bank.
     """
     if len(completions) != len(examples):
-        raise ValueError(f"{len(completions)} lists of completions for {len(examples)} examples; wanted one for each")
+        raise InputError(f"{len(completions)} lists of completions for {len(examples)} examples; wanted one for each")
     pairs = [(i, text) for i, texts in enumerate(completions) for text in texts]
     if not pairs:
-        raise ValueError(
+        raise InputError(
             "no example has a right completion to learn from: give gold answers, or search with samples at a "
             "temperature above 0"
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.names import Name
 from t2kernels.rollout.chat import AnyPrompt
@@ -49,9 +50,9 @@ class Strategy:
         input_ids, attention_mask: [B, S]
         """
         if getattr(model, "t2_bank", None) is not self.bank:
-            raise ValueError("this strategy was made for another model: it names experts of that model's bank")
+            raise InputError("this strategy was made for another model: it names experts of that model's bank")
         if input_ids is None or input_ids.dim() != 2:
-            raise ValueError(
+            raise InputError(
                 "a strategy chooses by the prompt: generate needs input_ids [B, S] with it, not inputs_embeds alone"
             )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -62,7 +63,7 @@ class Strategy:
         """Raise ValueError if an expert is not in the bank. what: how the error begins."""
         missing = sorted({n for n in names if n is not None and n not in self.bank})
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"{what} {', '.join(map(repr, missing))}: no such expert in the bank, which has "
                 f"{self.bank.names or 'none yet'}"
             )

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2kernels import InputError, MissingFileError
 from t2kernels.experts.names import CLASSIFIER
 
 if TYPE_CHECKING:
@@ -82,13 +83,13 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     known = {option.name: option for option in strategy_options(name)}
     for given in options:
         if given not in known:
-            raise ValueError(f"strategy {name!r} has no option {given!r}; it has {', '.join(known) or 'none'}")
+            raise InputError(f"strategy {name!r} has no option {given!r}; it has {', '.join(known) or 'none'}")
     values = {option.name: options.get(option.name, option.default) for option in known.values()}
     for key, value in values.items():
         if value is None and known[key].required:
-            raise ValueError(f"strategy {name!r} needs {key}: {known[key].help}")
+            raise InputError(f"strategy {name!r} needs {key}: {known[key].help}")
         if value is not None and known[key].type is Path and not Path(value).is_file():
-            raise FileNotFoundError(f"{key}={value}: no such file")
+            raise MissingFileError(f"{key}={value}: no such file")
     return values
 
 
@@ -120,7 +121,7 @@ def make_strategy(
 
 def _registered(name: str) -> _Registered:
     if name not in _STRATEGIES:
-        raise ValueError(f"there is no strategy {name!r}: wanted one of {', '.join(_STRATEGIES)}")
+        raise InputError(f"there is no strategy {name!r}: wanted one of {', '.join(_STRATEGIES)}")
     return _STRATEGIES[name]
 
 

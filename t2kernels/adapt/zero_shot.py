@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2kernels import InputError
 from t2kernels.experts.names import Name
 from t2kernels.rollout.chat import AnyPrompt
 from t2kernels.rollout.generation import Rollout, completion_logits, log_probs
@@ -36,9 +37,9 @@ class ZeroShot(Strategy):
     def __init__(self, model: nn.Module, tokenizer: Any, experts: Sequence[str], by: str = "likelihood") -> None:
         super().__init__(model, tokenizer, max_new_tokens=1)
         if by not in ("likelihood", "confidence"):
-            raise ValueError(f"by={by!r}; wanted 'likelihood' or 'confidence'")
+            raise InputError(f"by={by!r}; wanted 'likelihood' or 'confidence'")
         if isinstance(experts, str) or not len(experts):
-            raise ValueError(f"experts={experts!r}; wanted a list of names in the bank, at least one")
+            raise InputError(f"experts={experts!r}; wanted a list of names in the bank, at least one")
         self.check_in_bank(experts, "to choose from are")
         self.experts: list[str | None] = [None, *experts]
         self.by: str = by

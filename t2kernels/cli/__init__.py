@@ -40,7 +40,10 @@ for _name, _verb in VERBS.items():
 )
 def main(
     debug: bool = typer.Option(
-        False, "--debug", help="Show the traceback of an error, not only its message. It may stand anywhere."
+        False,
+        "--debug",
+        metavar="",
+        help="Show the traceback of an error, not only its message. It may stand anywhere.",
     ),
 ) -> None:
     """SVF experts of Transformer²: train them by RL, keep many in a table, and batch them in one forward.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,11 +19,57 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
+from t2kernels import InputError, T2Error
+
 out: Console = Console(highlight=False)
 err: Console = Console(stderr=True, highlight=False)
 
-EXPECTED: tuple[type[Exception], ...] = (ValueError, KeyError, IndexError, OSError, RuntimeError, ImportError)
-"""Errors of bad input, files and machines: their message is shown. Any other error is a bug and keeps its traceback."""
+ENVIRONMENT: frozenset[int] = frozenset(
+    getattr(errno, name)
+    for name in (
+        *(
+            "ENOENT",
+            "EEXIST",
+            "EISDIR",
+            "ENOTDIR",
+            "ENOTEMPTY",
+            "ENAMETOOLONG",
+            "ELOOP",
+        ),  # another file is there, or none
+        *("EACCES", "EPERM", "EROFS"),  # it may not be used
+        *(
+            "ENOSPC",
+            "EDQUOT",
+            "EFBIG",
+            "EIO",
+            "EMFILE",
+            "ENFILE",
+            "ENOMEM",
+        ),  # the disk or the machine is full or broken
+    )
+    if hasattr(errno, name)
+)
+"""Numbers of the OSErrors that a user's files and disks cause."""
+
+OPTIONAL: frozenset[str] = frozenset(
+    "bitsandbytes datasets fastapi gguf lm_eval math_verify peft prometheus_client pyarrow sentencepiece tiktoken "
+    "torchao torchvision triton uvicorn vllm".split()
+)
+"""Packages that may be missing."""
+
+
+def is_expected(e: BaseException) -> bool:
+    """True for an error whose message is enough: one that is meant to be read, or one of files, memory and packages.
+
+    Any other error is a bug and keeps its traceback.
+    """
+    torch = sys.modules.get("torch")
+    return (
+        isinstance(e, T2Error)
+        or (isinstance(e, OSError) and e.errno in ENVIRONMENT)
+        or (isinstance(e, ModuleNotFoundError) and (e.name or "").partition(".")[0] in OPTIONAL)
+        or (torch is not None and isinstance(e, torch.OutOfMemoryError))
+    )
 
 
 class Commands(TyperGroup):
@@ -37,7 +85,10 @@ class Commands(TyperGroup):
 
 
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a verb: an expected error is one line on stderr and exit code 1. With --debug it keeps its traceback."""
+    """Wrap a verb: an expected error is one line on stderr and exit code 1.
+
+    With --debug, and for an error that is not expected, the traceback is shown; the exit code is 1 as well.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -50,8 +101,8 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
         except KeyboardInterrupt:
             err.print("stopped")
             raise typer.Exit(130) from None
-        except EXPECTED as e:
-            if Commands.debug:
+        except Exception as e:
+            if Commands.debug or not is_expected(e):
                 raise
             err.print(f"[bold red]error:[/] {escape(one_line(e))}", soft_wrap=True)
             raise typer.Exit(1) from None
@@ -130,6 +181,15 @@ class _Without(logging.Filter):
 def comma_list(text: str) -> list[str]:
     """Split "a, b" into ["a", "b"]."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def check_text(text: str) -> str:
+    """Returns the text. Raises InputError if it is not Unicode, as an argument with a byte that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise InputError(f"{text!a} is not valid Unicode: {e.reason} at position {e.start}") from None
+    return text
 
 
 def is_missing(place: str) -> bool:

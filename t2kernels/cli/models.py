@@ -10,21 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from t2kernels import InputError, MissingFileError
 from t2kernels.experts.names import BASE, parse_mixture
 
-from .console import bar, comma_list, is_missing
+from .console import bar, comma_list, one_line
+from .model_files import TINY, ModelFiles, locate, reading
 
 if TYPE_CHECKING:
     import torch
 
     from t2kernels import ExpertBank
 
-TINY = "tiny"
-"""The name of the built-in model."""
-
 # Options that several verbs share.
 ModelOption: Any = typer.Option(
-    TINY, "--model", "-m", help="'tiny' (built in), the directory of a checkpoint, or the id of a model on the hub."
+    TINY,
+    "--model",
+    "-m",
+    help="'tiny' (built in), the directory of a checkpoint, a .gguf file, or the id of a model on the hub.",
 )
 TargetsOption: Any = typer.Option("all", help="'all', 'mlp', 'attention', or a regular expression on matrix names.")
 RankOption: Any = typer.Option(
@@ -60,15 +62,17 @@ class Loaded:
 def load(name: str, dtype: str | None = None, device: str | None = None) -> Loaded:
     """Load the built-in model, or any causal language model of transformers, in eval mode.
 
-    name: 'tiny', a directory, or an id on the hub; dtype, device: None: as described in the help of their options
-    Raises OSError or ValueError if something is missing.
+    name: 'tiny', a directory, a .gguf file, or an id on the hub
+    dtype, device: None: as described in the help of their options
+
+    Raises InputError, MissingFileError, PackageError or HubError, each with the model's name.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from t2kernels import tiny
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = parse_device(device)
     wanted = None if dtype is None else parse_dtype(dtype)
     if name == TINY:
         # Its matrices are 128 wide: more threads would only wait for each other.
@@ -76,15 +80,37 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
         with _no_bars():
             model, tokenizer = tiny.load(wanted or torch.float32)
     else:
-        if is_missing(name):
-            raise FileNotFoundError(f"--model {name}: no such directory")
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted or "auto")
+        files = locate(name)
+        tokenizer = _tokenizer(files)
+        with reading(name):
+            model = AutoModelForCausalLM.from_pretrained(files.source, dtype=wanted or "auto", **files.arguments)
+        if files.gguf:
+            model.config._name_or_path = files.gguf  # transformers has the directory there
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
     return Loaded(name, model.eval().to(device), tokenizer)
+
+
+def _tokenizer(files: ModelFiles) -> Any:
+    """The tokenizer of a model. Raises MissingFileError that names its file, if that is the reason."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    with reading(files.name):
+        # The config first: without it, transformers says that the tokenizer is wrong.
+        config = AutoConfig.from_pretrained(files.source, **files.arguments)
+    try:
+        with reading(f"the tokenizer of {files.name}"):
+            return AutoTokenizer.from_pretrained(files.source, config=config, padding_side="left", **files.arguments)
+    except InputError as e:
+        folder = Path(files.source)
+        if files.gguf or not folder.is_dir() or (folder / "tokenizer.json").is_file():
+            raise
+        raise MissingFileError(
+            f"{files.name} holds no tokenizer: tokenizer.json is missing. Copy it and tokenizer_config.json from the "
+            "model's repository, or save them there with tokenizer.save_pretrained"
+        ) from e
 
 
 @contextlib.contextmanager
@@ -158,7 +184,7 @@ def find_expert(name: str, model: str) -> Path:
     if model == TINY and name in shipped:
         return shipped[name]
     known = f" nor one of {', '.join(shipped)}, which come with the built-in model" if model == TINY else ""
-    raise FileNotFoundError(f"no expert {name!r}: it is not a file{known} ('base' is the model without an expert)")
+    raise MissingFileError(f"no expert {name!r}: it is not a file{known} ('base' is the model without an expert)")
 
 
 def parse_mix(text: str, bank: ExpertBank, model: str) -> dict[str, float]:
@@ -166,7 +192,7 @@ def parse_mix(text: str, bank: ExpertBank, model: str) -> dict[str, float]:
     try:
         weights = parse_mixture(text)
     except ValueError as e:
-        raise ValueError(f"--mix {text}: wanted NAME=WEIGHT,NAME=WEIGHT, such as math=.7,code=.3 ({e})") from None
+        raise InputError(f"--mix {text}: wanted NAME=WEIGHT,NAME=WEIGHT, such as math=.7,code=.3 ({e})") from None
     # "base" needs no entry: the base model has the share that the weights leave, 1 + sum of weight (z - 1).
     named = {add_expert(bank, name, model): weight for name, weight in weights.items()}
     return {name: weight for name, weight in named.items() if name is not None}
@@ -182,9 +208,22 @@ def parse_rank(text: str | None) -> int | float | None:
             return int(above) / int(below)
         return float(text) if "." in text else int(text)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(
+        raise InputError(
             f"--rank {text}: wanted 'all', a number of components such as 256, or a fraction such as 0.25 or 1/4"
         ) from None
+
+
+def parse_device(text: str | None) -> str:
+    """The name of a device that can be used; None: a GPU if there is one. Raises InputError."""
+    import torch
+
+    if text is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=text)
+    except (RuntimeError, AssertionError, ValueError) as e:  # unknown, not built in, or no such number
+        raise InputError(f"--device {text}: it cannot be used here: {one_line(e)}") from None
+    return text
 
 
 def parse_dtype(text: str) -> torch.dtype:
@@ -194,5 +233,5 @@ def parse_dtype(text: str) -> torch.dtype:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(text, getattr(torch, text, None))
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         hint = "; for int8 factors use --format int8" if text == "int8" else ""
-        raise ValueError(f"--dtype {text}: wanted float32, bfloat16 or float16{hint}")
+        raise InputError(f"--dtype {text}: wanted float32, bfloat16 or float16{hint}")
     return dtype

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from t2kernels import InputError, MissingFileError
 from t2kernels.adapt.strategy_registry import (
     Option,
     check_options,
@@ -74,9 +75,9 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         given = own_options(name, options)
         for option in strategy_options(name):
             if option.required and given.get(option.name) is None:
-                raise ValueError(f"it needs --{option.name}: {option.help}")
+                raise InputError(f"it needs --{option.name}: {option.help}")
         check_options(name, given)
-    except (ValueError, FileNotFoundError) as e:
+    except (InputError, MissingFileError) as e:
         raise type(e)(f"--adapt {name}: {e}") from None
 
 
@@ -88,7 +89,7 @@ def strategy(name: str, loaded: models.Loaded, experts: Sequence[str], options: 
     Raises ValueError before any forward.
     """
     if not experts and not loaded.is_tiny:
-        raise ValueError(f"--adapt {name} needs experts to choose from: give each with --expert")
+        raise InputError(f"--adapt {name} needs experts to choose from: give each with --expert")
     bank = loaded.model.t2_bank
     found = [models.add_expert(bank, expert, loaded.name) for expert in experts or DEFAULT_EXPERTS]
     given = own_options(name, options)

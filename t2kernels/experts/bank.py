@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2kernels import InputError, UnknownNameError
 from t2kernels.layers.groups import find_groups
 from t2kernels.layers.linear import SVFLinear
 from t2kernels.layers.routing.active import Routing
@@ -46,7 +47,7 @@ class ExpertBank(LoadedExperts):
         plan: Mapping[str, tuple[str, str]],
     ):
         if rows < 2:
-            raise ValueError(f"rows={rows}: row 0 is the base model, so at least 2 are needed")
+            raise InputError(f"rows={rows}: row 0 is the base model, so at least 2 are needed")
         super().__init__(ScaleTable(layers, rows), origin, routing)
         self.plan: Mapping[str, tuple[str, str]] = plan
         for group in find_groups(layers):
@@ -121,7 +122,7 @@ class ExpertBank(LoadedExperts):
         with self._lock:
             self._require(name)
             if name in self._training:
-                raise ValueError(f"{name!r} is in training; stop_training({name!r}) first")
+                raise InputError(f"{name!r} is in training; stop_training({name!r}) first")
             del self._experts[name]
             self._drop_mixtures_of(name)
             self._rows.drop(name)
@@ -153,9 +154,9 @@ class ExpertBank(LoadedExperts):
     def _check_free(self, name: str, replace: bool) -> None:
         with self._lock:
             if name in self and not replace:
-                raise ValueError(f"the bank has an expert named {name!r}; remove it first, or pass replace=True")
+                raise InputError(f"the bank has an expert named {name!r}; remove it first, or pass replace=True")
             if name in self._training:
-                raise ValueError(f"{name!r} is in training and cannot be replaced; stop_training({name!r}) first")
+                raise InputError(f"{name!r} is in training and cannot be replaced; stop_training({name!r}) first")
 
     # --- training
 
@@ -179,7 +180,7 @@ class ExpertBank(LoadedExperts):
             start, _ = self.flatten(init, 0.0, name)
         with self._lock:
             if name in self:
-                raise ValueError(
+                raise InputError(
                     f"the bank has an expert named {name!r}; choose another name, or remove it and pass it as init"
                 )
             parameters = self._training.start(self._rows, name, parametrisation, start)
@@ -194,7 +195,7 @@ class ExpertBank(LoadedExperts):
         """
         with self._lock:
             if name not in self._training:
-                raise KeyError(f"{name!r} is not in training; in training are {self.in_training or 'none'}")
+                raise UnknownNameError(f"{name!r} is not in training; in training are {self.in_training or 'none'}")
             expert = self.expert(self._training.z(name), **manifest)
             self._training.stop(self._rows, name)
             self.routing.training = len(self._training)

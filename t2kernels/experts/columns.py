@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2kernels import InputError, UnknownNameError
 from t2kernels.layers.linear import SVFLinear
 from t2kernels.layers.scale import truncation_error
 
@@ -52,7 +53,7 @@ class Columns:
     def sigma(self, name: str) -> Tensor:
         """[R] fp32, the singular values of a matrix, largest first. Raises KeyError."""
         if name not in self._places:
-            raise KeyError(f"no matrix {name!r} in this bank; it has {', '.join(list(self.matrices)[:4])}, ...")
+            raise UnknownNameError(f"no matrix {name!r} in this bank; it has {', '.join(list(self.matrices)[:4])}, ...")
         slot, i = self._places[name]
         return slot.layer.sigma.reshape(slot.shape)[i]
 
@@ -64,7 +65,7 @@ class Columns:
         """An `Expert` that records the identity of this model's factors. Raises ValueError for an unknown matrix."""
         unknown = [n for n in z if n not in self.matrices]
         if unknown:
-            raise ValueError(f"no matrix {unknown[0]!r} in this bank; it has {', '.join(list(self.matrices)[:4])}, ...")
+            raise InputError(f"no matrix {unknown[0]!r} in this bank; it has {', '.join(list(self.matrices)[:4])}, ...")
         return Expert.trained_on(self.origin, z, **manifest)
 
     def from_vector(self, delta: Tensor, /, **manifest: Any) -> Expert:
@@ -93,7 +94,7 @@ class Columns:
             if error > worst:
                 worst, where = error, n
         if worst > max_error:
-            raise ValueError(
+            raise InputError(
                 f"expert {name!r} rescales components that this model's layers leave out: {worst:.1%} of its change to "
                 f"{where} would be lost (max_error={max_error:.1%}); patch with a larger rank, cut the expert, or pass "
                 f"max_error={math.ceil(worst * 100) / 100}"

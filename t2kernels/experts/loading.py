@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2kernels import InputError, InputTypeError, OutOfRangeError, UnknownNameError
 from t2kernels.layers.routing.active import Routing
 from t2kernels.layers.routing.route import Route
 from t2kernels.layers.routing.scopes import Scope
@@ -119,7 +120,7 @@ class LoadedExperts(Columns):
     @default.setter
     def default(self, name: Name) -> None:
         if name is not None and not isinstance(name, (str, Mapping)):
-            raise TypeError(
+            raise InputTypeError(
                 f"bank.default = {name!r}; expected one name, a mixture {{name: weight}}, or None for the base model"
             )
         self.routing.default = None if name is None else Route(self.ids(name))
@@ -132,16 +133,16 @@ class LoadedExperts(Columns):
         """
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64) or ids.dim() > 2:
             got = f"{ids.dtype} of {ids.dim()} dimensions" if isinstance(ids, Tensor) else repr(ids)
-            raise ValueError(
+            raise InputError(
                 f"expert_ids is {got}; wanted an int32 or int64 tensor, 0-dim, [B] or [B, S]; "
                 "bank.ids([...]) makes one from names"
             )
         if ids.device.type == "meta":
-            raise ValueError("expert_ids is on the meta device and has no values; bank.ids([...]) makes one from names")
+            raise InputError("expert_ids is on the meta device and has no values; bank.ids([...]) makes one from names")
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(v) for v in torch.aminmax(ids))
             if low < 0 or high >= self.rows:
-                raise IndexError(
+                raise OutOfRangeError(
                     f"expert_ids holds {low if low < 0 else high}; the bank has rows 0 (base) to {self.rows - 1}"
                 )
         return ids
@@ -208,7 +209,7 @@ class LoadedExperts(Columns):
     def _require(self, name: str) -> None:
         if name not in self:
             known = ", ".join(map(repr, self.names)) or "none yet"
-            raise KeyError(f"no expert named {name!r} in the bank; it has {known}")
+            raise UnknownNameError(f"no expert named {name!r} in the bank; it has {known}")
 
     def _key(self, name: Name) -> Key | None:
         """`key_of` a name, after a check that its experts are here and may be used so."""
@@ -216,7 +217,7 @@ class LoadedExperts(Columns):
         for n in name if isinstance(name, Mapping) else [] if name is None else [name]:
             self._require(n)
         if isinstance(key, tuple) and any(n in self._training for n, _ in key):
-            raise ValueError("an expert in training cannot be part of a mixture: its row changes at every step")
+            raise InputError("an expert in training cannot be part of a mixture: its row changes at every step")
         return key
 
     def __getstate__(self) -> dict[str, Any]:
@@ -244,7 +245,7 @@ class Scratch:
 
     def __init__(self, rows: Rows, table: ScaleTable, lock: Lock, width: int, device: torch.device, count: int):
         if count < 1:
-            raise ValueError(f"scratch({count}): wanted at least one row")
+            raise InputError(f"scratch({count}): wanted at least one row")
         self._rows, self._table, self._lock, self._width = rows, table, lock, width
         self._keys = [object() for _ in range(count)]
         self._taken: list[int] = []
@@ -265,9 +266,9 @@ class Scratch:
         Returns the ids of the rows written, [P']. Raises ValueError for another shape or values that are not finite.
         """
         if delta.dim() != 2 or delta.shape[1] != self._width or not 1 <= len(delta) <= len(self.ids):
-            raise ValueError(f"candidates are {list(delta.shape)}; wanted [at most {len(self.ids)}, {self._width}]")
+            raise InputError(f"candidates are {list(delta.shape)}; wanted [at most {len(self.ids)}, {self._width}]")
         if not torch.isfinite(delta).all():
-            raise ValueError("a candidate is not finite: its alphas, or the experts it mixes, are NaN or infinite")
+            raise InputError("a candidate is not finite: its alphas, or the experts it mixes, are NaN or infinite")
         self._table.write(self.ids[: len(delta)], delta)
         return self.ids[: len(delta)]
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from t2kernels import T2Error
+from t2kernels import InputError, InputTypeError, T2Error
 
 Name: TypeAlias = str | Mapping[str, float] | None
 """An expert's name, None for the base model, or a mixture {name: weight}."""
@@ -86,7 +86,7 @@ def parse_mixture(text: str) -> dict[str, float]:
         except ValueError:
             weight = math.nan
         if not equals or not name or name in weights or not abs(weight) <= MAX_WEIGHT:
-            raise ValueError(
+            raise InputError(
                 f"{text!r} is not a mixture: wanted mix:NAME=WEIGHT,NAME=WEIGHT with each name once, "
                 "such as mix:math=0.7,code=0.3"
             )
@@ -107,7 +107,7 @@ def flat_names(names: Names) -> Iterator[Name]:
         for n in names:
             yield from flat_names(n)
     else:
-        raise TypeError(
+        raise InputTypeError(
             f"{names!r} names no experts: give a name, None, a mixture {{name: weight}}, or a list of these"
         )
 
@@ -121,7 +121,7 @@ def shape_of(names: Names) -> tuple[int, ...]:
         return ()
     inner = {shape_of(n) for n in names}
     if len(inner) > 1:
-        raise ValueError("lists of expert names per token must all have the same length")
+        raise InputError("lists of expert names per token must all have the same length")
     return (len(names), *(inner.pop() if inner else ()))
 
 
@@ -133,8 +133,10 @@ def key_of(name: Name) -> Key | None:
     if name is None or isinstance(name, str):
         return name
     if not isinstance(name, Mapping):
-        raise TypeError(f"{name!r} is no expert: give a name, None for the base model, or a mixture {{name: weight}}")
+        raise InputTypeError(
+            f"{name!r} is no expert: give a name, None for the base model, or a mixture {{name: weight}}"
+        )
     for n, weight in name.items():
         if not math.isfinite(weight):
-            raise ValueError(f"the weight of {n!r} in a mixture is {weight}; wanted a finite number")
+            raise InputError(f"the weight of {n!r} in a mixture is {weight}; wanted a finite number")
     return tuple(sorted((n, float(weight)) for n, weight in name.items() if weight)) or None

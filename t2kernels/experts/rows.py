@@ -6,6 +6,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from heapq import heappop, heappush
 
+from t2kernels import StateError
+
 from .names import Name
 
 Callback = Callable[[Name], None]
@@ -88,7 +90,7 @@ class Rows:
         else:
             victim = next((k for k, r in self._rows.items() if not self._pins[r]), None)
             if victim is None:
-                raise RuntimeError(
+                raise StateError(
                     f"all {self.count - 1} rows are in use at the same time; patch with more rows "
                     f"(patch_model(..., rows={2 * self.count})), or delete tensors returned by bank.ids(): "
                     "each keeps its rows reserved while it is alive"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from t2kernels import T2Error
+from t2kernels import InputError, T2Error
 
 from .expert import Expert
 from .rows import Rows
@@ -40,16 +40,16 @@ class Trainables:
     def check(self, parametrisation: str, init: Expert | None) -> None:
         """Raise ValueError if the parametrisation is unknown, or does not go with these layers or an initial expert."""
         if parametrisation not in ("raw", "sigmoid"):
-            raise ValueError(f"parametrisation={parametrisation!r}; wanted 'raw' or 'sigmoid'")
+            raise InputError(f"parametrisation={parametrisation!r}; wanted 'raw' or 'sigmoid'")
         if parametrisation == "raw":
             return
         if init is not None:
-            raise ValueError(
+            raise InputError(
                 "init: only parametrisation='raw' can start from an expert, because z does not fix the p of 'sigmoid'"
             )
         partial = [n for s in self._slots for n in s.names if s.layer.form == "delta" or s.layer.support < s.layer.rank]
         if partial:
-            raise ValueError(
+            raise InputError(
                 f"parametrisation='sigmoid' rescales every component, but {partial[0]} leaves some out: "
                 "patch with form='factored', rank=None"
             )

@@ -10,6 +10,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from t2kernels import InputError, MissingFileError
 from t2kernels.storage import read_json, why_unreadable
 
 from .matrices import Matrix, Targets, find_matrices
@@ -76,19 +77,19 @@ class Checkpoint:
                 part = f.get_slice(key)
                 kind = part.get_dtype()
                 if kind not in PLAIN:
-                    raise ValueError(
+                    raise InputError(
                         f"{m.name}: {path} holds {key} as {kind}, a quantised format; "
                         "decompose the original, or the loaded model"
                     )
                 shape, wanted = part.get_shape(), list(self._shapes[m.tensor])
                 if shape != wanted:
-                    raise ValueError(
+                    raise InputError(
                         f"{m.name}: {path} holds {key} as {shape}, its config says {wanted}; "
                         "config and weights are of two models"
                     )
                 stored = part[:] if m.index is None else part[m.index]
         except SafetensorError as e:
-            raise ValueError(f"{m.name}: {path} cannot be read: {why_unreadable(path)} ({e}); fetch it again") from None
+            raise InputError(f"{m.name}: {path} cannot be read: {why_unreadable(path)} ({e}); fetch it again") from None
         w = stored if m.index is None else stored.reshape(wanted[1:])
         return w.t() if m.transposed else w
 
@@ -99,7 +100,7 @@ class Checkpoint:
         for key in (m.tensor, bare, f"{self._prefix}.{m.tensor}"):
             if key in self.files:
                 return key
-        raise ValueError(
+        raise InputError(
             f"{self.directory} holds no tensor {m.tensor!r} (for {m.name}); transformers renames or merges its "
             "tensors at loading. Decompose the loaded model: decompose(AutoModelForCausalLM.from_pretrained(...))"
         )
@@ -110,11 +111,11 @@ def _local(path: str | Path) -> Path:
     if local.is_dir():
         return local
     if local.exists():
-        raise ValueError(
+        raise InputError(
             f"{path} is a file; wanted a directory with config.json and safetensors, or a model's id on the hub"
         )
     if not isinstance(path, str) or not HUB_ID.fullmatch(path):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} does not exist; wanted a directory with config.json and safetensors, or a model's id on the hub"
         )
     from huggingface_hub import snapshot_download
@@ -122,7 +123,7 @@ def _local(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:  # offline, gated, missing, interrupted: each is another class of hub, HTTP or OS error
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} is not a directory, and the hub did not provide it: {type(e).__name__}: {e}"
         ) from e
 
@@ -132,10 +133,10 @@ def _tensor_files(directory: Path) -> dict[str, str]:
     if (directory / INDEX).is_file():
         files = read_json(directory / INDEX, "an index of shards").get("weight_map")
         if not isinstance(files, dict) or not files:
-            raise ValueError(f"{directory / INDEX} has no weight_map; fetch it again")
+            raise InputError(f"{directory / INDEX} has no weight_map; fetch it again")
         missing = sorted({f for f in files.values() if not (directory / f).is_file()})
         if missing:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{directory}: {len(missing)} shards that {INDEX} names are missing: {', '.join(missing[:3])}; "
                 "fetch them again"
             )
@@ -148,14 +149,14 @@ def _tensor_files(directory: Path) -> dict[str, str]:
             if _pickles(directory)
             else ""
         )
-        raise FileNotFoundError(f"{directory} holds no .safetensors file{others}")
+        raise MissingFileError(f"{directory} holds no .safetensors file{others}")
     files = {}
     for path in paths:
         try:
             with safe_open(path, framework="pt") as f:
                 files |= dict.fromkeys(f.keys(), path.name)
         except SafetensorError as e:
-            raise ValueError(f"{path} cannot be read: {why_unreadable(path)} ({e}); fetch it again") from None
+            raise InputError(f"{path} cannot be read: {why_unreadable(path)} ({e}); fetch it again") from None
     return files
 
 
@@ -165,17 +166,17 @@ def _pickles(directory: Path) -> bool:
 
 def _meta_model(directory: Path) -> nn.Module:
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory} holds no config.json, which says what its matrices are; fetch it")
+        raise MissingFileError(f"{directory} holds no config.json, which says what its matrices are; fetch it")
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as e:
-        raise ValueError(
+        raise InputError(
             f"{directory / 'config.json'} is not a config that transformers {transformers.__version__} reads: {e}"
         ) from e
     try:
         return meta_model(config)
     except ValueError as e:
-        raise ValueError(f"{directory}: {e}") from e
+        raise InputError(f"{directory}: {e}") from e
 
 
 def meta_model(config: transformers.PretrainedConfig) -> nn.Module:
@@ -196,4 +197,4 @@ def meta_model(config: transformers.PretrainedConfig) -> nn.Module:
                 return make(config)
         except ValueError as e:  # "Unrecognized configuration class": this auto class has no such model
             refused = e
-    raise ValueError(f"transformers has no model for a {config.model_type} config: {refused}")
+    raise InputError(f"transformers has no model for a {config.model_type} config: {refused}")

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from t2kernels import InputError
 from t2kernels.storage import FileError, header, verify
 
 from . import linalg, schema
@@ -63,19 +64,19 @@ def decompose(
     if format is not None:
         check_format(format, max_error)
         if dtype is not None and dtype != FORMATS[format]:
-            raise ValueError(f"format={format!r} and dtype={dtype}: give one of them")
+            raise InputError(f"format={format!r} and dtype={dtype}: give one of them")
         dtype = torch.float32 if format == "int8" else FORMATS[format]
     elif max_error is not None:
-        raise ValueError(
+        raise InputError(
             f"max_error={max_error}: it limits what a format loses; pass it with format='int8', 'fp16' or 'bf16'"
         )
     dtype = dtype or torch.float32
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(
+        raise InputError(
             f"dtype={dtype}: factors are kept in torch.float32, bfloat16, float16 or float64, or in format='int8'"
         )
     if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers}: wanted at least 1, or None")
+        raise InputError(f"workers={workers}: wanted at least 1, or None")
     resolve_rank(rank, 1)
     if isinstance(model_or_path, nn.Module):
         base = name_of(model_or_path)
@@ -137,11 +138,11 @@ class _Job:
         if self.out is not None and (found := self._finished(self.out / file_of(m.name), m.name, record)):
             return found
         if not torch.isfinite(W).all():
-            raise ValueError(f"{m.name}: the weight {list(W.shape)} holds NaN or infinity; it has no decomposition")
+            raise InputError(f"{m.name}: the weight {list(W.shape)} holds NaN or infinity; it has no decomposition")
         A = W.to(self.device)
         found = linalg.svd(A, k)
         if not found.residual <= linalg.TOLERANCE:
-            raise ValueError(
+            raise InputError(
                 f"{m.name}: the decomposition has a residual of {found.residual:.1e}, {linalg.TOLERANCE} is allowed; "
                 "compute it on another device"
             )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from t2kernels import T2Error
+from t2kernels import InputError, T2Error
 
 from . import linalg
 from .int8 import Int8Factor, kept_columns
@@ -68,15 +68,15 @@ def resolve_rank(rank: int | float | None, R: int) -> int:
     if rank is None:
         return R
     if isinstance(rank, bool) or not isinstance(rank, int | float):
-        raise ValueError(
+        raise InputError(
             f"rank={rank!r}: wanted an int (components), a float in (0, 1) (a fraction of them) or None (all)"
         )
     if isinstance(rank, int):
         if rank < 1:
-            raise ValueError(f"rank={rank}: wanted at least 1 component, or None for all")
+            raise InputError(f"rank={rank}: wanted at least 1 component, or None for all")
         return min(rank, R)
     if not 0 < rank < 1:
-        raise ValueError(
+        raise InputError(
             f"rank={rank}: a float is a fraction in (0, 1); use an int for a number of components, None for all"
         )
     return max(1, int(rank * R + 1e-9))  # 0.29 * 100 is 28.999...
@@ -90,9 +90,9 @@ def svd(W: Tensor, rank: int | float | None = None) -> Factor:
     """
     W = W.detach()
     if W.dim() != 2 or not W.is_floating_point() or 0 in W.shape:
-        raise ValueError(f"svd: wanted a floating-point matrix [M, N], got {W.dtype} {list(W.shape)}")
+        raise InputError(f"svd: wanted a floating-point matrix [M, N], got {W.dtype} {list(W.shape)}")
     if not torch.isfinite(W).all():
-        raise ValueError(f"svd: the matrix {list(W.shape)} holds NaN or infinity")
+        raise InputError(f"svd: the matrix {list(W.shape)} holds NaN or infinity")
     return keep(linalg.svd(W, resolve_rank(rank, min(W.shape))))
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from t2kernels import InputError
+
 from .factor import Factor
 from .int8 import Int8Factor
 from .quantise import quantise
@@ -21,9 +23,9 @@ FORMATS: dict[str, torch.dtype] = {
 def check_format(format: str, max_error: float | None = None) -> None:
     """Raise ValueError for an unknown format, or a max_error that is not a positive number."""
     if format not in FORMATS:
-        raise ValueError(f"format={format!r}; wanted one of {', '.join(map(repr, FORMATS))}")
+        raise InputError(f"format={format!r}; wanted one of {', '.join(map(repr, FORMATS))}")
     if max_error is not None and not (isinstance(max_error, (int, float)) and max_error > 0):
-        raise ValueError(f"max_error={max_error!r}: wanted a positive relative error, such as 0.01, or None")
+        raise InputError(f"max_error={max_error!r}: wanted a positive relative error, such as 0.01, or None")
 
 
 def convert(
@@ -44,7 +46,7 @@ def convert(
     if isinstance(factor, Int8Factor):
         if format == "int8" and max_error is None:
             return factor, {}
-        raise ValueError(
+        raise InputError(
             f"{name}: its factors are int8 already and cannot become {format}; "
             "convert the factors that they were made from"
         )
@@ -53,13 +55,13 @@ def convert(
         try:
             found = quantise(factor.U, factor.sigma, factor.V, max_error, compensate)
         except ValueError as e:
-            raise ValueError(f"{name}: {e}") from None
+            raise InputError(f"{name}: {e}") from None
         return found.factor, facts | found.record()
     kept = factor.to(FORMATS[format])
     exact = factor.dense()
     error = ((kept.dense() - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny)).item()
     if max_error is not None and error > max_error:
-        raise ValueError(
+        raise InputError(
             f"{name}: {format} factors have a relative error of {error:.2g}, more than max_error={max_error:.2g}; "
             "use a wider format"
         )

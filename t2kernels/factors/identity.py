@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from t2kernels import T2Error
+from t2kernels import InputError, T2Error
 
 from . import linalg
 from .factor import Factor
@@ -118,7 +118,7 @@ def check_weight(name: str, factor: Factor | Int8Factor, got: Tensor, wanted: Te
     size = (sigma * wanted.norm().clamp_min(0.05)).item()
     allowed = LEADING_OFF_QUANTISED if quantised or isinstance(factor, Int8Factor) else LEADING_OFF
     if not off <= allowed * size:
-        raise ValueError(
+        raise InputError(
             f"{name}: these factors are of other weights (||W v_1 - sigma_1 u_1|| = {off / size if size else off:.2g} "
             f"sigma_1, {allowed} is allowed); decompose the model that is used"
         )

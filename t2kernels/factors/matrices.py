@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from t2kernels import InputError
+
 # Path components that say whether a block is attention or MLP. The last one found in a module's path decides.
 ATTENTION: frozenset[str] = frozenset(
     "attn attention self_attn self_attention cross_attn encoder_attn EncDecAttention SelfAttention linear_attn".split()
@@ -92,12 +94,12 @@ class Matrix:
         """
         stored = self.stored
         if not isinstance(stored, Tensor):
-            raise ValueError(
+            raise InputError(
                 f"{self.name}: {type(self.module).__name__} has no readable weight; "
                 "pass factors decomposed from the original checkpoint"
             )
         if stored.is_meta:
-            raise ValueError(
+            raise InputError(
                 f"{self.name}: its weight is on the meta device (not loaded, or offloaded); "
                 "load it, or pass factors of the checkpoint"
             )
@@ -143,7 +145,7 @@ def find_matrices(model: nn.Module, targets: Targets = "all") -> dict[str, Matri
         try:
             pattern = re.compile(targets)
         except re.error as e:
-            raise ValueError(
+            raise InputError(
                 f"targets={targets!r} is not 'all', 'mlp', 'attention' or a valid regular expression: {e}"
             ) from None
         chosen = {n: m for n, m in usual.items() if pattern.search(n)} or {
@@ -151,14 +153,14 @@ def find_matrices(model: nn.Module, targets: Targets = "all") -> dict[str, Matri
         }
     if not chosen:
         some = ", ".join(list(every)[:6]) or "no linear layer at all"
-        raise ValueError(
+        raise InputError(
             f"targets={targets!r} selects no matrix of {type(model).__name__}; "
             f"it has {some}{', ...' if len(every) > 6 else ''}"
         )
     tied = _tied_head(model)
     for n, m in chosen.items():
         if m.module is tied:
-            raise ValueError(
+            raise InputError(
                 f"targets={targets!r} selects {n}, which is tied to the input embedding; adapting it would separate "
                 "the two. Leave it out"
             )
@@ -255,7 +257,7 @@ def _dense(stored: Tensor, module: nn.Module) -> Tensor:
         stored, "dequantize"
     ):  # torchao and other tensor subclasses
         return stored.dequantize().detach()
-    raise ValueError(
+    raise InputError(
         f"{type(module).__name__}: its {stored.dtype} weight cannot be converted to floating point; "
         "pass factors of the original checkpoint"
     )

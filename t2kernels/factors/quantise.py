@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from t2kernels import InputError
+
 from .int8 import ALIGN, LEVELS, Int8Factor, round_columns
 
 SPREAD: float = 0.25  # of z around 1: the experts of the built-in model have 0.10 to 0.35 in a matrix
@@ -82,12 +84,12 @@ def quantise(
     Returns C columns, a multiple of ALIGN. Raises ValueError if max_error cannot be reached, with the error that can.
     """
     if max_error is not None and not max_error > 0:
-        raise ValueError(f"max_error={max_error}: wanted a positive relative error, such as 0.01, or None")
+        raise InputError(f"max_error={max_error}: wanted a positive relative error, such as 0.01, or None")
     U, sigma, V = U.float(), sigma.float(), V.float()
     (M, R), N = U.shape, V.shape[0]
     compensate = R == min(M, N) if compensate is None else compensate
     if compensate and R < min(M, N):
-        raise ValueError(f"compensation needs all {min(M, N)} components of the matrix {[M, N]}, got {R}")
+        raise InputError(f"compensation needs all {min(M, N)} components of the matrix {[M, N]}, got {R}")
     dense = _dense_int8_error((U * sigma) @ V.t())
     limit = max_error or ENOUGH * dense * (1 if compensate else INDEPENDENT)
     most = 2 * R if max_error else -(-R // MOST)
@@ -99,7 +101,7 @@ def quantise(
             break
         extra = _aligned(R, extra + 1)
     if max_error is not None and error > max_error:
-        raise ValueError(
+        raise InputError(
             f"int8 factors of this {[M, N]} matrix reach {error:.2g} with every residual column, "
             f"not max_error={max_error:.2g}; allow more, or use another format"
         )

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from t2kernels import UnknownNameError
 from t2kernels.storage import FileError, header, read_json, verify, why_unreadable, write_json, write_tensors
 
 from . import schema
@@ -153,7 +154,7 @@ class Factors(Mapping[str, Factor | Int8Factor]):
 
     def _known(self, name: str) -> str:
         if name not in self.ranks:
-            raise KeyError(
+            raise UnknownNameError(
                 f"no factors of {name!r}; there are {', '.join(list(self.ranks)[:4])}{', ...' if len(self) > 4 else ''}"
             )
         return name
@@ -339,7 +340,7 @@ class _View(Mapping[str, T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._ranks:
-            raise KeyError(name)
+            raise UnknownNameError(name)
         return self._get(name)[: self._ranks[name]] if self._cut else self._get(name)
 
     def __iter__(self) -> Iterator[str]:

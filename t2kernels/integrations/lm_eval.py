@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import t2kernels as t2
+from t2kernels import InputError, MissingFileError, PackageError
 from t2kernels.experts.files import find_file
 from t2kernels.experts.names import BASE
 
 try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
-    raise ImportError(
+    raise PackageError(
         f"t2kernels.integrations.lm_eval needs lm-eval: pip install 't2kernels[lm-eval]' ({error})"
     ) from error
 
@@ -68,7 +69,7 @@ class SVFLM(HFLM):
             found = find_file(expert) or built_in.get(expert)
             if found is None:
                 known = ", ".join([BASE, *files, *built_in])
-                raise FileNotFoundError(f"expert={expert}: neither a file nor one of {known}")
+                raise MissingFileError(f"expert={expert}: neither a file nor one of {known}")
             expert = Path(found).stem
             files[expert] = Path(found)
         super().__init__(pretrained=str(t2.tiny.path()) if tiny else pretrained, **kwargs)
@@ -91,7 +92,7 @@ class SVFLM(HFLM):
         if name in (None, BASE):
             return None
         if name not in self.bank:
-            raise ValueError(
+            raise InputError(
                 f"a document asks for the expert {name!r}, and there is none of that name; given are "
                 f"{', '.join([BASE, *self.bank.names])}: name its file in experts=, or another column in expert_column="
             )
@@ -132,7 +133,7 @@ def _files(experts: str | Sequence[str]) -> dict[str, Path]:
         name, path = (name, path) if equals else (Path(name).stem, name)
         file = find_file(path)
         if file is None:
-            raise FileNotFoundError(f"experts: no file {path!r} for the expert {name!r}")
+            raise MissingFileError(f"experts: no file {path!r} for the expert {name!r}")
         files[name] = file
     return files
 

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from t2kernels import InputError
 from t2kernels.factors.factor import Factor
 from t2kernels.factors.int8 import Int8Factor, stack
 from t2kernels.factors.matrices import Matrix
@@ -42,7 +43,7 @@ class DeltaStack(SVFLinear):
         """
         module: Any = matrix.module
         if reason := unsupported(module):
-            raise ValueError(f"{matrix.path} ({type(module).__name__}) cannot be patched: {reason}; leave it out")
+            raise InputError(f"{matrix.path} ({type(module).__name__}) cannot be patched: {reason}; leave it out")
         check_transformers(module)
         self.place_at(matrix)
         self.tensor = matrix.tensor.rpartition(".")[2]

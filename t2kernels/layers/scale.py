@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from t2kernels import InputError
+
 
 def make_scale(z: Tensor, sigma: Tensor, form: str) -> Tensor:
     """The row of a table that an expert has: sigma * z ("factored") or sigma * (z - 1) ("delta").
@@ -17,7 +19,7 @@ def make_scale(z: Tensor, sigma: Tensor, form: str) -> Tensor:
     Returns [..., R] fp32, differentiable in z. Raises ValueError for another form, or if z is longer than sigma.
     """
     if z.shape[:-1] != sigma.shape[:-1] or z.shape[-1] > sigma.shape[-1]:
-        raise ValueError(
+        raise InputError(
             f"make_scale: z {list(z.shape)} does not fit sigma {list(sigma.shape)}; cut z first "
             "(truncation_error says what that loses)"
         )
@@ -26,7 +28,7 @@ def make_scale(z: Tensor, sigma: Tensor, form: str) -> Tensor:
         return sigma * z
     if form == "delta":
         return sigma * (z - 1)
-    raise ValueError(f"make_scale: form={form!r}; wanted 'factored' or 'delta'")
+    raise InputError(f"make_scale: form={form!r}; wanted 'factored' or 'delta'")
 
 
 def truncation_error(z: Tensor, sigma: Tensor, k: int) -> float:
@@ -38,7 +40,7 @@ def truncation_error(z: Tensor, sigma: Tensor, k: int) -> float:
     Returns 0 if nothing is lost. Raises ValueError if sigma is shorter than z.
     """
     if z.numel() > sigma.numel():
-        raise ValueError(
+        raise InputError(
             f"truncation_error: z has {z.numel()} components, sigma {sigma.numel()}; wanted the full spectrum"
         )
     change = sigma[: z.numel()].double() * (z.to(sigma.device).double() - 1).abs()
@@ -55,7 +57,7 @@ def z_from_logits(p: Tensor, sigma: Tensor, trace_norm: bool = True, max_mult: f
     Returns z [..., R], differentiable in p. Raises ValueError if the shapes differ. Source: Transformer²'s release.
     """
     if p.shape != sigma.shape:
-        raise ValueError(f"z_from_logits: wanted p and sigma of one shape, got {list(p.shape)} and {list(sigma.shape)}")
+        raise InputError(f"z_from_logits: wanted p and sigma of one shape, got {list(p.shape)} and {list(sigma.shape)}")
     m = torch.sigmoid(p.to(torch.promote_types(p.dtype, torch.float32))) * max_mult
     if not trace_norm:
         return m

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2kernels import InputError, OutOfRangeError
+
 from .dispatch import IMPLEMENTATIONS, run, run_backward, run_saving
 from .precision import FACTOR_DTYPES, X_DTYPES, forward_precision
 
@@ -73,7 +75,7 @@ def svf_linear_group(
     bases, biases = list(base or []), list(bias or [])
     for name, given in (("base", bases), ("bias", biases)):
         if given and len(given) != len(U):
-            raise ValueError(
+            raise InputError(
                 f"svf_linear_group: {name} has {len(given)} members, U has {len(U)}; give one a member or None"
             )
     _check(x, V, list(U), scale, expert_ids, bases or [None] * len(U), biases or [None] * len(U), impl)
@@ -173,7 +175,7 @@ def _check(
     impl: str,
 ) -> None:
     if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r} is unknown, expected 'auto' or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+        raise InputError(f"impl={impl!r} is unknown, expected 'auto' or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     lead = x.shape[:-1]
     if x.dtype not in X_DTYPES:
         raise _error("x.dtype", x.dtype, "float32, bfloat16, float16 or float64")
@@ -217,13 +219,13 @@ def _check(
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(ids))
         if low < 0 or high >= scale.shape[0]:
-            raise IndexError(
+            raise OutOfRangeError(
                 f"svf_linear: expert_ids holds {low if low < 0 else high}; scale has rows 0 to {scale.shape[0] - 1}"
             )
 
 
-def _error(name: str, got: object, expected: object) -> ValueError:
-    return ValueError(f"svf_linear: {name} is {got}, expected {expected}")
+def _error(name: str, got: object, expected: object) -> InputError:
+    return InputError(f"svf_linear: {name} is {got}, expected {expected}")
 
 
 # --- registration ------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
+from t2kernels import InputError
 from t2kernels.factors.checkpoint import meta_model
 from t2kernels.factors.factor import resolve_rank
 from t2kernels.factors.matrices import Targets, find_matrices
@@ -42,7 +43,7 @@ def count_parameters(
     if isinstance(model, PretrainedConfig):
         model = meta_model(model)
     if isinstance(lora_rank, bool) or not isinstance(lora_rank, int) or lora_rank < 1:
-        raise ValueError(f"lora_rank={lora_rank!r}; wanted an int of at least 1")
+        raise InputError(f"lora_rank={lora_rank!r}; wanted an int of at least 1")
     shapes = [m.shape for m in find_matrices(model, targets).values()]
     return ParameterCount(
         matrices=len(shapes),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.factors.matrices import stored_bytes
 from t2kernels.layers.linear import SVFLinear
@@ -115,7 +116,7 @@ def explain(
     """
     bank: ExpertBank | None = getattr(model, "t2_bank", None)
     if bank is None:
-        raise ValueError("the model is not patched; explain needs patch_model(model) first")
+        raise InputError("the model is not patched; explain needs patch_model(model) first")
     B, S = _sizes(batch)
     machine = machine or dispatch.device_of(bank.device)
     dtype = getattr(model, "dtype", None) or torch.get_default_dtype()
@@ -173,7 +174,7 @@ def _sizes(batch: int | Mapping[str, Any] | torch.Tensor) -> tuple[int, int]:
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     if isinstance(ids, torch.Tensor) and ids.dim() == 2:
         return ids.shape[0], ids.shape[1]
-    raise ValueError(
+    raise InputError(
         f"batch is {type(batch).__name__}; wanted a number of tokens, input_ids [B, S], or the output of the tokenizer"
     )
 
@@ -184,7 +185,7 @@ def _shares(experts: Any, B: int, S: int) -> tuple[bool, tuple[tuple[int, int], 
         return True, None
     experts = [repr(e) for e in experts]
     if experts and len(experts) != B:
-        raise ValueError(f"{len(experts)} experts for {B} sequences; wanted one for each, one name for all, or ()")
+        raise InputError(f"{len(experts)} experts for {B} sequences; wanted one for each, one name for all, or ()")
     counts = Counter(experts)
     return len(counts) == 1, tuple((i, n * S) for i, n in enumerate(counts.values())) or None
 

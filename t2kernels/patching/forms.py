@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from t2kernels import InputError
 from t2kernels.factors.matrices import Matrix, is_quantised
 from t2kernels.ops.planner import cheaper_form
 
@@ -31,7 +32,7 @@ def choose_form(
     """
     if matrix.index is not None:
         if form == "factored":
-            raise ValueError(
+            raise InputError(
                 f"{matrix.name}: mixture-of-experts stacks are patched in delta form; "
                 "use form='delta' or 'auto', or leave them out"
             )

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 from transformers.utils import logging
 
+from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.layers import subclass
 from t2kernels.layers.forward_hooks import remove_hook
@@ -113,14 +114,14 @@ def _route_of(
     if expert_ids is None and experts is UNSET:
         return bank.routing.asked_for()
     if expert_ids is not None and experts is not UNSET:
-        raise ValueError("give experts or expert_ids, not both")
+        raise InputError("give experts or expert_ids, not both")
     if hasattr(experts, "choose_for"):
         experts = experts.choose_for(model, _input_ids(args, kwargs), kwargs.get("attention_mask"))
     if expert_ids is None and experts is None:
         return None
     ids = bank.ids(experts) if expert_ids is None else bank.check_ids(expert_ids)
     if ids.dim() == 2:
-        raise ValueError(
+        raise InputError(
             "generate takes one expert for all prompts, or a list with one for each; one expert a token is for forward"
         )
     return Route(ids, repeats=True)
@@ -197,7 +198,7 @@ def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     entrance = bank.routing.enter(module)  # first of all: `_leave` is always called and ends it
     ids, names = kwargs.pop("expert_ids", None), kwargs.pop("experts", UNSET)
     if ids is not None and names is not UNSET:
-        raise ValueError("give experts or expert_ids, not both")
+        raise InputError("give experts or expert_ids, not both")
     if ids is not None:
         ids = bank.check_ids(ids)
     elif names is UNSET:
@@ -211,7 +212,7 @@ def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         return args, kwargs
     tokens = _tokens(args, kwargs)
     if tokens is not None and ids.shape != torch.Size(tokens)[: ids.dim()]:
-        raise ValueError(
+        raise InputError(
             f"expert_ids has shape {list(ids.shape)}, the batch has {tokens[0]} sequences of {tokens[1]} tokens; "
             "pass one id (0-dim), one per sequence [B], or one per token [B, S]"
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.origin import Origin
@@ -66,9 +67,9 @@ def patch_model(
     factored are restored within rounding).
     """
     if hasattr(model, "t2_bank"):
-        raise ValueError("the model is patched already: unpatch_model(model) first, or use the bank in model.t2_bank")
+        raise InputError("the model is patched already: unpatch_model(model) first, or use the bank in model.t2_bank")
     if form not in FORMS:
-        raise ValueError(f"form={form!r}; wanted 'auto', 'factored' or 'delta'")
+        raise InputError(f"form={form!r}; wanted 'auto', 'factored' or 'delta'")
     resolve_rank(rank, 1)
     routing, origin = Routing(), Origin(*name_of(model))
     supply = FactorSupply(factors, max_error, origin, _dtype(model))
@@ -77,7 +78,7 @@ def patch_model(
     plan = {name: choose_form(m, supports[name], form, *supply.dtypes(m)) for name, m in matrices.items()}
     for name, m in matrices.items():
         if reason := unsupported(m, plan[name][0]) or supply.unsupported(m):
-            raise ValueError(f"{name} {reason}")
+            raise InputError(f"{name} {reason}")
 
     layers: list[tuple[SVFLinear, tuple[str, ...]]] = []
     done = 0
@@ -117,12 +118,12 @@ def unpatch_model(model: nn.Module, expert: str | Expert | None = None) -> nn.Mo
     """
     bank: ExpertBank | None = getattr(model, "t2_bank", None)
     if bank is None:
-        raise ValueError("the model is not patched")
+        raise InputError("the model is not patched")
     row = 0
     if expert is not None:
         for layer, _ in bank.layers:
             if reason := layer.unsupported_merge(model):
-                raise ValueError(reason)
+                raise InputError(reason)
         if isinstance(expert, Expert):
             name = "merged@0"  # a version: what the user names has none
             bank.add(name, expert, replace=True)
@@ -149,7 +150,7 @@ def _by_layer(matrices: Mapping[str, Matrix]) -> list[list[Matrix]]:
         groups.setdefault(m.tensor, []).append(m)
     for tensor, members in groups.items():
         if members[0].index is not None and len(members) != members[0].stored.shape[0]:
-            raise ValueError(
+            raise InputError(
                 f"{tensor}: select all weights of a mixture-of-experts stack, or none; {len(members)} were selected"
             )
     return list(groups.values())

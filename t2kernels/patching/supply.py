@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from t2kernels import InputError
 from t2kernels.experts.origin import Origin
 from t2kernels.factors.factor import Factor, svd
 from t2kernels.factors.formats import FORMATS, check_format, convert
@@ -34,7 +35,7 @@ class FactorSupply:
             self.format, given = given, None
             check_format(self.format, max_error)
         elif max_error is not None:
-            raise ValueError(
+            raise InputError(
                 f"max_error={max_error}: it limits what a format loses; pass it with factors='int8', 'fp16' or 'bf16'"
             )
         self.factors: Factors | Mapping[str, Factor | Int8Factor] | None = (
@@ -60,8 +61,13 @@ class FactorSupply:
     def unsupported(self, matrix: Matrix) -> str | None:
         """Why there are no factors for a matrix, and what to do; None if there are."""
         if self.factors is not None:
-            known = matrix.name in self.factors
-            return None if known else "has no factors; decompose with the same targets, or pass fewer targets"
+            if matrix.name not in self.factors:
+                return f"has no factors{self._whose}; decompose with the same targets, or pass fewer targets"
+            shape = self._shape(matrix.name)
+            if shape != matrix.shape:
+                return (
+                    f"is {list(matrix.shape)}, its factors are of {list(shape)}: they are of another model{self._whose}"
+                )
         if matrix.index is None and not is_quantised(matrix.module) and not torch.isfinite(matrix.stored).all():
             return "holds NaN or infinity; its checkpoint is damaged"
         return None
@@ -90,11 +96,8 @@ class FactorSupply:
         self, factors: Factors | Mapping[str, Factor | Int8Factor], m: Matrix, form: str, wanted: int
     ) -> Factor | Int8Factor:
         factor = factors[m.name]
-        got = (factor.U.shape[0], factor.V.shape[0])
-        if got != m.shape:
-            raise ValueError(f"{m.name} is {list(m.shape)}, its factors are of {list(got)}: they are of another model")
         if factor.rank < wanted:
-            raise ValueError(
+            raise InputError(
                 f"{m.name}: the factors hold {factor.rank} components, {form} form needs {wanted}; decompose with more"
             )
         try:
@@ -103,12 +106,29 @@ class FactorSupply:
             W = None  # a format that cannot be read, so it cannot be compared either
         if isinstance(W, Tensor):
             u, v = (t.to(W.device) for t in leading_pair(factor))
-            check_weight(m.name, factor, W.float() @ v, u, is_quantised(m.module))
+            try:
+                check_weight(m.name, factor, W.float() @ v, u, is_quantised(m.module))
+            except InputError as e:
+                raise InputError(f"{e}{self._whose}") from None
         if isinstance(factors, Factors):
             self.origin.record(m.name, factor, factors.fingerprints[m.name], factors.sketches[m.name])
         else:
             self.origin.record(m.name, factor)
         return factor
+
+    @property
+    def _whose(self) -> str:
+        """Of which model the factors are by their manifest, if that is not the name of this model."""
+        theirs = self.factors.manifest.get("base_model") if isinstance(self.factors, Factors) else None
+        mine = self.origin.base_model
+        return f" (they are of {theirs!r}, the model is {mine!r})" if theirs and theirs != mine else ""
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        """(M, N) of the weight that factors are of."""
+        if isinstance(self.factors, Factors):
+            return self.factors.shape(name)  # without reading the factors
+        factor = (self.factors or {})[name]
+        return factor.U.shape[0], factor.V.shape[0]
 
     def _is_int8(self, name: str) -> bool:
         if isinstance(self.factors, Factors):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from t2kernels import InputError
+
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...}, and whatever else the template reads."""
 Chat = Sequence[Message]
@@ -38,7 +40,7 @@ def encode(tokenizer: Any, prompts: Sequence[AnyPrompt]) -> list[list[int]]:
     """
     chats = [not isinstance(prompt, str) for prompt in prompts]
     if any(chats) and not all(chats):
-        raise ValueError("some prompts of this batch are text and some are chats: use one of the two throughout")
+        raise InputError("some prompts of this batch are text and some are chats: use one of the two throughout")
     texts = [
         tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) if chat else prompt
         for prompt, chat in zip(prompts, chats, strict=True)

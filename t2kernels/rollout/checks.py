@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from t2kernels import InputError
+
 
 def check_setting(good: bool, name: str, value: object, wanted: str) -> None:
     """Raise ValueError "name=value; wanted ..." unless `good`."""
     if not good:
-        raise ValueError(f"{name}={value!r}; wanted {wanted}")
+        raise InputError(f"{name}={value!r}; wanted {wanted}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
+
+from t2kernels import InputError
 
 from .chat import AnyPrompt, as_completion, encode, end_tokens
 from .modes import eval_mode
@@ -99,7 +102,7 @@ class Sampler:
         self.ends: list[int] = end_tokens(model, tokenizer)
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
-                raise ValueError(
+                raise InputError(
                     "the tokenizer has no pad token and no end-of-text token to pad with: set tokenizer.pad_token"
                 )
             tokenizer.pad_token = tokenizer.eos_token
@@ -114,7 +117,7 @@ class Sampler:
         rows = encode(self.tokenizer, prompts)
         width = max(map(len, rows))
         if self.limit is not None and width + self.max_new_tokens > self.limit:
-            raise ValueError(
+            raise InputError(
                 f"the longest prompt has {width} tokens, with max_new_tokens={self.max_new_tokens} that is "
                 f"{width + self.max_new_tokens}; the model has {self.limit} positions: leave such prompts out, or "
                 "lower max_new_tokens"
@@ -142,7 +145,7 @@ class Sampler:
         """Draw completions with `model.generate`, in eval mode.
 
         ids, mask: [B, P] int64, left-padded prompts; samples: completions of each, side by side
-        temperature: 0 is greedy
+        temperature: 0 is greedy. Raises ValueError if it is negative or not finite
         cache: KV cache of the first tokens of all B * samples rows, or None. It is changed.
         stop: texts that end a completion as well; they stay in it
         own_settings: False: the model's own generation settings (top-k, penalties, ...) do not apply, so that tokens
@@ -153,6 +156,8 @@ class Sampler:
         the others do not wait for a few long rows. With `stop` or the model's own settings there is one stage, since
         these depend on where the completion begins. The model is not changed: other threads may use it.
         """
+        if not (temperature >= 0 and math.isfinite(temperature)):
+            raise InputError(f"temperature={temperature}; expected 0 (greedy) or more")
         ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
         prompts = mask
         routing = {k: v.repeat_interleave(samples, 0) if v.dim() else v for k, v in routing.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 
 
@@ -11,5 +12,5 @@ def bank_of(model: nn.Module) -> ExpertBank:
     """The bank of a model that `patch_model` has patched. Raises ValueError for any other model."""
     bank = getattr(model, "t2_bank", None)
     if bank is None:
-        raise ValueError("the model is not patched: bank = t2kernels.patch_model(model) first")
+        raise InputError("the model is not patched: bank = t2kernels.patch_model(model) first")
     return bank

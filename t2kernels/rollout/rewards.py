@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2kernels import InputError
+
 Reward = Callable[..., Sequence[float]]
 """reward(prompts=[...], completions=[...], **columns) -> one number for each completion: the form that TRL calls."""
 
@@ -36,13 +38,13 @@ class Scorer:
         reward = reward.reward if is_task(reward) else reward
         rewards = tuple(reward) if isinstance(reward, (list, tuple)) else (reward,)
         if not rewards or not all(map(callable, rewards)):
-            raise ValueError(
+            raise InputError(
                 f"reward={reward!r}; wanted a callable reward(prompts, completions, **columns) -> list of numbers, "
                 "a list of these, or a task"
             )
         weights = tuple(map(float, weights or [1.0] * len(rewards)))
         if len(weights) != len(rewards):
-            raise ValueError(f"{len(weights)} reward_weights for {len(rewards)} rewards; wanted one for each")
+            raise InputError(f"{len(weights)} reward_weights for {len(rewards)} rewards; wanted one for each")
         return cls(rewards, weights)
 
     @property
@@ -73,14 +75,14 @@ def _numbers(values: object, count: int, reward: Reward) -> Tensor:
         values = values.detach().reshape(-1).tolist()
     if not hasattr(values, "__len__") or len(values) != count:
         got = f"{len(values)} values" if hasattr(values, "__len__") else repr(values)
-        raise ValueError(f"{who} returned {got} for {count} completions; wanted one number for each")
+        raise InputError(f"{who} returned {got} for {count} completions; wanted one number for each")
     try:
         numbers = [float(v) for v in values]
     except (TypeError, ValueError) as e:
-        raise ValueError(f"{who} returned something that is not a number: {e}") from None
+        raise InputError(f"{who} returned something that is not a number: {e}") from None
     for i, number in enumerate(numbers):
         if not math.isfinite(number):
-            raise ValueError(f"{who} returned {number} for completion {i} of {count}; wanted finite numbers")
+            raise InputError(f"{who} returned {number} for completion {i} of {count}; wanted finite numbers")
     return torch.tensor(numbers, dtype=torch.float32)
 
 

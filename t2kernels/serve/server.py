@@ -9,7 +9,7 @@ from types import FrameType
 
 import uvicorn
 
-from t2kernels.serve.http.errors import EngineError
+from t2kernels.serve.http.errors import AddressError, EngineError
 
 from .app import make_app
 from .service import Service
@@ -76,7 +76,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         made.close()
         message = f"cannot listen on {host} port {port} ({error.strerror}); choose another with --host and --port"
-        raise OSError(error.errno, message) from None
+        raise AddressError(error.errno, message) from None
     return made
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from t2kernels import InputError, MissingFileError
+
 from . import tiny
 from .base import Task, from_jsonl
 from .hub import TASKS
@@ -52,17 +54,17 @@ def load(
         dataset = TASKS[name]
         return replace(dataset.make(name, Rows(name, dataset.source, path, holdout), checker), chat=chat)
     if path is not None or holdout:
-        raise ValueError(f"path and holdout are for {', '.join(TASKS)}; not for {name!r}")
+        raise InputError(f"path and holdout are for {', '.join(TASKS)}; not for {name!r}")
     if name.endswith(".jsonl"):
         if not Path(name).is_file():
-            raise FileNotFoundError(f"no file {name!r}; expected a JSONL file with the columns prompt and answer")
+            raise MissingFileError(f"no file {name!r}; expected a JSONL file with the columns prompt and answer")
         return replace(from_jsonl(name), chat=chat)
     if name in names():
         return replace(tiny.task(name), chat=chat)
     known = [*names(), *TASKS]
     close = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(
+    raise InputError(
         f"no task {name!r}; {hint}Known are {', '.join(known)}, NAME:PATH for a copy of a dataset, "
         "and any path to a .jsonl file"
     )

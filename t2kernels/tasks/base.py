@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from t2kernels import InputError
+
 from .records import Row, json_lines, text
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
@@ -61,12 +63,12 @@ class Task:
         Raises ValueError if the split is not train, validation or test, or has no problem or fewer than `n`.
         """
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+            raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
         if n is not None and n < 1:
-            raise ValueError(f"n is {n}; ask for at least one problem")
+            raise InputError(f"n is {n}; ask for at least one problem")
         rows = self.rows(split, n, seed)
         if not rows or (n is not None and len(rows) < n):
-            raise ValueError(
+            raise InputError(
                 f"task {self.name!r} has {len(rows)} problems in its {split} split; {n or 'at least one'} wanted"
             )
         return [self._styled(row) for row in rows]
@@ -95,7 +97,7 @@ class Task:
         Raises ValueError if the lengths differ.
         """
         if not len(prompts) == len(completions) == len(answer):
-            raise ValueError(
+            raise InputError(
                 f"{len(prompts)} prompts, {len(completions)} completions and {len(answer)} answers; "
                 "expected one completion and one answer per prompt"
             )
@@ -141,9 +143,9 @@ def from_jsonl(path: str | Path) -> Task:
             text(row, "answer")
             parts[split_of(row, text(row, "prompt"))].append({k: v for k, v in row.items() if k != "split"})
         except ValueError as e:
-            raise ValueError(f"{where}: {e}") from None
+            raise InputError(f"{where}: {e}") from None
     if not any(parts.values()):
-        raise ValueError(f'{path} has no problem; expected one per line, as {{"prompt": "2+2=", "answer": "4"}}')
+        raise InputError(f'{path} has no problem; expected one per line, as {{"prompt": "2+2=", "answer": "4"}}')
     return Task(path.name.removesuffix(".jsonl"), lambda split, n, seed: [dict(row) for row in parts[split][:n]])
 
 
@@ -151,5 +153,5 @@ def split_of(row: Mapping[str, Any], prompt: str) -> str:
     """The split in the row's column `split`, else the `bucket` of its prompt. Raises ValueError."""
     split = row.get("split")
     if split not in (None, *SPLITS):
-        raise ValueError(f"'split' is {split!r}; it must be one of {', '.join(SPLITS)}")
+        raise InputError(f"'split' is {split!r}; it must be one of {', '.join(SPLITS)}")
     return split or bucket(prompt)

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from t2kernels import InputError
+
 Row = dict[str, Any]
 """A problem: column name -> value."""
 
@@ -23,11 +25,11 @@ def json_lines(path: Path) -> Iterator[Raw]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{where}: not JSON ({error})") from None
+                raise InputError(f"{where}: not JSON ({error})") from None
             except RecursionError:
-                raise ValueError(f"{where}: not usable JSON (lists or objects are nested too deeply)") from None
+                raise InputError(f"{where}: not usable JSON (lists or objects are nested too deeply)") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: a {type(row).__name__}, not an object with columns in braces")
+                raise InputError(f"{where}: a {type(row).__name__}, not an object with columns in braces")
             yield where, row
 
 
@@ -35,7 +37,7 @@ def text(raw: Mapping[str, Any], column: str) -> str:
     """The value of a column that must hold a non-empty string. Raises ValueError."""
     value = _column(raw, column)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{column!r} is {value!r:.60}; expected a non-empty string")
+        raise InputError(f"{column!r} is {value!r:.60}; expected a non-empty string")
     return _encodable(column, value)
 
 
@@ -43,13 +45,13 @@ def texts(raw: Mapping[str, Any], column: str) -> list[str]:
     """The value of a column that must hold a non-empty list of strings. Raises ValueError."""
     value = _column(raw, column)
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(t, str) for t in value):
-        raise ValueError(f"{column!r} is {value!r:.60}; expected a non-empty list of strings")
+        raise InputError(f"{column!r} is {value!r:.60}; expected a non-empty list of strings")
     return [_encodable(column, t) for t in value]
 
 
 def _column(raw: Mapping[str, Any], column: str) -> Any:
     if column not in raw:
-        raise ValueError(f"no {column!r}; the columns are {', '.join(raw) or 'none'}")
+        raise InputError(f"no {column!r}; the columns are {', '.join(raw) or 'none'}")
     return raw[column]
 
 
@@ -59,7 +61,7 @@ def _encodable(column: str, value: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         half = value[error.start]
-        raise ValueError(
+        raise InputError(
             f"{column!r} has {half!r} at position {error.start}, half of a surrogate pair; expected valid Unicode"
         ) from None
     return value

@@ -22,6 +22,8 @@ from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from t2kernels import InputError
+
 from .base import Task, bucket
 from .records import Row
 
@@ -108,7 +110,7 @@ def apply(operation: str, text: str) -> str:
             return "".join(map(_shift, text))
         case "u":
             return _shift(text[0]) + text[1:]
-    raise ValueError(f"operation {operation!r} is not one of {OPERATIONS}")
+    raise InputError(f"operation {operation!r} is not one of {OPERATIONS}")
 
 
 def _word(r: random.Random, symbols: str = LETTERS) -> str:

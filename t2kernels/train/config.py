@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from t2kernels import InputError
 from t2kernels.rollout.checks import check_setting
 
 from .arguments import UnsupportedSettingError, unsupported
@@ -123,6 +124,8 @@ class SVFConfig(TrainingArguments):
             self.temperature,
             "0 (greedy) or more",
         )
+        rate = float(self.learning_rate)
+        check_setting(rate >= 0 and math.isfinite(rate), "learning_rate", self.learning_rate, "0 or more")
         check_setting(self.kl_coef >= 0 and math.isfinite(self.kl_coef), "kl_coef", self.kl_coef, "0 or more")
         check_setting(
             self.advantage_clip is None or self.advantage_clip > 0,
@@ -142,7 +145,7 @@ class SVFConfig(TrainingArguments):
                 f"at least 2 for advantage={self.advantage!r}",
             )
             if self.temperature == 0:
-                raise ValueError(
+                raise InputError(
                     f"advantage={self.advantage!r} compares samples of a prompt, and at temperature=0 all are the same"
                 )
         metric = self.metric_for_best_model
@@ -161,7 +164,7 @@ class SVFConfig(TrainingArguments):
         on = getattr(self, new) or self.gradient_checkpointing
         kwargs = dict(getattr(self, f"{new}_kwargs") or self.gradient_checkpointing_kwargs or {})
         if on and kwargs.setdefault("use_reentrant", False):
-            raise ValueError(
+            raise InputError(
                 "use_reentrant=True would recompute with the wrong experts: leave it out, or set it to False"
             )
         if on:

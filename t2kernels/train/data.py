@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from t2kernels import InputError
 from t2kernels.rollout.rewards import is_task
 
 
@@ -29,16 +30,16 @@ class Problems(Dataset[dict[str, Any]]):
 
     def _check(self, rows: Any, what: str, by_column: bool) -> None:
         if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, (str, Mapping)):
-            raise ValueError(f"{what} is a {type(rows).__name__}; wanted a list of dicts, a datasets.Dataset or a task")
+            raise InputError(f"{what} is a {type(rows).__name__}; wanted a list of dicts, a datasets.Dataset or a task")
         if not len(rows):
-            raise ValueError(f"{what} is empty")
+            raise InputError(f"{what} is empty")
         checked = enumerate(rows) if isinstance(rows, list) else [(0, rows[0])]
         for i, row in checked:
             if not isinstance(row, Mapping):
-                raise ValueError(f"{what}[{i}] is a {type(row).__name__}; wanted a dict with a prompt")
+                raise InputError(f"{what}[{i}] is a {type(row).__name__}; wanted a dict with a prompt")
             for column in ("prompt", "expert") if by_column else ("prompt",):
                 if column not in row:
-                    raise ValueError(
+                    raise InputError(
                         f"{what}[{i}] has no {column!r}; its columns are {', '.join(map(repr, row)) or 'none'}"
                     )
 
@@ -82,12 +83,12 @@ def by_expert(train_dataset: Any, experts: str | Mapping[str, Any] | None) -> tu
     """
     if isinstance(experts, Mapping):
         if train_dataset is not None:
-            raise ValueError("experts={name: dataset} already says what to train on: leave out train_dataset")
+            raise InputError("experts={name: dataset} already says what to train on: leave out train_dataset")
         if not experts:
-            raise ValueError("experts={} names none; wanted {name: dataset}")
+            raise InputError("experts={} names none; wanted {name: dataset}")
         data = dict(experts)
     elif train_dataset is None:
-        raise ValueError("there is nothing to train on: pass train_dataset, or experts={name: dataset}")
+        raise InputError("there is nothing to train on: pass train_dataset, or experts={name: dataset}")
     elif experts is None and not is_task(train_dataset) and len(train_dataset) and "expert" in train_dataset[0]:
         return train_dataset, {}
     else:

@@ -15,6 +15,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl
 
+from t2kernels import InputError, InputTypeError
 from t2kernels.rollout.chat import as_completion
 from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
 from t2kernels.rollout.rewards import Scorer, advantages
@@ -76,7 +77,7 @@ class ReinforceTrainer(Trainer):
         check_trainer()
         check_arguments(args, kwargs)
         if processing_class is None:
-            raise ValueError("processing_class is missing: give the model's tokenizer")
+            raise InputError("processing_class is missing: give the model's tokenizer")
         self.scorers: dict[str | None, Scorer] = dict(scorers)
         self.sampler: Sampler = Sampler(model, processing_class, args.max_new_tokens or 64)
         for part in (train_dataset, eval_dataset):
@@ -242,7 +243,7 @@ class ReinforceTrainer(Trainer):
         start = time.perf_counter()
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if data is None:
-            raise ValueError("evaluate() needs problems: pass eval_dataset here or to the trainer")
+            raise InputError("evaluate() needs problems: pass eval_dataset here or to the trainer")
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = [data[i] for i in range(rank, len(data), world)]
         results = [one for part in gather(self._answer(rows), world) for one in part]
@@ -325,7 +326,7 @@ class ReinforceTrainer(Trainer):
             rows = rows if name is None else [{**row, "expert": name} for row in rows]
             for row in rows:
                 if row.get("expert") not in self.scorers:
-                    raise ValueError(
+                    raise InputError(
                         f"no reward for rows of expert {row.get('expert')!r}; there are some for {list(self.scorers)}"
                     )
             self.score(rows, [as_completion("", row["prompt"]) for row in rows])
@@ -347,7 +348,7 @@ def check_arguments(args: SVFConfig, kwargs: Mapping[str, object]) -> SVFConfig:
     kwargs: the other arguments of Trainer
     """
     if not isinstance(args, SVFConfig):
-        raise TypeError(f"args is a {type(args).__name__}; wanted an SVFConfig")
+        raise InputTypeError(f"args is a {type(args).__name__}; wanted an SVFConfig")
     if reason := unsupported(args) or unsupported_argument(kwargs):
         raise UnsupportedSettingError(reason)
     return args

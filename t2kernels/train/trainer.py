@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from t2kernels import InputError, UnknownNameError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.names import check_files
@@ -100,14 +101,14 @@ class SVFTrainer(ReinforceTrainer):
         check_files(names)
         for name in names:
             if name in bank:
-                raise ValueError(
+                raise InputError(
                     f"the bank has an expert named {name!r}; choose another name, or remove it and pass it as init"
                 )
         self.init: dict[str, Expert | None] = (
             dict.fromkeys(names, init) if isinstance(init, Expert) or init is None else dict(init)
         )
         if unknown := set(self.init) - set(names):
-            raise ValueError(f"init has {sorted(unknown)}, but the experts in training are {names}")
+            raise InputError(f"init has {sorted(unknown)}, but the experts in training are {names}")
         if args.max_new_tokens is None and tasks:
             args.max_new_tokens = max(getattr(t, "max_new_tokens", 64) for t in tasks.values())
         rewards = reward if isinstance(reward, Mapping) else dict.fromkeys(names, reward)
@@ -118,7 +119,7 @@ class SVFTrainer(ReinforceTrainer):
         self.tasks: dict[str, str | None] = {name: getattr(task, "name", None) for name, task in tasks.items()}
         evaluation = problems(eval_dataset, "validation", "eval_dataset")
         if evaluation is not None and (unknown := set(evaluation.experts) - set(names)):
-            raise ValueError(
+            raise InputError(
                 f"eval_dataset has problems of {sorted(map(str, unknown))}, but the experts in training are {names}"
             )
         super().__init__(model, args, train, evaluation, scorers, processing_class, **kwargs)
@@ -243,7 +244,7 @@ class SVFTrainer(ReinforceTrainer):
         if name in self.experts:
             return self.experts[name]
         if name not in self.bank.in_training or name not in self._names:
-            raise KeyError(f"no expert {name!r} was trained here; there are {list(self.experts) or 'none yet'}")
+            raise UnknownNameError(f"no expert {name!r} was trained here; there are {list(self.experts) or 'none yet'}")
         return self.bank.expert(self.bank[name].z, **self._manifest(name))
 
     def _manifest(self, name: str) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from t2kernels import InputError, MissingFileError
 from t2kernels.cli.console import bar, is_missing, out
-from t2kernels.cli.models import parse_dtype, parse_rank
+from t2kernels.cli.model_files import locate
+from t2kernels.cli.models import load, parse_device, parse_dtype, parse_rank
 
 if TYPE_CHECKING:
     from t2kernels import Factors
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
 def decompose(
     model: str = typer.Argument(
-        help="The directory of a checkpoint, or the id of a model on the Hugging Face hub.", show_default=False
+        help="The directory of a checkpoint, a .gguf file, 'tiny', or the id of a model on the Hugging Face hub.",
+        show_default=False,
     ),
     into: Path = typer.Option(
         ..., "--out", "-o", help="Directory to write to. A run that was interrupted continues there."
@@ -42,7 +45,10 @@ def decompose(
     ),
     device: str = typer.Option(None, help="Where to compute.  \\[default: a GPU if there is one]", show_default=False),
     workers: int = typer.Option(
-        None, help="Matrices to decompose at once.  \\[default: enough to keep the cores busy]", show_default=False
+        None,
+        min=1,
+        help="Matrices to decompose at once.  \\[default: enough to keep the cores busy]",
+        show_default=False,
     ),
 ) -> None:
     """Decompose a checkpoint into frozen factors W = U diag(sigma) Vᵀ, without loading the whole model.
@@ -56,21 +62,25 @@ def decompose(
     import t2kernels as t2
 
     if is_missing(model):
-        raise FileNotFoundError(f"no checkpoint at {model}")
+        raise MissingFileError(f"no checkpoint at {model}")
     start, make = time.perf_counter(), t2.decompose
-    wanted = {"rank": parse_rank(rank), "targets": targets, "device": device, "workers": workers}
+    wanted = {"rank": parse_rank(rank), "targets": targets, "device": parse_device(device), "workers": workers}
     wanted |= {"dtype": None if dtype is None else parse_dtype(dtype), "format": format, "max_error": max_error}
+    files = locate(model)  # after the options, which are looked at first
     if format == "vllm":
         from t2kernels.integrations.vllm.engine.model_folder import write_checkpoint
 
         make = write_checkpoint
         if wanted.pop("rank") is not None:
-            raise ValueError(f"--rank {rank}: the factored form needs every component; leave it out")
+            raise InputError(f"--rank {rank}: the factored form needs every component; leave it out")
+        if files.gguf:
+            raise InputError(f"--format vllm: {model} is a GGUF file; give the directory of its original checkpoint")
         del wanted["format"]
     with bar("[dim]{task.fields[name]}[/]") as progress:
         task = progress.add_task("decomposing", total=None, name="reading the checkpoint")
         factors = make(
-            model,
+            # transformers turns the tensors of a GGUF file into those of its model.
+            load(model).model if files.gguf else files.source,
             into,
             **wanted,
             progress=lambda name, done, total: progress.update(task, completed=done, total=total, name=name),

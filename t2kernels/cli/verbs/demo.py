@@ -30,7 +30,7 @@ SERVED = ("math", "code", "reason")
 
 def demo(
     quick: bool = typer.Option(
-        False, "--quick", help="Few steps and few problems: to see that it runs; its numbers mean nothing."
+        False, "--quick", metavar="", help="Few steps and few problems: to see that it runs; its numbers mean nothing."
     ),
 ) -> None:
     """Train an expert, serve many in one batch, and time it, on the built-in model: three minutes on two CPU cores.

@@ -30,7 +30,7 @@ PACKAGES: tuple[str, ...] = (
 )
 
 
-def env(as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table.")) -> None:
+def env(as_json: bool = typer.Option(False, "--json", metavar="", help="Print JSON instead of a table.")) -> None:
     """Report versions, CPU, memory, GPUs, and the implementations of svf_linear that run here.
 
     [dim]$[/] t2 env --json > env.json
@@ -38,6 +38,11 @@ def env(as_json: bool = typer.Option(False, "--json", help="Print JSON instead o
     found = report()
     if as_json:
         print(json.dumps(found, indent=1))
+        return
+    if not out.is_terminal:  # a file or a pipe has no width to fit into
+        for section, facts in found.items():
+            for name, value in facts.items():
+                out.print(f"{section}: {name}: {value}", soft_wrap=True, markup=False)
         return
     shown = Table("", "", show_header=False, box=None, pad_edge=False)
     for section, facts in found.items():

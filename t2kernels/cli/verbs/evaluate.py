@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from t2kernels import InputError, MissingFileError
 from t2kernels.cli import models, strategies
 from t2kernels.cli.console import bar, comma_list, out, show, table
 from t2kernels.evaluation import Measured, Score, measure
@@ -45,14 +46,17 @@ def evaluate(
     chat: bool = typer.Option(
         None,
         "--chat/--no-chat",
+        metavar="",
         help="Ask through the chat template, or not.  "
         "\\[default: for datasets of the hub, if the model has a template]",
     ),
-    batch: int = typer.Option(256, help="Prompts of a batch; all experts share it."),
+    batch: int = typer.Option(256, min=1, help="Prompts of a batch; all experts share it."),
     max_new_tokens: int = typer.Option(
-        None, help="Tokens of the longest answer.  \\[default: the task's]", show_default=False
+        None, min=1, help="Tokens of the longest answer.  \\[default: the task's]", show_default=False
     ),
-    save: Path = typer.Option(None, "--json", help="Write the numbers to this file as well.", show_default=False),
+    save: Path = typer.Option(
+        None, "--json", dir_okay=False, help="Write the numbers to this file as well.", show_default=False
+    ),
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
     form: str = models.FormOption,
@@ -72,9 +76,11 @@ def evaluate(
     """
     from t2kernels import tasks
 
+    if save is not None and not save.parent.is_dir():
+        raise MissingFileError(f"--json {save}: there is no directory {save.parent}")
     asked = comma_list(task)
     if not asked:
-        raise ValueError("--task is empty; name a task, such as --task math")
+        raise InputError("--task is empty; name a task, such as --task math")
     chosen = [tasks.load(name) for name in asked]
     labels = [
         one.name if sum(one.name == other.name for other in chosen) == 1 else name
@@ -114,7 +120,7 @@ def check_labels(task: str, rows: Sequence[Mapping[str, Any]], column: str | Non
     """Raise ValueError if a column does not name one of the experts in every row. column: None checks nothing."""
     for i, row in enumerate(rows if column else (), 1):
         if row.get(column) not in (*names, BASE):
-            raise ValueError(
+            raise InputError(
                 f"--by {column}: problem {i} of {task!r} has {row.get(column)!r} there, which is none of --experts; "
                 f"given are {', '.join([*names, BASE])}"
             )
@@ -131,9 +137,9 @@ def styled(task: Any, chat: bool | None, tokenizer: Any) -> Any:
     if chat is None:
         chat = template and task.name in tasks.hub_names() and not task.images
     if chat and not template:
-        raise ValueError("--chat: this model's tokenizer has no chat template")
+        raise InputError("--chat: this model's tokenizer has no chat template")
     if chat and task.images:
-        raise ValueError(
+        raise InputError(
             f"--chat: the messages of {task.name!r} hold images, which need a vision-language model; --no-chat asks "
             "with the words in them"
         )

@@ -10,8 +10,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from t2kernels import InputError
 from t2kernels.cli import models, strategies
-from t2kernels.cli.console import out
+from t2kernels.cli.console import check_text, out
 from t2kernels.evaluation import answers
 from t2kernels.experts.names import BASE, MIX, Name, write_mixture
 from t2kernels.rollout.chat import AnyPrompt, has_template, user_message
@@ -30,13 +31,16 @@ def generate(
     adapt: str = strategies.AdaptOption,
     strategy_options: dict[str, Any] = strategies.EACH,
     pair: bool = typer.Option(
-        False, "--pair", help="Answer the i-th prompt with the i-th expert, not every prompt with every expert."
+        False,
+        "--pair",
+        metavar="",
+        help="Answer the i-th prompt with the i-th expert, not every prompt with every expert.",
     ),
     model: str = models.ModelOption,
-    max_new_tokens: int = typer.Option(64, help="Tokens of the longest answer."),
-    temperature: float = typer.Option(0.0, help="Sampling temperature; 0 is greedy."),
-    chat: bool = typer.Option(False, "--chat", help="Ask through the model's chat template."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON lines instead of a table."),
+    max_new_tokens: int = typer.Option(64, min=1, help="Tokens of the longest answer."),
+    temperature: float = typer.Option(0.0, min=0, help="Sampling temperature; 0 is greedy."),
+    chat: bool = typer.Option(False, "--chat", metavar="", help="Ask through the model's chat template."),
+    as_json: bool = typer.Option(False, "--json", metavar="", help="Print JSON lines instead of a table."),
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
     form: str = models.FormOption,
@@ -55,14 +59,16 @@ def generate(
     [dim]$[/] t2 generate "47+8+6?" "rsxt(gcafd)?" --adapt classify
     """
     if adapt and (mix or pair):
-        raise ValueError(
+        raise InputError(
             "--adapt chooses the expert of each prompt: it takes no --mix and no --pair; give the experts with --expert"
         )
+    for prompt in prompts:
+        check_text(prompt)
     if adapt:
         strategies.check(adapt, strategy_options)
     loaded = models.load(model, dtype, device)
     if chat and not has_template(loaded.tokenizer):
-        raise ValueError("--chat: this model's tokenizer has no chat template")
+        raise InputError("--chat: this model's tokenizer has no chat template")
     bank = models.patch(loaded, targets, rank, form, factors)
     asked: list[AnyPrompt] = [user_message(prompt) for prompt in prompts] if chat else list(prompts)
     if adapt:
@@ -99,7 +105,7 @@ def _asked_for(
     if not pair:
         return [(i, label, name) for i in range(count) for label, name in named]
     if count != len(named):
-        raise ValueError(f"--pair: {count} prompts and {len(named)} experts; wanted one expert for each prompt")
+        raise InputError(f"--pair: {count} prompts and {len(named)} experts; wanted one expert for each prompt")
     return [(i, label, name) for i, (label, name) in enumerate(named)]
 
 

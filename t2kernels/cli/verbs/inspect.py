@@ -11,14 +11,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from t2kernels import MissingFileError
 from t2kernels.cli.console import is_missing, out, show, table
+from t2kernels.cli.model_files import GGUF, TINY, locate, reading
 
 
 def inspect(
     path: str = typer.Argument(
-        help="The file of an expert, a directory of factors or of a checkpoint, or the id of a model on the hub."
+        help="The file of an expert, a directory of factors or of a checkpoint, a .gguf file, 'tiny', or the id of a "
+        "model on the hub."
     ),
-    rows: int = typer.Option(0, help="Show only so many matrices; 0 shows all."),
+    rows: int = typer.Option(0, min=0, help="Show only so many matrices; 0 shows all."),
 ) -> None:
     """Show the content of an expert, of a directory of factors or of a model.
 
@@ -31,10 +34,14 @@ def inspect(
     from t2kernels.experts.files import find_file
 
     place = Path(path).expanduser()
-    if find_file(place) is not None:
+    if path == TINY or place.suffix == GGUF:
+        _model(path)
+    elif find_file(place) is not None:
         _expert(place, rows)
-    elif (place / "manifest.json").is_file():
+    elif path and (place / "manifest.json").is_file():
         _factors(place, rows)
+    elif is_missing(path):
+        raise MissingFileError(f"no expert, no factors and no checkpoint at {path}")
     else:
         _model(path)
 
@@ -109,12 +116,9 @@ def _model(path: str) -> None:
     import t2kernels as t2
     from t2kernels.factors.checkpoint import meta_model
 
-    place = Path(path).expanduser()
-    if place.is_dir() and not (place / "config.json").is_file():
-        raise FileNotFoundError(f"{path} holds neither a manifest.json (factors) nor a config.json (a model)")
-    if is_missing(path):
-        raise FileNotFoundError(f"no expert, no factors and no checkpoint at {path}")
-    config = AutoConfig.from_pretrained(place if place.is_dir() else path)
+    files = locate(path)
+    with reading(path):
+        config = AutoConfig.from_pretrained(files.source, **files.arguments)
     model = meta_model(config)
     total = sum(p.numel() for p in model.parameters())
     title = f"{escape(path)}: {type(model).__name__}, {total:,} parameters"

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import typer
 
+from t2kernels import InputError, MissingFileError, PackageError
 from t2kernels.cli import models
 from t2kernels.cli.console import err
+from t2kernels.cli.model_files import locate
 
 ENGINES: tuple[str, ...] = ("auto", "transformers", "vllm")
 
@@ -20,7 +22,8 @@ SHARED: frozenset[str] = frozenset(
 def serve(
     context: typer.Context,
     model: str = typer.Argument(
-        help="'tiny' (built in), the directory of a checkpoint, or the id of a model on the hub.", show_default=False
+        help="'tiny' (built in), the directory of a checkpoint, a .gguf file, or the id of a model on the hub.",
+        show_default=False,
     ),
     experts: Path = typer.Option(
         None,
@@ -28,7 +31,7 @@ def serve(
         show_default=False,
     ),
     host: str = typer.Option("127.0.0.1", help="Address to listen on."),
-    port: int = typer.Option(8000, help="Port to listen on."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0: any free one."),
     api_key: str = typer.Option(
         None, envvar="T2_API_KEY", help="Key that clients must send; without one everybody may ask.", show_default=False
     ),
@@ -87,33 +90,34 @@ def serve(
     [dim]$[/] t2 serve meta-llama/Llama-3.1-8B-Instruct --experts experts --rank 256 --form delta --route prompt
     """
     if engine not in ENGINES:
-        raise ValueError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+        raise InputError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     if experts is not None and not experts.is_dir():
-        raise FileNotFoundError(f"--experts {experts}: no such directory")
+        raise MissingFileError(f"--experts {experts}: no such directory")
     if engine == "vllm" or (engine == "auto" and vllm_is_installed()):
         for other in context.params.keys() - SHARED:
             if context.get_parameter_source(other).name == "COMMANDLINE":
-                raise ValueError(
+                raise InputError(
                     f"--{other.replace('_', '-')} is for --engine transformers; options of vLLM are passed as "
                     "--option=--NAME=VALUE"
                 )
         if form not in ("auto", "delta" if factors else "factored"):
-            raise ValueError(
+            raise InputError(
                 f"--form {form} with --engine vllm: the form is delta with --factors, and factored without it"
             )
         _serve_vllm(model, experts, host, port, api_key, rows, factors, option)
         return
     if option:
-        raise ValueError("--option is for --engine vllm")
+        raise InputError("--option is for --engine vllm")
     try:
         from t2kernels.serve.engine.batching import BatchSettings, check_transformers
         from t2kernels.serve.server import listen, run
         from t2kernels.serve.service import Service, Settings
     except ImportError as e:
-        raise ImportError(f"t2 serve needs a web server: pip install 't2kernels[serve]' ({e})") from e
+        raise PackageError(f"t2 serve needs a web server: pip install 't2kernels[serve]' ({e})") from e
     check_transformers()
+    locate(model)
     at = listen(host, port)  # before the model is loaded, so that a taken port is reported at once
-    template = None if chat_template is None else chat_template.read_text()
+    template = None if chat_template is None else _text(chat_template)
     tiny = model == models.TINY
     loaded = models.load(model, dtype, device)
     if template is not None:
@@ -147,6 +151,13 @@ def _hosts(host: str, api_key: str | None, allowed: list[str]) -> tuple[str, ...
     return (*local, *allowed) if api_key is None and host in (*local, "::1") else ()
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{file} is not text in UTF-8: {e}") from None
+
+
 def vllm_is_installed() -> bool:
     """True if vLLM can be used here."""
     from t2kernels.integrations.vllm.support import installed
@@ -171,13 +182,16 @@ def _serve_vllm(
     option: list[str],
 ) -> None:
     if not vllm_is_installed():
-        raise ImportError("--engine vllm: vllm is not installed here; install it, or use --engine transformers")
-    from t2kernels import tiny
+        raise PackageError("--engine vllm: vllm is not installed here; install it, or use --engine transformers")
     from t2kernels.integrations.vllm.server import launch as vllm
 
     named = _shipped() if model == models.TINY and experts is None else {}
     if experts is not None:
         named |= {path.stem: path for path in sorted(experts.glob("*.safetensors"))}
-    model = str(tiny.path()) if model == models.TINY else model
+    if model == models.TINY or Path(model).expanduser().exists() or model.endswith(".gguf"):
+        files = locate(model)  # an id on the hub is vLLM's to find
+        if files.gguf:
+            raise InputError(f"--engine vllm: {model} is a GGUF file; give the directory of its original checkpoint")
+        model = files.source
     more = {} if rows is None else {"rows": rows}
     vllm.serve(model, named, host=host, port=port, api_key=api_key, factors=factors, options=tuple(option), **more)

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from t2kernels import InputError
 from t2kernels.cli import models
 from t2kernels.cli.console import bar, comma_list, out
 from t2kernels.evaluation import Score, scores
@@ -30,8 +31,8 @@ def train(
     ),
     model: str = models.ModelOption,
     init: str = typer.Option(None, help="Start from this expert, not from the base model.", show_default=False),
-    steps: int = typer.Option(150, help="Optimiser steps."),
-    batch: int = typer.Option(128, help="Prompts a step."),
+    steps: int = typer.Option(150, min=1, help="Optimiser steps."),
+    batch: int = typer.Option(128, min=1, help="Prompts a step."),
     samples: int = typer.Option(1, help="Completions of each prompt."),
     advantage: str = typer.Option(
         "none", help="Advantages: none, batch, or with --samples group or leave_one_out (docs/reference/training.md)."
@@ -40,11 +41,11 @@ def train(
     kl: float = typer.Option(0.05, help="Weight of the KL to the base model."),
     temperature: float = typer.Option(1.0, help="Sampling temperature of the completions; 0 is greedy."),
     param: str = typer.Option("raw", help="'raw': z = 1 + p; 'sigmoid': as the authors (needs --form factored)."),
-    seed: int = typer.Option(0, help="The same seed gives the same expert on the same machine."),
+    seed: int = typer.Option(0, min=0, max=2**32 - 1, help="The same seed gives the same expert on the same machine."),
     max_new_tokens: int = typer.Option(
-        None, help="Tokens of the longest completion.  \\[default: the task's]", show_default=False
+        None, min=1, help="Tokens of the longest completion.  \\[default: the task's]", show_default=False
     ),
-    n: int = typer.Option(1000, "-n", help="Most held-out problems for the accuracy before and after."),
+    n: int = typer.Option(1000, "-n", min=1, help="Most held-out problems for the accuracy before and after."),
     checkpoints: Path = typer.Option(
         None, help="Directory to save to every 25 steps, and to resume from.", show_default=False
     ),
@@ -68,7 +69,7 @@ def train(
     import t2kernels as t2
 
     if classes and task != "classify":
-        raise ValueError(f"--classes goes with --task classify, not with --task {task}")
+        raise InputError(f"--classes goes with --task classify, not with --task {task}")
     parts = {Path(name).stem: t2.tasks.load(name) for name in comma_list(classes or "")}
     chosen = None if parts else t2.tasks.load(task)
     check_name(into.stem if into else chosen.name if chosen else CLASSIFIER)  # before the model is loaded

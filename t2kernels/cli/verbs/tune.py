@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from t2kernels import InputError, MissingFileError, StateError
 from t2kernels.cli.console import bar, comma_list, is_missing, out
+from t2kernels.cli.model_files import locate, reading
 from t2kernels.cli.models import parse_dtype
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ def tune(
     ranks: str = typer.Option(
         "128,256", help="Components of the delta form to tune for, comma-separated; '' for none."
     ),
-    factored: bool = typer.Option(True, help="Tune the factored form, with all components, too."),
+    factored: bool = typer.Option(True, metavar="", help="Tune the factored form, with all components, too."),
     dtype: str = typer.Option("bfloat16", help="Dtype of the model."),
     factors: str = typer.Option(
         "same,int8", help="Formats of the factors, comma-separated: 'same' as the model, 'int8', or a dtype."
@@ -49,12 +51,16 @@ def tune(
     from t2kernels.ops.tuning.tuner import tune_cuda
 
     if is_missing(model):
-        raise FileNotFoundError(f"{model}: no such directory")
+        raise MissingFileError(f"{model}: no such directory")
     if not torch.cuda.is_available():
-        raise RuntimeError(f"t2 tune measures a GPU, and torch {torch.__version__} finds none here")
+        raise StateError(f"t2 tune measures a GPU, and torch {torch.__version__} finds none here")
     x = parse_dtype(dtype)
     formats = [x if f == "same" else torch.int8 if f == "int8" else parse_dtype(f) for f in comma_list(factors)]
-    wanted = shapes(AutoConfig.from_pretrained(model), [int(k) for k in comma_list(ranks)], factored, x, formats)
+    files, counts = locate(model), _numbers("--ranks", ranks)
+    at = _numbers("--tokens", tokens)
+    with reading(model):
+        config = AutoConfig.from_pretrained(files.source, **files.arguments)
+    wanted = shapes(config, counts, factored, x, formats)
     triton, cuda = (device_of(torch.device(device)).unsupported(impl) is None for impl in ("triton", "cuda"))
     paths = []
     with bar("[dim]{task.fields[name]}[/]") as progress:
@@ -64,7 +70,7 @@ def tune(
                 run(
                     wanted,
                     device,
-                    [int(t) for t in comma_list(tokens)],
+                    at,
                     folder,
                     progress=lambda name, done, total: progress.update(task, completed=done, total=total, name=name),
                 )
@@ -74,6 +80,14 @@ def tune(
             paths.append(tune_cuda(wanted, device, folder))
     for path in paths:
         out.print(f"checked and tuned: {path}", soft_wrap=True)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Parse "128,256" into [128, 256]. Raises InputError."""
+    try:
+        return [int(part) for part in comma_list(text)]
+    except ValueError:
+        raise InputError(f"{option} {text}: expected whole numbers, comma-separated") from None
 
 
 def shapes(config: Any, ranks: list[int], factored: bool, x: torch.dtype, formats: list[torch.dtype]) -> list[Shape]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from t2kernels import InputError
 from t2kernels.factors.store import Factors
 
 from .settings import FORMS, KEY, Settings
@@ -46,15 +47,15 @@ def engine_args(
     check_plugin()
     form = form or ("factored" if factors is None else "delta")
     if form not in FORMS:
-        raise ValueError(f"form={form!r}; wanted 'delta' or 'factored'")
+        raise InputError(f"form={form!r}; wanted 'delta' or 'factored'")
     if form == "delta" and factors is None:
-        raise ValueError("form='delta' with factors=None: this form needs the directory of factors")
+        raise InputError("form='delta' with factors=None: this form needs the directory of factors")
     if form == "factored" and factors is not None:
-        raise ValueError(
+        raise InputError(
             f"form='factored' with factors={factors!r}: this form has its factors in the checkpoint; leave factors out"
         )
     if rows < 2:
-        raise ValueError(f"rows={rows}: row 0 is the base model, so at least 2 are needed")
+        raise InputError(f"rows={rows}: row 0 is the base model, so at least 2 are needed")
     place = None if factors is None else Path(factors).expanduser()
     settings = Settings(
         factors=None if place is None else str(place.resolve()),

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from t2kernels import InputError
 from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.experts.files import require_file
 from t2kernels.experts.names import MIX
@@ -60,7 +61,7 @@ def expert(name: str, source: Source | Mixture) -> LoRARequest:
     from vllm.lora.request import LoRARequest
 
     if not isinstance(name, str) or not name:
-        raise ValueError(f"an expert's name is a non-empty string, not {name!r}")
+        raise InputError(f"an expert's name is a non-empty string, not {name!r}")
     where = address(source)
     if where not in _read:
         load(where)

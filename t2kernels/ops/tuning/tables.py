@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from t2kernels import InputError
 from t2kernels.storage import read_json, write_json
 
 from .tiles import Tiles, key
@@ -86,7 +87,7 @@ def _read(paths: Iterable[Path], field: str, kind: type) -> dict[str, Any] | Non
             found = read_json(path, "a table of `t2 tune` (delete it, and run `t2 tune` again)")
             if isinstance(found.get(field), kind):
                 return found
-            raise ValueError(
+            raise InputError(
                 f"{path} is not a table of `t2 tune`: {field!r} is missing. Delete it, and run `t2 tune` again"
             )
     return None

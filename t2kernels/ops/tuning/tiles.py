@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from t2kernels import InputError
+
 KERNELS = ("shrink", "expand", "swiglu", "scale_rows", "backward")
 SMS = {8: 108, 9: 132, 10: 148}
 """Multiprocessors by major capability: A100; H100 and H200; B200."""
@@ -56,7 +58,7 @@ def tiles(
     table: from `tables.read_table`
     """
     if kernel not in KERNELS:
-        raise ValueError(f"tiles: kernel is {kernel!r}, wanted one of {', '.join(KERNELS)}")
+        raise InputError(f"tiles: kernel is {kernel!r}, wanted one of {', '.join(KERNELS)}")
     rows, K, T = max(1, rows), max(1, K), max(1, T)
     if table and parts == 1:
         tuned = table["tiles"].get(key(kernel, rows, K, x_dtype, w_dtype))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from t2kernels import T2Error
+from t2kernels import StateError, T2Error
 from t2kernels.ops.device import DECODE_TOKENS, PAIR_TOKENS
 from t2kernels.ops.dispatch import ImplUnavailableError
 from t2kernels.ops.impls import cuda_kernels
@@ -184,7 +184,7 @@ def _best_tiles(shape: Shape, T: int, device: torch.device, timer: Timer) -> dic
                 seconds = timer(lambda pair=pair: launch.forward_pair(*operands, (pair["shrink"], pair["expand"])))
             except Exception as e:  # this tile does not compile or fit; the class of the error depends on Triton
                 if not timed:
-                    raise RuntimeError(f"{kernel} with the tiles of the rule, {t}, does not run: {e}") from e
+                    raise StateError(f"{kernel} with the tiles of the rule, {t}, does not run: {e}") from e
                 continue
             timed.append((seconds, t))
         chosen[kernel] = min(timed, key=lambda pair: pair[0])[1]

@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from t2kernels import InputError
 from t2kernels.serve.http.errors import EngineError
 
 TESTED: tuple[str, ...] = ("5.24",)
@@ -95,7 +96,7 @@ def make_manager(
     """
     check_transformers()
     if not hasattr(model, "t2_bank"):
-        raise ValueError("the model is not patched: call t2kernels.patch_model(model) first")
+        raise InputError("the model is not patched: call t2kernels.patch_model(model) first")
     from transformers import ContinuousBatchingConfig, GenerationConfig
     from transformers.generation.continuous_batching import continuous_api, input_outputs, model_runner
 

@@ -1,4 +1,4 @@
-"""Errors of a server. `APIError` answers one request; `EngineError` and `SettingsError` stop the server's start."""
+"""Errors of a server: `APIError` answers one request; the others stop the server before it starts."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class EngineError(T2Error, RuntimeError):
 
 class SettingsError(T2Error, ValueError):
     """The settings of the server do not fit the model or the experts."""
+
+
+class AddressError(T2Error, OSError):
+    """The server cannot listen on its address."""
 
 
 class APIError(HTTPException):

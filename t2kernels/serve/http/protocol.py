@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from t2kernels import InputError
 from t2kernels.serve.engine.sampling import Logprobs, Sampling
 
 from .errors import bad
@@ -73,7 +74,7 @@ class Request(BaseModel):
         if len(self.stops) > MAX_STOPS or not all(0 < len(s) <= MAX_STOP for s in self.stops):
             raise ValueError(f"stop: expected at most {MAX_STOPS} texts of 1 to {MAX_STOP} characters")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream=true")
+            raise InputError("stream_options needs stream=true")
         return self
 
     @property
@@ -109,9 +110,9 @@ class ChatRequest(Request):
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
         if self.response_format not in (None, {"type": "text"}):
-            raise ValueError("response_format: only text is supported")
+            raise InputError("response_format: only text is supported")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
+            raise InputError("top_logprobs needs logprobs=true")
         return self
 
     @property
@@ -151,10 +152,10 @@ class CompletionRequest(Request):
     @model_validator(mode="after")
     def _check_completion(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of is not supported: it can only be n")
+            raise InputError("best_of is not supported: it can only be n")
         prompts = len(self.prompts())
         if not 1 <= prompts * self.n <= MAX_COMPLETIONS:
-            raise ValueError(f"{prompts} prompts with n={self.n}: expected 1 to {MAX_COMPLETIONS} completions")
+            raise InputError(f"{prompts} prompts with n={self.n}: expected 1 to {MAX_COMPLETIONS} completions")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 import re
 
+from t2kernels import InputError
 from t2kernels.tasks.base import Task
 from t2kernels.tasks.extract import before_next
 from t2kernels.tasks.records import Row, text, texts
@@ -20,10 +21,10 @@ def problem(raw: Row) -> Row:
     question, key = text(raw, "question"), text(raw, "answerKey")
     choices = raw.get("choices")
     if not isinstance(choices, dict):
-        raise ValueError(f"'choices' is {choices!r:.60}; expected {{'text': [...], 'label': [...]}}")
+        raise InputError(f"'choices' is {choices!r:.60}; expected {{'text': [...], 'label': [...]}}")
     options, labels = texts(choices, "text"), texts(choices, "label")
     if not len(options) == len(labels) <= len(LETTERS) or key not in labels:
-        raise ValueError(
+        raise InputError(
             f"'answerKey' is {key!r} and the labels are {labels} for {len(options)} options; "
             f"expected one label per option, at most {len(LETTERS)} options, and a key among the labels"
         )

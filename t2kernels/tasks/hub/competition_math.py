@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
+from t2kernels import InputError, PackageError
 from t2kernels.tasks.base import Task
 from t2kernels.tasks.extract import before_next, boxed, numbers, written
 from t2kernels.tasks.records import Row, text
@@ -29,7 +30,7 @@ def problem(raw: Row) -> Row:
     asked, solution = text(raw, "problem"), text(raw, "solution")
     answer = text(raw, "answer") if raw.get("answer") is not None else boxed(solution)
     if not answer:
-        raise ValueError(
+        raise InputError(
             f"'solution' ends in {solution[-60:]!r}; expected an answer in \\boxed{{}}, or a column 'answer'"
         )
     ask = "Think step by step, and put the final answer in \\boxed{}."
@@ -62,10 +63,10 @@ def judge(checker: str) -> tuple[Callable[[str, Row], bool], str]:
     Raises ValueError for an unknown checker, ImportError for math-verify without its package.
     """
     if checker not in CHECKERS:
-        raise ValueError(f"checker={checker!r}; it must be one of {', '.join(CHECKERS)}")
+        raise InputError(f"checker={checker!r}; it must be one of {', '.join(CHECKERS)}")
     version = None if checker == "plain" else _installed()
     if checker == "math-verify" and version is None:
-        raise ImportError(f"checker='math-verify' needs the package math-verify: {INSTALL}; or checker='plain'")
+        raise PackageError(f"checker='math-verify' needs the package math-verify: {INSTALL}; or checker='plain'")
     if version is None:
         why = "" if checker == "plain" else " (math-verify is not installed)"
         return (lambda completion, row: equal(extract(completion), row["answer"])), f"plain comparison of LaTeX{why}"

@@ -2,6 +2,7 @@
 
 import re
 
+from t2kernels import InputError
 from t2kernels.tasks.base import Task
 from t2kernels.tasks.extract import before_next, boxed, canonical, numbers, written
 from t2kernels.tasks.records import Row, text
@@ -17,7 +18,7 @@ def problem(raw: Row) -> Row:
     worked, mark, final = solution.rpartition("####")
     answer = canonical(final)
     if not mark or not answer:
-        raise ValueError(f"'answer' ends in {solution[-40:]!r}; expected '#### ' and a number")
+        raise InputError(f"'answer' ends in {solution[-40:]!r}; expected '#### ' and a number")
     ask = "Think step by step. End with a line that holds nothing but #### and the number."
     target = f"{re.sub('<<.*?>>', '', worked)}#### {answer}"
     return {

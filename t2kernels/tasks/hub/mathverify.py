@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 
+from t2kernels import StateError
+
 _WORKER = """
 import json, logging, sys
 logging.disable(logging.CRITICAL)
@@ -84,7 +86,7 @@ class Verifier:
         resource.prlimit(self._process.pid, resource.RLIMIT_AS, limit)
         if self._line(120.0) != b"ready\n":
             self.close()
-            raise RuntimeError(
+            raise StateError(
                 "math-verify could not be started: python -c 'import math_verify' says why; or use checker='plain'"
             )
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from t2kernels import InputError
 from t2kernels.tasks import sandbox
 from t2kernels.tasks.base import Task
 from t2kernels.tasks.records import Row, text, texts
@@ -22,7 +23,7 @@ def humaneval_problem(raw: Row) -> Row:
     """
     stub, body, test, name = (text(raw, column) for column in ("prompt", "canonical_solution", "test", "entry_point"))
     if name not in _defined(stub):
-        raise ValueError(f"'prompt' does not define {name!r}, the 'entry_point'")
+        raise InputError(f"'prompt' does not define {name!r}, the 'entry_point'")
     ask = "Complete this function. Answer with the whole function, imports included, in one code block."
     return {
         "prompt": stub,
@@ -51,7 +52,7 @@ def mbpp_problem(raw: Row) -> Row:
     used |= {node.id for node in ast.walk(_tree(setup, "test_setup_code")) if isinstance(node, ast.Name)}
     names = sorted(used & _defined(code))
     if not names:
-        raise ValueError("'test_list' uses no name that 'code' defines")
+        raise InputError("'test_list' uses no name that 'code' defines")
     ask = f"{asked}\nYour code must pass these tests:\n\n" + "\n".join(tests)
     return {
         "prompt": f'"""\n{ask}\n"""\n',
@@ -69,7 +70,7 @@ def _tree(source: str, column: str) -> ast.Module:
     try:
         return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        raise ValueError(f"{column!r} is not Python: {e or 'it is nested too deeply'}") from None
+        raise InputError(f"{column!r} is not Python: {e or 'it is nested too deeply'}") from None
 
 
 def _defined(source: str) -> set[str]:
@@ -195,7 +196,7 @@ class CodeTask(Task):
         """
         for row in rows:
             if not row.get("names"):
-                raise ValueError(f"task {self.name!r} needs the column 'names'; the columns are {', '.join(row)}")
+                raise InputError(f"task {self.name!r} needs the column 'names'; the columns are {', '.join(row)}")
         given = {i: c for i, c in enumerate(completions) if c is not None and c.strip()}
         jobs = [self.job(completion, rows[i]) for i, completion in given.items()]
         results = sandbox.run_many(jobs, self.limits, self.workers)

@@ -7,6 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, overload
 
+from t2kernels import HubError, InputError, MissingFileError, PackageError
 from t2kernels.tasks.base import SPLITS, Task, split_of
 from t2kernels.tasks.records import Raw, Row, json_lines
 
@@ -46,9 +47,9 @@ class Rows:
         self, name: str, source: Source, path: str | Path | Mapping[str, str | Path] | None = None, holdout: int = 0
     ) -> None:
         if holdout and source.train:
-            raise ValueError(f"holdout={holdout}: {name!r} has training rows of its own; holdout is for sets without")
+            raise InputError(f"holdout={holdout}: {name!r} has training rows of its own; holdout is for sets without")
         if holdout < 0:
-            raise ValueError(f"holdout={holdout}; it must be 0 or more")
+            raise InputError(f"holdout={holdout}; it must be 0 or more")
         self.name: str = name
         self.source: Source = source
         self.holdout: int = holdout
@@ -70,7 +71,7 @@ class Rows:
         elif self.holdout:
             rows = self._raw("test")[: self.holdout][split == "validation" :: 2]
         else:
-            raise ValueError(
+            raise InputError(
                 f"{self.name!r} has test rows only; tasks.load({self.name!r}, holdout=20) sets the first 20 aside "
                 "for training and validation"
             )
@@ -81,13 +82,13 @@ class Rows:
         try:
             return self.source.problem(raw)
         except ValueError as e:
-            raise ValueError(f"{where}: {e}") from None
+            raise InputError(f"{where}: {e}") from None
 
     def _raw(self, part: str) -> Sequence[Raw]:
         if part in self.raw:
             return self.raw[part]
         if self.raw:  # the rows come from files, and no file has this part
-            raise ValueError(
+            raise InputError(
                 f"the files given for {self.name!r} hold its {' and '.join(self.raw)} rows, no {part} rows"
             )
         return hub_rows(self.name, self.source, getattr(self.source, part))
@@ -100,7 +101,7 @@ class Rows:
             unknown = [part for part in path if not names.get(part)]
             if unknown or not path:
                 known = " and ".join(k for k, v in names.items() if v)
-                raise ValueError(f"path={dict(path)!r}: expected {{split: file}} with {known}")
+                raise InputError(f"path={dict(path)!r}: expected {{split: file}} with {known}")
             self.raw = {part: records(existing(file)) for part, file in path.items()}
         elif (place := existing(path)).is_dir():
             files = {part: self._files(place, name) for part, name in names.items() if name}
@@ -109,21 +110,21 @@ class Rows:
             }
             if not self.raw:
                 expected = " or ".join(f"{name}.jsonl" for name in names.values() if name)
-                raise ValueError(f"{place} holds no file of a split; expected {expected}, or the same as .parquet")
+                raise InputError(f"{place} holds no file of a split; expected {expected}, or the same as .parquet")
         else:
             words = re.split("[^a-z]+", place.stem.lower())
             part = next((part for part, name in names.items() if name in words), None if self.source.train else "test")
             if part is None:
                 self.parts = self._sorted(records(place))
                 if not any(self.parts.values()):
-                    raise ValueError(f"{path} holds no row")
+                    raise InputError(f"{path} holds no row")
             else:
                 self.raw = {part: records(place)}
         for part, rows in self.raw.items():
             for where, raw in rows:
                 self.row(where, raw)
             if not rows:
-                raise ValueError(f"{path if not isinstance(path, Mapping) else path[part]} holds no {part} row")
+                raise InputError(f"{path if not isinstance(path, Mapping) else path[part]} holds no {part} row")
 
     def _files(self, folder: Path, name: str) -> list[Path]:
         """The files of a split, in the folder or in its subfolders named after the configs."""
@@ -144,7 +145,7 @@ class Rows:
             try:
                 parts[split_of(raw, row["prompt"])].append(row)
             except ValueError as e:
-                raise ValueError(f"{where}: {e}") from None
+                raise InputError(f"{where}: {e}") from None
         return parts
 
 
@@ -163,9 +164,9 @@ def existing(path: str | Path) -> Path:
     """The path of a file or directory. Raises FileNotFoundError, or ValueError for a file of another kind."""
     place = Path(path).expanduser()
     if not place.exists():
-        raise FileNotFoundError(f"no file or directory {str(path)!r}")
+        raise MissingFileError(f"no file or directory {str(path)!r}")
     if place.is_file() and place.suffix not in SUFFIXES:
-        raise ValueError(f"{path} is no {' or '.join(SUFFIXES)} file")
+        raise InputError(f"{path} is no {' or '.join(SUFFIXES)} file")
     return place
 
 
@@ -176,7 +177,7 @@ def records(path: Path) -> list[Raw]:
         try:
             table = parquet.read_table(path)
         except Exception as e:  # pyarrow raises errors of its own, and not all of them are ValueErrors
-            raise ValueError(f"{path}: no parquet file that can be read ({e})") from None
+            raise InputError(f"{path}: no parquet file that can be read ({e})") from None
         return [(f"{path}, row {i}", row) for i, row in enumerate(table.to_pylist(), 1)]
     return list(json_lines(path))
 
@@ -224,7 +225,7 @@ def hub_rows(name: str, source: Source, split: str) -> Remote:
         try:
             rows = datasets.load_dataset(source.id, config, split=split)
         except (OSError, ValueError) as e:
-            raise OSError(
+            raise HubError(
                 f"cannot load {label} from the hub: {e}. Without a network give a copy of its files: "
                 f"tasks.load({name!r}, path=...), or --task {name}:PATH, a .jsonl or .parquet file or a directory of "
                 "them"
@@ -243,4 +244,4 @@ def need(package: str, why: str, task: str | None = None) -> Any:
         return import_module(package)
     except ImportError as e:
         instead = f"; or give a copy of its files: tasks.load({task!r}, path=...), --task {task}:PATH" if task else ""
-        raise ImportError(f"{why}, which needs the package {package.split('.')[0]}: {INSTALL}{instead} ({e})") from e
+        raise PackageError(f"{why}, which needs the package {package.split('.')[0]}: {INSTALL}{instead} ({e})") from e

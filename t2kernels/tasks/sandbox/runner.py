@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from t2kernels import InputError, StateError
+
 from . import scratch_folder, wire
 
 WARDEN: Path = Path(__file__).with_name("warden.py")
@@ -21,7 +23,7 @@ ISOLATED = ("namespaces", "filters")
 ISOLATION: tuple[str, ...] = ("auto", *ISOLATED, "none")
 
 
-class SandboxError(RuntimeError):
+class SandboxError(StateError):
     """The program was not run: this machine cannot confine it as requested."""
 
 
@@ -49,7 +51,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.isolation not in ISOLATION:
-            raise ValueError(f"isolation={self.isolation!r}; it must be one of {', '.join(ISOLATION)}")
+            raise InputError(f"isolation={self.isolation!r}; it must be one of {', '.join(ISOLATION)}")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm.requests import STACK
@@ -36,7 +37,7 @@ def build_delta(
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
     if settings.fingerprint not in (None, factors.fingerprint):
-        raise ValueError(
+        raise InputError(
             f"{settings.factors}: these factors are not those that the engine was configured with; "
             "call engine_args again"
         )
@@ -54,7 +55,7 @@ def build_delta(
             for m in members:
                 name = names.pop(m.name)
                 if factors.shape(name) != m.shape:
-                    raise ValueError(
+                    raise InputError(
                         f"{name}: the factors are of a matrix {list(factors.shape(name))}, the model has "
                         f"{list(m.shape)}; decompose the checkpoint that is served"
                     )
@@ -68,7 +69,7 @@ def build_delta(
     left = [n for n in names.values() if STACK not in n]
     if left or not pairs:
         some = ", ".join(left[:4]) or "none at all"
-        raise ValueError(
+        raise InputError(
             f"{len(left)} matrices of the factors at {settings.factors} are not linear layers of "
             f"{type(model).__name__}: {some}; decompose the checkpoint that is served, with targets that it has"
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from t2kernels import InputError
 from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm.constants import QUANTIZATION
@@ -49,7 +50,7 @@ class EngineManager(ExpertManager):
             bank = build_factored(model, rows, token_rows)
         else:
             if self.settings.factors is None:
-                raise ValueError(
+                raise InputError(
                     "no factors: neither the engine's settings nor the checkpoint has any; "
                     "start it with engine_args(factors=...)"
                 )

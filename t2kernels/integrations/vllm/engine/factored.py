@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.factors.factor import Factor
 from t2kernels.factors.int8 import Int8Factor
@@ -44,7 +45,7 @@ class Factored:
         names = method.quantization.names
         self.members = members_of(method.prefix, layer, method.quantization.packed_modules_mapping)
         if missing := [m.name for m in self.members if m.name not in names]:
-            raise ValueError(
+            raise InputError(
                 f"{missing[0]} is not among the factored matrices, and vLLM merges it with some that are; "
                 "decompose with targets that include both"
             )
@@ -54,7 +55,7 @@ class Factored:
         found = [self.factors[names[m.name]] for m in self.members]
         for m, factor in zip(self.members, found, strict=True):
             if tuple(self.factors.shape(names[m.name])) != m.shape:
-                raise ValueError(
+                raise InputError(
                     f"{m.name}: the factors are of a matrix {list(self.factors.shape(names[m.name]))}, the model has "
                     f"{list(m.shape)}; decompose the checkpoint that is served"
                 )
@@ -89,7 +90,7 @@ class Factored:
             and all(not isinstance(f, Int8Factor) and f.rank % self.ranks == 0 for f in found)
         )
         if layout == "shard" and self.ranks > 1 and not able:
-            raise ValueError(
+            raise InputError(
                 f"{self.members[0].name}: layout='shard' needs floating-point factors with a rank that {self.ranks} "
                 "divides; use 'auto'"
             )
@@ -99,7 +100,7 @@ class Factored:
 
 def _check_whole(member: Member, factor: Factor | Int8Factor) -> None:
     if factor.rank < min(member.shape):
-        raise ValueError(
+        raise InputError(
             f"{member.name}: its factors have {factor.rank} of {min(member.shape)} components, and the factored form "
             "needs all; decompose without a rank"
         )
@@ -127,7 +128,7 @@ def build_factored(model: nn.Module, rows: int, token_rows: Tensor) -> ExpertBan
     """
     found: list[Any] = [layer for layer in model.modules() if hasattr(layer, "svf_made")]
     if not found:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint of {type(model).__name__} names quantization {QUANTIZATION!r}, but none of its layers is "
             "factored; write it again with `t2 decompose --format vllm`"
         )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2kernels import InputError, StateError
 from t2kernels.factors.factor import Factor
 from t2kernels.factors.identity import check_weight, leading_pair
 from t2kernels.factors.int8 import Int8Factor
@@ -80,7 +81,7 @@ def members_of(name: str, layer: Any, packed: Mapping[str, Sequence[str]]) -> li
     """
     kind = type(layer).__name__
     if kind not in KINDS:
-        raise ValueError(
+        raise InputError(
             f"{name} is a {kind}, whose partition over ranks is not known; known are {', '.join(KINDS)}. "
             "Leave it out of the factors"
         )
@@ -113,7 +114,7 @@ def members_of(name: str, layer: Any, packed: Mapping[str, Sequence[str]]) -> li
         starts = [sum(whole[:i]) for i in range(len(whole))]
         rows = tuple(slice(a + s.start, a + s.stop) for a, s in zip(starts, local, strict=True))
         return [Member(names[0], (sum(whole), layer.input_size), rows, every, tuple(range(len(sizes))))]
-    raise ValueError(
+    raise InputError(
         f"{name} has {len(sizes)} parts for the matrices {', '.join(names)}; which is which is not known. "
         "Leave it out of the factors"
     )
@@ -142,7 +143,7 @@ class ExpertPath(nn.Module):
         super().__init__()
         found = Group(layers).tensors()
         if found is None:
-            raise ValueError(
+            raise InputError(
                 f"{members[0].name}: the factors of its layer have several dtypes; decompose them in one format"
             )
         Vt, scale = found[0].t(), found[1]
@@ -167,7 +168,7 @@ class ExpertPath(nn.Module):
         if not torch.compiler.is_compiling() and not (0 if self.step is None else self.step.tokens) <= T <= len(
             self.token_rows
         ):
-            raise RuntimeError(
+            raise StateError(
                 f"a layer got {T} tokens in a step of {self.step.tokens}: it sees other tokens than the step's, and "
                 "their experts are not known; leave its matrices out of the factors"
             )

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t2kernels import InputError, StateError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
 from t2kernels.integrations.vllm.requests import DIGEST, load
@@ -79,7 +80,7 @@ class ExpertManager:
         """Pin rows for these ids, and release those of the step before."""
         unknown = active - self._known.keys()
         if unknown:
-            raise RuntimeError(
+            raise StateError(
                 f"requests with ids {sorted(unknown)} came without their experts: vLLM tells requests apart by name, "
                 "and two of this step have one name and different experts; give them different names "
                 "(t2kernels.integrations.vllm.expert does)"
@@ -95,7 +96,7 @@ class ExpertManager:
         """Copy the rows of a step's tokens to the device. The rest of what a CUDA graph may read is row 0."""
         count, before = len(rows), self.tokens
         if count > len(self.token_rows):
-            raise RuntimeError(
+            raise StateError(
                 f"a step has {count} tokens, and the buffer has room for {len(self.token_rows)}: "
                 "max_num_batched_tokens was exceeded"
             )
@@ -124,7 +125,7 @@ class ExpertManager:
             return True
         have = self._known.get(number)
         if have is not None and have != where and number not in self._dummies and not request.load_inplace:
-            raise ValueError(
+            raise InputError(
                 f"id {number} is the expert at {have}, and now came with {where}: an id belongs to one expert"
             )
         if have == where and (DIGEST.search(where) or not request.load_inplace):  # the same content

@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from t2kernels import InputError
 from t2kernels.factors.checkpoint import INDEX, Checkpoint
 from t2kernels.factors.decomposition import decompose
 from t2kernels.factors.matrices import Targets
@@ -39,20 +40,20 @@ def write_checkpoint(model: str | Path, out: str | Path, targets: Targets = "all
     """
     out = Path(out)
     if is_factored(model):
-        raise ValueError(f"{model} is factored already; decompose the original checkpoint")
+        raise InputError(f"{model} is factored already; decompose the original checkpoint")
     source = Checkpoint(model, targets)
     stacks = [m.name for m in source.matrices.values() if m.index is not None]
     if stacks:
-        raise ValueError(
+        raise InputError(
             f"{stacks[0]} is part of a mixture-of-experts stack, which vLLM does not serve in factored form; "
             "choose targets without it"
         )
     config = read_json(source.directory / "config.json", "a model's config")
     if config.get("quantization_config"):
-        raise ValueError(f"{source.directory} is quantised already; decompose the original checkpoint")
+        raise InputError(f"{source.directory} is quantised already; decompose the original checkpoint")
     out.mkdir(parents=True, exist_ok=True)
     if out.resolve() == source.directory.resolve():
-        raise ValueError(f"{out} is the checkpoint itself; write to another directory")
+        raise InputError(f"{out} is the checkpoint itself; write to another directory")
     (out / "config.json").unlink(missing_ok=True)  # written last, so a directory that has it is complete
     factors = decompose(str(source.directory), out / FACTS, targets=targets, **options)
     dropped = {source.key(m) for m in source.matrices.values()}

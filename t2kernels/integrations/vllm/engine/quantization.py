@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from t2kernels import InputError
 from t2kernels.experts.table import ScaleTable
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm.constants import FACTS, FORMAT, QUANTIZATION
@@ -56,7 +57,7 @@ class SVFQuantization(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> SVFQuantization:
         """From `quantization_config` of config.json. Raises ValueError for another format."""
         if config.get("format") != FORMAT:
-            raise ValueError(
+            raise InputError(
                 f"this factored checkpoint has format {config.get('format')!r}, and this version reads {FORMAT}: "
                 "write it again"
             )

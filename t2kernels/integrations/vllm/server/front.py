@@ -12,6 +12,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from t2kernels import InputError
 from t2kernels.experts.names import AUTO, MIX
 from t2kernels.integrations.vllm.support import asks_for_experts
 
@@ -44,7 +45,7 @@ class FrontEnd:
             try:
                 body = await request.json()
                 if not isinstance(body, dict):
-                    raise ValueError("wanted a JSON object")
+                    raise InputError("wanted a JSON object")
                 return JSONResponse({"message": await do(app.state.t2_experts, body)})
             except (ValueError, KeyError, TypeError) as e:
                 return JSONResponse(
@@ -83,7 +84,7 @@ class FrontEnd:
 
         config = engine_client.vllm_config
         if not asks_for_experts(config) or config.lora_config is None:
-            raise ValueError(
+            raise InputError(
                 "VLLM_PLUGINS names t2kernels, but the engine is not configured with experts: "
                 "use engine_args(...), or `t2 serve`"
             )
@@ -97,7 +98,7 @@ class FrontEnd:
             try:
                 await state.t2_experts.load(name, path)
             except Refused as e:
-                raise ValueError(f"expert {name!r}: {e}") from None
+                raise InputError(f"expert {name!r}: {e}") from None
 
 
 class Models:

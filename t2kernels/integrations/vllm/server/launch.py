@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from t2kernels import InputError
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.names import AUTO, BASE, MIX
 from t2kernels.factors.checkpoint import name_of
@@ -74,10 +75,10 @@ def check_experts(model: str, experts: Mapping[str, Path], factors: str | Path |
     """
     for name in experts:
         if not name or name in (AUTO, BASE) or name.startswith(MIX) or "=" in name or "," in name:
-            raise ValueError(f"an expert cannot be called {name!r} here: the name is reserved, or has '=' or ',' in it")
+            raise InputError(f"an expert cannot be called {name!r} here: the name is reserved, or has '=' or ',' in it")
     place = Path(model).expanduser() / FACTS if factors is None else Path(factors).expanduser()
     if factors is None and not is_factored(model):
-        raise ValueError(
+        raise InputError(
             f"{model} is no factored checkpoint: pass factors=DIR, written by `t2 decompose {model} --out DIR`"
         )
     origin = origin_of(Factors.load(place))

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from t2kernels import InputError
 from t2kernels.ops.tuning.tiles import Tiles, cdiv, tiles
 
 from .common import INTERPRETED, Launch, capability, options, put
@@ -204,7 +205,7 @@ def scale_and_sum(p: Tensor, h: Tensor, scale: Tensor, expert_ids: Tensor, repea
     if T == 0:
         return p.new_zeros(E, C, dtype=torch.float32)
     if q is not None and q.stride() != p.stride():
-        raise ValueError(f"q's strides are {q.stride()}, wanted p's, {p.stride()}")
+        raise InputError(f"q's strides are {q.stride()}, wanted p's, {p.stride()}")
     arch, scale, ids = capability(p), scale if scale.stride(1) == 1 else scale.contiguous(), expert_ids.reshape(-1)
     tile, parts = tiles("backward", T, C, 1, p.dtype, p.dtype, arch), segments(ids, E)
     slots = p.new_empty(cdiv(T, tile.BT) + min(E, ids.numel()), C, dtype=torch.float32)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from t2kernels import InputError
 from t2kernels.ops.precision import forward_precision
 from t2kernels.ops.tuning.tables import read_table
 from t2kernels.ops.tuning.tiles import Tiles
@@ -48,9 +49,9 @@ class Launch:
 def products(x_dtype: torch.dtype, w_dtype: torch.dtype) -> tuple[torch.dtype, float]:
     """The dtype in which x meets the factors, and the power of two that x is multiplied by first."""
     if x_dtype not in _TL:
-        raise ValueError(f"the Triton kernels take x in float32, bfloat16 or float16; got {x_dtype}: use impl='torch'")
+        raise InputError(f"the Triton kernels take x in float32, bfloat16 or float16; got {x_dtype}: use impl='torch'")
     if w_dtype not in (*_TL, torch.int8):
-        raise ValueError(f"the Triton kernels take factors in float32, bfloat16, float16 or int8; got {w_dtype}")
+        raise InputError(f"the Triton kernels take factors in float32, bfloat16, float16 or int8; got {w_dtype}")
     how = forward_precision(x_dtype, w_dtype)
     return how.dtype, how.x
 

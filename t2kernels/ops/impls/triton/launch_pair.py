@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from t2kernels import InputError
 from t2kernels.ops.impls.implementation import Added
 from t2kernels.ops.tuning.tiles import MEMBERS, Tiles, cdiv, tiles
 
@@ -68,7 +69,7 @@ def forward_swiglu(
     exponential functions differ are different.
     """
     if len(Us) != 2 or Us[0].shape[0] != Us[1].shape[0]:
-        raise ValueError(
+        raise InputError(
             f"forward_swiglu: U is {[list(U.shape) for U in Us]}, wanted two members, gate and up, with one M"
         )
     y = x.new_empty(x.shape[:-1].numel(), Us[0].shape[0])
@@ -102,14 +103,14 @@ def _factors(given: list[Tensor]) -> tuple[list[Tensor], bool]:
     """Vᵀ and U, contiguous along the summed size, and whether none of them was copied just now."""
     if len({w.dtype for w in given}) != 1:
         dtypes = [str(w.dtype) for w in given]
-        raise ValueError(f"the factors are in {dtypes}, wanted one dtype for V and every U")
+        raise InputError(f"the factors are in {dtypes}, wanted one dtype for V and every U")
     return [w.contiguous() for w in given], all(w.is_contiguous() for w in given)
 
 
 def _members(Us: list[Tensor]) -> list[Tensor]:
     """Us, if one launch can hold them."""
     if len(Us) > MEMBERS:
-        raise ValueError(f"the Triton expand takes a group of 1 to {MEMBERS} matrices, got {len(Us)}: split the group")
+        raise InputError(f"the Triton expand takes a group of 1 to {MEMBERS} matrices, got {len(Us)}: split the group")
     return Us
 
 
