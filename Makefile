@@ -1,8 +1,8 @@
 # Two commands on a fresh machine with Python 3.11+ and make:
 #   make demo    a virtual environment in .venv, the package, and three minutes of what it does
-#   make test    every test that needs no GPU, and the linter
-# Also: make docs, make bench, make test-vllm, make test-gpu, make check-gpu, make bench-gpu, make clean. Everything is
-# installed into .venv (vLLM into .venv-vllm) and nothing outside it.
+#   make test    every test that needs no GPU, the type check and the linter
+# Also: make types, lint, docs, bench, test-vllm, test-gpu, check-gpu, bench-gpu, clean. Everything is installed into .venv
+# (vLLM into .venv-vllm) and nothing outside it.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ PYTHON ?= python3
 # What counts as a change that must be installed again; the package itself is installed in place.
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: help demo test lint docs bench test-vllm test-gpu check-gpu bench-gpu clean
+.PHONY: help demo test types lint docs bench test-vllm test-gpu check-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,14 +20,19 @@ help:
 demo: $(VENV)/.installed
 	@$(BIN)/t2 demo
 
-# The linter comes last, so that a slip of style hides no result of a test; both must pass.
+# The types and the linter come last, so that a slip of style hides no result of a test; all must pass.
 # One thread a test process: two processes that each use every core slow each other down.
 test: $(VENV)/.installed-test
 	@failed=0; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not gpu and not vllm" \
 	  || failed=1; \
+	$(MAKE) --no-print-directory types || failed=1; \
 	$(MAKE) --no-print-directory lint || failed=1; \
 	exit $$failed
+
+# At least 95 % of the public symbols must have a type that pyright knows. Ten seconds, without the network.
+types: $(VENV)/.installed-test
+	@$(BIN)/python scripts/check-types
 
 lint: $(VENV)/.installed-test
 	@failed=0; $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; exit $$failed

@@ -6,6 +6,7 @@ shapes, not on values.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -107,7 +108,7 @@ def _made(model: nn.Module, rank: int | float | None) -> Factors:
             sigma[:k].clone(),
             V[:, :k].t().to(m.module.weight.dtype).contiguous().t(),
         )
-        prints[name] = {"fingerprint": f"random {i}"}
+        prints[name] = {"fingerprint": hashlib.sha256(f"random {i}".encode()).hexdigest()}
     return Factors(kept, {"matrices": prints})
 
 

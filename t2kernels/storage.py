@@ -1,43 +1,104 @@
 """The only module that writes files. A file is whole or absent: written beside its place, synced, then renamed.
 
-A process that is killed while it writes leaves a temporary file. A writer locks its own, so the next write into the
-same folder recognises the others and removes them.
+A safetensors file that has a manifest also has a digest: sha256 of everything else in the file. `verify` compares them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import hashlib
 import json
 import os
+import socket
+import struct
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import psutil
+import torch
+from safetensors import safe_open
+from safetensors.torch import load
 from torch import Tensor
 
-from t2kernels import InputError
+from t2kernels import T2Error
 
-TEMPORARY: str = ".tmp"  # the ending of temporary files; no reader opens one
-GRACE: float = 60.0  # seconds since its last write after which an unlocked temporary file counts as left behind
+TEMPORARY: str = ".tmp"  # a file with this ending was left by a killed process; no reader opens one
+MANIFEST_KEY: str = "t2kernels"
+DIGEST_KEY: str = "t2kernels.digest"
+DEEPEST: int = 64  # levels of a JSON value. Python's own limit would raise RecursionError, here or in a later copy
+DAY: int = 86_400
+LONGEST: int = 100_000_000  # bytes of a header that safetensors reads
+CHANGED: str = "its bytes are not those that were written: their sha256 is not the digest in its header"
+# The names that safetensors gives to the types of torch.
+_TYPES: dict[str, str] = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e8m0fnu": "F8_E8M0",
+    "int16": "I16",
+    "uint16": "U16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "uint32": "U32",
+    "float32": "F32",
+    "complex64": "C64",
+    "float64": "F64",
+    "int64": "I64",
+    "uint64": "U64",
+}
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write a safetensors file.
+class FileError(T2Error, ValueError):
+    """A file that cannot be read: damaged, changed after it was written, or of another kind."""
+
+
+class WriteError(T2Error, OSError):
+    """A file that could not be written. An older file in its place is unchanged."""
+
+
+# --- writing
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> str:
+    """Write a safetensors file. The same content gives the same bytes.
 
     tensors: {name: tensor}, on any device
-    metadata: stored in the header as JSON under "t2kernels"
-    Returns the path. Raises OSError; an older file at `path` is then unchanged.
+    metadata: stored in the header as JSON, with the digest of the file
+    Returns the digest ("" without metadata). Raises OSError; an older file at `path` is then unchanged.
     """
-    header = {"t2kernels": json.dumps(dict(metadata), sort_keys=True)} if metadata is not None else None
-    # The header also gets the format key that transformers looks for, so that any safetensors reader takes the file.
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    return _replace(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt", **(header or {})}))
+    # The format key is the one that transformers looks for, so that any safetensors reader takes the file.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}, **_table(ready)}
+    digest = ""
+    if metadata is not None:
+        header["__metadata__"][MANIFEST_KEY] = json.dumps(dict(metadata), sort_keys=True)
+        hashed = _hash(header)
+        for name in list(header)[1:]:
+            hashed.update(_bytes(ready[name]))
+        digest = header["__metadata__"][DIGEST_KEY] = hashed.hexdigest()
+    _replace(path, lambda temporary: save_file(temporary, header, ready))
+    return digest
+
+
+def save_file(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write the bytes of a safetensors file: the header, then the tensors in the order of the header.
+
+    safetensors' own `save_file` orders the metadata at random and makes files that only their owner may read.
+    """
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name in header:
+            if name != "__metadata__":
+                f.write(_bytes(tensors[name]))
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -46,34 +107,184 @@ def write_json(path: str | Path, value: Any) -> Path:
     return _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def temporary_beside(path: Path) -> Path:
+    """A new name in the folder of `path` for a file that is renamed to it when it is whole.
+
+    The name holds the id of this process. Files that dead processes left in the folder are removed.
+    """
+    _sweep(path.parent)
+    # Shortened, because the name of a file may have 255 bytes.
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}.{_machine()}{uuid.uuid4().hex[:8]}{TEMPORARY}")
+
+
+def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    path, temporary = Path(path), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_beside(path)
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, ValueError) as e:  # ValueError: a path with NUL or a lone surrogate
+        raise WriteError(
+            getattr(e, "errno", None) or errno.EINVAL,
+            f"could not write {printable(path)} ({e}); an older file there is untouched. "
+            "Free space or choose another place",
+        ) from e
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError, ValueError):  # the error above is the one to be read
+                temporary.unlink(missing_ok=True)
+    return path
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the temporary files of dead processes."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") and entry.name.endswith(TEMPORARY):
+                with contextlib.suppress(OSError, ValueError):  # a name of another kind, or removed by another writer
+                    _, pid, made = entry.name.removesuffix(TEMPORARY).rsplit(".", 2)
+                    if _left_behind(int(pid), made, entry.stat(follow_symlinks=False).st_mtime):
+                        os.unlink(entry.path)
+
+
+def _left_behind(pid: int, made: str, changed: float) -> bool:
+    """Whether the process that wrote a temporary file is dead.
+
+    made: the last part of the name; its first 8 of 16 letters name the machine
+    changed: when the file was last written to, in seconds
+    """
+    now = time.time()
+    if len(made) == 16 and made[:8] != _machine():  # process ids of another machine, or container, say nothing here
+        return now - changed > DAY
+    try:
+        process = psutil.Process(pid)
+        return process.status() == psutil.STATUS_ZOMBIE or process.create_time() > changed + 2
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
+def _machine() -> str:
+    """8 letters that are the same for all processes that see each other's ids."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+
+
+# --- reading
+
+
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
     """Read the JSON object in a file.
 
     what: what the file should be, for the message
-    Raises ValueError that names the file if it holds anything else, OSError if it cannot be opened.
+    Raises FileError that names the file if it holds anything else, OSError if it cannot be opened.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(f"{path} is not {what}: {e}") from None
-    except RecursionError:
-        raise InputError(f"{path} is not {what}: its JSON is nested too deeply") from None
+        value = parse_json(Path(path).read_bytes())
+    except FileError as e:
+        raise FileError(f"{path} is not {what}: {e}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} is not {what}: it holds a JSON {type(value).__name__}, not an object")
+        raise FileError(f"{path} is not {what}: it holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises FileError for a text that is not JSON in UTF-8, and for one that is not fit for use: nested more than
+    DEEPEST deep, or with half of a surrogate pair, which no file name and no message can hold.
+    """
+    try:
+        value = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise FileError(f"its JSON is nested more than {DEEPEST} deep") from None
+    except ValueError as e:  # among them UnicodeDecodeError, and numbers of more than 4300 digits
+        raise FileError(str(e)) from None
+    left: list[tuple[Any, int]] = [(value, 0)]
+    while left:
+        item, depth = left.pop()
+        if depth > DEEPEST:
+            raise FileError(f"its JSON is nested more than {DEEPEST} deep")
+        if isinstance(item, dict):
+            left += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, list):
+            left += [(part, depth + 1) for part in item]
+        elif isinstance(item, str) and item != printable(item):
+            raise FileError(f"its JSON holds half of a surrogate pair in {printable(item)[:40]!r}")
     return value
 
 
 def header(path: str | Path) -> dict[str, Any] | None:
     """Read the metadata that `write_tensors` put into the header; None if there is none.
 
-    Raises SafetensorError on a broken file, ValueError if the metadata is not JSON.
+    Raises SafetensorError on a broken file, FileError for metadata that is not a JSON object.
     """
     with safe_open(path, framework="pt") as f:
-        text = (f.metadata() or {}).get("t2kernels")
-    try:
-        return None if text is None else json.loads(text)
-    except RecursionError:
-        raise InputError(f"{path}: the JSON in its header is nested too deeply") from None
+        text = (f.metadata() or {}).get(MANIFEST_KEY)
+    return None if text is None else _manifest(text)
+
+
+def _manifest(text: str) -> dict[str, Any]:
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise FileError(f"the manifest in its header is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors and metadata of a file that `write_tensors` wrote, compared with its digest.
+
+    The file is opened once, so that a writer that replaces it at this moment does no harm.
+    Returns no tensors, and None, for a safetensors file without such metadata. Raises as `verify`.
+    """
+    with open(path, "rb") as f:
+        start = f.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        text = f.read(length) if length < LONGEST else b""
+        if MANIFEST_KEY.encode() not in text:
+            with safe_open(path, framework="pt"):  # another safetensors file, which may be huge, or none
+                return {}, None
+        data = start + text + f.read()
+    tensors = load(data)  # checks the structure
+    found = json.loads(text)
+    facts = found.get("__metadata__") or {}
+    if MANIFEST_KEY not in facts:
+        return {}, None
+    if (wanted := facts.pop(DIGEST_KEY, None)) is not None:
+        hashed = _hash(found)
+        hashed.update(memoryview(data)[8 + length :])
+        if hashed.hexdigest() != wanted:
+            raise FileError(CHANGED)
+    return tensors, _manifest(facts[MANIFEST_KEY])
+
+
+def verify(path: str | Path) -> str | None:
+    """Read a whole safetensors file and compare it with the digest in its header.
+
+    Returns the digest, None if the file has none (older versions wrote none). Raises FileError if they differ,
+    SafetensorError on a broken file, OSError.
+    """
+    with safe_open(path, framework="pt"):
+        pass  # checks the structure
+    with open(path, "rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        found = json.loads(f.read(length))
+        wanted = (found.get("__metadata__") or {}).pop(DIGEST_KEY, None)
+        if wanted is None:
+            return None
+        hashed = _hash(found)
+        while piece := f.read(1 << 22):
+            hashed.update(piece)
+    if hashed.hexdigest() != wanted:
+        raise FileError(CHANGED)
+    return wanted
 
 
 def why_unreadable(path: str | Path) -> str:
@@ -87,36 +298,30 @@ def why_unreadable(path: str | Path) -> str:
     return "it is truncated, damaged, or in another format"
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of killed processes from a folder. One that is still written is locked and stays."""
-    for file in folder.glob(f".*{TEMPORARY}"):
-        # An OSError means that it is locked, that another process was faster, or that there are no locks here.
-        with contextlib.suppress(OSError):
-            if time.time() - file.stat().st_mtime > GRACE:
-                with open(file, "rb") as f:
-                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    file.unlink()
+def printable(value: object) -> str:
+    """str(value) with halves of surrogate pairs replaced by "?", so that it can be printed and encoded."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
-def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent)
-        with open(temporary, "xb") as f:
-            with contextlib.suppress(OSError):  # some file systems have no locks; there leftovers stay
-                fcntl.flock(f, fcntl.LOCK_EX)
-            write(temporary)
-            os.fsync(f.fileno())
-            os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
-        code = getattr(e, "errno", None) or (errno.ENOSPC if "No space left" in str(e) else errno.EIO)
-        raise OSError(
-            code,
-            f"could not write {path} ({e}); an older file there is untouched. Free space or choose another place",
-        ) from e
-    finally:
-        with contextlib.suppress(OSError):  # as where the folder could not be made
-            temporary.unlink(missing_ok=True)
-    return path
+def _table(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The header's entries of tensors, in the order of the file: wide types first, so that each is aligned."""
+    table: dict[str, Any] = {}
+    start = 0
+    for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):
+        t = tensors[name]
+        kind = _TYPES.get(str(t.dtype).removeprefix("torch."))
+        if kind is None:
+            raise FileError(f"{name}: a safetensors file cannot hold {t.dtype}")
+        stop = start + t.numel() * t.element_size()
+        table[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [start, stop]}
+        start = stop
+    return table
+
+
+def _hash(header: Mapping[str, Any]) -> Any:
+    """The hash of a header, which the tensors are then added to."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+
+
+def _bytes(t: Tensor) -> Any:  # a buffer
+    return memoryview(t.flatten().view(torch.uint8).numpy())

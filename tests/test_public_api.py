@@ -192,7 +192,7 @@ def test_public_names(module):
     if module.endswith("lm_eval"):
         pytest.importorskip("lm_eval")
     found = importlib.import_module(module)
-    assert set(getattr(found, "__all__", NAMES[module])) == set(NAMES[module])
+    assert set(NAMES[module]) <= set(getattr(found, "__all__", NAMES[module])), "a name that worked is gone"
     for name, wanted in NAMES[module].items():
         assert not lacking(parameters(getattr(found, name)), wanted.split(", ") if wanted else []), name
 

@@ -199,14 +199,14 @@ def cross_entropy_method(
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(config.seed)
     E, G = shape
-    mean = torch.full((E, G), 1 / E if config.mean is None else config.mean)
-    std = torch.full((E, G), float(config.std))
+    mean = torch.full((E, G), 1 / E if config.mean is None else config.mean, dtype=torch.float32)
+    std = torch.full((E, G), float(config.std), dtype=torch.float32)
     best, best_key = mean.clone(), None
     history: list[float] = []
     since, candidates, stopped = 0, 0, f"{config.iterations} generations"
     answers: list[dict[str, None]] = [{} for _ in range(examples)]
     for step in range(config.iterations):
-        alpha = mean + std * torch.randn(config.population, E, G, generator=generator)
+        alpha = mean + std * torch.randn(config.population, E, G, generator=generator, dtype=torch.float32)
         alpha = alpha.clamp(config.low, config.high) if config.low is not None or config.high is not None else alpha
         alpha[0] = mean
         if config.keep_best and step and config.population > 1:
@@ -264,7 +264,7 @@ def _fitness(batches: Iterable[Scores], config: CEMConfig, answers: list[dict[st
 
 def _keys(scores: Scores, config: CEMConfig) -> list[tuple[float, float]]:
     """(fitness, tie-breaker) of each candidate, from the mean reward and the likelihood."""
-    zero = torch.zeros(len(scores.rewards if scores.rewards is not None else scores.likelihood))
+    zero = torch.zeros(len(scores.rewards if scores.rewards is not None else scores.likelihood), dtype=torch.float32)
     reward = zero if scores.reward is None else scores.reward
     likelihood = zero if scores.likelihood is None else scores.likelihood
     first = {"reward": reward, "likelihood": likelihood, "both": reward + config.likelihood_weight * likelihood}[

@@ -136,7 +136,7 @@ class Mixer:
 
     def _logits(self, row: Tensor, known: Mapping[str, Tensor] | None) -> Tensor:
         if known is None:
-            start = torch.sigmoid(torch.tensor(RELEASE_START))
+            start = torch.sigmoid(torch.tensor(RELEASE_START, dtype=torch.float32))
             return torch.logit(((1 + row) * start).clamp(EDGE, 1 - EDGE))
         out = torch.full_like(row, RELEASE_START)
         for name, p in known.items():

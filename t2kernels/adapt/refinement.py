@@ -101,7 +101,7 @@ def supervise(
             tokens, there = encode_completions(sampler.tokenizer, [text for _, text, _ in picked], device)
             rollout = Rollout(torch.cat([ids, tokens], 1), torch.cat([mask, there.long()], 1), there)
             found = log_probs(completion_logits(model, rollout, **routing)).gather(-1, tokens[..., None])[..., 0]
-            weights = torch.tensor([weight for _, _, weight in picked], device=device)
+            weights = torch.tensor([weight for _, _, weight in picked], dtype=torch.float32, device=device)
             loss = -(weights * torch.where(there, found, 0).sum(1)).sum() / weights.sum()
             optimiser.zero_grad()
             loss.backward()

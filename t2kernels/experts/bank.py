@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from t2kernels import InputError, UnknownNameError
@@ -19,8 +20,9 @@ from t2kernels.layers.groups import find_groups
 from t2kernels.layers.linear import SVFLinear
 from t2kernels.layers.routing.active import Routing
 
-from .expert import Expert
+from .expert import Expert, ExpertError
 from .loading import LoadedExperts
+from .names import check_files, check_name
 from .origin import Origin
 from .table import ScaleTable
 
@@ -87,15 +89,17 @@ class ExpertBank(LoadedExperts):
         replace: whether `name` may be taken. The new values then go into the row of the old ones, unless a live tensor
             of `ids` uses it.
 
-        Raises ExpertError or ExpertMismatch (file, values, other factors), ValueError (name taken, too much lost).
+        Raises ExpertError or ExpertMismatch (file, values, other factors), NameRefused (a ValueError: `check_name`),
+        ValueError (name taken, too much lost).
         """
-        if not isinstance(name, str) or not name:
-            raise InputError(f"an expert's name is a non-empty string, not {name!r}")
+        check_name(name, version=True)
         self._check_free(name, replace)
         if not isinstance(expert, Expert):
             expert = Expert.load(Path(expert))
         self.check(expert)
         delta, lost = self.flatten(expert, max_error, name)
+        if reason := self.table.unsupported(delta):
+            raise ExpertError(f"expert {name!r} cannot run on this model: {reason}; train it again")
         manifest = {**expert.manifest, "lost": lost} if lost else dict(expert.manifest)
         with self._lock:
             self._check_free(name, replace)  # again: another thread may have added it while the file was read
@@ -124,8 +128,12 @@ class ExpertBank(LoadedExperts):
             self._rows.drop(name)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write every expert to `folder`/NAME.safetensors. Returns the paths."""
+        """Write every expert to `folder`/NAME.safetensors. Returns the paths.
+
+        Raises NameRefused for two names that differ only in case, before anything is written; OSError.
+        """
         with self._lock:
+            check_files(self.names)
             kept, training = dict(self._experts), {name: self[name] for name in self._training}
         made = ((name, self.from_vector(delta, **manifest)) for name, (delta, manifest) in kept.items())
         experts = (pair for part in (made, training.items()) for pair in part)
@@ -152,6 +160,7 @@ class ExpertBank(LoadedExperts):
 
     # --- training
 
+    @torch.inference_mode(False)  # parameters made in inference mode cannot be trained
     def start_training(self, name: str, parametrisation: str = "raw", init: Expert | None = None) -> list[nn.Parameter]:
         """Create a trainable expert: one parameter p [rank] per layer. Every forward uses its current value.
 
@@ -159,10 +168,12 @@ class ExpertBank(LoadedExperts):
             keep the trace of W, from p = 0.1 + 0.01 randn
         init: the expert to start from ("raw" only)
 
-        Returns the parameters, in model order. Raises ValueError (name taken, unknown parametrisation, an `init` that
-        does not fit), RuntimeError (no row free).
+        Returns the parameters, in model order. Raises ValueError (a name that is refused or taken, unknown
+        parametrisation, an `init` that does not fit), RuntimeError (no row free).
         """
+        check_name(name, version=True)
         self._training.check(parametrisation, init)
+        self._training.check_layers()
         start = None
         if init is not None:
             self.check(init)

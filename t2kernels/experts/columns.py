@@ -82,7 +82,7 @@ class Columns:
         Returns ([C] fp32 on the CPU, 0 for matrices and components that the expert lacks; largest truncation error).
         Raises ValueError if that error is above max_error.
         """
-        delta, worst, where = torch.zeros(self.width), 0.0, ""
+        delta, worst, where = torch.zeros(self.width, dtype=torch.float32, device="cpu"), 0.0, ""
         for n, span in self.spans.items():
             z = expert.z.get(n)
             if z is None:

@@ -218,8 +218,9 @@ class Expert:
             return NotImplemented
         return self.z.keys() == other.z.keys() and all(torch.equal(v, other.z[n]) for n, v in self.z.items())
 
-    # By identity, as for tensors: two equal experts stay two keys of a dict given to `mix`.
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        """By identity, as for tensors: two equal experts stay two keys of a dict given to `mix`."""
+        return object.__hash__(self)
 
     def __repr__(self) -> str:
         facts = [f"{len(self.z)} matrices", f"{self.numel} numbers"]

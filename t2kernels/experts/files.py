@@ -10,17 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from t2kernels.factors import schema
 from t2kernels.factors.identity import ExpertError
-from t2kernels.storage import why_unreadable, write_tensors
+from t2kernels.storage import FileError, parse_json, printable, read_tensors, why_unreadable, write_tensors
 
 FORMAT = 1
 SUFFIX = ".safetensors"
 # The tensors that a file of this format may hold for a matrix. A later format may add kinds, for example an output
 # scale "d". A file with an unknown kind is refused: an expert that lacks a part of itself is another expert.
 KINDS = ("z", "sketch")
+# The facts that the library reads. All others are free.
+MANIFEST: schema.Schema = {
+    "name?": schema.optional(schema.TEXT),
+    "base_model?": schema.optional(schema.TEXT),
+    "revision?": schema.optional(schema.TEXT),
+    "fingerprint?": schema.DIGEST,
+    "fingerprints?": schema.Each(schema.DIGEST),
+    "created_by?": schema.TEXT,
+}
 
 
 def find_file(path: str | Path) -> Path | None:
@@ -58,38 +68,48 @@ def write_file(
     path = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
     tensors = {f"{n}.z": v for n, v in z.items()} | {f"{n}.sketch": s.half() for n, s in sketch.items()}
     try:
-        facts = json.loads(json.dumps(dict(facts)))
-    except (TypeError, ValueError) as e:
-        raise ExpertError(f"{path}: not saved, its manifest is not JSON: {e}") from None
-    return write_tensors(path, tensors, {"created_by": _version(), **facts, "format": FORMAT})
+        facts = parse_json(json.dumps(dict(facts)))
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ExpertError(f"{printable(path)}: not saved, its manifest is not JSON: {e}") from None
+    facts = {"created_by": _version(), **facts, "format": FORMAT}
+    check_manifest(facts, f"{printable(path)}: not saved")
+    write_tensors(path, tensors, facts)
+    return path
+
+
+def check_manifest(facts: Mapping[str, Any], where: object) -> None:
+    """Raise ExpertError, which names `where`, if a fact that the library reads is of a wrong kind."""
+    schema.check(facts, MANIFEST, where, ExpertError, "make the expert again, or give it another manifest")
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """(z, sketch, manifest) from an expert's file.
 
-    Raises ExpertError: a pickle (never loaded), a truncated file, another kind of file, a newer format.
+    Raises ExpertError: a pickle (never loaded), a truncated or changed file (by its digest; files of older versions
+    have none), another kind of file, a newer format.
     """
     try:
-        with safe_open(path, framework="pt") as f:
-            header = (f.metadata() or {}).get("t2kernels")
-            if header is None:
-                raise ExpertError(
-                    f"{path} is safetensors but not an expert: its header has no t2kernels manifest; "
-                    "Expert.save writes experts"
-                )
-            facts = _manifest(path, header)
-            tensors = {key: f.get_tensor(key).clone() for key in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        tensors, facts = read_tensors(path)
     except SafetensorError as e:
         why = why_unreadable(path)
         advice = "Expert.from_sakana reads the release's files" if "pickle" in why else "copy or make it again"
         raise ExpertError(f"{path} is not an expert: {why} ({e}); {advice}") from None
+    except FileError as e:
+        raise ExpertError(
+            f"{path}: it is damaged, its content is not one that Expert.save writes: {e}; copy or make it again"
+        ) from None
+    if facts is None:
+        raise ExpertError(
+            f"{path} is safetensors but not an expert: its header has no t2kernels manifest; Expert.save writes experts"
+        )
+    _check_format(path, facts)
     z: dict[str, Tensor] = {}
     sketch: dict[str, Tensor] = {}
     for key, t in tensors.items():
         name, _, kind = key.rpartition(".")
         if kind not in KINDS or not name:
             raise ExpertError(
-                f"{path}: tensor {key!r} is of a kind that this version does not know ({', '.join(KINDS)}); "
+                f"{path}: tensor {printable(key)!r} is of a kind that this version does not know ({', '.join(KINDS)}); "
                 f"it was written by {facts.get('created_by', 'another version')}: update t2kernels"
             )
         if kind == "z" and t.dtype != torch.float32:
@@ -102,20 +122,16 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[st
     return z, sketch, facts
 
 
-def _manifest(path: Path, header: str) -> dict[str, Any]:
-    try:
-        facts = json.loads(header)
-        found = facts.pop("format")
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+def _check_format(path: Path, facts: dict[str, Any]) -> None:
+    if "format" not in facts:
+        raise ExpertError(f"{path} is not an expert: the manifest in its header is not one that Expert.save writes")
+    if (found := facts.pop("format")) != FORMAT:
+        by = facts.get("created_by")
         raise ExpertError(
-            f"{path} is not an expert: the manifest in its header is not one that Expert.save writes"
-        ) from None
-    if found != FORMAT:
-        raise ExpertError(
-            f"{path} has format {found!r}, written by {facts.get('created_by', '?')}; "
+            f"{path} has format {schema.shortened(found)}, written by {by if isinstance(by, str) else '?'}; "
             f"this version reads {FORMAT}: update t2kernels"
         )
-    return facts
+    check_manifest(facts, path)
 
 
 def _version() -> str:

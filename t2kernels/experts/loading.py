@@ -1,7 +1,8 @@
-"""Rows for names (`LoadedExperts`) and rows for the candidates of a search (`Scratch`)."""
+"""Rows for names (`LoadedExperts`), rows for the candidates of a search (`Scratch`), and their lock (`Lock`)."""
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,7 @@ class LoadedExperts(Columns):
         self._training = Trainables(table.slots)
         self._counts = RowCounts()
         self._rows = Rows(table.rows, self._counts)
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._default: Name = None
 
     @property
@@ -70,7 +71,7 @@ class LoadedExperts(Columns):
         flat = list(flat_names(names))
         shape = shape_of(names)
         rows = self.pin(flat)
-        out = torch.tensor(rows, dtype=torch.int32).reshape(shape).to(self.device)
+        out = torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(shape).to(self.device)
         weakref.finalize(out, self._rows.release, set(rows) - {0})
         return out
 
@@ -136,6 +137,8 @@ class LoadedExperts(Columns):
                 f"expert_ids is {got}; wanted an int32 or int64 tensor, 0-dim, [B] or [B, S]; "
                 "bank.ids([...]) makes one from names"
             )
+        if ids.device.type == "meta":
+            raise InputError("expert_ids is on the meta device and has no values; bank.ids([...]) makes one from names")
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(v) for v in torch.aminmax(ids))
             if low < 0 or high >= self.rows:
@@ -190,7 +193,7 @@ class LoadedExperts(Columns):
 
     def _load(self, key: Key) -> int:
         if isinstance(key, tuple):
-            delta = torch.zeros(self.width)
+            delta = torch.zeros(self.width, dtype=torch.float32, device="cpu")
             for name, weight in key:
                 delta.add_(self._experts[name][0], alpha=weight)
         else:
@@ -224,7 +227,7 @@ class LoadedExperts(Columns):
             return {**state, "_experts": dict(self._experts), "_rows": self._rows.copy(self._training)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        self.__dict__.update(state, _lock=Lock())
         self.routing.training, self.default = len(self._training), self._default
 
 
@@ -240,9 +243,7 @@ class Scratch:
     Raises ValueError for P < 1, RuntimeError if fewer than P rows can be had.
     """
 
-    def __init__(
-        self, rows: Rows, table: ScaleTable, lock: threading.RLock, width: int, device: torch.device, count: int
-    ):
+    def __init__(self, rows: Rows, table: ScaleTable, lock: Lock, width: int, device: torch.device, count: int):
         if count < 1:
             raise InputError(f"scratch({count}): wanted at least one row")
         self._rows, self._table, self._lock, self._width = rows, table, lock, width
@@ -284,3 +285,39 @@ class Scratch:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class Lock:
+    """A re-entrant lock for `with` blocks.
+
+    A fork copies a lock as it is, but not the thread that holds it, which could then never release it. In the child, a
+    lock that another thread held is made anew. What that thread was changing may be half done there.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        _LOCKS.add(self)
+
+    def __enter__(self) -> Lock:
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def renew(self) -> None:
+        """Replace the lock unless it is free or held by this thread. Called in a forked child."""
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
+
+
+def _renew() -> None:
+    for lock in list(_LOCKS):
+        lock.renew()
+
+
+_LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_renew)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from t2kernels import InputError, InputTypeError
+from t2kernels import InputError, InputTypeError, T2Error
 
 Name: TypeAlias = str | Mapping[str, float] | None
 """An expert's name, None for the base model, or a mixture {name: weight}."""
@@ -30,24 +30,47 @@ CLASSIFIER = "classify"
 """The default name of the classification expert."""
 NAME: re.Pattern[str] = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The names that an expert may have, reserved words aside."""
+VERSION: re.Pattern[str] = re.compile(r"@[0-9]{1,18}\Z")
+"""What may follow a name in a bank."""
 MAX_WEIGHT = 1e3
 """The largest weight that a mixture's text may give an expert."""
 
 
-def check_name(name: str) -> str:
-    """Return the name if an expert may have it, else raise ValueError.
+class NameRefused(T2Error, ValueError):
+    """A name that an expert cannot have."""
+
+
+def check_name(name: str, version: bool = False) -> str:
+    """Return the name if an expert may have it, else raise NameRefused.
 
     A name becomes a file, an address and a label. It has 1 to 64 letters, digits, ".", "_" and "-", starts with a
     letter or a digit, and is not a reserved word.
+
+    version: whether "@" and a number may follow: the bank of a server keeps several versions of an expert
     """
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise InputError(
-            f"an expert cannot be called {name!r}: "
-            "use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+    plain = name if not isinstance(name, str) or not version else VERSION.sub("", name)
+    if not isinstance(plain, str) or not NAME.fullmatch(plain):
+        shown = ascii(name)
+        raise NameRefused(
+            f"an expert cannot be called {shown if len(shown) < 80 else shown[:76] + '...'}: "
+            "use a non-empty name of 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit: "
+            "it becomes a file"
         )
-    if name in (BASE, AUTO):
-        raise InputError(f"an expert cannot be called {name!r}: the word is reserved")
+    if plain in (BASE, AUTO):
+        raise NameRefused(f"an expert cannot be called {name!r}: the word is reserved")
     return name
+
+
+def check_files(names: Iterable[str]) -> None:
+    """Raise NameRefused if two names would be one file where a file system ignores case."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(check_name(name, version=True).casefold(), name)
+        if other != name:
+            raise NameRefused(
+                f"the experts {other!r} and {name!r} differ only in case and would be one file on some file systems; "
+                "rename one of them"
+            )
 
 
 def parse_mixture(text: str) -> dict[str, float]:

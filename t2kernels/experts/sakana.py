@@ -21,18 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2kernels import InputError
 from t2kernels.factors.factor import Factor
 from t2kernels.factors.identity import ExpertError, ExpertMismatch
 from t2kernels.factors.store import Factors
 from t2kernels.layers.scale import z_from_logits
+from t2kernels.storage import printable
 
 # The release numbers its vectors in the order of the "mlp" weights in the state dict of Llama and Mistral, the only
 # models that it supports. The order stands here and is not read from a model: gate and up have the same length, so a
 # wrong order would load without an error.
 MLP_ORDER = ("gate_proj", "up_proj", "down_proj")
-POLICY = re.compile(r"learnable_params_module_list\.(\d+)")
-COMBINED = re.compile(r"weights_(\d+)_k_model_layers_(\d+)_mlp_(gate_proj|up_proj|down_proj)_weight")
-LEGACY = re.compile(r"(model\.layers\.\d+\.mlp\.(?:gate_proj|up_proj|down_proj))\.weight")
+POLICY = re.compile(r"learnable_params_module_list\.([0-9]{1,6})")
+COMBINED = re.compile(r"weights_([0-9]{1,6})_k_model_layers_([0-9]{1,6})_mlp_(gate_proj|up_proj|down_proj)_weight")
+LEGACY = re.compile(r"(model\.layers\.[0-9]{1,6}\.mlp\.(?:gate_proj|up_proj|down_proj))\.weight")
 DECOMPOSED = re.compile(r"(.+)\.weight\.([USV])")
 
 
@@ -124,6 +126,8 @@ def load_factors(path: str | Path, base_model: str | None = None, mlp_only: bool
             raise ExpertError(
                 f"{path}: {name}: wanted U [M, R], S [R], V [N, R] as torch.svd returns them, got {shapes}"
             )
+        for part, t in p.items():
+            _check_finite(path, f"{name}.weight.{part}", t)
         factors[name] = Factor(U.contiguous(), S.float(), V.t().contiguous().t())
     matrices = {n: {"algorithm": "torch.svd (release)"} for n in factors}
     return Factors(factors, {"base_model": base_model, "algorithm": ["torch.svd (release)"], "matrices": matrices})
@@ -171,6 +175,10 @@ def _combine(path: Path, state: Mapping[str, Tensor], mask: str) -> dict[str, Te
         raise ExpertError(
             f"{path}: adaptive_weights {list(a.shape)} does not fit {len(names)} matrices with {counts} experts each"
         )
+    for name, vectors in found.items():
+        if len({v.numel() for v in vectors.values()}) > 1:
+            raise ExpertError(f"{path}: the experts differ in length at {name}; the file is damaged")
+    _check_finite(path, "adaptive_weights", a)
     a = a.expand(-1, len(names))
     if mask == "sigmoid":
         found = {n: {k: torch.sigmoid(p) for k, p in v.items()} for n, v in found.items()}
@@ -207,9 +215,13 @@ def _only(path: Path, state: Mapping[str, Tensor], count: int, wanted: str) -> N
 def _logits(path: Path, key: str, t: Tensor) -> Tensor:
     if t.dim() != 1 or not t.is_floating_point():
         raise ExpertError(f"{path}: {key} is {t.dtype} {list(t.shape)}; wanted a floating-point vector")
-    if not torch.isfinite(t).all():
-        raise ExpertError(f"{path}: {key} holds NaN or infinity")
+    _check_finite(path, key, t)
     return t.detach().double()
+
+
+def _check_finite(path: Path, key: str, t: Tensor) -> None:
+    if not torch.isfinite(t).all():
+        raise ExpertError(f"{path}: {key} holds NaN or infinity; the file is damaged")
 
 
 def _name(layer: int, which: int) -> str:
@@ -226,7 +238,10 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         raise ExpertError(f"{path} does not exist; wanted a .pt file of the release")
     try:
         # Decomposed weights of an 8B model are 45 GB. A mapped file is read only where it is used.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            _check_sums(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # a damaged pickle can raise any exception
         why = str(e).partition("\n")[0] or type(e).__name__
         raise ExpertError(
@@ -236,7 +251,26 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()
     ):
         raise ExpertError(f"{path} is not a dict of tensors; wanted a .pt file of the release")
+    for key, t in state.items():
+        # An expanded tensor of a small file may have any number of elements, so this comes before a look at its values.
+        if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized:
+            raise ExpertError(f"{path}: {printable(key)} is {t.layout} on {t.device}; wanted a dense tensor")
+        if t.numel() * t.element_size() > t.untyped_storage().nbytes():
+            raise ExpertError(
+                f"{path}: {printable(key)} {list(t.shape)} is an expanded view of "
+                f"{t.untyped_storage().nbytes()} bytes; "
+                "the file is not one of the release"
+            )
     return dict(state)
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the parts of a .pt file with their checksums, which torch writes and does not read. Raises ValueError."""
+    with zipfile.ZipFile(path) as parts:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+            raise InputError("its parts are compressed, which torch.save never does")
+        if (damaged := parts.testzip()) is not None:
+            raise InputError(f"the checksum of its part {damaged} is wrong, so the file is damaged")
 
 
 def _sha256(path: Path) -> str:

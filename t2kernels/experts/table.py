@@ -70,6 +70,19 @@ class ScaleTable:
             self.width = self.slots[-1].stop
         self._bind()
 
+    def unsupported(self, delta: Tensor) -> str | None:
+        """Why a row cannot be written, or None: sigma z must be finite in the dtype of its layer.
+
+        delta: [C] z - 1 of all matrices
+        """
+        for s in self.slots:
+            sigma, z = s.layer.sigma.double().cpu().reshape(-1), delta[s.start : s.stop].double() + 1
+            largest, limit = float((sigma * z).abs().max()), torch.finfo(s.layer.dtype).max
+            if not largest <= limit:
+                dtype = str(s.layer.dtype).removeprefix("torch.")
+                return f"sigma z of {s.names[0]} reaches {largest:.3g}, and {dtype} ends at {limit:.3g}"
+        return None
+
     def write(self, rows: int | Tensor, delta: Tensor) -> None:
         """scale[rows] = base + sigma * delta in every layer, in place.
 

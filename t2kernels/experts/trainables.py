@@ -7,11 +7,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from t2kernels import InputError
+from t2kernels import InputError, T2Error
 
 from .expert import Expert
 from .rows import Rows
 from .table import Slot
+
+
+class GradientError(T2Error, ValueError):
+    """Experts cannot be trained on this base model."""
 
 
 class Trainables:
@@ -50,6 +54,28 @@ class Trainables:
                 "patch with form='factored', rank=None"
             )
 
+    def check_layers(self) -> None:
+        """Raise GradientError if gradients cannot flow through a base layer. Each kind of layer is asked once."""
+        asked: dict[object, str | None] = {}
+        for s in self._slots:
+            if any(t.is_inference() for t in s.layer.buffers()):
+                raise GradientError(
+                    f"{s.names[0]} holds tensors that torch.inference_mode made, which cannot be trained: load and "
+                    "patch the model outside of it"
+                )
+            kind = s.layer.probe_kind()
+            if kind is None:
+                continue
+            if kind not in asked:
+                asked[kind] = s.layer.unsupported_training()
+            if reason := asked[kind]:
+                what = kind[0].__name__ if isinstance(kind, tuple) else kind
+                raise GradientError(
+                    f"{s.names[0]} ({what}) cannot be trained through: {reason}, so the gradients of z would be wrong "
+                    "without an error. Train on a base in bf16, or with weight-only quantisation; "
+                    "the expert then serves on this one"
+                )
+
     def start(self, rows: Rows, name: str, parametrisation: str, start: Tensor | None) -> list[nn.Parameter]:
         """Reserve a row and create the parameters.
 
@@ -64,12 +90,12 @@ class Trainables:
         for s in self._slots:
             shape, device = (*s.layer.sigma.shape[:-1], s.layer.support), s.layer.sigma.device
             if parametrisation == "sigmoid":
-                p = 0.1 + 0.01 * torch.randn(shape, device=device)
+                p = 0.1 + 0.01 * torch.randn(shape, dtype=torch.float32, device=device)
             elif start is not None:
                 whole = start[s.start : s.stop].reshape(s.layer.sigma.shape)
                 p = whole[..., : s.layer.support].to(device).clone()
             else:
-                p = torch.zeros(shape, device=device)
+                p = torch.zeros(shape, dtype=torch.float32, device=device)
             parameters.append(nn.Parameter(p))
             s.layer.add_trained(key, row, parameters[-1], parametrisation)
         return parameters

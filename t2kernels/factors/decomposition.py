@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -14,16 +15,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from t2kernels import InputError
-from t2kernels.storage import header
+from t2kernels.storage import FileError, header, verify
 
-from . import linalg
+from . import linalg, schema
 from .checkpoint import Checkpoint, name_of
-from .factor import Factor, keep, reconstruction_error, resolve_rank
+from .factor import Factor, keep, read_factor, reconstruction_error, resolve_rank
 from .formats import FORMATS, check_format, convert
-from .identity import fingerprint, sketch, weight_hash
+from .identity import TOLERANCE, FactorsError, fingerprint, sketch, weight_hash
 from .int8 import Int8Factor
 from .matrices import Matrix, Targets, find_matrices
-from .store import FORMAT, Factors, file_of, finish_directory, write_matrix
+from .store import FORMAT, Factors, check_matrix, file_of, finish_directory, write_matrix
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,8 +45,8 @@ def decompose(
 
     model_or_path: a model; or the directory of a checkpoint, or its id on the hub, which is read matrix by matrix
     out: a directory to write to, one file per matrix; the result then reads from there. An interrupted run continues: a
-        matrix that has a file, from the same weight (by hash), rank and dtype, is not computed again. None: the result
-        is in memory, on the device of a model's weights
+        matrix that has a whole file (by digest), from the same weight (by hash), rank and dtype, is not computed again;
+        a damaged file is made again, with a warning. None: the result is in memory, on the device of a model's weights
     rank: as in `resolve_rank`: the leading components only
     targets: as in `patch_model`
     device: where to compute; None: a GPU if there is one
@@ -134,7 +135,7 @@ class _Job:
         record = {"weight_hash": weight_hash(W), "asked": k, "dtype": self.kind}
         if self.format:
             record["max_error"] = self.max_error
-        if self.out is not None and (found := self._finished(self.out, m.name, record)):
+        if self.out is not None and (found := self._finished(self.out / file_of(m.name), m.name, record)):
             return found
         if not torch.isfinite(W).all():
             raise InputError(f"{m.name}: the weight {list(W.shape)} holds NaN or infinity; it has no decomposition")
@@ -145,8 +146,11 @@ class _Job:
                 f"{m.name}: the decomposition has a residual of {found.residual:.1e}, {linalg.TOLERANCE} is allowed; "
                 "compute it on another device"
             )
-        exact = keep(found)
-        kept = exact if self.dtype == torch.float32 else keep(found, self.dtype)
+        try:
+            exact = keep(found)
+            kept = exact if self.dtype == torch.float32 else keep(found, self.dtype)
+        except ValueError as e:
+            raise FactorsError(f"{m.name}: {e}") from None
         if self.format:
             kept, facts = convert(m.name, exact, self.format, self.max_error)
             record |= facts
@@ -159,23 +163,38 @@ class _Job:
         record |= {"shape": list(m.shape), "rank": k, "fingerprint": fingerprint(kept)}
         return _Done(record, kept.sigma.cpu(), sketched, kept.to(W.device))
 
-    def _finished(self, out: Path, name: str, record: dict[str, Any]) -> _Done | None:
-        path = out / file_of(name)
+    def _finished(self, path: Path, name: str, wanted: dict[str, Any]) -> _Done | None:
+        """What an earlier run wrote for a matrix; None if it was made from another weight, otherwise, or is damaged."""
         if not path.is_file():
             return None
         try:
-            old = header(path)
-            if (
-                old is None
-                or old.pop("format") != FORMAT
-                or old.pop("name") != name
-                or any(old.get(k) != v for k, v in record.items())
-            ):
-                return None
-            with safe_open(path, framework="pt") as f:
-                return _Done(old, f.get_tensor(f"{name}.sigma"), f.get_tensor(f"{name}.sketch"), None)
-        except (SafetensorError, ValueError, KeyError, AttributeError):  # another file, or damaged
+            return _read(path, name, wanted)
+        except (SafetensorError, FileError) as e:
+            warnings.warn(f"{path} is damaged ({e}); {name} is decomposed again", stacklevel=2)
             return None
+
+
+def _read(path: Path, name: str, wanted: dict[str, Any]) -> _Done | None:
+    """Read a finished matrix. Raises FileError or SafetensorError if its file is damaged."""
+    record = header(path)
+    if record is None:
+        return None  # another file
+    schema.check(record, schema.WRITTEN, "its header", FileError, "it is not used")
+    if record.pop("format") != FORMAT or record.pop("name") != name:
+        return None
+    if any(k not in record or record[k] != v for k, v in wanted.items()):
+        return None
+    schema.check(record, schema.DECOMPOSED, "its header", FileError, "it is not used")
+    if digest := verify(path):
+        record["digest"] = digest
+    check_matrix(path, name, record)
+    with safe_open(path, framework="pt") as f:
+        sigma, sketched = (f.get_tensor(f"{name}.{part}") for part in ("sigma", "sketch"))
+        again = sketched if digest else sketch(read_factor(f, name, record, record["rank"]))
+    # Without a digest the sketch is computed again, from factors that may have been rounded since.
+    if sketched.shape != sigma.shape or not torch.allclose(sketched, again, rtol=TOLERANCE, atol=TOLERANCE):
+        raise FileError(f"{name}.sketch {list(sketched.shape)} is not that of its factors")
+    return _Done(record, sigma, sketched, None)
 
 
 def _share(matrices: dict[str, Matrix], device: torch.device, workers: int | None) -> tuple[int, int]:

@@ -1,16 +1,21 @@
-"""`Factor`: U, sigma and V of one matrix, W = U diag(sigma) Vᵀ, and how it is computed from W."""
+"""`Factor`: U, sigma and V of one matrix, W = U diag(sigma) Vᵀ, how it is computed from W, and how it is read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from t2kernels import InputError
+from t2kernels import InputError, T2Error
 
 from . import linalg
-from .int8 import Int8Factor
+from .int8 import Int8Factor, kept_columns
+
+
+class TooLarge(T2Error, ValueError):
+    """A matrix whose singular values do not fit fp32."""
 
 
 class Factor(NamedTuple):
@@ -81,7 +86,7 @@ def svd(W: Tensor, rank: int | float | None = None) -> Factor:
     """Decompose W [M, N] = U diag(sigma) Vᵀ: in fp64 on W's device, returned in fp32.
 
     rank: as in `resolve_rank`: the leading components only
-    Raises ValueError if W is not a finite floating-point matrix.
+    Raises ValueError if W is not a finite floating-point matrix, or if its singular values do not fit fp32.
     """
     W = W.detach()
     if W.dim() != 2 or not W.is_floating_point() or 0 in W.shape:
@@ -92,8 +97,16 @@ def svd(W: Tensor, rank: int | float | None = None) -> Factor:
 
 
 def keep(found: linalg.SVD, dtype: torch.dtype = torch.float32) -> Factor:
-    """Turn a decomposition into a `Factor`: U and V in `dtype`, sigma in fp32, U [M, R] and Vᵀ [R, N] contiguous."""
-    return Factor(found.U.to(dtype).contiguous(), found.sigma.float(), found.Vt.to(dtype).contiguous().t())
+    """Turn a decomposition into a `Factor`: U and V in `dtype`, sigma in fp32, U [M, R] and Vᵀ [R, N] contiguous.
+
+    Raises ValueError if sigma is too large for fp32."""
+    sigma = found.sigma.float()
+    if not torch.isfinite(sigma).all():
+        raise TooLarge(
+            f"the largest singular value is {found.sigma[0].item():.3g}, more than fp32 holds (3.4e38); "
+            "scale the weight first"
+        )
+    return Factor(found.U.to(dtype).contiguous(), sigma, found.Vt.to(dtype).contiguous().t())
 
 
 def reconstruction_error(W: Tensor, factor: Factor | Int8Factor) -> float:
@@ -105,3 +118,21 @@ def reconstruction_error(W: Tensor, factor: Factor | Int8Factor) -> float:
         off += (rows.float() - u.float() @ scaled.t()).to(wide).square().sum().item()
         total += rows.to(wide).square().sum().item()
     return (off / total) ** 0.5 if total else off**0.5
+
+
+def read_factor(f: Any, name: str, record: Mapping[str, Any], rank: int) -> Factor | Int8Factor:
+    """The leading components of a matrix from its open safetensors file.
+
+    record: of the matrix, in the manifest
+    rank: how many components
+    """
+    U, sigma, Vt = (f.get_slice(f"{name}.{part}") for part in ("U", "sigma", "Vt"))
+    if "runs" not in record:
+        return Factor(U[:, :rank], sigma[:rank], Vt[:rank].t())
+    source, fold = f.get_tensor(f"{name}.source"), f.get_tensor(f"{name}.fold")
+    if rank == record["rank"]:
+        return Int8Factor(U[:], sigma[:], Vt[:].t(), source, fold, tuple(record["runs"]))
+    kept = [slice(*ab) for ab in kept_columns(source, fold, record["runs"], rank)]
+    U, Vt = torch.cat([U[:, s] for s in kept], 1), torch.cat([Vt[s] for s in kept])
+    source, fold = (torch.cat([t[s] for s in kept]) for t in (source, fold))
+    return Int8Factor(U, sigma[:rank], Vt.t(), source, fold, tuple(s.stop - s.start for s in kept)).aligned()

@@ -35,6 +35,14 @@ LEADING_OFF = 0.02
 LEADING_OFF_QUANTISED = 0.3
 
 
+class FactorsError(T2Error, ValueError):
+    """Factors, or their files, that cannot be used: damaged, not finite, or not those that their manifest names."""
+
+
+class FactorsMissing(FactorsError, FileNotFoundError):
+    """A directory of factors, or one of its files, that is not there."""
+
+
 class ExpertError(T2Error, ValueError):
     """An expert, or its file, that cannot be used."""
 
@@ -205,3 +213,13 @@ def _harmless(run: slice, zs: Tensor, sigma: Tensor, mine: Tensor, theirs: Tenso
         return False
     size = max(1.0, mine[run].abs().max().item())
     return bool((mine[run].sum() - theirs[run].sum()).abs() <= TOLERANCE * size * n**0.5)
+
+
+def same_weight(found: Tensor, weight: Tensor) -> bool:
+    """Whether two weights are equal within the rounding of the coarser dtype, and of a product in fp32."""
+    if not found.is_floating_point():
+        return False
+    step = max(torch.finfo(found.dtype).eps, torch.finfo(weight.dtype).eps)
+    a, b = found.to(weight.device).float(), weight.float()
+    allowed = step * b.abs() + 32 * torch.finfo(torch.float32).eps * b.abs().max()
+    return bool(((a - b).abs() <= allowed).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor
 TOLERANCE: float = 1e-7  # of residual and of orthogonality; fp32 rounds a component by as much
 CHECKED: int = 64  # the last columns: orthogonality is lost first among the smallest singular values
 PROBES: int = 16
+SAFE: int = 300  # entries between 2^-SAFE and 2^SAFE have sums of squares in fp64
 
 
 class SVD(NamedTuple):
@@ -55,6 +57,11 @@ def svd(A: Tensor, k: int) -> SVD:
     used.
     """
     A = (A.cpu() if A.device.type == "mps" else A).double()
+    largest = A.abs().max().item()
+    if largest and not 2.0**-SAFE < largest < 2.0**SAFE:  # its squares would overflow, or vanish
+        unit = 2.0 ** (math.frexp(largest)[1] - 1)  # a power of two: dividing by it is exact
+        found = svd(A / unit, k)
+        return found._replace(sigma=found.sigma * unit)
     if A.shape[0] < A.shape[1]:
         V, sigma, Ut, algorithm, reached = _tall(A.t(), k)
         return SVD(Ut.t(), sigma, V.t(), algorithm, reached)

@@ -68,6 +68,11 @@ class Matrix:
         return self.tensor.rpartition(".")[0]
 
     @property
+    def adapted(self) -> bool:
+        """True if another adapter (a LoRA of PEFT) wraps the module and may merge itself into the weight."""
+        return self.path.rpartition(".")[2] == "base_layer"
+
+    @property
     def rank(self) -> int:
         """R = min(M, N), the number of singular components."""
         return min(self.shape)
@@ -164,11 +169,12 @@ def find_matrices(model: nn.Module, targets: Targets = "all") -> dict[str, Matri
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, Matrix]]:
     for path, module in model.named_modules():
+        name = base_name(path)
         if isinstance(module, Conv1D):
             n, m = module.weight.shape
-            yield path, Matrix(path, f"{path}.weight", (m, n), kind_of(path), module, transposed=True)
+            yield name, Matrix(name, f"{path}.weight", (m, n), kind_of(path), module, transposed=True)
         elif _linear_like(module):
-            yield path, Matrix(path, f"{path}.weight", (module.out_features, module.in_features), kind_of(path), module)
+            yield name, Matrix(name, f"{path}.weight", (module.out_features, module.in_features), kind_of(path), module)
         elif is_expert_stack(module):
             for tensor in STACKS:
                 stack = getattr(module, tensor, None)
@@ -177,7 +183,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, Matrix]]:
                 count, a, b = stack.shape
                 transposed = bool(getattr(module, "is_transposed", False))
                 for e in range(count):
-                    name = f"{path}.{tensor}.{e}"
+                    name = f"{base_name(path)}.{tensor}.{e}"
                     yield (
                         name,
                         Matrix(
@@ -188,7 +194,12 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, Matrix]]:
 
 def is_expert_stack(module: nn.Module) -> bool:
     """True for a mixture-of-experts module in transformers' layout: 3-D weights, called by `ALL_EXPERTS_FUNCTIONS`."""
-    return all(hasattr(module, a) for a in ("down_proj", "is_transposed", "has_gate", "_apply_gate"))
+    return all(hasattr(module, a) for a in ("down_proj", "is_transposed", "has_gate"))
+
+
+def base_name(path: str) -> str:
+    """The path that a module has in the base model, without the wrappers that PEFT puts around models and layers."""
+    return path.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def kind_of(path: str) -> str:

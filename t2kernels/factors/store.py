@@ -15,18 +15,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from t2kernels import InputError, MissingFileError, UnknownNameError
-from t2kernels.storage import read_json, why_unreadable, write_json, write_tensors
+from t2kernels import UnknownNameError
+from t2kernels.storage import FileError, header, read_json, verify, why_unreadable, write_json, write_tensors
 
-from .factor import Factor, resolve_rank
+from . import schema
+from .factor import Factor, read_factor, resolve_rank
 from .formats import FORMATS, check_format, convert
-from .identity import combine_fingerprints, fingerprint, sketch
-from .int8 import Int8Factor, kept_columns
+from .identity import FactorsError, FactorsMissing, combine_fingerprints, fingerprint, sketch
+from .int8 import Int8Factor
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 # sigma and sketch of every matrix, so that an expert is checked without opening the files of the factors
 SPECTRA = "spectra.safetensors"
+AGAIN = "delete it and run decompose again"
 
 T = TypeVar("T")
 
@@ -77,7 +79,9 @@ class Factors(Mapping[str, Factor | Int8Factor]):
     def load(cls, path: str | Path) -> Factors:
         """Open a directory that `save` or `decompose` wrote.
 
-        Raises FileNotFoundError if it is missing or incomplete, ValueError if it cannot be read.
+        The manifest is checked here. The file of a matrix is compared with its digest when the matrix is read; a
+        directory of an older version, which has no digests, with its fingerprint.
+        Raises FileNotFoundError if it is missing or incomplete, FactorsError if it cannot be read.
         """
         self = cls.__new__(cls)
         self._init(_Directory(Path(path)))
@@ -115,7 +119,10 @@ class Factors(Mapping[str, Factor | Int8Factor]):
         known = self.manifest.get("matrices", {})
         for name, factor in self.items():
             factor, facts = convert(name, factor, format, max_error)
-            record = {**{k: v for k, v in known.get(name, {}).items() if k not in ("file", "fingerprint")}, **facts}
+            record = {
+                **{k: v for k, v in known.get(name, {}).items() if k not in ("file", "fingerprint", "digest")},
+                **facts,
+            }
             if "error" in record and "format_error" in facts:
                 record["error"] = (record["error"] ** 2 + facts["format_error"] ** 2) ** 0.5
             if out is None:
@@ -164,7 +171,7 @@ class _Memory:
                 continue
             U, sigma, V = factor
             if U.dim() != 2 or V.dim() != 2 or sigma.shape != (U.shape[1],) or U.shape[1] != V.shape[1]:
-                raise InputError(
+                raise FactorsError(
                     f"{name}: wanted U [M, R], sigma [R], V [N, R], "
                     f"got {list(U.shape)}, {list(sigma.shape)}, {list(V.shape)}"
                 )
@@ -209,23 +216,31 @@ class _Directory:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
-            raise MissingFileError(
-                f"no directory of factors at {path}; `decompose(model, out={str(path)!r})` makes one"
-            )
-        if not (path / MANIFEST).is_file():
-            raise MissingFileError(
+            raise FactorsMissing(f"no directory of factors at {path}; `decompose(model, out={str(path)!r})` makes one")
+        where = path / MANIFEST
+        if not where.is_file():
+            raise FactorsMissing(
                 f"{path} holds no {MANIFEST}: it is not a directory of factors, or its decomposition was interrupted; "
                 "run decompose again"
             )
-        self.manifest = read_json(path / MANIFEST, "a manifest of factors")
-        if self.manifest.get("format") != FORMAT or not isinstance(self.manifest.get("matrices"), dict):
-            found = self.manifest.get("format")
-            raise InputError(
-                f"{path / MANIFEST} has format {found!r}, this version reads {FORMAT}; "
-                "update t2kernels or decompose again"
+        try:
+            self.manifest = read_json(where, "a manifest of factors")
+        except FileError as e:
+            raise FactorsError(f"{e}; {AGAIN}") from None
+        if self.manifest.get("format") != FORMAT:
+            found = schema.shortened(self.manifest.get("format"))
+            raise FactorsError(
+                f"{where} has format {found}, this version reads {FORMAT}; update t2kernels or decompose again"
             )
+        schema.check(self.manifest, schema.FACTORS, where, FactorsError, AGAIN)
         self._matrices: dict[str, dict[str, Any]] = self.manifest["matrices"]
-        self.names = self.manifest.get("order") or list(self._matrices)
+        self.names: list[str] = self.manifest.get("order") or list(self._matrices)
+        whole = combine_fingerprints({n: m["fingerprint"] for n, m in self._matrices.items()})
+        if sorted(self.names) != sorted(self._matrices):
+            raise FactorsError(f"{where}: order does not name each of the matrices once; {AGAIN}")
+        if self.manifest.get("fingerprint", whole) != whole:
+            raise FactorsError(f"{where}: fingerprint is not that of its matrices: it was changed; {AGAIN}")
+        self._verified: dict[str, tuple[int, int, int]] = {}  # file -> its state when it was compared
 
     def __str__(self) -> str:
         return str(self.path)
@@ -241,35 +256,80 @@ class _Directory:
         return self._matrices[name]["fingerprint"]
 
     def read(self, name: str, rank: int) -> Factor | Int8Factor:
-        def get(f: Any) -> Factor | Int8Factor:
-            U, sigma, Vt = (f.get_slice(f"{name}.{part}") for part in ("U", "sigma", "Vt"))
-            if "runs" not in self._matrices[name]:
-                return Factor(U[:, :rank], sigma[:rank], Vt[:rank].t())
-            source, fold = f.get_tensor(f"{name}.source"), f.get_tensor(f"{name}.fold")
-            kept = [slice(*ab) for ab in kept_columns(source, fold, self._matrices[name]["runs"], rank)]
-            U, Vt = torch.cat([U[:, s] for s in kept], 1), torch.cat([Vt[s] for s in kept])
-            source, fold = (torch.cat([t[s] for s in kept]) for t in (source, fold))
-            return Int8Factor(U, sigma[:rank], Vt.t(), source, fold, tuple(s.stop - s.start for s in kept)).aligned()
-
-        return self._open(self._matrices[name]["file"], get)
+        record = self._matrices[name]
+        return self._open(
+            record["file"], lambda path: check_matrix(path, name, record), lambda f: read_factor(f, name, record, rank)
+        )
 
     def sigma(self, name: str) -> Tensor:
-        return self._open(SPECTRA, lambda f: f.get_tensor(f"{name}.sigma"))
+        return self._spectrum(name, "sigma")
 
     def sketch(self, name: str) -> Tensor:
-        return self._open(SPECTRA, lambda f: f.get_tensor(f"{name}.sketch"))
+        return self._spectrum(name, "sketch")
 
-    def _open(self, file: str, get: Callable[[Any], T]) -> T:
+    def _spectrum(self, name: str, part: str) -> Tensor:
+        def compare(path: Path) -> None:
+            if verify(path) != self.manifest.get("spectra"):
+                raise FileError(f"it is not the file that {MANIFEST} was written with")
+
+        key, rank = f"{name}.{part}", self.rank(name)
+        found = self._open(SPECTRA, compare, lambda f: f.get_tensor(key))
+        sound = found.dtype == torch.float32 and found.shape == (rank,) and bool(torch.isfinite(found).all())
+        if sound and "spectra" not in self.manifest:  # an older version wrote it: the file of the matrix holds it too
+            sound = torch.equal(found, self._open(self._matrices[name]["file"], None, lambda f: f.get_tensor(key)))
+        if not sound:
+            raise FactorsError(f"{self.path / SPECTRA}: {key} is not what was written, [{rank}] finite fp32; {AGAIN}")
+        return found
+
+    def _open(self, file: str, compare: Callable[[Path], None] | None, get: Callable[[Any], T]) -> T:
+        """Compare a file with what was written, unless that was done and it has not changed since, and read from it."""
         path = self.path / file
         if not path.is_file():
-            raise MissingFileError(f"{path} is missing, though {self.path / MANIFEST} names it; run decompose again")
+            raise FactorsMissing(f"{path} is missing, though {self.path / MANIFEST} names it; run decompose again")
+        stat = path.stat()
+        state = stat.st_ino, stat.st_size, stat.st_mtime_ns
         try:
+            if compare and self._verified.get(file) != state:
+                compare(path)
+                self._verified[file] = state
             with safe_open(path, framework="pt") as f:
                 return get(f)
         except SafetensorError as e:
-            raise InputError(
-                f"{path} cannot be read: {why_unreadable(path)} ({e}); delete it and run decompose again"
-            ) from None
+            raise FactorsError(f"{path} cannot be read: {why_unreadable(path)} ({e}); {AGAIN}") from None
+        except FileError as e:
+            raise FactorsError(f"{path} is damaged: {e}; {AGAIN}") from None
+
+
+def check_matrix(path: Path, name: str, record: Mapping[str, Any]) -> None:
+    """Compare the file of a matrix with its record in a manifest, and with its digest.
+
+    Raises FileError if they differ, SafetensorError if the file cannot be read.
+    """
+    found = header(path) or {}
+    if found.get("format") != FORMAT or found.get("name") != name or found.get("file") != file_of(name):
+        raise FileError(f"it is not the file of {name}")
+    if verify(path) != record.get("digest"):
+        raise FileError(f"it is not the file that {MANIFEST} was written with: their digests differ")
+    written = {k: v for k, v in found.items() if k not in ("format", "name")}
+    expected = {k: v for k, v in record.items() if k != "digest"}
+    if written != expected:
+        parts: tuple[dict[str, Any], dict[str, Any]] = (written, expected)
+        key = next(k for k in {**written, **expected} if any(k not in p for p in parts) or written[k] != expected[k])
+        there, here = (schema.shortened(p[key]) if key in p else "missing" for p in parts)
+        raise FileError(f"{name}: {key} is {there} in it and {here} in the manifest")
+    with safe_open(path, framework="pt") as f:
+        slices = {part: f.get_slice(f"{name}.{part}") for part in ("U", "sigma", "Vt")}
+        (M, N), R = record["shape"], record["rank"]
+        columns = sum(record.get("runs", [R]))
+        for part, shape in (("U", [M, columns]), ("sigma", [R]), ("Vt", [columns, N])):
+            if (got := slices[part].get_shape()) != shape:
+                raise FileError(f"{name}.{part} is {got}, its manifest says {shape}")
+        if "digest" not in record:  # an older version wrote it: only its fingerprint can be compared
+            factor = read_factor(f, name, record, R)
+            if not all(torch.isfinite(t).all() for t in factor.tensors().values()):
+                raise FileError(f"{name} holds NaN or infinity")
+            if fingerprint(factor) != record["fingerprint"]:
+                raise FileError(f"the fingerprint of {name} is not that of its manifest")
 
 
 class _View(Mapping[str, T]):
@@ -280,7 +340,7 @@ class _View(Mapping[str, T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._ranks:
-            raise KeyError(name)
+            raise UnknownNameError(name)
         return self._get(name)[: self._ranks[name]] if self._cut else self._get(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -302,10 +362,13 @@ def write_matrix(
 
     sketched: its sketch [R]
     record: facts about it, which go into the header of the file
-    Returns the record with shape, rank, fingerprint and file name added. Raises OSError.
+    Returns the record with shape, rank, fingerprint, file name and digest added. Raises FactorsError for NaN and
+    infinity, OSError.
     """
+    if not all(torch.isfinite(t).all() for t in factor.tensors().values()):
+        raise FactorsError(f"{name}: its factors hold NaN or infinity and are not written; decompose it again")
     record = {
-        **record,
+        **{k: v for k, v in record.items() if k != "digest"},
         "shape": [factor.U.shape[0], factor.V.shape[0]],
         "rank": factor.rank,
         "fingerprint": fingerprint(factor),
@@ -316,8 +379,8 @@ def write_matrix(
     tensors = {f"{name}.{part}": t for part, t in {**factor.tensors(), "sketch": sketched}.items()}
     # The manifest is written last; without it the directory counts as incomplete.
     (directory / MANIFEST).unlink(missing_ok=True)
-    write_tensors(directory / record["file"], tensors, {**record, "format": FORMAT, "name": name})
-    return record
+    digest = write_tensors(directory / record["file"], tensors, {**record, "format": FORMAT, "name": name})
+    return {**record, "digest": digest}
 
 
 def finish_directory(
@@ -325,8 +388,9 @@ def finish_directory(
 ) -> Path:
     """Write the spectra and, last, the manifest, which makes a directory of factors complete. Raises OSError."""
     spectra = {f"{n}.sigma": t for n, t in sigmas.items()} | {f"{n}.sketch": t for n, t in sketches.items()}
-    write_tensors(directory / SPECTRA, spectra)
+    digest = write_tensors(directory / SPECTRA, spectra, {})
     matrices = manifest["matrices"]
     whole = combine_fingerprints({n: m["fingerprint"] for n, m in matrices.items()})
-    write_json(directory / MANIFEST, {**manifest, "format": FORMAT, "order": list(matrices), "fingerprint": whole})
+    facts = {"format": FORMAT, "order": list(matrices), "fingerprint": whole, "spectra": digest}
+    write_json(directory / MANIFEST, {**manifest, **facts})
     return directory

@@ -17,14 +17,29 @@ import torch
 from torch import Tensor, nn
 
 from t2kernels.factors.factor import Factor
+from t2kernels.factors.identity import same_weight
 from t2kernels.factors.int8 import Int8Factor, spread
 from t2kernels.factors.matrices import Matrix, is_quantised
 from t2kernels.ops.op import call
 
 from .forward_hooks import remove_hook
 from .groups import Group
+from .link import Link
+from .probe import format_of, unsupported_gradient
+from .readonly import NoWeight, ReadOnlyWeight
 from .routing.active import Routing
 from .scale import make_scale, z_from_logits
+
+
+class Trained(nn.ParameterDict):
+    """Parameters that stay in fp32 when the model is cast: they follow its device, not its dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Trained:
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(move, recurse)
 
 
 class SVFLinear(nn.Module):
@@ -78,7 +93,7 @@ class SVFLinear(nn.Module):
         self.support: int = support
         self.routing: Routing = routing
         self.group: Group | None = None  # of layers with the same input; set by the bank
-        self.logits: nn.ParameterDict = nn.ParameterDict()  # experts in training: key -> p [k]
+        self.logits: nn.ParameterDict = Trained()  # experts in training: key -> p [k]
         self._training: dict[str, tuple[int, str]] = {}  # key -> (row, parametrisation)
         self.path: str = ""  # of the module in the model that the layer is installed at
         self.transposed: bool = False  # whether the dense weight is stored as [N, M]
@@ -98,6 +113,14 @@ class SVFLinear(nn.Module):
         """Note where the layer is installed, for `remove`."""
         self.path = matrix.path
         self.transposed = matrix.transposed
+
+    def unsupported_training(self) -> str | None:
+        """Why gradients cannot flow through the layer, or None."""
+        return None
+
+    def probe_kind(self) -> object:
+        """Layers of one kind answer `unsupported_training` alike. None: there is nothing to ask."""
+        return None
 
     def unsupported_merge(self, model: nn.Module) -> str | None:
         """Why no expert can be merged into the dense layer; None if it is possible."""
@@ -198,10 +221,12 @@ class DeltaLinear(SVFLinear):
     """
 
     form = "delta"
+    _dense = Link()
 
     def install(self, model: nn.Module, matrix: Matrix) -> None:
         """Make the layer a child of the dense layer, with a hook that adds to the dense layer's output."""
         self.place_at(matrix)
+        self._dense = Link(matrix.module)
         matrix.module.add_module("svf", self)
         matrix.module.register_forward_hook(delta_hook)
 
@@ -213,6 +238,23 @@ class DeltaLinear(SVFLinear):
             module.weight.add_((change.t() if self.transposed else change).to(module.weight.device))
         del module.svf
         remove_hook(module, delta_hook)
+
+    def probe_kind(self) -> object:
+        """Type and format of the dense layer; None if it is a plain floating-point one."""
+        module = self._dense()
+        return None if module is None or not is_quantised(module) else format_of(module)
+
+    def unsupported_training(self) -> str | None:
+        """See `SVFLinear`; the dense layer is run (`layers.probe`)."""
+        module = self._dense()
+        if module is None:
+            return None
+        own = module._forward_hooks.copy()  # of the dense layer alone, without what is added to its output
+        module._forward_hooks.clear()
+        try:
+            return unsupported_gradient(module, self.Vt.shape[-1], self.dtype, self.Vt.device)
+        finally:
+            module._forward_hooks.update(own)
 
     def unsupported_merge(self, model: nn.Module) -> str | None:
         """A quantised weight cannot take an expert in."""
@@ -286,6 +328,7 @@ class FactoredLinear(SVFLinear):
         self.train(original.training)
         _replace(model, self.path, self)
         original.weight = None
+        self._parameters = NoWeight(self._parameters)
 
     def remove(self, model: nn.Module, row: int = 0) -> None:
         """Put the dense layer back, with a weight rebuilt from the factors."""
@@ -312,23 +355,39 @@ class FactoredLinear(SVFLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The base model's weight as the dense layer stores it. Rebuilt at each access: for code that inspects it."""
-        return self._stored(self.dense())
+        """The base model's weight as the dense layer stores it. Rebuilt at each access: for code that inspects it.
+
+        It is read-only: what is written into it raises `ReadOnlyWeightError`.
+        """
+        return ReadOnlyWeight(self._stored(self.dense()))
 
     def _stored(self, w: Tensor) -> Tensor:
         return w.t().contiguous() if self.transposed else w
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = self._stored(self.dense())
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "weight" in state_dict:
-            args[-1].append(
-                f"{prefix[:-1]} is patched in factored form, so a dense weight cannot be loaded into it; "
-                "unpatch_model(model) first"
-            )
+        """Take a bias. A weight that is the layer's own changes nothing; any other is an error: it would be lost."""
+        _, strict, missing_keys, _, error_msgs = args
+        for name in ("weight", "bias") if self.bias is not None else ("weight",):
+            found = state_dict.get(prefix + name)
+            if found is None:
+                missing_keys += [prefix + name] if strict else []
+            elif found.shape != getattr(self, name).shape:
+                error_msgs.append(
+                    f"{prefix}{name} is {list(found.shape)}, but the layer has {list(getattr(self, name).shape)}"
+                )
+            elif name == "bias":
+                with torch.no_grad():
+                    getattr(self, name).copy_(found)
+            elif not same_weight(found, self._stored(self.dense())):
+                error_msgs.append(
+                    f"{prefix}weight is not the base weight of this layer. The layer is patched in factored form and "
+                    "keeps only factors, so another dense weight cannot be loaded into it; unpatch_model(model) first"
+                )
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

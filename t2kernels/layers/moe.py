@@ -12,6 +12,7 @@ import copy
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -21,6 +22,7 @@ from t2kernels.factors.int8 import Int8Factor, stack
 from t2kernels.factors.matrices import Matrix
 
 from .linear import SVFLinear, add_delta
+from .private import require
 
 IMPLEMENTATION = "t2kernels_svf"
 
@@ -42,6 +44,7 @@ class DeltaStack(SVFLinear):
         module: Any = matrix.module
         if reason := unsupported(module):
             raise InputError(f"{matrix.path} ({type(module).__name__}) cannot be patched: {reason}; leave it out")
+        check_transformers(module)
         self.place_at(matrix)
         self.tensor = matrix.tensor.rpartition(".")[2]
         module.add_module(f"svf_{self.tensor}", self)
@@ -63,6 +66,18 @@ class DeltaStack(SVFLinear):
         if not installed(module):
             module.config = module.svf_base_config
             del module.svf_base_config
+
+
+def check_transformers(module: nn.Module) -> None:
+    """Raise UnsupportedVersionError if transformers calls a mixture-of-experts layer in another way than this file."""
+    for name in ("register", "get_interface"):
+        require(ALL_EXPERTS_FUNCTIONS, name, "the layer is called through this table", (), transformers)
+    for name in ("_experts_implementation", "_experts_implementation_internal"):
+        require(module.config, name, "it names the layer's implementation", (), transformers)
+    require(type(module).forward, "__wrapped__", "the base model's own forward must stay reachable", (), transformers)
+    for name in ("has_gate", "is_transposed", "num_experts"):
+        require(module, name, "it says how the stacks are stored", (), transformers)
+    require(module, "_apply_gate" if module.has_gate else "act_fn", "it is the activation", (), transformers)
 
 
 def unsupported(module: nn.Module) -> str | None:

@@ -7,6 +7,8 @@ it has packed its weight. The probe asks the layer itself.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,14 @@ DIRECTIONS = 24
 CORRELATION = 0.9
 """Smallest correlation of predicted and seen changes. A right gradient of an int8 layer gives .99, of nf4 .99; a wrong
 one gives 0 within .2."""
+
+
+def format_of(module: nn.Module) -> tuple[Any, ...]:
+    """The type of a module and the format of its weight: layers of one format answer `unsupported_gradient` alike."""
+    weight: Any = module.weight
+    names = ("dtype", "quant_type", "act_quant_kwargs", "tensor_impl")
+    details = [str(getattr(weight, name, "")).partition("(")[0] for name in names]
+    return type(module), type(weight), type(getattr(weight, "original_weight_tensor", None)), *details
 
 
 def unsupported_gradient(module: nn.Module, in_features: int, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -53,12 +53,16 @@ def z_from_logits(p: Tensor, sigma: Tensor, trace_norm: bool = True, max_mult: f
 
     p, sigma: [..., R]
     trace_norm: False: z = m. True: max_mult cancels, and a uniform p is the base model
+    A matrix of zeros keeps z = 1, whatever p is. Computed in at least fp32.
     Returns z [..., R], differentiable in p. Raises ValueError if the shapes differ. Source: Transformer²'s release.
     """
     if p.shape != sigma.shape:
         raise InputError(f"z_from_logits: wanted p and sigma of one shape, got {list(p.shape)} and {list(sigma.shape)}")
-    m = torch.sigmoid(p) * max_mult
+    m = torch.sigmoid(p.to(torch.promote_types(p.dtype, torch.float32))) * max_mult
     if not trace_norm:
         return m
-    sigma = sigma.to(m)
-    return m * (sigma.sum(-1, keepdim=True) / (sigma * m).sum(-1, keepdim=True))
+    largest = sigma.amax(-1, keepdim=True) if sigma.shape[-1] else sigma.sum(-1, keepdim=True)
+    share = (sigma / torch.where(largest > 0, largest, 1)).to(m)  # so that no sum of tiny sigma is rounded to 0
+    kept = (share * m).sum(-1, keepdim=True)
+    z = m * (share.sum(-1, keepdim=True) / torch.where(kept > 0, kept, 1))
+    return torch.where(largest > 0, z, 1)

@@ -13,7 +13,7 @@ from t2kernels import T2Error
 from .device import Device
 from .impls.cpp_kernels import CPP
 from .impls.cuda_kernels import CUDA
-from .impls.implementation import Added, Implementation, Operands
+from .impls.implementation import Added, Expansion, Implementation, Operands
 from .impls.torch_kernels import TORCH, tokens_per_id
 from .impls.triton import TRITON
 from .planner import Call, Choice, could_be_dense
@@ -209,7 +209,7 @@ def expand(
     """
     M, C = zip(*(U.shape for U in Us), strict=True)
     choice = _plan_half(g, M, C, dtype, None, Us)
-    return IMPLEMENTATIONS[choice.impl].expand(choice, g, Us, bases, biases, dtype, lead)
+    return IMPLEMENTATIONS[choice.impl].expand(choice, Expansion(g, Us, bases, biases, dtype, lead))
 
 
 def _plan_half(

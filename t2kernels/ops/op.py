@@ -261,23 +261,23 @@ for _name, _fn in _KERNELS.items():
 
 
 @torch.library.register_fake("t2kernels::svf_linear", lib=_lib)
-def _(x, V, U, scale, expert_ids, base=None, bias=None, impl="auto"):
+def _forward_fake(x, V, U, scale, expert_ids, base=None, bias=None, impl="auto"):
     return x.new_empty(*x.shape[:-1], U.shape[0])
 
 
 @torch.library.register_fake("t2kernels::svf_linear_group", lib=_lib)
-def _(x, V, U, scale, expert_ids, base, bias, impl):
+def _group_fake(x, V, U, scale, expert_ids, base, bias, impl):
     return [x.new_empty(*x.shape[:-1], u.shape[0]) for u in U]
 
 
 @torch.library.register_fake("t2kernels::svf_linear_saving", lib=_lib)
-def _(x, V, U, scale, expert_ids, base, bias, impl):
+def _saving_fake(x, V, U, scale, expert_ids, base, bias, impl):
     ys = [x.new_empty(*x.shape[:-1], u.shape[0]) for u in U]
     return [*ys, x.new_empty(x.shape[:-1].numel(), V.shape[1], dtype=forward_precision(x.dtype, V.dtype).dtype)]
 
 
 @torch.library.register_fake("t2kernels::svf_linear_backward", lib=_lib)
-def _(dy, x, V, U, scale, expert_ids, h, need_dx, need_dscale, impl):
+def _backward_fake(dy, x, V, U, scale, expert_ids, h, need_dx, need_dscale, impl):
     return x.new_empty(x.shape if need_dx else 0), scale.new_empty(scale.shape if need_dscale else 0)
 
 

@@ -41,6 +41,8 @@ def choose_form(
         return form, "asked for"
     if is_quantised(matrix.module):
         return "delta", "quantised layer"
+    if matrix.adapted:
+        return "delta", "another adapter is on it"
     return cheaper_form(*matrix.shape, support, dense.itemsize, factors.itemsize)
 
 
@@ -56,6 +58,11 @@ def unsupported(matrix: Matrix, form: str) -> str | None:
     if form == "factored" and is_quantised(matrix.module):
         return (
             f"is quantised ({type(matrix.module).__name__}): the factored form would drop its weight; use form='delta'"
+        )
+    if form == "factored" and matrix.adapted:
+        return (
+            "carries another adapter, which merges itself into a weight that the factored form drops; use form='delta' "
+            "or merge the adapter first"
         )
     if form == "factored" and hook is not None:
         return "carries a dispatch hook that the factored form would lose; use form='delta'"

@@ -8,7 +8,6 @@ trainers that replace it themselves would lose the ids.
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 import types
 from typing import Any
@@ -18,12 +17,16 @@ import transformers
 from torch import nn
 from transformers.utils import logging
 
-from t2kernels import InputError, StateError
+from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.layers import subclass
 from t2kernels.layers.forward_hooks import remove_hook
+from t2kernels.layers.private import require
+from t2kernels.layers.routing.recompute import check_torch
 from t2kernels.layers.routing.route import Route
 from t2kernels.layers.subclass import Mixin
+
+from .forgotten import watch
 
 logger: Any = logging.get_logger(__name__)
 
@@ -121,14 +124,14 @@ def _route_of(
         raise InputError(
             "generate takes one expert for all prompts, or a list with one for each; one expert a token is for forward"
         )
-    return Route(ids)
+    return Route(ids, repeats=True)
 
 
 class PatchedModel(Mixin):
     """Mixed into the class of a patched transformers model."""
 
     t2_bank: ExpertBank  # imported at run time: transformers evaluates the annotations of its models
-    generate = _Generate()
+    generate: _Generate = _Generate()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the base model, dense, as it was before `patch_model`. `bank.save(folder)` saves the experts."""
@@ -153,6 +156,7 @@ def install(model: nn.Module, bank: ExpertBank) -> None:
 
     Raises RuntimeError for a transformers whose private methods are not those that this file overrides.
     """
+    check_torch()
     generates = isinstance(model, transformers.GenerationMixin)
     if generates:
         _check_overridden(type(model))
@@ -176,14 +180,7 @@ def remove(model: nn.Module) -> None:
 
 def _check_overridden(cls: type) -> None:
     for name, (reason, parameters) in OVERRIDDEN.items():
-        method = getattr(cls, name, None)
-        found = () if method is None else tuple(inspect.signature(method).parameters)
-        if method is None or not set(parameters) <= set(found):
-            wrong = "no such method" if method is None else f"its parameters are {', '.join(found)}"
-            raise StateError(
-                f"transformers {transformers.__version__}: {cls.__name__}.{name}({', '.join(parameters)}) is expected "
-                f"({reason}), but {wrong}; use a version that t2kernels supports (pyproject.toml)"
-            )
+        require(cls, name, reason, parameters, transformers)
 
 
 def _entrances(model: nn.Module) -> list[Any]:
@@ -207,6 +204,8 @@ def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     elif names is UNSET:
         route = bank.routing.inherited()
         ids = None if route is None else route.ids
+        if ids is not None and route.repeats and (B := _sequences(args, kwargs)) and ids.dim() == 1:
+            ids = ids.repeat_interleave(B // len(ids)) if B % len(ids) == 0 else ids
     elif names is not None:
         ids = bank.ids(names)
     if ids is None:
@@ -222,7 +221,10 @@ def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 
 def _leave(module: Any, args: tuple[Any, ...], output: Any) -> None:
-    module.t2_bank.routing.leave(module, output)
+    routing = module.t2_bank.routing
+    if routing.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        watch(module, routing.active is None, output)
+    routing.leave(module, output)
 
 
 def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -231,6 +233,12 @@ def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | 
         if isinstance(x, torch.Tensor):
             return x
     return None
+
+
+def _sequences(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """B of a forward's text input; None if it has none."""
+    tokens = _tokens(args, kwargs)
+    return None if tokens is None else tokens[0]
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

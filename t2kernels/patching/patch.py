@@ -29,6 +29,7 @@ from .supply import FactorSupply, Given
 logger: logging.Logger = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # factors made in inference mode could not be trained on
 def patch_model(
     model: nn.Module,
     targets: Targets = "all",
@@ -124,8 +125,9 @@ def unpatch_model(model: nn.Module, expert: str | Expert | None = None) -> nn.Mo
             if reason := layer.unsupported_merge(model):
                 raise InputError(reason)
         if isinstance(expert, Expert):
-            bank.add("(merged)", expert, replace=True)
-            expert = "(merged)"
+            name = "merged@0"  # a version: what the user names has none
+            bank.add(name, expert, replace=True)
+            expert = name
         ids = bank.ids(expert)  # a name: it holds its row until the layers have read it
         row = int(ids)
     swiglu.remove(model)

@@ -1,31 +1,69 @@
-"""Run a model in eval mode, and leave it as it was."""
+"""Run a model in eval mode, and leave it as it was. Several threads may do so with one model."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Iterator
 
 from torch import nn
+
+_lock = threading.Lock()
+_running: weakref.WeakKeyDictionary[nn.Module, _Run] = weakref.WeakKeyDictionary()
+
+
+class _Run:
+    """The blocks of `eval_mode` that run now on one model.
+
+    count: how many; before: {module: its mode before the first of them}
+    """
+
+    def __init__(self, before: dict[nn.Module, bool]) -> None:
+        self.count = 0
+        self.before = before
 
 
 @contextlib.contextmanager
 def restored_mode(model: nn.Module) -> Iterator[None]:
     """Restore the mode (training or eval) of every module after the block, where it has changed."""
-    before = {module: module.training for module in model.modules()}
+    before = _modes(model)
     try:
         yield
     finally:
-        for module, training in before.items():
-            if module.training != training:
-                module.training = training
+        _restore(before)
 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode. A model that is in eval mode already is not touched, so threads may share it."""
-    if not any(module.training for module in model.modules()):
+    """Run the block in eval mode. A model that is in eval mode already is not touched.
+
+    Where several threads do so at once, the last one restores the modes: none of them leaves eval mode before its end.
+    """
+    with _lock:
+        if model not in _running and not any(module.training for module in model.modules()):
+            run = None
+        else:
+            run = _running.setdefault(model, _Run({}))
+            run.before = run.before or _modes(model)
+            run.count += 1
+            model.eval()
+    try:
         yield
-        return
-    with restored_mode(model):
-        model.eval()
-        yield
+    finally:
+        if run is not None:
+            with _lock:
+                run.count -= 1
+                if not run.count:
+                    del _running[model]
+                    _restore(run.before)
+
+
+def _modes(model: nn.Module) -> dict[nn.Module, bool]:
+    return {module: module.training for module in model.modules()}
+
+
+def _restore(before: dict[nn.Module, bool]) -> None:
+    for module, training in before.items():
+        if module.training != training:
+            module.training = training

@@ -61,7 +61,7 @@ class Scorer:
         """
         prompts = [row["prompt"] for row in rows]
         columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "prompt"}
-        total = torch.zeros(len(rows))
+        total = torch.zeros(len(rows), dtype=torch.float32)
         for reward, weight in zip(self.rewards, self.weights, strict=True):
             values = reward(prompts=prompts, completions=list(completions), **columns)
             total += weight * _numbers(values, len(rows), reward)
@@ -83,7 +83,7 @@ def _numbers(values: object, count: int, reward: Reward) -> Tensor:
     for i, number in enumerate(numbers):
         if not math.isfinite(number):
             raise InputError(f"{who} returned {number} for completion {i} of {count}; wanted finite numbers")
-    return torch.tensor(numbers)
+    return torch.tensor(numbers, dtype=torch.float32)
 
 
 def advantages(

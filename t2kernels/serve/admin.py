@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from t2kernels.serve.http.errors import APIError, bad
 from t2kernels.serve.http.limits import discard
-from t2kernels.storage import TEMPORARY
+from t2kernels.storage import parse_json, temporary_beside
 
 from .folder import read
 from .registry import Version
@@ -80,7 +78,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         except APIError:
             await discard(http.receive)
             raise
-        temporary = place.with_name(f".{uuid.uuid4().hex}{TEMPORARY}")
+        temporary = temporary_beside(place)
         try:
             await _receive(http, temporary)
             version = await publish(
@@ -125,7 +123,7 @@ def _describe(version: Version) -> dict[str, Any]:
 
 async def _json(http: Request) -> dict[str, Any]:
     try:
-        body = json.loads(await http.body())
+        body = parse_json(await http.body())
     except ValueError:
         body = None
     if not isinstance(body, dict) or not isinstance(body.get("file", ""), str):

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from t2kernels.experts.names import AUTO
 from t2kernels.serve.http.errors import APIError, bad
-from t2kernels.serve.http.limits import LimitBody, RequireKey
+from t2kernels.serve.http.limits import CheckOrigin, LimitBody, RequireKey
 from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
 
 from .admin import add_routes
@@ -34,6 +34,7 @@ def make_app(service: Service) -> FastAPI:
     settings = service.settings
     app.state.service = service
     app.add_middleware(LimitBody, most=settings.body, uploads=settings.upload)
+    app.add_middleware(CheckOrigin, hosts=settings.hosts, origins=settings.origins)
     if settings.api_key is not None:
         app.add_middleware(RequireKey, key=settings.api_key)
     _add_error_handlers(app)

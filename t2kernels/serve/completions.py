@@ -30,7 +30,8 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
     chat = isinstance(request, ChatRequest)
     try:
         service.engine.check_open()
-        prompts, about = _chat(service, request) if chat else _text(service, request)
+        # A long text takes seconds; meanwhile the event loop must answer others.
+        prompts, about = await asyncio.to_thread(_chat if chat else _text, service, request)
         limits = [_limit(service, prompt, request.limit) for prompt in prompts]
         chosen = await _choose(service, request.model, about)
     except APIError as error:
@@ -60,6 +61,7 @@ async def answer(service: Service, http: Request, request: ChatRequest | Complet
 def _chat(service: Service, request: ChatRequest) -> tuple[list[list[int]], AutoPrompt]:
     """Token ids of the prompt, and the prompt as the router reads it."""
     messages = request.chat()
+    _check_length(service, sum(len(message["content"]) for message in messages))
     about = messages if service.tokenizer.chat_template else messages[-1]["content"]
     return [_encode_chat(service, messages)], about
 
@@ -67,6 +69,8 @@ def _chat(service: Service, request: ChatRequest) -> tuple[list[list[int]], Auto
 def _text(service: Service, request: CompletionRequest) -> tuple[list[list[int]], AutoPrompt]:
     """Token ids of the prompts, and the first prompt as the router reads it."""
     prompts = request.prompts()
+    for prompt in prompts:  # all of them, before the work on the first
+        _check_length(service, len(prompt) if isinstance(prompt, str) else 0)
     encoded = [_encode_text(service, prompt) for prompt in prompts]
     if request.model == AUTO and len(prompts) > 1:
         raise bad("model 'auto' chooses for one prompt: send one request per prompt", "prompt")
@@ -102,6 +106,15 @@ def _encode_text(service: Service, prompt: str | list[int]) -> list[int]:
     return prompt
 
 
+def _check_length(service: Service, characters: int) -> None:
+    """Raise APIError 400 for a text that cannot fit the context, whatever its tokens are."""
+    if characters > service.most_characters:
+        raise bad(
+            f"the maximum context length is {service.context} tokens; the request has {characters} characters",
+            code="context_length_exceeded",
+        )
+
+
 def _limit(service: Service, prompt: Sequence[int], requested: int | None) -> int:
     """How many tokens may follow a prompt. Raises APIError 400 if that is none, or fewer than requested."""
     room = service.context - len(prompt)
@@ -109,7 +122,7 @@ def _limit(service: Service, prompt: Sequence[int], requested: int | None) -> in
         raise bad("the prompt is empty: it needs at least one token", "prompt")
     if room < 1 or (requested is not None and requested > room):
         tokens = f"{len(prompt)} tokens of prompt" + (f" and {requested} more" if requested is not None else "")
-        message = f"this server's context is {service.context} tokens; the request asks for {tokens}"
+        message = f"the maximum context length is {service.context} tokens; the request asks for {tokens}"
         raise bad(message, code="context_length_exceeded")
     return room if requested is None else requested
 

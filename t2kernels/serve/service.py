@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class Settings:
     max_running: most requests that are generated at once; max_waiting: most requests that wait for that
     body: most bytes of a request; upload: most bytes of an uploaded expert
     search_seconds: most seconds of a few-shot search, in which nothing is generated
+    hosts: names that a request may have in its Host header; (): any
+    origins: other origins than the server's own whose web pages may send requests
     """
 
     name: str
@@ -49,6 +52,8 @@ class Settings:
     body: int = 4 << 20
     upload: int = 256 << 20
     search_seconds: float = 60.0
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
 
 class Service:
@@ -93,6 +98,12 @@ class Service:
         self.router = None
         if settings.route is not None:
             self.router = Router(self.engine, self.experts, tokenizer, settings.route, settings.tiny, settings.margin)
+
+    @functools.cached_property
+    def most_characters(self) -> int:
+        """Characters of a text that may just fit the context: all its tokens the longest of the vocabulary."""
+        longest = max((len(token) for token in self.tokenizer.get_vocab()), default=1)
+        return self.context * longest
 
     @property
     def context(self) -> int:

@@ -11,9 +11,14 @@ from transformers import TrainingArguments
 from t2kernels import InputError
 from t2kernels.rollout.checks import check_setting
 
+from .arguments import UnsupportedSettingError, unsupported
+from .processes import unsupported_environment
+
 PARAMETRISATIONS: tuple[str, ...] = ("raw", "sigmoid")
 ADVANTAGES: tuple[str, ...] = ("none", "batch", "group", "leave_one_out")
 KL_DIRECTIONS: tuple[str, ...] = ("reverse", "forward")
+METRICS: tuple[str, ...] = ("accuracy", "reward", "completion_length")
+"""What an evaluation reports. With several experts, also "EXPERT_accuracy" and so on."""
 
 
 @dataclass
@@ -48,9 +53,11 @@ class SVFConfig(TrainingArguments):
 
     Arguments of transformers with another default here: learning_rate .02, 150 steps of 128 prompts, warm-up over 7 %
     of the steps, the last 30 % down to 5 % in a straight line, gradient norm cut at 1 (each expert by itself), nothing
-    saved, no progress bar, best model by accuracy.
+    saved, no progress bar, best model by accuracy. DistributedDataParallel neither looks for unused parameters (there
+    are none) nor sends buffers (the frozen factors are the same everywhere).
 
-    Raises ValueError for a value that is not one of these.
+    Raises ValueError for a value that is not one of these, and for an argument of transformers that would have no
+    effect here (`train.arguments` lists them, with the reasons).
     """
 
     parametrisation: str = field(default="raw", metadata={"help": "raw or sigmoid"})
@@ -90,8 +97,16 @@ class SVFConfig(TrainingArguments):
     use_cache: bool = field(
         default=True, metadata={"help": "Rollouts use a KV cache; forwards with gradients never do."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "False: every forward uses every parameter of an expert."}
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "False: the factors are frozen, so they are not sent in each forward."}
+    )
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "False: text cannot be pinned."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "False: the reward needs the columns."})
+
+    saving = False  # set by the trainer while it writes a checkpoint
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -133,10 +148,14 @@ class SVFConfig(TrainingArguments):
                 raise InputError(
                     f"advantage={self.advantage!r} compares samples of a prompt, and at temperature=0 all are the same"
                 )
+        metric = self.metric_for_best_model
+        check_setting(
+            metric is None or metric.endswith(METRICS), "metric_for_best_model", metric, " or ".join(map(repr, METRICS))
+        )
+        if reason := unsupported(self) or unsupported_environment():
+            raise UnsupportedSettingError(reason)
         self._checkpointing()
         super().__post_init__()
-        if self.push_to_hub:
-            raise InputError("push_to_hub is not supported: save_expert(name, path) writes one small file to upload")
 
     def _checkpointing(self) -> None:
         """Make gradient checkpointing non-reentrant: its recomputation has to know the experts of its forward."""
@@ -156,8 +175,11 @@ class SVFConfig(TrainingArguments):
 
     @property
     def should_save(self) -> bool:
-        """True if this process writes checkpoints. If not, transformers does not create the output directory."""
-        return super().should_save and self.save_strategy != "no"
+        """True if this process writes checkpoints. If not, transformers does not create the output directory.
+
+        Without a strategy it is True only while a checkpoint is written that a callback has asked for.
+        """
+        return super().should_save and (self.save_strategy != "no" or self.saving)
 
     @classmethod
     def paper(cls, output_dir: str | None = None, **changes: Any) -> SVFConfig:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl
 
-from t2kernels import InputError
+from t2kernels import InputError, InputTypeError
 from t2kernels.rollout.chat import as_completion
 from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
 from t2kernels.rollout.rewards import Scorer, advantages
 
+from .arguments import UnsupportedSettingError, refused_method, unsupported, unsupported_argument
 from .config import SVFConfig
 from .data import Problems
 from .loss import kl_divergence, reinforce_loss
+from .processes import alone_by_mistake, gather, seed_by_rank
+from .trainer_methods import check_trainer, unsupported_part
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -42,10 +47,22 @@ class ReinforceTrainer(Trainer):
     processing_class: the model's tokenizer
     The rest as in transformers.Trainer.
 
-    Raises ValueError without a tokenizer, for rows without a scorer, and for a reward that fails on empty completions.
+    Raises ValueError without a tokenizer, for rows without a scorer, for a reward that fails on empty completions, and
+    for an argument of Trainer that would have no effect; TypeError for arguments of another trainer;
+    UnsupportedTrainerError for a transformers whose Trainer is not the one that this class overrides.
+
+    With several processes each has its own problems and its own random numbers. Logged means are over all of them.
     """
 
     args: SVFConfig
+    control: TrainerControl
+    loss_is_scaled_for_ga: bool | None
+
+    predict: Any = refused_method("predict")
+    evaluation_loop: Any = refused_method("evaluation_loop")
+    prediction_step: Any = refused_method("prediction_step")
+    hyperparameter_search: Any = refused_method("hyperparameter_search")
+    push_to_hub: Any = refused_method("push_to_hub")
 
     def __init__(
         self,
@@ -57,29 +74,37 @@ class ReinforceTrainer(Trainer):
         processing_class: Any,
         **kwargs: Any,
     ) -> None:
+        check_trainer()
+        check_arguments(args, kwargs)
         if processing_class is None:
             raise InputError("processing_class is missing: give the model's tokenizer")
         self.scorers: dict[str | None, Scorer] = dict(scorers)
         self.sampler: Sampler = Sampler(model, processing_class, args.max_new_tokens or 64)
         for part in (train_dataset, eval_dataset):
             self._probe(part)
-        config = getattr(model, "config", None)
-        use_cache = getattr(config, "use_cache", None)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=_collate,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
-        if use_cache is not None:
-            config.use_cache = use_cache  # Trainer sets it from its arguments
+        # Trainer writes its use_cache into the model's config. Let it write the value that is there: another thread may
+        # be generating.
+        args.use_cache, use_cache = getattr(getattr(model, "config", None), "use_cache", True), args.use_cache
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=_collate,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
+        finally:
+            args.use_cache = use_cache
         # One process for each device: replicas of nn.DataParallel have no experts in training.
-        self.args._n_gpu = min(self.args.n_gpu, 1)
+        args._n_gpu = min(args.n_gpu, 1)
+        if args.n_gpu > 1:
+            raise unsupported_part("TrainingArguments._n_gpu", "one process trains on one device", "it has no effect")
+        if (reason := alone_by_mistake(self.accelerator.num_processes)) and args.process_index == 0:
+            logger.warning("this process trains alone, but %s: start it with torchrun --nproc_per_node N", reason)
         self.remove_callback(PrinterCallback)  # Trainer adds it where there is no progress bar; it writes to stdout
-        self.loss_is_scaled_for_ga = False
+        self.add_callback(_Begin(self._begin))
         self._measured: dict[str, list[float]] = defaultdict(list)
         self._equal: Counter[str | None] = Counter()
 
@@ -93,6 +118,10 @@ class ReinforceTrainer(Trainer):
         """A context in which the model is the reference of the KL."""
         raise NotImplementedError("a KL needs a reference: set kl_coef=0, or define reference()")
 
+    def _begin(self) -> None:
+        """Called when model, optimiser and data of a run are ready, before its first step."""
+        seed_by_rank(self.args.seed, self.accelerator.process_index, self.accelerator.num_processes)
+
     # --- a step
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -105,13 +134,15 @@ class ReinforceTrainer(Trainer):
             model.train(not model.training)
         rollout = self.rollout(inputs["rows"])
         pieces = rollout.split(self.args.loss_batch_size)
-        total = torch.zeros((), device=self.args.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.args.device)
         for piece in pieces:
             with contextlib.nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, piece) / self.current_gradient_accumulation_steps
                 self.accelerator.backward(loss)
             total += loss.detach()
+        if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
+            clear_device_cache()
         return total
 
     @torch.no_grad()
@@ -128,18 +159,24 @@ class ReinforceTrainer(Trainer):
         out.experts = [row.get("expert") for row in rows]
         rewards = self.score(rows, self.sampler.decode(out, [row["prompt"] for row in rows]))
         cut = rewards if args.reward_range is None else rewards.clamp(*args.reward_range)
-        self._watch(out.experts, rewards, cut)
-        out.advantages = self._advantages(cut, out.experts).to(ids.device)
+        parts = gather(
+            list(zip(out.experts, rewards.tolist(), cut.tolist(), strict=True)), self.accelerator.num_processes
+        )
+        everyone = [one for part in parts for one in part]
+        self._watch(everyone)
+        start = sum(map(len, parts[: self.accelerator.process_index]))
+        out.advantages = self._advantages(cut, out.experts, everyone, start).to(ids.device)
         # A mean for each expert, not over the batch: its gradient must not depend on the other rows of the batch.
-        counts = self._counts(out.experts)
-        out.weights = torch.tensor([self.accelerator.num_processes / counts[e] for e in out.experts], device=ids.device)
+        counts = self._counts([expert for expert, *_ in everyone])
+        weights = [self.accelerator.num_processes / counts[e] for e in out.experts]
+        out.weights = torch.tensor(weights, dtype=torch.float32, device=ids.device)
         lengths = out.completion.sum(1)
         self._note(out.experts, reward=rewards, accuracy=rewards > 0, completion_length=lengths)
         return out
 
     def score(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Any]) -> Tensor:
         """The reward of each completion, by the scorer of its row's expert. Returns [B] fp32 on the CPU."""
-        rewards = torch.zeros(len(rows))
+        rewards = torch.zeros(len(rows), dtype=torch.float32)
         for expert in dict.fromkeys(row.get("expert") for row in rows):
             at = [i for i, row in enumerate(rows) if row.get("expert") == expert]
             rewards[at] = self.scorers[expert]([rows[i] for i in at], [completions[i] for i in at])
@@ -172,29 +209,24 @@ class ReinforceTrainer(Trainer):
         finally:
             self.args.lr_scheduler_kwargs = kwargs
 
-    # --- several processes
+    def _counts(self, experts: Sequence[str | None]) -> Counter[str | None]:
+        """How many rows each expert has in the batch of all processes."""
+        return Counter(experts)
 
-    def _gather(self, values: list) -> list:
-        """The lists of all processes, one after the other."""
-        if self.accelerator.num_processes == 1:
-            return values
-        parts = [None] * self.accelerator.num_processes
-        torch.distributed.all_gather_object(parts, values)
-        return [v for part in parts for v in part]
-
-    def _counts(self, experts: Sequence[str | None]) -> Counter:
-        return Counter(self._gather(list(experts)))
-
-    def _advantages(self, rewards: Tensor, experts: Sequence[str | None]) -> Tensor:
-        if self.args.advantage != "batch":
-            return advantages(
-                rewards, experts, self.args.num_generations, self.args.advantage, self.args.advantage_clip
-            )
-        everyone = self._gather(list(zip(experts, rewards.tolist(), strict=True)))
-        names, values = zip(*everyone, strict=True)
-        out = advantages(torch.tensor(values), names, 1, "batch", self.args.advantage_clip)
-        start = self.accelerator.process_index * len(rewards)
-        return out[start : start + len(rewards)]
+    def _advantages(
+        self,
+        cut: Tensor,
+        experts: Sequence[str | None],
+        everyone: Sequence[tuple[str | None, float, float]],
+        start: int,
+    ) -> Tensor:
+        """[B] of this process, whose rows begin at `start` in `everyone`, the (expert, reward, cut reward) of all."""
+        args = self.args
+        if args.advantage != "batch":
+            return advantages(cut, experts, args.num_generations, args.advantage, args.advantage_clip)
+        names, _, values = zip(*everyone, strict=True)
+        out = advantages(torch.tensor(values, dtype=torch.float32), names, 1, "batch", args.advantage_clip)
+        return out[start : start + len(cut)]
 
     # --- evaluation
 
@@ -214,7 +246,7 @@ class ReinforceTrainer(Trainer):
             raise InputError("evaluate() needs problems: pass eval_dataset here or to the trainer")
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = [data[i] for i in range(rank, len(data), world)]
-        results = self._gather(self._answer(rows))
+        results = [one for part in gather(self._answer(rows), world) for one in part]
         by_expert: dict[str | None, list] = defaultdict(list)
         for expert, *values in results:
             by_expert[expert].append(values)
@@ -244,40 +276,46 @@ class ReinforceTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's. A training log also gets the means since the last log: reward, accuracy, completion_length
-        and kl, and the same for each of several experts."""
+        and kl, and the same for each of several experts. They are over all processes, which all must call it."""
         if "loss" in logs:
-            logs |= {key: sum(values) / len(values) for key, values in self._measured.items()}
+            parts = gather([dict(self._measured)], self.accelerator.num_processes)
+            everyone: dict[str, list[float]] = defaultdict(list)
+            for (part,) in parts:
+                for key, values in part.items():
+                    everyone[key] += values
+            logs |= {key: math.fsum(values) / len(values) for key, values in everyone.items()}
             self._measured.clear()
         super().log(logs, start_time)
 
     def _note(self, experts: Sequence[str | None], **values: Tensor) -> None:
-        names = dict.fromkeys(experts)
+        several = len(self.scorers) > 1
         for key, v in values.items():
             v = v.tolist()
             self._measured[key] += v
-            if len(names) > 1:
+            if several:
                 for e, one in zip(experts, v, strict=True):
                     self._measured[f"{e}_{key}"].append(one)
 
-    def _watch(self, experts: Sequence[str | None], rewards: Tensor, cut: Tensor) -> None:
-        """Warn once for each expert if all its rewards were equal, within a batch, for PATIENCE batches in a row."""
-        for expert in dict.fromkeys(experts):
-            at = [i for i, e in enumerate(experts) if e == expert]
-            equal = len(at) > 1 and bool((cut[at] == cut[at][0]).all())
+    def _watch(self, everyone: Sequence[tuple[str | None, float, float]]) -> None:
+        """Warn once for each expert if all its rewards were equal, within a batch, for PATIENCE batches in a row.
+
+        everyone: (expert, reward, cut reward) of the batch, of all processes
+        """
+        for expert in dict.fromkeys(e for e, *_ in everyone):
+            rewards = [reward for e, reward, _ in everyone if e == expert]
+            cut = [value for e, _, value in everyone if e == expert]
+            equal = len(cut) > 1 and len(set(cut)) == 1
             self._equal[expert] = self._equal[expert] + 1 if equal else 0
-            if self._equal[expert] != PATIENCE:
+            if self._equal[expert] != PATIENCE or not self.is_world_process_zero():
                 continue
             who = "" if expert is None else f" of expert {expert!r}"
-            why = (
-                ""
-                if bool((rewards[at] == rewards[at][0]).all())
-                else f"; they do differ before the cut to reward_range={self.args.reward_range}"
-            )
+            same = len(set(rewards)) == 1
+            why = "" if same else f"; they do differ before the cut to reward_range={self.args.reward_range}"
             logger.warning(
                 "every reward%s in the last %d batches was %g: there is nothing to learn from%s",
                 who,
                 PATIENCE,
-                cut[at][0],
+                cut[0],
                 why,
             )
 
@@ -292,6 +330,28 @@ class ReinforceTrainer(Trainer):
                         f"no reward for rows of expert {row.get('expert')!r}; there are some for {list(self.scorers)}"
                     )
             self.score(rows, [as_completion("", row["prompt"]) for row in rows])
+
+
+class _Begin(TrainerCallback):
+    """Calls `begin` when a run begins."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin = begin
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begin()
+
+
+def check_arguments(args: SVFConfig, kwargs: Mapping[str, object]) -> SVFConfig:
+    """Return `args`. Raises TypeError if they are of another trainer, UnsupportedSettingError as `unsupported` says.
+
+    kwargs: the other arguments of Trainer
+    """
+    if not isinstance(args, SVFConfig):
+        raise InputTypeError(f"args is a {type(args).__name__}; wanted an SVFConfig")
+    if reason := unsupported(args) or unsupported_argument(kwargs):
+        raise UnsupportedSettingError(reason)
+    return args
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from t2kernels import InputError, UnknownNameError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
+from t2kernels.experts.names import check_files
 from t2kernels.rollout.modes import restored_mode
 from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.rewards import Reward, Scorer
@@ -29,11 +32,10 @@ from t2kernels.storage import write_json
 from . import trainer_state as checkpoint
 from .config import SVFConfig
 from .data import by_expert, problems
-from .reinforce import ReinforceTrainer
+from .reinforce import ReinforceTrainer, check_arguments
+from .trainer_methods import unsupported_part
 
 STATE, ARGUMENTS = "trainer_state.json", "svf_config.json"
-SPECIAL = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
-"""Fields of a model's configs that Trainer changes."""
 
 
 class SVFTrainer(ReinforceTrainer):
@@ -68,6 +70,11 @@ class SVFTrainer(ReinforceTrainer):
     values or NaN, no prompts, a name that is taken, a tokenizer that cannot pad.
     """
 
+    model: PreTrainedModel
+    model_wrapped: nn.Module
+    optimizer: Optimizer | None
+    lr_scheduler: LRScheduler | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -82,12 +89,8 @@ class SVFTrainer(ReinforceTrainer):
         **kwargs: Any,
     ) -> None:
         bank = bank_of(model)
-        if "optimizers" in kwargs:
-            raise InputError(
-                "optimizers cannot be given, as train() makes the parameters: use optim= or optimizer_cls_and_kwargs="
-            )
         self.bank: ExpertBank = bank
-        args = SVFConfig() if args is None else args
+        args = check_arguments(SVFConfig() if args is None else args, kwargs)
         data, tasks = by_expert(train_dataset, experts)
         train = problems(data, "train", "train_dataset")
         names = train.experts
@@ -95,9 +98,8 @@ class SVFTrainer(ReinforceTrainer):
             eval_dataset = tasks
         elif eval_dataset is not None and len(names) == 1 and not isinstance(eval_dataset, Mapping):
             eval_dataset = {names[0]: eval_dataset}
+        check_files(names)
         for name in names:
-            if not isinstance(name, str) or not name:
-                raise InputError(f"an expert has the name {name!r}; wanted a non-empty string")
             if name in bank:
                 raise InputError(
                     f"the bank has an expert named {name!r}; choose another name, or remove it and pass it as init"
@@ -124,6 +126,7 @@ class SVFTrainer(ReinforceTrainer):
         self.experts: dict[str, Expert] = {}
         self._names: list[str] = names
         self._seen: set[str | None] = set()  # experts of the batches since the last optimiser step
+        self._tokenizer: Any = processing_class
         self._chosen: dict[str, int] = {}  # the step that load_best_model_at_end picked
 
     # --- training
@@ -131,6 +134,8 @@ class SVFTrainer(ReinforceTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As Trainer.train. Experts of an earlier train() of this trainer leave the bank first.
 
+        resume_from_checkpoint: a folder; True: the last one in output_dir; None: `args.resume_from_checkpoint`; False:
+            none
         After a failure `experts` holds the experts as far as they got. Raises ValueError for parametrisation="sigmoid"
         on partial supports, ExpertMismatch for a checkpoint of other factors.
         """
@@ -139,16 +144,22 @@ class SVFTrainer(ReinforceTrainer):
         self.experts, self._chosen = {}, {}
         self.optimizer = self.lr_scheduler = None  # their parameters are gone
         set_seed(self.args.seed)  # again: the start must not depend on what ran since the trainer was made
-        finished, at_start = False, self.args.eval_on_start
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        finished, at_start, tokenizer = False, self.args.eval_on_start, self.processing_class
         # A run that resumes was evaluated at its start already.
         self.args.eval_on_start = at_start and not resume_from_checkpoint
         with self._only_experts_train():
             try:
                 for name in self._names:
                     self.bank.start_training(name, self.args.parametrisation, self.init.get(name))
+                # Trainer.train writes the special tokens of a tokenizer into the model's configs, where another thread
+                # may be reading. `_begin` gives it back.
+                self.processing_class, self._tokenizer = None, tokenizer
                 result = super().train(resume_from_checkpoint, **kwargs)
                 finished = True
             finally:
+                self.processing_class = tokenizer
                 self.args.eval_on_start = at_start
                 for name in [n for n in self._names if n in self.bank.in_training]:
                     self.experts[name] = self.bank.stop_training(name, **self._manifest(name))
@@ -161,12 +172,6 @@ class SVFTrainer(ReinforceTrainer):
         """Freeze every weight, and restore the model afterwards."""
         model = self.model
         grads = {p: p.requires_grad for p in model.parameters()}
-        configs = [
-            c
-            for c in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
-            if c is not None
-        ]
-        before = [{k: getattr(c, k) for k in SPECIAL if hasattr(c, k)} for c in configs]
         checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         model.requires_grad_(False)
         try:
@@ -175,15 +180,19 @@ class SVFTrainer(ReinforceTrainer):
         finally:
             for p, grad in grads.items():
                 p.requires_grad_(grad)
-            for config, values in zip(configs, before, strict=True):
-                for k, v in values.items():
-                    setattr(config, k, v)
             if self.args.gradient_checkpointing and not checkpointing:
                 # transformers 5.23 renamed it.
                 getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             vars(model).pop("_is_accelerate_prepared", None)
             self.model_wrapped = self.model = model
+
+    def _begin(self) -> None:
+        self.processing_class = self._tokenizer
+        if not hasattr(self.model_wrapped, "_is_accelerate_prepared"):
+            mark = "Accelerator marks a prepared model by _is_accelerate_prepared"
+            raise unsupported_part(mark, "a second train() must prepare the model again", "the model has no such mark")
+        super()._begin()
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As `ReinforceTrainer.training_step`. Experts that the batch has no row of get no gradient."""
@@ -213,9 +222,12 @@ class SVFTrainer(ReinforceTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Cut the norm of each expert's gradient by itself. Returns the norm over all of them before the cut."""
+        clip: Any = self.accelerator.clip_grad_norm_
+        if self.accelerator.scaler is not None:  # fp16: gradients may be unscaled once a step, not once an expert
+            self.accelerator.unscale_gradients()
+            clip = nn.utils.clip_grad_norm_
         norms = [
-            self.accelerator.clip_grad_norm_(list(self.bank.trained_parameters(name).values()), self.args.max_grad_norm)
-            for name in self._names
+            clip(list(self.bank.trained_parameters(name).values()), self.args.max_grad_norm) for name in self._names
         ]
         return torch.linalg.vector_norm(torch.stack([torch.as_tensor(n) for n in norms]))
 
@@ -286,6 +298,7 @@ class SVFTrainer(ReinforceTrainer):
         temporary = run / parts[0]
         if trial is None:
             self.store_flos()
+        self.args.saving = True
         try:
             self.save_model(str(temporary), _internal_call=True)
             if self.state.best_global_step:
@@ -305,16 +318,17 @@ class SVFTrainer(ReinforceTrainer):
                 if place.exists():
                     shutil.rmtree(place)
                 os.replace(temporary, place)
+            if self.args.should_save:
+                rotate_checkpoints(
+                    output_dir=str(run),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=False,
+                )
         finally:
+            self.args.saving = False
             if self.is_world_process_zero():
                 shutil.rmtree(temporary, ignore_errors=True)
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         for name in self._names:

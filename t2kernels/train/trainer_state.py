@@ -11,12 +11,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from t2kernels.experts.expert import Expert, ExpertError, ExpertMismatch
-from t2kernels.storage import header, why_unreadable, write_tensors
+from t2kernels.experts.names import check_files
+from t2kernels.factors import schema
+from t2kernels.storage import FileError, read_tensors, why_unreadable, write_tensors
 
 FOLDER, PARAMETERS = "experts", "parameters.safetensors"
+OLDER = "resume from an older checkpoint"
+MANIFEST: schema.Schema = {"parametrisation": schema.TEXT, "experts": schema.TEXTS}
+
+
+class CheckpointError(ExpertError):
+    """A checkpoint of SVFTrainer that is not there, damaged, or changed after it was written."""
 
 
 def save(
@@ -25,10 +32,11 @@ def save(
     parameters: Mapping[str, Mapping[str, torch.Tensor]],
     parametrisation: str,
 ) -> None:
-    """Write folder/experts/{name}.safetensors, and folder/parameters.safetensors if there are parameters.
+    """Write folder/experts/{name}.safetensors, and folder/parameters.safetensors unless there are none.
 
-    parameters: {expert: {matrix: p}}
+    Raises NameRefused for a name that cannot be a file, and for two that differ only in case; OSError.
     """
+    check_files(experts)
     for name, expert in experts.items():
         expert.save(Path(folder) / FOLDER / f"{name}.safetensors")
     if parameters:
@@ -44,38 +52,39 @@ def load(
     name: str,
     parameters: Mapping[str, torch.nn.Parameter],
     parametrisation: str,
-    check: Callable[[Expert], object],
+    check: Callable[[Expert], None],
 ) -> None:
     """Set the parameters of one expert to those in a checkpoint.
 
-    parameters: {matrix: p}, written in place; check: raises ExpertMismatch for an expert of other factors
-    Raises ExpertError for a checkpoint that is missing or damaged, ExpertMismatch for one of another parametrisation,
-    of other matrices or of other factors.
+    check: raises ExpertMismatch for an expert of other factors
+    Raises ExpertError for a checkpoint that is not there, damaged, changed (by its digest), or of another
+    parametrisation, ExpertMismatch for one of other matrices or factors.
     """
     folder = Path(folder)
     path = folder / PARAMETERS
     if not path.is_file():
-        raise ExpertError(f"{folder} is no checkpoint of SVFTrainer: it has no {PARAMETERS}")
+        raise CheckpointError(f"{folder} is no checkpoint of SVFTrainer: it has no {PARAMETERS}")
     try:
-        facts, saved = header(path) or {}, load_file(path)
+        saved, found = read_tensors(path)
     except SafetensorError as e:
-        raise ExpertError(f"{path}: {why_unreadable(path)} ({e}); resume from an older checkpoint") from None
-    if name not in facts.get("experts", ()):
-        raise ExpertMismatch(
-            f"{folder} holds the experts {', '.join(facts.get('experts', ())) or 'none'}, not {name!r}"
-        )
+        raise CheckpointError(f"{path}: {why_unreadable(path)} ({e}); {OLDER}") from None
+    except FileError as e:
+        raise CheckpointError(f"{path} is damaged: {e}; {OLDER}") from None
+    facts = schema.check(found or {}, MANIFEST, path, CheckpointError, OLDER)
+    if name not in facts["experts"]:
+        raise ExpertMismatch(f"{folder} holds the experts {', '.join(facts['experts']) or 'none'}, not {name!r}")
     if facts["parametrisation"] != parametrisation:
         raise ExpertMismatch(
             f"{folder} was trained with parametrisation={facts['parametrisation']!r}, not {parametrisation!r}"
         )
     check(Expert.load(folder / FOLDER / f"{name}.safetensors"))
-    found = {key.removeprefix(f"{name}/"): t for key, t in saved.items() if key.startswith(f"{name}/")}
-    if {k: t.shape for k, t in found.items()} != {k: p.shape for k, p in parameters.items()}:
-        odd = next(
-            k
-            for k in {**found, **parameters}
-            if k not in found or k not in parameters or found[k].shape != parameters[k].shape
-        )
-        raise ExpertMismatch(f"{folder} was trained with other targets or another rank: {odd} differs")
+    mine = {key.removeprefix(f"{name}/"): t for key, t in saved.items() if key.startswith(f"{name}/")}
+    for key in {**mine, **parameters}:
+        if key not in mine or key not in parameters or mine[key].shape != parameters[key].shape:
+            raise ExpertMismatch(f"{folder} was trained with other targets or another rank: {key} differs")
+        if not mine[key].is_floating_point() or not torch.isfinite(mine[key]).all():
+            raise CheckpointError(
+                f"{path}: {key} is {mine[key].dtype} or holds NaN or infinity, wanted finite numbers; {OLDER}"
+            )
     for key, p in parameters.items():
-        p.copy_(found[key])
+        p.copy_(mine[key])

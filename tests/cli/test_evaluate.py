@@ -189,10 +189,10 @@ def test_chat_is_for_models_with_a_template():
         (["--task", f"gsm8k:{DATA}/gone.jsonl"], "no file or directory"),
         (["--task", f"gsm8k:{DATA / 'gsm8k_test.jsonl'}", "--split", "train"], "hold its test rows, no train rows"),
         (["--task", f"humaneval:{DATA / 'humaneval.jsonl'}", "--split", "validation"], "has test rows only"),
-        (["--task", f"gsm8k:{DATA / 'math.jsonl'}"], "line 1: no 'question'; its columns are problem, solution"),
+        (["--task", f"gsm8k:{DATA / 'math.jsonl'}"], "line 1: no 'question'; the columns are problem, solution"),
         (["--task", "math", "-n", "5000"], "has 2000 problems in its test split; 5000 wanted"),
         (["--task", ","], "--task is empty"),
-        (["--task", "EMPTY"], "holds no problem"),
+        (["--task", "EMPTY"], "has no problem"),
         (
             ["--task", "LABELS", "--experts", "math", "--by", "expert"],
             "--by expert: problem 2 of 'LABELS' has 'law' there, which is none of --experts",

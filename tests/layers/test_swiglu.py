@@ -36,7 +36,7 @@ def fused(model):
 @pytest.fixture
 def launches(monkeypatch):
     """Triton is trusted, and what the fused kernel is called with is kept."""
-    launch = pytest.importorskip("t2kernels.ops.impls.triton.launch")
+    launch = pytest.importorskip("t2kernels.ops.impls.triton.launch_pair")
     ran, real = [], launch.forward_swiglu
     monkeypatch.setattr(dispatch, "device_of", lambda device: CHECKED)
     monkeypatch.setattr(launch, "forward_swiglu", lambda *a: ran.append(a) or real(*a))

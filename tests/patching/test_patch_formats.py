@@ -144,9 +144,9 @@ def test_training_on_int8_factors_gives_the_right_gradient(family, form):
     expert = bank.stop_training("a")
     with torch.no_grad():
         assert rel(model(x, experts="a").logits, trained) < 1e-5
-    exact_bank.add("trained on int8", expert)
+    exact_bank.add("trained-on-int8", expert)
     with torch.no_grad():
-        assert rel(model(x, experts="a").logits, exact(x, experts="trained on int8").logits) < LIMIT["int8"]
+        assert rel(model(x, experts="a").logits, exact(x, experts="trained-on-int8").logits) < LIMIT["int8"]
 
 
 def test_only_the_factored_form_is_compensated():

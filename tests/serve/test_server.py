@@ -211,8 +211,8 @@ def test_bad_requests_are_refused_with_what_is_wrong(server, client):
     user = [{"role": "user", "content": "1+2?"}]
     for fields, words in (
         ({"messages": [{"role": "system", "content": "be kind"}, *user]}, "chat template"),
-        ({"messages": user, "max_tokens": 500}, "context is 128"),
-        ({"messages": [{"role": "user", "content": "1+" * 80}]}, "context is 128"),
+        ({"messages": user, "max_tokens": 500}, "maximum context length is 128"),
+        ({"messages": [{"role": "user", "content": "1+" * 80}]}, "maximum context length is 128"),
         ({"messages": user, "tools": [{"type": "function"}]}, "tools"),
         ({"messages": user, "extra_body": {"surprise": 1}}, "surprise: this field is not supported"),
         ({"messages": user, "model": "mix:math=x"}, "wanted mix:"),

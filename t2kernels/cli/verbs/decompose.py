@@ -66,7 +66,7 @@ def decompose(
     start, make = time.perf_counter(), t2.decompose
     wanted = {"rank": parse_rank(rank), "targets": targets, "device": parse_device(device), "workers": workers}
     wanted |= {"dtype": None if dtype is None else parse_dtype(dtype), "format": format, "max_error": max_error}
-    files = locate(model)
+    files = locate(model)  # after the options, which are looked at first
     if format == "vllm":
         from t2kernels.integrations.vllm.engine.model_folder import write_checkpoint
 

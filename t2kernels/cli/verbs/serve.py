@@ -10,7 +10,7 @@ import typer
 from t2kernels import InputError, MissingFileError, PackageError
 from t2kernels.cli import models
 from t2kernels.cli.console import err
-from t2kernels.cli.model_files import GGUF, locate
+from t2kernels.cli.model_files import locate
 
 ENGINES: tuple[str, ...] = ("auto", "transformers", "vllm")
 
@@ -68,6 +68,14 @@ def serve(
     max_upload: int = typer.Option(256, min=1, help="Largest size of an uploaded expert, in MiB."),
     drain: float = typer.Option(
         30.0, min=0, help="Seconds that running requests may still take when the server stops."
+    ),
+    allow_host: list[str] = typer.Option(
+        [],
+        help="Name that clients may call the server by, besides localhost; for a server without a key.",
+        show_default=False,
+    ),
+    allow_origin: list[str] = typer.Option(
+        [], help="Origin such as https://chat.example whose web pages may use the server.", show_default=False
     ),
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
@@ -129,6 +137,8 @@ def serve(
         max_running=max_running,
         max_waiting=max_waiting,
         upload=max_upload << 20,
+        hosts=_hosts(host, api_key, allow_host),
+        origins=tuple(allow_origin),
     )
     service = Service(loaded.model, loaded.tokenizer, settings, _shipped() if tiny and experts is None else None)
     names = ", ".join(service.experts.current) or "none yet"
@@ -136,6 +146,12 @@ def serve(
     err.print(f"{settings.name} on http://{host}:{port}/v1, experts: {names}", soft_wrap=True)
     err.print(f"{bank.rows} rows of {row / 1e3:,.0f} kB; {bank.describe()}", soft_wrap=True)
     run(service, at, drain)
+
+
+def _hosts(host: str, api_key: str | None, allowed: list[str]) -> tuple[str, ...]:
+    """The hosts that a server answers to. A local one without a key answers to nobody who gives it another name."""
+    local = ("localhost", "127.0.0.1", "[::1]")
+    return (*local, *allowed) if api_key is None and host in (*local, "::1") else ()
 
 
 def _text(file: Path) -> str:
@@ -175,8 +191,10 @@ def _serve_vllm(
     named = _shipped() if model == models.TINY and experts is None else {}
     if experts is not None:
         named |= {path.stem: path for path in sorted(experts.glob("*.safetensors"))}
-    if Path(model).suffix == GGUF:
-        raise InputError(f"--engine vllm: {model} is a GGUF file; give the directory of its original checkpoint")
-    model = locate(model).source if model == models.TINY else model  # vLLM looks for any other model itself
+    if model == models.TINY or Path(model).expanduser().exists() or model.endswith(".gguf"):
+        files = locate(model)  # an id on the hub is vLLM's to find
+        if files.gguf:
+            raise InputError(f"--engine vllm: {model} is a GGUF file; give the directory of its original checkpoint")
+        model = files.source
     more = {} if rows is None else {"rows": rows}
     vllm.serve(model, named, host=host, port=port, api_key=api_key, factors=factors, options=tuple(option), **more)

@@ -12,7 +12,7 @@ from t2kernels import InputError
 from t2kernels.cli import models
 from t2kernels.cli.console import bar, comma_list, out
 from t2kernels.evaluation import Score, scores
-from t2kernels.experts.names import BASE
+from t2kernels.experts.names import BASE, CLASSIFIER, check_name
 
 from .evaluate import show_accuracies
 
@@ -74,6 +74,7 @@ def train(
         raise InputError(f"--classes goes with --task classify, not with --task {task}")
     parts = {Path(name).stem: t2.tasks.load(name) for name in comma_list(classes or "")}
     chosen = None if parts else t2.tasks.load(task)
+    check_name(into.stem if into else chosen.name if chosen else CLASSIFIER)  # before the model is loaded
     held_out = None if parts else chosen.split("test")[:n]
     for one in parts.values() or [chosen]:
         one.split("train", 1)  # fail before the model is loaded if there is none

@@ -25,7 +25,8 @@ class Entrance:
     """
 
     def __init__(self, module: nn.Module, first: int):
-        self.module, self.first = module, first
+        self.module: nn.Module = module
+        self.first: int = first
         self.route: Route | None = None
 
 
@@ -39,8 +40,8 @@ class Routing:
 
     def __init__(self) -> None:
         self._local = threading.local()
-        self.scopes = Scopes()
-        self.recomputation = Recomputation()
+        self.scopes: Scopes = Scopes()
+        self.recomputation: Recomputation = Recomputation()
         self.default: Route | None = None  # of every thread
         self.training = 0  # experts in training
         self._outside = False  # whether a layer outside a forward of the model ever used experts under autograd

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from t2kernels.layers.private import require
+
 if TYPE_CHECKING:
     from .route import Route
 
@@ -69,6 +71,15 @@ class Recomputation:
                     del self._by_pass[old]
             if forward not in known:
                 known.append(forward)
+
+
+def check_torch() -> None:
+    """Raise UnsupportedVersionError if torch lacks a private name that this file uses."""
+    for name in ("_current_autograd_node", "_current_graph_task_id"):
+        require(torch._C, name, "a block that is computed again must find the experts of its forward")
+    require(torch._C._autograd, "_get_sequence_nr", "a forward must know which autograd nodes are its own")
+    require(torch.autograd.graph.Node, "_sequence_nr", "an autograd node must tell which forward it belongs to")
+    require(torch.autograd.Variable._execution_engine, "queue_callback", "a backward pass must say when it ends")
 
 
 def backward_pass() -> int:

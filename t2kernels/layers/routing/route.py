@@ -15,11 +15,13 @@ class Route:
 
     ids: int32 or int64, () one id for all tokens, [B] one per sequence, [B, S] one per token
     tokens: (B, S) of the forward, or None if it is not known
+    repeats: True if a forward may have a multiple of B sequences, each row repeated (beams, guidance in `generate`)
     cache: {group of layers: the shared result of this forward} (`layers.groups`)
     """
 
-    def __init__(self, ids: Tensor, tokens: tuple[int, int] | None = None) -> None:
+    def __init__(self, ids: Tensor, tokens: tuple[int, int] | None = None, repeats: bool = False) -> None:
         self.ids: Tensor = ids
+        self.repeats: bool = repeats
         self.tokens: tuple[int, int] | None = tokens
         self.cache: dict[Any, Any] = {}
         self._flat: Tensor | None = None

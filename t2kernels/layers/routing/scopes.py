@@ -46,12 +46,15 @@ class Scope:
     """
 
     def __init__(self, scopes: Scopes, route: Route | None, label: str = "", private: bool = False):
-        self.scopes, self.route, self.label, self.private = scopes, route, label, private
+        self.scopes: Scopes = scopes
+        self.route: Route | None = route
+        self.label: str = label
+        self.private: bool = private
         self.parent: Scope | None = None
-        self.thread = 0
+        self.thread: int = 0
         self.owner: FrameType | None = None  # the generator that opened the scope, if one did
-        self.isolated = False  # opened by an asyncio task or a generator: a copy per thread cannot show it
-        self.broken = False  # closed while a later scope was still open
+        self.isolated: bool = False  # opened by an asyncio task or a generator: a copy per thread cannot show it
+        self.broken: bool = False  # closed while a later scope was still open
 
     def __enter__(self) -> Tensor | None:
         """Open the scope; returns the ids of its route, or None."""
@@ -92,7 +95,7 @@ class Scopes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: set[Scope] = set()  # those that other threads must know of
-        self.any_open = False  # read by compiled code, which cannot read a set
+        self.any_open: bool = False  # read by compiled code, which cannot read a set
         self._local = threading.local()
 
     def opened(self, scope: Scope) -> None:

@@ -20,7 +20,7 @@ from t2kernels.ops.device import Device
 from t2kernels.ops.planner import Call, Choice, Path
 
 from . import extension
-from .implementation import Added, Implementation, Operands
+from .implementation import Added, Expansion, Implementation, Operands
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 MEMBERS = 8
@@ -113,18 +113,9 @@ class Cpp(Implementation):
         """See `Implementation`; g is fp32."""
         return shrink(x, V, scale, expert_ids)
 
-    def expand(
-        self,
-        choice: Choice,
-        g: Tensor,
-        Us: list[Tensor],
-        bases: Added,
-        biases: Added,
-        dtype: torch.dtype,
-        lead: torch.Size,
-    ) -> list[Tensor]:
+    def expand(self, choice: Choice, given: Expansion) -> list[Tensor]:
         """See `Implementation`."""
-        return expand(g, Us, bases, biases, dtype, lead)
+        return expand(*given)
 
 
 CPP = Cpp()
@@ -151,7 +142,7 @@ def forward(
 
 def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
     """g = (x V) * scale[expert_ids], [T, C] fp32: the first half of `forward`."""
-    g = torch.empty((x.shape[:-1].numel(), V.shape[1]))
+    g = torch.empty((x.shape[:-1].numel(), V.shape[1]), dtype=torch.float32)
     held, first = _first_half(x, V, scale, expert_ids)
     extension.load().cpu_shrink(first, g.data_ptr(), torch.get_num_threads(), isa())
     del held

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from t2kernels.ops.precision import forward_precision
 from t2kernels.ops.tuning.tables import read_cuda_table
 
 from . import extension
-from .implementation import Added, Implementation, Operands
+from .implementation import Added, Expansion, Implementation, Operands
 
 FP16, BF16, INT8 = torch.float16, torch.bfloat16, torch.int8
 TOKENS, MEMBERS = 32, 8
@@ -66,7 +66,7 @@ class Cuda(Implementation):
 
     name = "cuda"
     strict = True
-    fused_paths = ("decode",)
+    fused_paths: ClassVar[tuple[str, ...]] = ("decode",)
 
     def unsupported_device(self, device: torch.device) -> str | None:
         """See `Implementation`."""
@@ -144,18 +144,9 @@ class Cuda(Implementation):
         """See `Implementation`."""
         return shrink(x, V, scale, expert_ids)
 
-    def expand(
-        self,
-        choice: Choice,
-        g: Tensor,
-        Us: list[Tensor],
-        bases: Added,
-        biases: Added,
-        dtype: torch.dtype,
-        lead: torch.Size,
-    ) -> list[Tensor]:
+    def expand(self, choice: Choice, given: Expansion) -> list[Tensor]:
         """See `Implementation`."""
-        return [y.reshape(*lead, y.shape[-1]) for y in expand(g, Us, bases, biases, dtype)]
+        return [y.reshape(*given.lead, y.shape[-1]) for y in expand(*given[:5])]
 
     def swiglu(self, given: Operands) -> Tensor:
         """See `Implementation`."""
@@ -177,7 +168,8 @@ def forward(
 ) -> list[Tensor]:
     """y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i, each [..., M_i], for calls that `CUDA` supports."""
     ys = [x.new_empty(*x.shape[:-1], U.shape[0]) for U in Us]
-    _two_launches(x, V, Us, scale, expert_ids, bases, biases, ys, variant)
+    g = shrink(x, V, scale, expert_ids, variant)
+    _launch(_expanding(g, Us, bases, biases, ys, x.dtype), None, x, variant)
     return ys
 
 
@@ -193,7 +185,8 @@ def forward_swiglu(
 ) -> Tensor:
     """silu(y_gate) * y_up, [..., M], for two members of one M. y_gate, y_up and silu are rounded to x's dtype."""
     y = x.new_empty(*x.shape[:-1], Us[0].shape[0])
-    _two_launches(x, V, Us, scale, expert_ids, bases, biases, [y], variant)
+    g = shrink(x, V, scale, expert_ids, variant)
+    _launch(_expanding(g, Us, bases, biases, [y], x.dtype), None, x, variant, gated=True)
     return y
 
 
@@ -211,21 +204,6 @@ def expand(
     ys = [g.new_empty(g.shape[0], U.shape[0], dtype=dtype) for U in Us]
     _launch(_expanding(g, Us, bases, biases, ys, dtype), None, g, variant)
     return ys
-
-
-def _two_launches(
-    x: Tensor,
-    V: Tensor,
-    Us: list[Tensor],
-    scale: Tensor,
-    expert_ids: Tensor,
-    bases: Added,
-    biases: Added,
-    ys: list[Tensor],
-    variant: Variant,
-) -> None:
-    g = shrink(x, V, scale, expert_ids, variant)
-    _launch(_expanding(g, Us, bases, biases, ys, x.dtype), None, x, variant, gated=len(ys) < len(Us))
 
 
 def _expanding(

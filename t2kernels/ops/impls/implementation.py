@@ -43,6 +43,21 @@ class Operands(NamedTuple):
     biases: Added
 
 
+class Expansion(NamedTuple):
+    """The operands of the second half of a call.
+
+    g: [T, C] from `Implementation.shrink`; Us, bases, biases: as in `Operands`
+    dtype, lead: dtype and leading sizes of the x that g was made from
+    """
+
+    g: Tensor
+    Us: list[Tensor]
+    bases: Added
+    biases: Added
+    dtype: torch.dtype
+    lead: torch.Size
+
+
 class Implementation(ABC):
     """One implementation of y_i = base_i + ((x V) * scale[expert_ids])_i U_iᵀ + bias_i.
 
@@ -93,20 +108,8 @@ class Implementation(ABC):
         """g = (x V) * scale[expert_ids], [T, C]: the first half."""
 
     @abstractmethod
-    def expand(
-        self,
-        choice: Choice,
-        g: Tensor,
-        Us: list[Tensor],
-        bases: Added,
-        biases: Added,
-        dtype: torch.dtype,
-        lead: torch.Size,
-    ) -> list[Tensor]:
-        """y_i = base_i + g_i U_iᵀ + bias_i, [*lead, M_i] in dtype: the second half.
-
-        dtype, lead: those of the x that g was made from
-        """
+    def expand(self, choice: Choice, given: Expansion) -> list[Tensor]:
+        """y_i = base_i + g_i U_iᵀ + bias_i, [*lead, M_i] in dtype: the second half."""
 
     def swiglu(self, given: Operands) -> Tensor:
         """silu(y_0) * y_1 [..., M] of two members, without writing either to memory. Exists on `fused_paths`."""

@@ -15,7 +15,7 @@ from t2kernels.ops.device import Device
 from t2kernels.ops.planner import Call, Choice, Path, dense_path
 from t2kernels.ops.precision import backward_precision, forward_precision
 
-from .implementation import Added, Implementation, Operands
+from .implementation import Added, Expansion, Implementation, Operands
 
 ScaleRows = Callable[..., Tensor]
 """A function with the arguments of `scale_rows`."""
@@ -57,18 +57,9 @@ class Torch(Implementation):
         """See `Implementation`."""
         return shrink(x, V, scale, expert_ids, self.row_scaling)
 
-    def expand(
-        self,
-        choice: Choice,
-        g: Tensor,
-        Us: list[Tensor],
-        bases: Added,
-        biases: Added,
-        dtype: torch.dtype,
-        lead: torch.Size,
-    ) -> list[Tensor]:
+    def expand(self, choice: Choice, given: Expansion) -> list[Tensor]:
         """See `Implementation`."""
-        return expand(g, Us, bases, biases, dtype, lead)
+        return expand(*given)
 
     def backward(
         self, dys: list[Tensor], given: Operands, need_dx: bool, need_dscale: bool, h: Tensor | None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,6 @@ def selfcheck(
     tokens: tuple[int, ...] | None = None,
     shapes: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]] = SHAPES,
     dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = DTYPES,
-    progress: Callable[[Case], object] | None = None,
 ) -> list[Case]:
     """Check forward, dx and dscale of `impl` on `device`, with and without a base, against the reference in fp64.
     Unwritten memory holds NaN.
@@ -82,7 +81,6 @@ def selfcheck(
 
     tokens: T of the cases; None for numbers that fit the implementation
     shapes: (N, columns of each member, M of each member); dtypes: (x, factors)
-    progress: called with each case
     """
     found = []
     tokens = tokens or (FEW if impl == "cuda" else TOKENS)
@@ -100,8 +98,6 @@ def selfcheck(
                         found.append(
                             Case(x_name, w_name, T, N, C, M, off[what], f"{what}, {'with' if base else 'no'} base")
                         )
-                        if progress:
-                            progress(found[-1])
     return found
 
 

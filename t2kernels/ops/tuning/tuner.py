@@ -19,6 +19,7 @@ from t2kernels.ops.device import DECODE_TOKENS, PAIR_TOKENS
 from t2kernels.ops.dispatch import ImplUnavailableError
 from t2kernels.ops.impls import cuda_kernels
 from t2kernels.ops.impls.cuda_kernels import CUDA
+from t2kernels.ops.impls.implementation import Operands
 from t2kernels.ops.impls.torch_kernels import forward as forward_mm
 from t2kernels.ops.impls.triton import TRITON
 from t2kernels.ops.planner import Call
@@ -56,8 +57,6 @@ Timer = Callable[[Callable[[], object]], float]
 """f -> seconds of a call of f."""
 Progress = Callable[[str, int, int], object]
 """(what was timed, jobs done, jobs in all)."""
-Operands = tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, list[Tensor | None], list[Tensor | None]]
-"""x, V, Us, scale, expert_ids, bases, biases."""
 
 
 def tune(
@@ -221,7 +220,8 @@ def _operands(shape: Shape, T: int, device: torch.device) -> Operands:
 
     V, Us = factor(sum(shape.C), shape.N).t(), [factor(M, C) for M, C in zip(shape.M, shape.C, strict=True)]
     scale, ids = torch.rand(T + 1, sum(shape.C), device=device) / 900, torch.arange(T, dtype=torch.int32, device=device)
-    return rows(shape.N), V, Us, scale, ids, [rows(M) if shape.base else None for M in shape.M], [None] * len(shape.M)
+    bases = [rows(M) if shape.base else None for M in shape.M]
+    return Operands(rows(shape.N), V, Us, scale, ids, bases, [None] * len(bases))
 
 
 def _cold(f: Callable[[], object]) -> float:

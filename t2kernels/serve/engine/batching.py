@@ -24,6 +24,8 @@ from t2kernels.serve.http.errors import EngineError
 
 TESTED: tuple[str, ...] = ("5.24",)
 """Versions of transformers that this file was tested with."""
+HUGE: float = 1e12
+"""Largest key or value that is kept. Products of two of them over a head stay finite in bf16 and fp32."""
 ROW: str = "expert_row"
 """Keyword of the row in a request's state. It stays there when the prompt is split or the request is evicted."""
 
@@ -131,6 +133,7 @@ def make_manager(
                         f"continuous batching uses {type(found).__name__}; it was tested with {known.__name__} only"
                     )
                 found.__class__ = ours
+            processor.cache.update = finite_update(processor.cache.update)
             processor.inputs_and_outputs.expert_ids = ExpertIds(processor.cache.max_batch_tokens, self.model.device)
             return processor
 
@@ -162,6 +165,23 @@ def make_manager(
     manager.output_router = Deliver()
     manager.logit_processor.supported_keys[ROW] = int
     return manager
+
+
+def finite_update(update: Callable[..., Any]) -> Callable[..., Any]:
+    """The cache's `update`, which never stores a key or value beyond `HUGE`.
+
+    All requests of a step lie in one packed row, and a mask separates them: keys of others have weight 0. But 0 * NaN
+    is NaN, so one request whose expert overflows would spoil the answers of all. With 0 in place of such numbers only
+    its own are.
+    """
+
+    def finite(t: Tensor) -> Tensor:
+        return t.masked_fill(~(t.abs() < HUGE), 0)
+
+    def checked(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return update(finite(key_states), finite(value_states), *args, **kwargs)
+
+    return checked
 
 
 class ExpertIds:

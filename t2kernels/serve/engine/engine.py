@@ -323,6 +323,14 @@ class Engine:
         generation.events.put_nowait(error)
         self._end(generation)
 
+    def _not_finite(self, generation: Generation) -> None:
+        if generation.over:
+            return
+        logger.error("request %s: expert %r gives outputs that are not finite", generation.id, generation.expert)
+        message = "the model's output is not finite with this expert: train it again, or remove it"
+        generation.events.put_nowait(APIError(500, message, "not_finite"))
+        self.cancel(generation)
+
     def _fail_with(self, generation: Generation, error: Exception) -> None:
         """Fail a request for a fault of this file. Call it where the error was caught."""
         logger.exception("request %s failed", generation.id)
@@ -383,4 +391,10 @@ class Engine:
     def _sample(self, logits: Tensor, names: Sequence[str]) -> Tensor:
         # A request that was cancelled during this step gets a token that nobody reads.
         running = [self.running.get(name) for name in names]
+        wrong = (~(logits.amax(-1) < float("inf"))).tolist()  # NaN or infinite: such a row has no next token
+        if any(wrong):
+            for generation in [g for g, bad in zip(running, wrong, strict=True) if bad and g is not None]:
+                self._loop.call_soon_threadsafe(self._not_finite, generation)
+            running = [None if bad else g for g, bad in zip(running, wrong, strict=True)]
+            logits = logits.masked_fill(torch.tensor(wrong, device=logits.device)[:, None], 0)
         return draw(logits, [GREEDY if g is None else g.sampling for g in running])

@@ -1,11 +1,13 @@
 """The next token of each request of a batch, each with its own sampling.
 
-    p = softmax(logits / temperature)
-    kept = the top_k likeliest tokens, of these the fewest whose p reach top_p
-    token = F^-1(u) over kept, with u uniform from the request's own seed
+    kept = the top_k likeliest tokens, of these the fewest whose softmax(logits / temperature) sum up to top_p
+    token = argmax over kept of logits / temperature - log E(token), with E exponential, from the request's own seed
 
-u is drawn on the host, one number per token. So a seed gives the same text on every device and in every batch, up to
-the rounding of the logits.
+This is the Gumbel-max form of a draw from the softmax. The noise of a token depends on the seed, on the place in the
+text and on the token's id. So a seed gives the same token in every batch and on every device, unless the logits of two
+tokens come closer than their rounding: bf16 models round their logits differently in batches of different sizes. A draw
+that walks the tokens in order of probability changes its token in a third of such cases, this one in a few of a
+hundred. Nothing is sorted unless top_p asks for it.
 """
 
 from __future__ import annotations
@@ -39,12 +41,14 @@ class Sampling:
     reported: list[Logprobs] = field(default_factory=list)
     """One entry per generated token, under the model's own distribution (before temperature)."""
     source: random.Random = field(init=False, repr=False)
-    """Source of u."""
+    """Source of one 32-bit key per token."""
 
     def __post_init__(self) -> None:
         self.source = random.Random(self.seed)
 
 
+LIKELIEST = 1024
+"""Tokens that top_p looks at first. Where they do not reach it, the whole vocabulary is sorted."""
 GREEDY: Sampling = Sampling()
 
 
@@ -67,20 +71,52 @@ def draw(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 def _sample(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    scaled = logits.double() / column([s.temperature for s in samplings])
-    p, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = p.cumsum(-1) - p  # sum over all likelier tokens
-    rank = torch.arange(p.shape[1], device=p.device)
-    kept = (before < column([s.top_p for s in samplings])) & (rank < column([s.top_k or p.shape[1] for s in samplings]))
-    kept[:, 0] = True
-    p = p * kept
-    total = p.cumsum(-1)
-    u = column([s.source.random() for s in samplings]) * total[:, -1:]
-    picked = torch.searchsorted(total, u, right=True).clamp_(max=p.shape[1] - 1)
-    picked = torch.minimum(picked, kept.sum(-1, keepdim=True) - 1)  # kept tokens come first in `order`
-    return order.gather(-1, picked)[:, 0]
+    scaled = logits.float() / column([s.temperature for s in samplings])
+    chosen = scaled - exponential([s.source.getrandbits(32) for s in samplings], scaled).log_()
+    cut = [i for i, s in enumerate(samplings) if s.top_p < 1 or s.top_k]
+    if cut:
+        rows = torch.tensor(cut, device=logits.device)
+        chosen[rows] = chosen[rows].masked_fill_(~_kept(scaled[rows], [samplings[i] for i in cut]), float("-inf"))
+    return chosen.argmax(-1)
+
+
+def exponential(keys: Sequence[int], like: Tensor) -> Tensor:
+    """One exponentially distributed number for each key and token id, [B, V] fp32. It depends on nothing else.
+
+    keys: [B] 32-bit numbers; like: [B, V], gives V and the device
+    The numbers come from a 32-bit integer hash (lowbias32, https://nullprogram.com/blog/2018/07/31/), which is the same
+    on every device. They have 24 bits, so an event of a probability below 1e-7 has its exact probability only roughly.
+    """
+    x = torch.arange(like.shape[1], dtype=torch.int32, device=like.device) * _signed(0x9E3779B1)
+    x = x + torch.tensor([_signed(key) for key in keys], dtype=torch.int32, device=like.device)[:, None]
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        x ^= (x >> shift) & ((1 << (32 - shift)) - 1)  # a logical shift of a signed number
+        x *= _signed(factor)
+    return (((x >> 8) & 0xFFFFFF).float() + 0.5).mul_(-(2.0**-24)).log1p_().neg_()
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 32) if x >= 1 << 31 else x
+
+
+def _kept(scaled: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """[B, V] bool: the tokens that top_k and top_p leave. Every sampling has one of the two."""
+    V, device = scaled.shape[1], scaled.device
+    top_p = [s.top_p if s.top_p < 1 else float("inf") for s in samplings]
+    share = torch.tensor(top_p, dtype=torch.float64, device=device)[:, None]
+    most = torch.tensor([s.top_k or V for s in samplings], device=device)[:, None]
+    total = scaled.double().logsumexp(-1, keepdim=True)
+    count = min(V, max(s.top_k or LIKELIEST for s in samplings))
+    while True:
+        values, ids = scaled.topk(count, -1)
+        p = (values.double() - total).exp()
+        kept = (p.cumsum(-1) - p < share) & (torch.arange(count, device=device) < most)
+        kept[:, 0] = True
+        if count == V or not bool((kept[:, -1:] & (most == V)).any()):
+            return torch.zeros_like(scaled, dtype=torch.bool).scatter_(1, ids, kept)
+        count = V  # a flat distribution: more tokens than were looked at make up top_p
 
 
 def _report(logits: Tensor, tokens: Tensor, report: Sequence[int], samplings: Sequence[Sampling]) -> None:

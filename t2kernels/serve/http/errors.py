@@ -1,7 +1,4 @@
-"""Errors of a server.
-
-`APIError` answers one request; `EngineError`, `SettingsError` and `AddressError` stop the server's start.
-"""
+"""Errors of a server: `APIError` answers one request; the others stop the server before it starts."""
 
 from __future__ import annotations
 

@@ -44,6 +44,42 @@ class RequireKey:
         await self.app(scope, receive, send)
 
 
+class CheckOrigin:
+    """ASGI middleware: answers 403 to requests that a web page of another site made a browser send.
+
+    Without it any page could replace an expert of a server on the same machine: a browser sends simple requests to
+    other sites without asking them. hosts, origins: as in `Settings`
+    """
+
+    app: ASGIApp
+    hosts: tuple[str, ...]
+    origins: tuple[str, ...]
+
+    def __init__(self, app: ASGIApp, hosts: tuple[str, ...] = (), origins: tuple[str, ...] = ()) -> None:
+        self.app, self.hosts, self.origins = app, hosts, origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check the headers Host and Origin, then pass the request on."""
+        if scope["type"] == "http":
+            given = {name: value.decode("latin-1") for name, value in scope["headers"] if name in (b"host", b"origin")}
+            host, origin = given.get(b"host", ""), given.get(b"origin")
+            message = None
+            if self.hosts and _name(host) not in self.hosts:
+                message = f"the host {host!r} is not served here: start the server with --allow-host, or with --api-key"
+            elif origin is not None and origin not in self.origins and origin.partition("://")[2] != host:
+                message = f"web pages of {origin!r} may not use this server: start it with --allow-origin {origin}"
+            if message is not None:
+                error = APIError(403, message, "forbidden_origin")
+                await JSONResponse(error.body(), 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without the port."""
+    return host if host.endswith("]") else host.rpartition(":")[0] or host
+
+
 class LimitBody:
     """ASGI middleware: answers 413 if the body is too long, by its announced length or while it arrives.
 

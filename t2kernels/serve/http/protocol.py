@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS: int = 20
 MAX_STOPS: int = 16
+MAX_STOP: int = 1024
+"""Most characters of a stop text. It is searched for after every token."""
 MAX_COMPLETIONS: int = 128
 """Completions of one request: prompts times n."""
 
@@ -69,8 +71,8 @@ class Request(BaseModel):
     def _check(self) -> Request:
         if self.logit_bias:
             raise InputError("logit_bias is not supported")
-        if len(self.stops) > MAX_STOPS or not all(self.stops):
-            raise InputError(f"stop={self.stop!r}: expected at most {MAX_STOPS} texts, none of them empty")
+        if len(self.stops) > MAX_STOPS or not all(0 < len(s) <= MAX_STOP for s in self.stops):
+            raise InputError(f"stop: expected at most {MAX_STOPS} texts of 1 to {MAX_STOP} characters")
         if self.stream_options is not None and not self.stream:
             raise InputError("stream_options needs stream=true")
         return self

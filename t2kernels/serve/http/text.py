@@ -61,10 +61,20 @@ class Decoder:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = max((n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        begins = min((_beginning(text, s) for s in self.stops), default=len(text))
+        self._held = text[begins:]
+        return text[:begins]
 
     def _decode(self, start: int, stop: int) -> str:
         tokens = self._tokens[start:stop]
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _beginning(text: str, stop: str) -> int:
+    """The first place from which the rest of a text begins a stop string; the text's length if there is none."""
+    at = max(0, len(text) - len(stop) + 1)
+    while (at := text.find(stop[0], at)) >= 0:
+        if stop.startswith(text[at:]):
+            return at
+        at += 1
+    return len(text)

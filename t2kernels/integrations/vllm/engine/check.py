@@ -43,7 +43,7 @@ def check_request(config: Any, request: Any) -> None:
         _check(request.lora_path, states, place, settings.rank, settings.max_error)
     except FileNotFoundError:
         raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path) from None
-    except (ExpertError, ValueError) as e:
+    except (ExpertError, ValueError, OSError) as e:  # OSError: a path that is too long, or may not be read
         raise VLLMValidationError(f"expert {request.lora_name!r}: {e}", parameter="model") from None
 
 

@@ -25,6 +25,7 @@ from t2kernels.factors.identity import check_weight, leading_pair
 from t2kernels.factors.int8 import Int8Factor
 from t2kernels.layers.groups import Group
 from t2kernels.layers.linear import DeltaLinear, SVFLinear
+from t2kernels.layers.routing.active import Routing
 from t2kernels.ops.dispatch import expand, shrink
 from t2kernels.ops.op import call, call_group
 
@@ -257,7 +258,7 @@ def adapt(layer: Any, path: ExpertPath) -> None:
 
 
 def delta_member(
-    factor: Factor | Int8Factor, member: Member, rows: int, dtype: torch.dtype, routing: Any, device: torch.device
+    factor: Factor | Int8Factor, member: Member, rows: int, dtype: torch.dtype, routing: Routing, device: torch.device
 ) -> DeltaLinear:
     """The table and this rank's factors of one matrix in delta form. rows: of the table; dtype: of the activations."""
     local = member.cut(factor)

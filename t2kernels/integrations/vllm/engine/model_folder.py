@@ -20,6 +20,7 @@ from safetensors import safe_open
 from t2kernels import InputError
 from t2kernels.factors.checkpoint import INDEX, Checkpoint
 from t2kernels.factors.decomposition import decompose
+from t2kernels.factors.matrices import Targets
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm.constants import FACTS, FORMAT, QUANTIZATION
 from t2kernels.storage import read_json, write_json, write_tensors
@@ -28,7 +29,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 """Endings of files that are not copied: they hold the dense weights."""
 
 
-def write_checkpoint(model: str | Path, out: str | Path, targets: Any = "all", **options: Any) -> Factors:
+def write_checkpoint(model: str | Path, out: str | Path, targets: Targets = "all", **options: Any) -> Factors:
     """Write a checkpoint in factored form. Returns its factors.
 
     model: directory of a checkpoint, or its id on the hub; out: directory. A run that was interrupted continues where
@@ -83,7 +84,7 @@ def write_checkpoint(model: str | Path, out: str | Path, targets: Any = "all", *
 def is_factored(model: str | Path) -> bool:
     """True if `model` is the directory of a checkpoint in factored form."""
     path = Path(model).expanduser() / "config.json"
-    return (
-        path.is_file()
-        and read_json(path, "a model's config").get("quantization_config", {}).get("quant_method") == QUANTIZATION
-    )
+    if not path.is_file():
+        return False
+    config = read_json(path, "a model's config").get("quantization_config")
+    return isinstance(config, dict) and config.get("quant_method") == QUANTIZATION

@@ -19,12 +19,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from importlib import metadata
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from t2kernels.ops.device import Device
-from t2kernels.ops.impls.implementation import Added, Implementation, Operands
+from t2kernels.ops.impls.implementation import Expansion, Implementation, Operands
 from t2kernels.ops.impls.torch_kernels import ScaleRows, Torch
 from t2kernels.ops.planner import Call, Choice, Path, dense_path
 from t2kernels.ops.tuning.tables import read_table
@@ -35,7 +36,7 @@ class Triton(Torch):
     """The Triton kernels: two skinny launches for few tokens, torch's matmuls around a Triton pass for many."""
 
     name = "triton"
-    fused_paths = ("pair",)
+    fused_paths: ClassVar[tuple[str, ...]] = ("pair",)
 
     @property
     def row_scaling(self) -> ScaleRows:
@@ -112,22 +113,13 @@ class Triton(Torch):
             return shrink(x, V, scale, expert_ids)
         return super().shrink(choice, x, V, scale, expert_ids)
 
-    def expand(
-        self,
-        choice: Choice,
-        g: Tensor,
-        Us: list[Tensor],
-        bases: Added,
-        biases: Added,
-        dtype: torch.dtype,
-        lead: torch.Size,
-    ) -> list[Tensor]:
+    def expand(self, choice: Choice, given: Expansion) -> list[Tensor]:
         """See `Implementation`."""
         if choice.path == "pair":
             from .launch_pair import expand
 
-            return [y.reshape(*lead, y.shape[-1]) for y in expand(g, Us, bases, biases, dtype)]
-        return super().expand(choice, g, Us, bases, biases, dtype, lead)
+            return [y.reshape(*given.lead, y.shape[-1]) for y in expand(*given[:5])]
+        return super().expand(choice, given)
 
     def swiglu(self, given: Operands) -> Tensor:
         """See `Implementation`."""

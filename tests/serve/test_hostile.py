@@ -1,0 +1,179 @@
+"""One bad expert or request harms nobody else."""
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import t2kernels as t2
+from t2kernels.experts.expert import ExpertError
+from t2kernels.serve.http.text import Decoder
+from tests.helpers.families import build
+from tests.helpers.serving import served
+
+pytest.importorskip("fastapi")
+
+PROMPTS = ["47+38+59?", "1+2+3?", "9+9+9?"]
+
+
+def ask(client, model, prompt, **fields):
+    body = {"model": model, "prompt": prompt, "max_tokens": 12, "temperature": 0, **fields}
+    return client.post("/v1/completions", json=body)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e30, -1e25])
+def test_an_expert_that_overflows_fails_its_own_requests_only(tmp_path, size):
+    folder = tmp_path / "experts"
+    folder.mkdir()
+    with served(experts=folder) as (client, service):
+        names = [n for n in service.experts.current if n != "classify"]
+        jobs = [(name, prompt) for name in (service.settings.name, *names) for prompt in PROMPTS]
+        wanted = {job: ask(client, *job).json()["choices"][0]["text"] for job in jobs}
+        bank = service.model.t2_bank
+        huge = bank.expert({n: torch.full((k,), size) for n, k in bank.matrices.items()})
+        body = huge.save(tmp_path / "huge").read_bytes()
+        answer = client.post(
+            "/v1/experts?name=huge", content=body, headers={"Content-Type": "application/octet-stream"}
+        )
+        assert answer.status_code == 201, answer.text
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(3):
+                bad = [pool.submit(ask, client, "huge", p, max_tokens=40) for p in PROMPTS]
+                good = {job: pool.submit(ask, client, *job) for job in jobs}
+                for job, found in good.items():
+                    assert found.result().status_code == 200
+                    assert found.result().json()["choices"][0]["text"] == wanted[job], job
+                for found in bad:
+                    assert found.result().status_code == 500
+                    assert "not finite" in found.result().json()["error"]["message"]
+        streamed = ask(client, "huge", PROMPTS[0], stream=True, logprobs=2).text
+        assert "not finite" in streamed
+        assert "NaN" not in streamed
+
+
+def test_what_cannot_be_finite_is_refused_when_it_is_added():
+    bank = t2.patch_model(build("llama").half())
+    z = {n: torch.ones(k) for n, k in bank.matrices.items()}
+    first = next(iter(z))
+    bank.add("fine", bank.expert({**z, first: 100 * z[first]}))
+    with pytest.raises(ExpertError, match=rf"sigma z of {first} reaches .* float16 ends at 6.55e\+04"):
+        bank.add("large", bank.expert({**z, first: 1e9 * z[first]}))
+    assert "large" not in bank
+
+
+# --- stop texts
+
+
+class Letters:
+    def decode(self, ids, **kwargs):
+        return "".join(chr(97 + i) for i in ids)
+
+
+def test_stop_texts_are_found_and_nothing_that_may_begin_one_is_emitted():
+    r = random.Random(5)
+    for _ in range(300):
+        stops = ["".join(r.choice("ab") for _ in range(r.randrange(1, 9))) for _ in range(r.randrange(1, 4))]
+        tokens = [r.randrange(2) for _ in range(r.randrange(40))]
+        decoder, text = Decoder(Letters(), stops), Letters().decode(tokens)
+        wanted = text
+        for n in range(len(text) + 1):  # the stop text that is complete first ends the text
+            ends = [i for i in (text[:n].find(s) for s in stops) if i >= 0]
+            if ends:
+                wanted = text[: min(ends)]
+                break
+        out = ""
+        for token in tokens:
+            out += decoder.feed([token])
+            assert wanted.startswith(out)
+        assert out + decoder.finish() == wanted
+
+
+def test_a_stop_text_costs_no_more_than_its_length():
+    class Counted(str):
+        looked = 0
+
+        def startswith(self, part, *args):
+            Counted.looked += len(part)
+            return super().startswith(part, *args)
+
+    stop = Counted("ab" * 400 + "c")
+    decoder = Decoder(Letters(), [stop])
+    decoder.stops = [stop]
+    n = 300
+    for i in range(n):
+        decoder.feed([i % 2])
+    assert Counted.looked <= n * len(stop)
+
+
+def test_requests_that_are_too_large_are_refused_before_any_work():
+    with served() as (client, service):
+        before = service.tokenizer
+
+        class Never:
+            def __getattr__(self, name):
+                return getattr(before, name)
+
+            def __call__(self, *args, **kwargs):
+                raise AssertionError("a prompt that cannot fit was tokenised")
+
+        service.tokenizer = Never()
+        long = "1+" * 500_000
+        for prompt in (long, ["1+1?", long]):
+            answer = ask(client, "math", prompt)
+            assert answer.status_code == 400
+            assert "maximum context length" in answer.json()["error"]["message"]
+        service.tokenizer = before
+        assert ask(client, "math", "1+1?", stop="x" * 1025).status_code == 400
+        assert ask(client, "math", "1+1?", stop="x" * 1024).status_code == 200
+        assert ask(client, "math", "1+" * 80).json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_others_are_answered_while_a_prompt_is_tokenised():
+    with served() as (client, service):
+        real, begun, answered = service.tokenizer, threading.Event(), threading.Event()
+
+        class Slow:
+            def __getattr__(self, name):
+                return getattr(real, name)
+
+            def __call__(self, *args, **kwargs):
+                begun.set()
+                assert answered.wait(60)
+                return real(*args, **kwargs)
+
+        service.tokenizer = Slow()
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(ask, client, "math", "1+1?")
+            assert begun.wait(60)
+            assert client.get("/health").status_code == 200
+            answered.set()
+            assert slow.result().status_code == 200
+
+
+# --- web pages
+
+
+def test_a_web_page_of_another_site_cannot_use_the_server():
+    page = {"Origin": "http://evil.example", "Content-Type": "text/plain"}
+    with served() as (client, _):
+        for path in ("/v1/experts?name=math&replace=true", "/v1/completions"):
+            answer = client.post(path, content=b"x", headers=page)
+            assert answer.status_code == 403
+            assert "--allow-origin http://evil.example" in answer.json()["error"]["message"]
+        assert client.delete("/v1/experts/math", headers=page).status_code == 403
+        own = {"Origin": str(client.base_url).rstrip("/")}
+        body = {"model": "math", "prompt": "1+1?", "max_tokens": 2}
+        assert client.post("/v1/completions", json=body, headers=own).status_code == 200
+    with served(origins=("http://evil.example",)) as (client, _):
+        assert client.post("/v1/completions", json=body, headers={"Origin": "http://evil.example"}).status_code == 200
+
+
+def test_a_name_that_resolves_to_this_machine_is_not_enough():
+    with served(hosts=("localhost", "127.0.0.1", "[::1]")) as (client, _):
+        evil = {"Host": "evil.example", "Origin": "http://evil.example"}
+        assert client.get("/v1/models", headers=evil).status_code == 403
+        assert client.get("/v1/models", headers={"Host": "evil.example:80"}).status_code == 403
+        for host in ("localhost", "localhost:8000", "127.0.0.1:9", "[::1]:8000"):
+            assert client.get("/v1/models", headers={"Host": host}).status_code == 200

@@ -1,0 +1,155 @@
+"""Two processes train as one would: the same z, logs of all, samples of their own, the same bits after a resume."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2kernels.train import processes
+from tests.helpers import two_processes
+
+GREEDY = {"temperature": 0.0, "max_steps": 5, "advantage": "batch", "kl_coef": 0.1, "warmup_steps": 0}
+SAMPLED = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
+WORLD = 2
+
+
+def start(folder: Path, runs: dict, processes: int = WORLD) -> tuple[list[dict], str]:
+    """Run `two_processes` under torchrun. Returns (what each process wrote, all that was printed)."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        two_processes.__file__, str(folder), json.dumps(runs),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{i}.pt") for i in range(processes)], done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes did in five trainings. The second half of `cut` is a later start."""
+    folder = tmp_path_factory.mktemp("two")
+    both = {"experts": ["math", "code"]}
+    runs = {
+        "greedy": {**GREEDY, "per_device_train_batch_size": 4},
+        "several": {
+            **GREEDY,
+            **both,
+            "max_steps": 3,
+            "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+        },
+        "one_prompt": {**SAMPLED, "max_steps": 1, "one_prompt": True, "save_strategy": "no"},
+        "straight": SAMPLED,
+        "cut": {**SAMPLED, "max_steps": 2},
+    }
+    first, printed = start(folder, runs)
+    again, _ = start(folder, {"cut": {**SAMPLED, "resume": True}})
+    return first, again, printed
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """What this process does alone, with batches twice as large."""
+    folder = str(tmp_path_factory.mktemp("one"))
+    both = {"experts": ["math", "code"]}
+    runs = {
+        "greedy": {**GREEDY, "per_device_train_batch_size": 8},
+        "several": {
+            **GREEDY,
+            **both,
+            "max_steps": 3,
+            "per_device_train_batch_size": 6,
+            "gradient_accumulation_steps": 2,
+        },
+    }
+    return {key: two_processes.run(f"{folder}/{key}", settings) for key, settings in runs.items()}
+
+
+def apart(a: dict, b: dict) -> float:
+    return max((a[e][m] - b[e][m]).abs().max().item() for e in a for m in a[e])
+
+
+@pytest.mark.parametrize("run", ["greedy", "several"])
+def test_two_processes_reach_the_z_of_one(two, one, run):
+    (first, second), *_ = two
+    assert [rank[run]["world"] for rank in (first, second)] == [2, 2]
+    assert apart(first[run]["z"], second[run]["z"]) == 0
+    moved = max((z - 1).abs().max() for z in one[run]["z"]["math"].values())
+    assert moved > 0.02
+    # Adam divides by the root of small squares: more than one expert, with fewer rows each, enlarges the rounding.
+    assert apart(first[run]["z"], one[run]["z"]) < (1e-6 if run == "greedy" else 1e-5)
+
+
+@pytest.mark.parametrize("run", ["greedy", "several"])
+def test_logs_are_of_all_processes(two, one, run):
+    (first, second), *_ = two
+    alone = one[run]["logs"]
+    assert len(alone) == len(first[run]["logs"]) > 2
+    keys = {"loss", "grad_norm", "reward", "accuracy", "kl", "completion_length"}
+    keys |= {f"{e}_{k}" for e in ("math", "code") for k in ("reward", "kl")} if run == "several" else set()
+    for logs in (first[run]["logs"], second[run]["logs"]):
+        for mine, wanted in zip(logs, alone, strict=True):
+            assert keys <= set(mine)
+            for key in keys & set(wanted):
+                assert mine[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-6), key
+    assert any(a[2] != b[2] for a, b in zip(first[run]["batches"], second[run]["batches"], strict=True))
+    for key, value in one[run]["evaluation"].items():
+        if "runtime" not in key:
+            assert first[run]["evaluation"][key] == pytest.approx(value), key
+
+
+def test_each_process_samples_for_itself(two):
+    (first, second), *_ = two
+    (prompts, mine, _), (same, others, _) = first["one_prompt"]["batches"][0], second["one_prompt"]["batches"][0]
+    assert len({*prompts, *same}) == 1
+    assert mine != others
+    assert set(first["straight"]["batches"][0][0]).isdisjoint(second["straight"]["batches"][0][0])  # data is shared out
+    assert apart(first["straight"]["z"], second["straight"]["z"]) == 0
+
+
+def test_a_resumed_run_of_two_processes_gives_the_same_bits(two):
+    first, again, _ = two
+    for straight, resumed in zip(first, again, strict=True):
+        assert straight["straight"]["batches"][2:] == resumed["cut"]["batches"]
+        assert apart(straight["straight"]["z"], resumed["cut"]["z"]) == 0
+        assert straight["straight"]["logs"] == resumed["cut"]["logs"]
+
+
+def test_nothing_is_said_about_unused_parameters(two):
+    assert "find_unused_parameters" not in two[2]
+    assert "trains alone" not in two[2]
+
+
+def test_a_lone_process_of_accelerate_is_noticed(tmp_path, monkeypatch, caplog):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.alone_by_mistake(1) is None
+    # What `accelerate launch --cpu --num_processes 2` sets for the one process that it starts.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert processes.alone_by_mistake(1) is None
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert processes.alone_by_mistake(2) is None
+    with caplog.at_level(logging.WARNING, logger="t2kernels"):
+        two_processes.run(str(tmp_path), {"max_steps": 1, "per_device_train_batch_size": 2})
+    assert [r.getMessage() for r in caplog.records if "trains alone" in r.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8"),
+    ],
+)
+def test_settings_of_accelerate_that_do_not_work_are_refused(tmp_path, monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        two_processes.run(str(tmp_path), {"max_steps": 1})
