@@ -59,16 +59,17 @@ def test_errors_to_be_read_are_also_errors_of_python(kind, builtin):
 def test_the_library_raises_them():
     bank = t2.patch_model(t2.tiny.load()[0])
     for kind, do in {
-        t2.UnknownNameError: lambda: bank["nobody"],
-        t2.InputTypeError: lambda: bank.ids(3.5),
-        t2.InputError: lambda: t2.patch_model(torch.nn.Linear(2, 2)),
-        t2.OutOfRangeError: lambda: t2.svf_linear(
+        KeyError: lambda: bank["nobody"],
+        TypeError: lambda: bank.ids(3.5),
+        ValueError: lambda: t2.patch_model(torch.nn.Linear(2, 2)),
+        IndexError: lambda: t2.svf_linear(
             torch.ones(1, 2), torch.eye(2), torch.eye(2), torch.ones(1, 2), torch.tensor([3], dtype=torch.int32)
         ),
-        t2.MissingFileError: lambda: t2.Factors.load("./nowhere"),
+        FileNotFoundError: lambda: t2.Factors.load("./nowhere"),
     }.items():
-        with pytest.raises(kind):
+        with pytest.raises(kind) as caught:
             do()
+        assert isinstance(caught.value, t2.T2Error)
 
 
 # --- what the command line shows
