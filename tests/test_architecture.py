@@ -137,6 +137,31 @@ def test_tests_mirror_the_package():
     assert [str(f) for f in folders if f.parts and f.parts[0] not in NOT_ROOMS and not (PACKAGE / f).is_dir()] == []
 
 
+PYTHON_ERRORS = {
+    *("ValueError", "TypeError", "KeyError", "IndexError", "RuntimeError", "OSError", "FileNotFoundError"),
+    *("ImportError", "ModuleNotFoundError"),
+}
+# Programs that run without the package, the protocols of mappings and sequences, and an OSError of any number.
+MAY_RAISE = {
+    *(f"tasks/sandbox/{name}.py" for name in ("isolation", "judge", "player", "warden", "wire")),
+    *("train/data.py", "storage.py", "layers/readonly.py"),
+}
+
+
+def test_errors_that_are_meant_to_be_read_are_t2_errors():
+    """The command line takes any other error for a bug."""
+    bare = [
+        f"{file.relative_to(PACKAGE)}:{node.lineno} raises {node.exc.func.id}"
+        for file in PACKAGE.rglob("*.py")
+        if file.relative_to(PACKAGE).as_posix() not in MAY_RAISE
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise)
+        and isinstance(node.exc, ast.Call)
+        and getattr(node.exc.func, "id", "") in PYTHON_ERRORS
+    ]
+    assert not bare, "\n".join(bare)
+
+
 def test_lines_are_short():
     files = [f for folder in ("t2kernels", "tests", "benchmarks", "examples") for f in (ROOT / folder).rglob("*.py")]
     long = [

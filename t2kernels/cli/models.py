@@ -13,7 +13,7 @@ import typer
 from t2kernels import InputError, MissingFileError
 from t2kernels.experts.names import BASE, parse_mixture
 
-from .console import bar, comma_list, one_line
+from .console import bar, comma_list
 from .model_files import TINY, ModelFiles, locate, reading
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def parse_device(text: str | None) -> str:
     try:
         torch.empty(1, device=text)
     except (RuntimeError, AssertionError, ValueError) as e:  # unknown, not built in, or no such number
-        raise InputError(f"--device {text}: it cannot be used here: {one_line(e)}") from None
+        raise InputError(f"--device {text}: it cannot be used here: {str(e).splitlines()[0]}") from None
     return text
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2kernels import InputError
 from t2kernels.factors.factor import Factor
 from t2kernels.factors.identity import ExpertError, ExpertMismatch
 from t2kernels.factors.store import Factors
@@ -267,9 +268,9 @@ def _check_sums(path: Path) -> None:
     """Compare the parts of a .pt file with their checksums, which torch writes and does not read. Raises ValueError."""
     with zipfile.ZipFile(path) as parts:
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
-            raise ValueError("its parts are compressed, which torch.save never does")
+            raise InputError("its parts are compressed, which torch.save never does")
         if (damaged := parts.testzip()) is not None:
-            raise ValueError(f"the checksum of its part {damaged} is wrong, so the file is damaged")
+            raise InputError(f"the checksum of its part {damaged} is wrong, so the file is damaged")
 
 
 def _sha256(path: Path) -> str:

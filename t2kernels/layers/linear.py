@@ -94,7 +94,8 @@ class SVFLinear(nn.Module):
         self.routing: Routing = routing
         self.group: Group | None = None  # of layers with the same input; set by the bank
         self.logits: nn.ParameterDict = Trained()  # experts in training: key -> p [k]
-        self._training: dict[str, tuple[int, str]] = {}  # key -> (row, parametrisation)
+        # key -> (row, parametrisation, p); replaced, never changed: another thread may read it
+        self._training: dict[str, tuple[int, str, nn.Parameter]] = {}
         self.path: str = ""  # of the module in the model that the layer is installed at
         self.transposed: bool = False  # whether the dense weight is stored as [N, M]
 
@@ -152,39 +153,42 @@ class SVFLinear(nn.Module):
         parametrisation: "raw": z = 1 + p; "sigmoid": that of the authors' release, which keeps the trace
         """
         self.logits[key] = p
-        self._training[key] = (row, parametrisation)
+        self._training = {**self._training, key: (row, parametrisation, p)}
 
     def drop_trained(self, key: str) -> None:
         """Undo `add_trained`. The row keeps its last values."""
-        del self.logits[key], self._training[key]
+        with self.routing.writing:
+            self._training = {k: v for k, v in self._training.items() if k != key}
+        del self.logits[key]
 
     def trained_z(self, key: str) -> Tensor:
         """z [(X,) k] of an expert in training, differentiable."""
-        p = self.logits[key]
-        return 1 + p if self._training[key][1] == "raw" else z_from_logits(p, self.sigma[..., : self.support])
+        return self._z(*self._training[key][1:])
 
     def table(self) -> Tensor:
         """scale [E, (X,) C] with the rows of experts in training computed from their parameters.
 
         With gradients the result is a new tensor, differentiable in the parameters. Without, the rows are written in
-        place: they are vectors, so computing them at each forward costs less than finding out whether p has changed.
+        place: they are vectors, and computing them costs less than finding out whether p has changed.
         """
-        if not self._training:
+        if not (training := self._training):
             return self.scale
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            rows = torch.tensor([row for row, _ in self._training.values()], device=self.scale.device)
-            return self.scale.index_copy(0, rows, torch.stack([self._trained_row(k) for k in self._training]))
-        for key, (row, _) in self._training.items():
-            self.scale[row].copy_(self._trained_row(key))
+            rows = torch.tensor([row for row, *_ in training.values()], device=self.scale.device)
+            return self.scale.index_copy(0, rows, torch.stack([self._row(*own) for _, *own in training.values()]))
+        with self.routing.writing:  # a row that training has left may be another expert's by now
+            for row, *own in self._training.values():
+                self.scale[row].copy_(self._row(*own))
         return self.scale
 
-    def _trained_row(self, key: str) -> Tensor:
-        z = self.trained_z(key)
+    def _z(self, parametrisation: str, p: Tensor) -> Tensor:
+        return 1 + p if parametrisation == "raw" else z_from_logits(p, self.sigma[..., : self.support])
+
+    def _row(self, parametrisation: str, p: Tensor) -> Tensor:
+        z = self._z(parametrisation, p)
         if self.support < self.rank:
             z = nn.functional.pad(z, (0, self.rank - self.support), value=1.0)
         return self.columns(make_scale(z, self.sigma, self.form))
-
-    # --- as a module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFLinear:
         # Casting a model to bf16 must not round sigma and the table: kept buffers follow the device, not the dtype.

@@ -68,6 +68,8 @@ def train(
     """
     import t2kernels as t2
 
+    if into is not None and not into.name:
+        raise InputError(f"--out {str(into)!r} names no file")
     if classes and task != "classify":
         raise InputError(f"--classes goes with --task classify, not with --task {task}")
     parts = {Path(name).stem: t2.tasks.load(name) for name in comma_list(classes or "")}

@@ -70,9 +70,9 @@ class Request(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Request:
         if self.logit_bias:
-            raise ValueError("logit_bias is not supported")
+            raise InputError("logit_bias is not supported")
         if len(self.stops) > MAX_STOPS or not all(0 < len(s) <= MAX_STOP for s in self.stops):
-            raise ValueError(f"stop: expected at most {MAX_STOPS} texts of 1 to {MAX_STOP} characters")
+            raise InputError(f"stop: expected at most {MAX_STOPS} texts of 1 to {MAX_STOP} characters")
         if self.stream_options is not None and not self.stream:
             raise InputError("stream_options needs stream=true")
         return self
