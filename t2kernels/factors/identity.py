@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from t2kernels import InputError, T2Error
+from t2kernels import InputError, MissingFileError, T2Error
 
 from . import linalg
 from .factor import Factor
@@ -39,7 +39,7 @@ class FactorsError(T2Error, ValueError):
     """Factors, or their files, that cannot be used: damaged, not finite, or not those that their manifest names."""
 
 
-class FactorsMissing(FactorsError, FileNotFoundError):
+class FactorsMissing(FactorsError, MissingFileError):
     """A directory of factors, or one of its files, that is not there."""
 
 

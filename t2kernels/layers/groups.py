@@ -18,6 +18,7 @@ from torch import Tensor
 from t2kernels.ops.dispatch import expand, fuses_swiglu, shrink, swiglu
 from t2kernels.ops.op import call_group
 
+from .routing.active import Routing
 from .routing.route import Route
 
 # Names of modules of one parent whose forward passes the same tensor to each. A wrong guess costs time only: a group
@@ -37,9 +38,14 @@ class Member(Protocol):
     """What a group needs of an `SVFLinear`. (A protocol, since `linear.py` imports this file.)"""
 
     form: str
+    routing: Routing
     Vt: Tensor
     U: Tensor
     scale: Tensor
+
+    def laid(self) -> tuple[Tensor, Tensor]:
+        """(Vt, scale), read in one step."""
+        ...
 
     def table(self) -> Tensor:
         """scale with the rows of experts in training up to date."""
@@ -143,8 +149,9 @@ class Group:
         found = self.tensors()
         if found is None:
             return None
-        for member in self.layers:
-            member.table()  # writes the rows of experts in training
+        if layer.routing.training:
+            for member in self.layers:
+                member.table()  # writes the rows of experts in training
         shared = cache[self] = _Shared(make(*found), x, [m for m in self.layers if m is not layer])
         return shared.result
 
@@ -173,7 +180,7 @@ class Group:
         return True
 
     def _buffers(self) -> list[Tensor]:
-        return [t for m in self.layers for t in (m.Vt, m.scale)]
+        return [t for m in self.layers for t in m.laid()]
 
     def _side_by_side(self) -> bool:
         first = self.layers[0]

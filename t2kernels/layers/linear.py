@@ -127,6 +127,11 @@ class SVFLinear(nn.Module):
         """Why no expert can be merged into the dense layer; None if it is possible."""
         return None
 
+    def laid(self) -> tuple[Tensor, Tensor]:
+        """(Vt, scale), without the detour of `nn.Module.__getattr__`: a group asks for both at every forward."""
+        buffers: Any = self._buffers
+        return buffers["Vt"], buffers["scale"]
+
     @property
     def V(self) -> Tensor:
         """[N, C], a view of Vᵀ."""

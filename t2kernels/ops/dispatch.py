@@ -229,8 +229,12 @@ def _plan_half(
 
 def may_fuse_swiglu(device: torch.device) -> bool:
     """True if `auto` may pick an implementation with a fused activation on a device: asked before `fuses_swiglu`."""
-    found = device_of(device)
-    return any(i.fused_paths and found.trusts(i.name) for i in IMPLEMENTATIONS.values())
+    return _may_fuse(device_of(device))
+
+
+@functools.cache
+def _may_fuse(device: Device) -> bool:
+    return any(i.fused_paths and device.trusts(i.name) for i in IMPLEMENTATIONS.values())
 
 
 def fuses_swiglu(x: Tensor, V: Tensor, Us: list[Tensor], expert_ids: Tensor, base: bool) -> bool:

@@ -10,7 +10,7 @@ import typer
 from t2kernels import InputError, MissingFileError, PackageError
 from t2kernels.cli import models
 from t2kernels.cli.console import err
-from t2kernels.cli.model_files import locate
+from t2kernels.cli.model_files import GGUF, locate
 
 ENGINES: tuple[str, ...] = ("auto", "transformers", "vllm")
 
@@ -191,10 +191,8 @@ def _serve_vllm(
     named = _shipped() if model == models.TINY and experts is None else {}
     if experts is not None:
         named |= {path.stem: path for path in sorted(experts.glob("*.safetensors"))}
-    if model == models.TINY or Path(model).expanduser().exists() or model.endswith(".gguf"):
-        files = locate(model)  # an id on the hub is vLLM's to find
-        if files.gguf:
-            raise InputError(f"--engine vllm: {model} is a GGUF file; give the directory of its original checkpoint")
-        model = files.source
+    if Path(model).suffix == GGUF:
+        raise InputError(f"--engine vllm: {model} is a GGUF file; give the directory of its original checkpoint")
+    model = locate(model).source if model == models.TINY else model  # vLLM looks for any other model itself
     more = {} if rows is None else {"rows": rows}
     vllm.serve(model, named, host=host, port=port, api_key=api_key, factors=factors, options=tuple(option), **more)
