@@ -44,7 +44,7 @@ class Member(Protocol):
     scale: Tensor
 
     def laid(self) -> tuple[Tensor, Tensor]:
-        """(Vt, scale), read in one step."""
+        """(Vt, scale)."""
         ...
 
     def table(self) -> Tensor:

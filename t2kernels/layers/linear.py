@@ -128,9 +128,8 @@ class SVFLinear(nn.Module):
         return None
 
     def laid(self) -> tuple[Tensor, Tensor]:
-        """(Vt, scale), without the detour of `nn.Module.__getattr__`: a group asks for both at every forward."""
-        buffers: Any = self._buffers
-        return buffers["Vt"], buffers["scale"]
+        """(Vt, scale), without `nn.Module.__getattr__`, which is slow: a group asks for them at every forward."""
+        return self._buffers["Vt"], self._buffers["scale"]  # type: ignore[return-value]
 
     @property
     def V(self) -> Tensor:
@@ -276,11 +275,8 @@ class DeltaLinear(SVFLinear):
         route = self.routing.active
         if route is None:
             return y
-        if (
-            self.group is not None
-            and x.dtype == y.dtype
-            and (out := self.group.expanded(self, y, x, route)) is not None
-        ):
+        group = self.group if x.dtype == y.dtype else None
+        if group is not None and (out := group.expanded(self, y, x, route)) is not None:
             return out
         return add_delta(y, x, self.V, self.U, self.table(), route.fit(x.shape[:-1]))
 
