@@ -134,7 +134,10 @@ class Tree:
 
 @contextlib.contextmanager
 def checkout(commit: str, extension: Path | None = None) -> Iterator[Path]:
-    """A folder with the package of a commit. extension: its compiled extension; None: built now, if this tree has one"""
+    """A folder with the package of a commit.
+
+    extension: its compiled extension; None: it is built, if this tree has one
+    """
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "tree"
         subprocess.run(["git", "worktree", "add", "--detach", place, commit], cwd=ROOT, check=True, capture_output=True)

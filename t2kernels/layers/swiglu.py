@@ -82,7 +82,7 @@ def _computes_the_formula(m: Any) -> bool:
 
 def _inner(m: Any, x: Tensor) -> Tensor | None:
     """silu(gate(x)) * up(x) from the kernel; None if the MLP's own forward must run."""
-    if not may_fuse_swiglu(x.device):
+    if torch.compiler.is_compiling() or not may_fuse_swiglu(x.device):  # a group shares nothing in a compiled model
         return None
     projections = m.gate_proj, m.up_proj
     gate, up = (_layer(p) for p in projections)
