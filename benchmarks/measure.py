@@ -126,9 +126,9 @@ def _without_places(arguments: Sequence[str]) -> list[str]:
     """A command line without where its files lie, which changes no number."""
     kept, skip = [], False
     for a in arguments:
-        if not skip and a not in ("--out", "--cache"):
+        if not skip and a not in ("--out", "--cache", "--extension"):
             kept.append(a)
-        skip = a in ("--out", "--cache")
+        skip = a in ("--out", "--cache", "--extension")
     return kept
 
 
