@@ -144,7 +144,7 @@ PYTHON_ERRORS = {
 # Programs that run without the package, the protocols of mappings and sequences, and an OSError of any number.
 MAY_RAISE = {
     *(f"tasks/sandbox/{name}.py" for name in ("isolation", "judge", "player", "warden", "wire")),
-    *("train/data.py", "storage.py", "layers/readonly.py"),
+    *("train/data.py", "storage.py", "layers/dense/readonly.py"),
 }
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from t2kernels import InputError, UnknownNameError
+from t2kernels.layers.dense.link import Link
 from t2kernels.layers.groups import find_groups
 from t2kernels.layers.linear import SVFLinear
 from t2kernels.layers.routing.active import Routing
@@ -50,6 +51,7 @@ class ExpertBank(LoadedExperts):
             raise InputError(f"rows={rows}: row 0 is the base model, so at least 2 are needed")
         super().__init__(ScaleTable(layers, rows), origin, routing)
         self.plan: Mapping[str, tuple[str, str]] = plan
+        self.entrances: tuple[Link, ...] = ()  # the modules that take `experts`, the patched model first
         for group in find_groups(layers):
             for layer in group.layers:
                 layer.group = group
@@ -173,7 +175,7 @@ class ExpertBank(LoadedExperts):
         """
         check_name(name, version=True)
         self._training.check(parametrisation, init)
-        self._training.check_layers()
+        self._training.check_layers(self.entrances[0]() if self.entrances else None)
         start = None
         if init is not None:
             self.check(init)

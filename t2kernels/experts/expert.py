@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -128,13 +129,13 @@ class Expert:
         for e, a in pairs:
             if not isinstance(e, Expert):
                 raise ExpertError(f"mix: wanted {{Expert: weight}}, got a key of type {type(e).__name__}")
-            if not torch.isfinite(torch.tensor(float(a))):
+            if not math.isfinite(float(a)):
                 raise ExpertError(f"mix: weight {a} is not finite")
         sketch: dict[str, Tensor] = {}
         z: dict[str, Tensor] = {}
         for e, a in pairs:
             for name, v in e.z.items():
-                total = _pad(z.get(name, torch.ones(0, dtype=torch.float64)), v.numel())
+                total = _pad(z.get(name, torch.ones(0, dtype=torch.float64, device="cpu")), v.numel())
                 total[: v.numel()] += float(a) * (v.double() - 1)
                 z[name] = total
             for name, s in e.sketch.items():

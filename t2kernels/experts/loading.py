@@ -71,7 +71,8 @@ class LoadedExperts(Columns):
         flat = list(flat_names(names))
         shape = shape_of(names)
         rows = self.pin(flat)
-        out = torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(shape).to(self.device)
+        with torch.inference_mode(False):  # training may use them
+            out = torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(shape).to(self.device)
         weakref.finalize(out, self._rows.release, set(rows) - {0})
         return out
 

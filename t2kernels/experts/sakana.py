@@ -182,7 +182,7 @@ def _combine(path: Path, state: Mapping[str, Tensor], mask: str) -> dict[str, Te
     a = a.expand(-1, len(names))
     if mask == "sigmoid":
         found = {n: {k: torch.sigmoid(p) for k, p in v.items()} for n, v in found.items()}
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
     return {n: sum((a[k, i] * found[n][k] for k in range(len(a))), zero) for i, n in enumerate(names)}
 
 

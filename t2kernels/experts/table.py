@@ -46,7 +46,7 @@ class Slot:
 
     def components(self) -> Tensor:
         """[columns of the layer's table] int64 on the CPU: the index in the row of the z that each column uses."""
-        of = torch.arange(self.start, self.stop).reshape(self.shape)
+        of = torch.arange(self.start, self.stop, device="cpu").reshape(self.shape)
         if self.layer.source is None:
             return of.flatten()
         return of.gather(1, self.layer.source.cpu().reshape(self.shape[0], -1)).flatten()
@@ -92,12 +92,14 @@ class ScaleTable:
         if not self._is_bound():
             self._bind()
         for device, (table, sigma, base, columns) in self._arrays.items():
-            d = (delta if columns is None else delta[..., columns]).to(device, non_blocking=True)
+            d = (delta if columns is None else delta[..., columns]).to(device, table.dtype, non_blocking=True)
             if isinstance(rows, Tensor):
                 table.index_copy_(0, rows.to(device).long(), torch.addcmul(base, sigma, d))
             else:
                 torch.addcmul(base, sigma, d, out=table[rows])
 
+    @torch.inference_mode(False)  # a table that is made in inference mode could neither be trained nor written later
+    @torch.no_grad()
     def _bind(self) -> None:
         """Make every layer's table a view of one array per device. Needed again after the model was moved."""
         self._arrays: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
@@ -111,7 +113,7 @@ class ScaleTable:
                 s.layer.scale = table[:, start : start + width].unflatten(1, s.layer.scale.shape[1:])
                 start += width
             columns = torch.cat([s.components() for s in slots])
-            whole = torch.equal(columns, torch.arange(self.width))
+            whole = torch.equal(columns, torch.arange(self.width, device="cpu"))
             self._arrays[device] = (table, sigma, table[0].clone(), None if whole else columns)
 
     def _is_bound(self) -> bool:

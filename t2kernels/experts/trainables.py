@@ -54,8 +54,17 @@ class Trainables:
                 "patch with form='factored', rank=None"
             )
 
-    def check_layers(self) -> None:
-        """Raise GradientError if gradients cannot flow through a base layer. Each kind of layer is asked once."""
+    def check_layers(self, model: nn.Module | None) -> None:
+        """Raise GradientError if gradients cannot flow through a base layer. Each kind of layer is asked once.
+
+        model: the patched model, if it is known
+        """
+        weights = () if model is None else model.named_parameters()
+        if (frozen := next((n for n, p in weights if p.is_inference()), None)) is not None:
+            raise GradientError(
+                f"{frozen} was made, or moved, under torch.inference_mode, so nothing can be trained through it: load "
+                "and move the model outside of it"
+            )
         asked: dict[object, str | None] = {}
         for s in self._slots:
             if any(t.is_inference() for t in s.layer.buffers()):

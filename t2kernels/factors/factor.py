@@ -52,7 +52,7 @@ class Factor(NamedTuple):
         """U diag(sigma * z) Vᵀ [M, N] in fp32 or better. z: [R]; None: all ones."""
         dtype = torch.promote_types(self.U.dtype, torch.float32)
         scale = self.sigma if z is None else self.sigma * z.to(self.sigma.device)
-        return (self.U.to(dtype) * scale.to(dtype)) @ self.V.to(dtype).t()
+        return linalg.matmul(self.U.to(dtype) * scale.to(dtype), self.V.to(dtype).t())
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are stored and hashed, by the names that they have in a file."""
@@ -115,7 +115,7 @@ def reconstruction_error(W: Tensor, factor: Factor | Int8Factor) -> float:
     # Rows in blocks: the difference is never held whole in fp64.
     scaled, off, total = factor.V.float() * factor.columns(factor.sigma), 0.0, 0.0
     for rows, u in zip(W.split(1024), factor.U.split(1024), strict=True):
-        off += (rows.float() - u.float() @ scaled.t()).to(wide).square().sum().item()
+        off += (rows.float() - linalg.matmul(u.float(), scaled.t())).to(wide).square().sum().item()
         total += rows.to(wide).square().sum().item()
     return (off / total) ** 0.5 if total else off**0.5
 

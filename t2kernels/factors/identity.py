@@ -64,7 +64,7 @@ def sketch(factor: Factor | Int8Factor) -> Tensor:
     a = linalg.signs(factor.U.shape[0], 1).to(factor.U.device)
     b = linalg.signs(factor.V.shape[0], 2).to(factor.V.device)
     dtype = torch.promote_types(factor.U.dtype, torch.float32)
-    each = (a.to(dtype) @ factor.U.to(dtype)) * (b.to(dtype) @ factor.V.to(dtype))
+    each = linalg.matmul(a.to(dtype), factor.U.to(dtype)) * linalg.matmul(b.to(dtype), factor.V.to(dtype))
     if isinstance(factor, Int8Factor):
         each = torch.zeros_like(factor.sigma).index_add_(0, factor.source, each * factor.fold)
     return each.float()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .linalg import matmul
+
 LEVELS: int = 127  # -127 ... 127: symmetric, so that no zero point is needed
 ALIGN: int = 16  # columns: each row of U then begins at a multiple of 16 bytes, the widest load of a GPU thread
 
@@ -90,7 +92,7 @@ class Int8Factor(NamedTuple):
     def dense(self, z: Tensor | None = None) -> Tensor:
         """The matrix [M, N] in fp32, with its components scaled by z [R] (None: all ones)."""
         scale = self.sigma if z is None else self.sigma * z.to(self.sigma)
-        return (self.U.float() * self.columns(scale)) @ self.V.float().t()
+        return matmul(self.U.float() * self.columns(scale), self.V.float().t())
 
 
 def stack(factors: Sequence[Int8Factor]) -> Int8Factor:

@@ -29,10 +29,10 @@ SKIP_LEAF: frozenset[str] = frozenset(
     "lm_head embed_out score classifier qa_outputs router gate shared_expert_gate dt_proj".split()
 )
 # Towers and projectors get image patches or audio frames, which do not fit one row index per sequence of the text. The
-# small matrices of other adapters are trained, not factored.
+# small matrices of other adapters are trained, not factored; so are whole layers that PEFT trains (`modules_to_save`).
 SKIP_PART: frozenset[str] = frozenset(
     "vision_tower vision_model visual vision_encoder image_encoder audio_tower audio_encoder multi_modal_projector "
-    "mm_projector embed_vision embed_audio connector lora_A lora_B".split()
+    "mm_projector embed_vision embed_audio connector lora_A lora_B original_module modules_to_save".split()
 )
 # The stacks of a mixture-of-experts layer: [experts, M, N], or [experts, N, M] if the class says is_transposed.
 STACKS: tuple[str, ...] = ("gate_up_proj", "up_proj", "down_proj")
@@ -109,9 +109,12 @@ class Matrix:
 
 def is_quantised(module: nn.Module) -> bool:
     """True if the module's weight is not a plain floating-point tensor."""
-    w = getattr(module, "weight", None)
-    plain = isinstance(w, Tensor) and type(w) in (nn.Parameter, Tensor)
-    return not (plain and w.is_floating_point() and w.element_size() > 1)
+    return not is_plain(getattr(module, "weight", None))
+
+
+def is_plain(weight: Any) -> bool:
+    """True for a floating-point tensor of more than one byte a number, of no subclass but `nn.Parameter`."""
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() > 1
 
 
 def stored_bytes(t: Any) -> int:
@@ -194,12 +197,21 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, Matrix]]:
 
 def is_expert_stack(module: nn.Module) -> bool:
     """True for a mixture-of-experts module in transformers' layout: 3-D weights, called by `ALL_EXPERTS_FUNCTIONS`."""
-    return all(hasattr(module, a) for a in ("down_proj", "is_transposed", "has_gate"))
+    marks = (hasattr(module, a) for a in ("is_transposed", "has_gate"))  # both; that both are there is checked later
+    return hasattr(module, "down_proj") and any(marks)
 
 
 def base_name(path: str) -> str:
     """The path that a module has in the base model, without the wrappers that PEFT puts around models and layers."""
     return path.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrapper of PEFT; any other model itself."""
+    inner: Any = model
+    while hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return inner
 
 
 def kind_of(path: str) -> str:
@@ -216,7 +228,7 @@ def _linear_like(module: nn.Module) -> bool:
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return (
         all(isinstance(s, int) for s in sizes)
-        and not hasattr(module, "base_layer")
+        and not any(hasattr(module, wrapped) for wrapped in ("base_layer", "modules_to_save"))
         and not isinstance(module, nn.Bilinear)
     )
 
@@ -247,7 +259,7 @@ def _tied_head(model: nn.Module) -> nn.Module | None:
 
 
 def _dense(stored: Tensor, module: nn.Module) -> Tensor:
-    if stored.is_floating_point() and type(stored) in (nn.Parameter, Tensor) and stored.element_size() > 1:
+    if is_plain(stored):
         return stored.detach()
     if type(stored).__module__.startswith("bitsandbytes"):
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight

@@ -32,6 +32,7 @@ from torch import Tensor
 from t2kernels import InputError
 
 from .int8 import ALIGN, LEVELS, Int8Factor, round_columns
+from .linalg import matmul
 
 SPREAD: float = 0.25  # of z around 1: the experts of the built-in model have 0.10 to 0.35 in a matrix
 # The error aimed at, times that of int8 W. At 1.1 MiniLM takes 2 % fewer columns, but the logits of the built-in model
@@ -90,7 +91,7 @@ def quantise(
     compensate = R == min(M, N) if compensate is None else compensate
     if compensate and R < min(M, N):
         raise InputError(f"compensation needs all {min(M, N)} components of the matrix {[M, N]}, got {R}")
-    dense = _dense_int8_error((U * sigma) @ V.t())
+    dense = _dense_int8_error(matmul(U * sigma, V.t()))
     limit = max_error or ENOUGH * dense * (1 if compensate else INDEPENDENT)
     most = 2 * R if max_error else -(-R // MOST)
     work = Rounding(V, sigma, U, compensate) if M >= N else Rounding(U, sigma, V, compensate)
@@ -124,7 +125,7 @@ class Rounding:
         self.sigma: Tensor = sigma
         self.second: Tensor = second
         self.compensate: bool = compensate
-        self.W: Tensor = (second * sigma) @ first.t()
+        self.W: Tensor = matmul(second * sigma, first.t())
         self.total: float = (1 + SPREAD**2) * sigma.double().square().sum().item()
         one = 1 + SPREAD**2
         f, _ = left_over(first)
@@ -184,10 +185,10 @@ class Rounding:
         """
         if not self.compensate:
             return self.second
-        gram = B.t() @ B
-        scaled = torch.linalg.solve(gram, (self.first.t() @ B).t()).t()  # (firstᵀ B) (Bᵀ B)⁻¹, near 1
+        gram = matmul(B.t(), B)
+        scaled = torch.linalg.solve(gram, matmul(self.first.t(), B).t()).t()  # (firstᵀ B) (Bᵀ B)⁻¹, near 1
         small = self.sigma > 1e-6 * self.sigma[:1]  # below, compensation would be all of the column
-        solved = ((self.second * self.sigma) @ scaled) / self.sigma.clamp_min(torch.finfo(torch.float32).tiny)
+        solved = matmul(self.second * self.sigma, scaled) / self.sigma.clamp_min(torch.finfo(torch.float32).tiny)
         return torch.where(small, solved, self.second)
 
     def _error(self, factor: Int8Factor, e: Tensor, f: Tensor) -> float:

@@ -10,13 +10,31 @@ from typing import Any
 
 from torch import nn
 
+from .private import require
+
+FORWARD: tuple[str, ...] = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+BEFORE: tuple[str, ...] = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+# Methods of every module that layers override: with other names, a cast would round their tables, and a checkpoint
+# would lack the base model's weights.
+OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "_apply": ("fn", "recurse"),
+    "_save_to_state_dict": ("destination", "prefix", "keep_vars"),
+    "_load_from_state_dict": ("state_dict", "prefix", "strict", "missing_keys", "error_msgs"),
+}
+
+
+def check_hooks(module: nn.Module) -> None:
+    """Raise UnsupportedVersionError if torch's modules lack a private name that hooks or layers need."""
+    for name in (*FORWARD, *BEFORE):
+        require(module, name, "a hook is found and removed there")
+    for name, parameters in OVERRIDDEN.items():
+        require(nn.Module, name, "the layers of a patched model override it", parameters)
+
 
 def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
     """Remove a forward hook or forward pre-hook from a module. Does nothing if it is not there."""
-    for hooks, *extras in (
-        (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-    ):
+    for names in (FORWARD, BEFORE):
+        hooks, *extras = (getattr(module, name) for name in names)
         for key in [k for k, h in hooks.items() if h is hook]:
             for d in (hooks, *extras):
                 d.pop(key, None)

@@ -1,9 +1,9 @@
-"""`SVFLinear`: frozen factors of one matrix and its table of scale rows. `DeltaLinear`, `FactoredLinear`: the forms.
+"""`SVFLinear`: frozen factors of one matrix and its table of scale rows. `DeltaLinear`: the delta form.
 
     y = base + ((x V) * scale[expert_ids]) Uᵀ                       (Transformer², arXiv 2501.06252, section 3.1)
 
-`DeltaLinear` is a child of the linear layer and adds to its output. `FactoredLinear` replaces the linear layer. Neither
-adds anything to the model's state dict: a patched model saves as its base model.
+`DeltaLinear` is a child of the linear layer and adds to its output. `FactoredLinear` (in `factored_linear.py`) replaces
+the linear layer. Neither adds anything to the model's state dict: a patched model saves as its base model.
 
 Each layer knows how it enters a model and leaves it: `install(model, matrix)` and `remove(model, row)`.
 """
@@ -17,16 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from t2kernels.factors.factor import Factor
-from t2kernels.factors.identity import same_weight
 from t2kernels.factors.int8 import Int8Factor, spread
+from t2kernels.factors.linalg import matmul
 from t2kernels.factors.matrices import Matrix, is_quantised
 from t2kernels.ops.op import call
 
+from .dense.link import Link
+from .dense.probe import format_of, is_ordinary, unsupported_gradient
 from .forward_hooks import remove_hook
 from .groups import Group
-from .link import Link
-from .probe import format_of, unsupported_gradient
-from .readonly import NoWeight, ReadOnlyWeight
 from .routing.active import Routing
 from .scale import make_scale, z_from_logits
 
@@ -97,6 +96,7 @@ class SVFLinear(nn.Module):
         # key -> (row, parametrisation, p); replaced, never changed: another thread may read it
         self._training: dict[str, tuple[int, str, nn.Parameter]] = {}
         self.path: str = ""  # of the module in the model that the layer is installed at
+        self.base: Link = Link()  # to that module, in delta form
         self.transposed: bool = False  # whether the dense weight is stored as [N, M]
 
     def install(self, model: nn.Module, matrix: Matrix) -> None:
@@ -122,6 +122,16 @@ class SVFLinear(nn.Module):
     def probe_kind(self) -> object:
         """Layers of one kind answer `unsupported_training` alike. None: there is nothing to ask."""
         return None
+
+    def probe(self, module: nn.Module) -> str | None:
+        """Why the gradient of a linear module to its input cannot be trusted, or None."""
+        with self.routing.hold(None):  # as the base model: a hook of ours adds nothing
+            return unsupported_gradient(module, self.Vt.shape[-1], self.dtype, self.Vt.device)
+
+    def dense_module(self, model: nn.Module) -> Any:
+        """The dense layer. Its path may have changed: PEFT takes its wrappers off again."""
+        module = self.base()
+        return model.get_submodule(self.path) if module is None else module
 
     def unsupported_merge(self, model: nn.Module) -> str | None:
         """Why no expert can be merged into the dense layer; None if it is possible."""
@@ -196,15 +206,17 @@ class SVFLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFLinear:
         # Casting a model to bf16 must not round sigma and the table: kept buffers follow the device, not the dtype.
+        # A cast in inference mode must not leave tensors that cannot be trained on.
         kept = {name: self._buffers.pop(name) for name in self._kept}
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._buffers.update(kept)
-        like = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device))
-        self.dtype = like.dtype
-        if like.device != self.scale.device:
-            self._buffers.update({name: t if t is None else t.to(like.device) for name, t in kept.items()})
+        with torch.inference_mode(False):
+            try:
+                super()._apply(fn, recurse)
+            finally:
+                self._buffers.update(kept)
+            like = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device))
+            self.dtype = like.dtype
+            if like.device != self.scale.device:
+                self._buffers.update({name: t if t is None else t.to(like.device) for name, t in kept.items()})
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -229,44 +241,36 @@ class DeltaLinear(SVFLinear):
     """
 
     form = "delta"
-    _dense = Link()
 
     def install(self, model: nn.Module, matrix: Matrix) -> None:
         """Make the layer a child of the dense layer, with a hook that adds to the dense layer's output."""
         self.place_at(matrix)
-        self._dense = Link(matrix.module)
+        self.base = Link(matrix.module)
         matrix.module.add_module("svf", self)
         matrix.module.register_forward_hook(delta_hook)
 
     def remove(self, model: nn.Module, row: int = 0) -> None:
         """Take child and hook off the dense layer; add the change of the expert in `row` to its weight."""
-        module: Any = model.get_submodule(self.path)
+        module = self.dense_module(model)
         if row:
-            change = (self.U.float() * self.table()[row]) @ self.Vt.float()  # [M, N]
+            change = matmul(self.U.float() * self.table()[row], self.Vt.float())  # [M, N]
             module.weight.add_((change.t() if self.transposed else change).to(module.weight.device))
         del module.svf
         remove_hook(module, delta_hook)
 
     def probe_kind(self) -> object:
-        """Type and format of the dense layer; None if it is a plain floating-point one."""
-        module = self._dense()
-        return None if module is None or not is_quantised(module) else format_of(module)
+        """Type and format of the dense layer; None if it is a plain one of torch or transformers."""
+        module = self.base()
+        return None if module is None or is_ordinary(module) else format_of(module)
 
     def unsupported_training(self) -> str | None:
-        """See `SVFLinear`; the dense layer is run (`layers.probe`)."""
-        module = self._dense()
-        if module is None:
-            return None
-        own = module._forward_hooks.copy()  # of the dense layer alone, without what is added to its output
-        module._forward_hooks.clear()
-        try:
-            return unsupported_gradient(module, self.Vt.shape[-1], self.dtype, self.Vt.device)
-        finally:
-            module._forward_hooks.update(own)
+        """See `SVFLinear`; the dense layer is run (`layers.dense.probe`)."""
+        module = self.base()
+        return None if module is None else self.probe(module)
 
     def unsupported_merge(self, model: nn.Module) -> str | None:
         """A quantised weight cannot take an expert in."""
-        if not is_quantised(model.get_submodule(self.path)):
+        if not is_quantised(self.dense_module(model)):
             return None
         return f"{self.path} is quantised, so an expert cannot be merged into it; dequantise the model first"
 
@@ -293,108 +297,3 @@ def delta_hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     A plain function: a module that is copied, pickled or replicated finds its own child.
     """
     return module.svf.add_to(output, args[0])
-
-
-class FactoredLinear(SVFLinear):
-    """y = ((x V) * scale[expert_ids]) Uᵀ + bias with scale = sigma * z. It replaces a layer whose weight is dropped.
-
-    bias: the dense layer's, or None
-    in_features, out_features: N, M
-    """
-
-    form = "factored"
-    bias: Tensor | None
-    base_ids: Tensor
-
-    def __init__(
-        self,
-        factor: Factor | Int8Factor,
-        support: int,
-        rows: int,
-        dtype: torch.dtype,
-        routing: Routing,
-        keep: bool = False,
-    ) -> None:
-        super().__init__(factor, support, rows, dtype, routing, keep)
-        self.bias = None
-        self.in_features: int = factor.V.shape[0]
-        self.out_features: int = factor.U.shape[0]
-        # the ids of a forward without a route
-        self.register_buffer("base_ids", torch.zeros((), dtype=torch.int32), persistent=False)
-        self._original: tuple[Any, ...] = ()  # the dense layer; in a tuple, so that it is no submodule
-        self._requires_grad = False
-
-    def install(self, model: nn.Module, matrix: Matrix) -> None:
-        """Replace the dense layer and drop its weight, so that only one matrix is ever held twice."""
-        original: Any = matrix.module
-        self.place_at(matrix)
-        self.bias = getattr(original, "bias", None)
-        self._original, self._requires_grad = (original,), original.weight.requires_grad
-        self.train(original.training)
-        _replace(model, self.path, self)
-        original.weight = None
-        self._parameters = NoWeight(self._parameters)
-
-    def remove(self, model: nn.Module, row: int = 0) -> None:
-        """Put the dense layer back, with a weight rebuilt from the factors."""
-        (original,) = self._original
-        self.table()  # an expert in training writes its row
-        original.weight = nn.Parameter(self._stored(self.dense(row)), requires_grad=self._requires_grad)
-        _replace(model, self.path, original)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., M] of x [..., N]."""
-        route = self.routing.active
-        ids = self.base_ids if route is None else route.fit(x.shape[:-1])
-        kind = x.device.type
-        x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-        ids = ids.to(x.device)
-        if self.group is not None and (out := self.group.output(self, x, route, ids)) is not None:
-            return out
-        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        return call(x, self.V, self.U, self.table(), ids, None, bias)
-
-    def dense(self, row: int = 0) -> Tensor:
-        """W' [M, N] = U diag(scale[row]) Vᵀ, computed in fp32, in the dtype of the dense layer."""
-        return ((self.U.float() * self.scale[row]) @ self.Vt.float()).to(self.dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base model's weight as the dense layer stores it. Rebuilt at each access: for code that inspects it.
-
-        It is read-only: what is written into it raises `ReadOnlyWeightError`.
-        """
-        return ReadOnlyWeight(self._stored(self.dense()))
-
-    def _stored(self, w: Tensor) -> Tensor:
-        return w.t().contiguous() if self.transposed else w
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self._stored(self.dense())
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take a bias. A weight that is the layer's own changes nothing; any other is an error: it would be lost."""
-        _, strict, missing_keys, _, error_msgs = args
-        for name in ("weight", "bias") if self.bias is not None else ("weight",):
-            found = state_dict.get(prefix + name)
-            if found is None:
-                missing_keys += [prefix + name] if strict else []
-            elif found.shape != getattr(self, name).shape:
-                error_msgs.append(
-                    f"{prefix}{name} is {list(found.shape)}, but the layer has {list(getattr(self, name).shape)}"
-                )
-            elif name == "bias":
-                with torch.no_grad():
-                    getattr(self, name).copy_(found)
-            elif not same_weight(found, self._stored(self.dense())):
-                error_msgs.append(
-                    f"{prefix}weight is not the base weight of this layer. The layer is patched in factored form and "
-                    "keeps only factors, so another dense weight cannot be loaded into it; unpatch_model(model) first"
-                )
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

@@ -9,6 +9,7 @@ same bit for bit.
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from t2kernels import InputError
 from t2kernels.factors.factor import Factor
 from t2kernels.factors.int8 import Int8Factor, stack
-from t2kernels.factors.matrices import Matrix
+from t2kernels.factors.linalg import matmul
+from t2kernels.factors.matrices import Matrix, is_plain
 
+from .dense.link import Link
 from .linear import SVFLinear, add_delta
 from .private import require
 
@@ -42,11 +45,12 @@ class DeltaStack(SVFLinear):
         Raises ValueError, with the model unchanged, for a mixture-of-experts layer that is not supported.
         """
         module: Any = matrix.module
+        check_transformers(module)
         if reason := unsupported(module):
             raise InputError(f"{matrix.path} ({type(module).__name__}) cannot be patched: {reason}; leave it out")
-        check_transformers(module)
         self.place_at(matrix)
         self.tensor = matrix.tensor.rpartition(".")[2]
+        self.base = Link(module)
         module.add_module(f"svf_{self.tensor}", self)
         if module.config._experts_implementation != IMPLEMENTATION:
             ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, svf_experts_forward)
@@ -56,16 +60,37 @@ class DeltaStack(SVFLinear):
 
     def remove(self, model: nn.Module, row: int = 0) -> None:
         """Take the child off the mixture-of-experts layer; add the change of the expert in `row` to the stack."""
-        module: Any = model.get_submodule(self.path)
+        module = self.dense_module(model)
         if row:
             weights, scale = getattr(module, self.tensor), self.table()[row]
             for e in range(weights.shape[0]):
-                change = (self.U[e].float() * scale[e]) @ self.Vt[e].float()  # [M, N]
+                change = matmul(self.U[e].float() * scale[e], self.Vt[e].float())  # [M, N]
                 weights[e].add_((change.t() if self.transposed else change).to(weights.device))
         delattr(module, f"svf_{self.tensor}")
         if not installed(module):
             module.config = module.svf_base_config
             del module.svf_base_config
+
+    def probe_kind(self) -> object:
+        """Type and format of the stack; None if it is a plain floating-point one."""
+        weights = getattr(self.base(), self.tensor, None)
+        return None if weights is None or is_plain(weights) else (type(weights), weights.dtype)
+
+    def unsupported_training(self) -> str | None:
+        """See `SVFLinear`; one weight of the stack is run."""
+        return self.probe(_Slice(self))
+
+
+class _Slice(nn.Module):
+    """The first weight of a stack as a linear layer."""
+
+    def __init__(self, layer: DeltaStack) -> None:
+        super().__init__()
+        W = getattr(layer.base(), layer.tensor)[0].detach()
+        self.slice = W.t() if layer.transposed else W
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.slice)
 
 
 def check_transformers(module: nn.Module) -> None:
@@ -75,8 +100,10 @@ def check_transformers(module: nn.Module) -> None:
     for name in ("_experts_implementation", "_experts_implementation_internal"):
         require(module.config, name, "it names the layer's implementation", (), transformers)
     require(type(module).forward, "__wrapped__", "the base model's own forward must stay reachable", (), transformers)
-    for name in ("has_gate", "is_transposed", "num_experts"):
+    for name in ("has_gate", "has_bias", "is_transposed", "num_experts"):
         require(module, name, "it says how the stacks are stored", (), transformers)
+    if find_spec("transformers.distributed.expert_parallel"):
+        require(module, "_is_expert_parallel", "it says whether the stacks are on several devices", (), transformers)
     require(module, "_apply_gate" if module.has_gate else "act_fn", "it is the activation", (), transformers)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from t2kernels.ops.dispatch import may_fuse_swiglu
 
 from . import subclass
+from .factored_linear import FactoredLinear
 from .forward_hooks import has_other_hooks
-from .linear import DeltaLinear, FactoredLinear, delta_hook
+from .linear import DeltaLinear, delta_hook
 from .subclass import Mixin
 
 SILU = ("SiLU", "SiLUActivation")

@@ -163,9 +163,8 @@ def _weight_bytes(model: nn.Module, layer: SVFLinear, names: Sequence[str], dtyp
     if layer.form == "factored":
         return layer.U.shape[-2] * layer.Vt.shape[-1] * dtype.itemsize
     if len(names) == 1:
-        return stored_bytes(model.get_submodule(names[0]).weight)
-    path, tensor, _ = names[0].rsplit(".", 2)
-    return stored_bytes(getattr(model.get_submodule(path), tensor)) // len(names)
+        return stored_bytes(layer.dense_module(model).weight)
+    return stored_bytes(getattr(layer.dense_module(model), names[0].rsplit(".", 2)[1])) // len(names)
 
 
 def _sizes(batch: int | Mapping[str, Any] | torch.Tensor) -> tuple[int, int]:

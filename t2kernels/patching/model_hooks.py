@@ -20,7 +20,8 @@ from transformers.utils import logging
 from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.layers import subclass
-from t2kernels.layers.forward_hooks import remove_hook
+from t2kernels.layers.dense.link import Link
+from t2kernels.layers.forward_hooks import check_hooks, remove_hook
 from t2kernels.layers.private import require
 from t2kernels.layers.routing.recompute import check_torch
 from t2kernels.layers.routing.route import Route
@@ -43,6 +44,12 @@ OVERRIDDEN: dict[str, tuple[str, tuple[str, ...]]] = {
         ("assistant_model", "model_kwargs"),
     ),
 }
+
+
+GUIDANCE = (
+    ". generate runs this forward by itself; for guidance_scale, give as many negative prompts as prompts, or one "
+    "expert for all"
+)
 
 
 class _Unset:
@@ -151,36 +158,38 @@ class PatchedModel(Mixin):
         return super()._get_candidate_generator(*args, **kwargs)
 
 
-def install(model: nn.Module, bank: ExpertBank) -> None:
+def check(root: nn.Module) -> None:
+    """Raise UnsupportedVersionError if torch or transformers lack a private name that a patched model needs."""
+    check_torch()
+    check_hooks(root)
+    if isinstance(root, transformers.GenerationMixin):
+        for name, (reason, parameters) in OVERRIDDEN.items():
+            require(type(root), name, reason, parameters, transformers)
+
+
+def install(model: nn.Module, root: nn.Module, bank: ExpertBank) -> None:
     """Give a model its hooks and, if it is a transformers model that generates, the subclass of its class.
 
-    Raises RuntimeError for a transformers whose private methods are not those that this file overrides.
+    model: as the user holds it; root: the same, or the model inside PEFT's wrapper
     """
-    check_torch()
-    generates = isinstance(model, transformers.GenerationMixin)
-    if generates:
-        _check_overridden(type(model))
-    for module in _entrances(model):
+    found = _entrances(root) if model is root else [*_entrances(root), model]
+    bank.entrances = tuple(Link(module) for module in found)
+    for module in found:
         module.t2_bank = bank
         module.register_forward_pre_hook(_enter, prepend=True, with_kwargs=True)
         module.register_forward_hook(_leave, always_call=True)
-    if generates:
-        subclass.install(PatchedModel, model)
+    if isinstance(root, transformers.GenerationMixin):
+        subclass.install(PatchedModel, root)
 
 
-def remove(model: nn.Module) -> None:
+def remove(root: nn.Module, bank: ExpertBank) -> None:
     """Undo `install`. Does nothing to a model without hooks."""
-    for module in _entrances(model):
-        if hasattr(module, "t2_bank"):
+    for module in filter(None, (link() for link in bank.entrances)):
+        if "t2_bank" in vars(module):
             del module.t2_bank
         remove_hook(module, _enter)
         remove_hook(module, _leave)
-    subclass.remove(PatchedModel, model)
-
-
-def _check_overridden(cls: type) -> None:
-    for name, (reason, parameters) in OVERRIDDEN.items():
-        require(cls, name, reason, parameters, transformers)
+    subclass.remove(PatchedModel, root)
 
 
 def _entrances(model: nn.Module) -> list[Any]:
@@ -196,16 +205,17 @@ def _entrances(model: nn.Module) -> list[Any]:
 def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     bank = module.t2_bank
     entrance = bank.routing.enter(module)  # first of all: `_leave` is always called and ends it
-    ids, names = kwargs.pop("expert_ids", None), kwargs.pop("experts", UNSET)
+    ids, names, repeats = kwargs.pop("expert_ids", None), kwargs.pop("experts", UNSET), False
     if ids is not None and names is not UNSET:
         raise InputError("give experts or expert_ids, not both")
     if ids is not None:
         ids = bank.check_ids(ids)
     elif names is UNSET:
         route = bank.routing.inherited()
-        ids = None if route is None else route.ids
-        if ids is not None and route.repeats and (B := _sequences(args, kwargs)) and ids.dim() == 1:
-            ids = ids.repeat_interleave(B // len(ids)) if B % len(ids) == 0 else ids
+        if route is not None:
+            ids, repeats, B = route.ids, route.repeats, _sequences(args, kwargs)
+            if repeats and B and ids.dim() == 1 and B % len(ids) == 0:
+                ids = ids.repeat_interleave(B // len(ids))
     elif names is not None:
         ids = bank.ids(names)
     if ids is None:
@@ -214,7 +224,7 @@ def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     if tokens is not None and ids.shape != torch.Size(tokens)[: ids.dim()]:
         raise InputError(
             f"expert_ids has shape {list(ids.shape)}, the batch has {tokens[0]} sequences of {tokens[1]} tokens; "
-            "pass one id (0-dim), one per sequence [B], or one per token [B, S]"
+            f"pass one id (0-dim), one per sequence [B], or one per token [B, S]{GUIDANCE if repeats else ''}"
         )
     entrance.route = Route(ids, tokens)
     return args, kwargs

@@ -16,9 +16,10 @@ from t2kernels.experts.expert import Expert
 from t2kernels.experts.origin import Origin
 from t2kernels.factors.checkpoint import name_of
 from t2kernels.factors.factor import resolve_rank
-from t2kernels.factors.matrices import Matrix, Targets, find_matrices
+from t2kernels.factors.matrices import Matrix, Targets, find_matrices, unwrapped
 from t2kernels.layers import swiglu
-from t2kernels.layers.linear import DeltaLinear, FactoredLinear, SVFLinear
+from t2kernels.layers.factored_linear import FactoredLinear
+from t2kernels.layers.linear import DeltaLinear, SVFLinear
 from t2kernels.layers.moe import DeltaStack, stack_factors
 from t2kernels.layers.routing.active import Routing
 
@@ -71,9 +72,11 @@ def patch_model(
     if form not in FORMS:
         raise InputError(f"form={form!r}; wanted 'auto', 'factored' or 'delta'")
     resolve_rank(rank, 1)
-    routing, origin = Routing(), Origin(*name_of(model))
-    supply = FactorSupply(factors, max_error, origin, _dtype(model))
-    matrices = find_matrices(model, targets)
+    root = unwrapped(model)  # paths are of the model inside PEFT's wrapper: it may be taken off
+    model_hooks.check(root)
+    routing, origin = Routing(), Origin(*name_of(root))
+    supply = FactorSupply(factors, max_error, origin, _dtype(root))
+    matrices = find_matrices(root, targets)
     supports = {name: resolve_rank(rank, m.rank) for name, m in matrices.items()}
     plan = {name: choose_form(m, supports[name], form, *supply.dtypes(m)) for name, m in matrices.items()}
     for name, m in matrices.items():
@@ -94,14 +97,14 @@ def patch_model(
             factor = found[0] if first.index is None else stack_factors(found)
             dtype = supply.dtypes(first)[1]
             layer = kind(factor, supports[first.name], rows, dtype, routing, supply.keeps_format)
-            layer.install(model, first)
-            undo.callback(layer.remove, model)
+            layer.install(root, first)
+            undo.callback(layer.remove, root)
             layers.append((layer, tuple(m.name for m in members)))
         bank = ExpertBank(layers, rows, origin, routing, plan)
-        undo.callback(model_hooks.remove, model)
-        model_hooks.install(model, bank)
-        undo.callback(swiglu.remove, model)
-        swiglu.install(model)
+        undo.callback(model_hooks.remove, root, bank)
+        model_hooks.install(model, root, bank)
+        undo.callback(swiglu.remove, root)
+        swiglu.install(root)
         undo.pop_all()
     logger.info("patched %s: %s", type(model).__name__, bank.describe())
     return bank
@@ -119,10 +122,11 @@ def unpatch_model(model: nn.Module, expert: str | Expert | None = None) -> nn.Mo
     bank: ExpertBank | None = getattr(model, "t2_bank", None)
     if bank is None:
         raise InputError("the model is not patched")
+    root = unwrapped(model)
     row = 0
     if expert is not None:
         for layer, _ in bank.layers:
-            if reason := layer.unsupported_merge(model):
+            if reason := layer.unsupported_merge(root):
                 raise InputError(reason)
         if isinstance(expert, Expert):
             name = "merged@0"  # a version: what the user names has none
@@ -130,10 +134,10 @@ def unpatch_model(model: nn.Module, expert: str | Expert | None = None) -> nn.Mo
             expert = name
         ids = bank.ids(expert)  # a name: it holds its row until the layers have read it
         row = int(ids)
-    swiglu.remove(model)
+    swiglu.remove(root)
     for layer, _ in bank.layers:
-        layer.remove(model, row)
-    model_hooks.remove(model)
+        layer.remove(root, row)
+    model_hooks.remove(root, bank)
     return model
 
 

@@ -15,6 +15,7 @@ from t2kernels.factors.factor import Factor, svd
 from t2kernels.factors.formats import FORMATS, check_format, convert
 from t2kernels.factors.identity import check_weight, leading_pair
 from t2kernels.factors.int8 import Int8Factor
+from t2kernels.factors.linalg import matmul
 from t2kernels.factors.matrices import Matrix, is_quantised
 from t2kernels.factors.store import Factors
 
@@ -107,7 +108,7 @@ class FactorSupply:
         if isinstance(W, Tensor):
             u, v = (t.to(W.device) for t in leading_pair(factor))
             try:
-                check_weight(m.name, factor, W.float() @ v, u, is_quantised(m.module))
+                check_weight(m.name, factor, matmul(W.float(), v), u, is_quantised(m.module))
             except InputError as e:
                 raise InputError(f"{e}{self._whose}") from None
         if isinstance(factors, Factors):

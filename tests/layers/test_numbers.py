@@ -1,6 +1,7 @@
 """What is trained and added up is fp32, and gradients that cannot be right are refused."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import t2kernels as t2
 from t2kernels.experts.trainables import GradientError
-from t2kernels.layers import private
+from t2kernels.layers import moe, private
 from t2kernels.layers.private import UnsupportedVersionError
 from t2kernels.layers.routing import recompute
 from t2kernels.layers.scale import z_from_logits
@@ -159,3 +160,160 @@ def test_require_names_the_parameters():
     with pytest.raises(UnsupportedVersionError, match="its parameters are none"):
         private.require(recompute, "backward_pass", "a reason", ("graph",))
     private.require(recompute, "backward_pass", "a reason")
+
+
+FORMS = pytest.mark.parametrize("form", ["factored", "delta"])
+
+
+def patched(form):
+    model = build("llama")
+    bank = t2.patch_model(model, form=form)
+    bank.add("a", random_expert(bank))
+    return model, bank
+
+
+def random_expert(bank):
+    return bank.expert({n: 1 + 0.4 * torch.randn(k) for n, k in bank.matrices.items()})
+
+
+def trains(model, bank, **routing):
+    model(X, **(routing or {"experts": "t"})).logits.square().mean().backward()
+    return all(p.grad is not None and p.grad.any() for p in bank.trained_parameters("t").values())
+
+
+@FORMS
+def test_ids_that_inference_mode_made_can_be_trained_with(form):
+    model, bank = patched(form)
+    bank.start_training("t")
+    row = bank.ids("t").item()
+    with torch.inference_mode():
+        ids, own, scope = bank.ids(["t", "a"]), torch.tensor([row, 0], dtype=torch.int32), bank.use("t")
+    assert trains(model, bank, expert_ids=ids)
+    assert trains(model, bank, expert_ids=own)
+    with scope:
+        model(X).logits.sum().backward()
+    with torch.inference_mode():
+        bank.default = "t"
+    model(X).logits.sum().backward()
+
+
+@FORMS
+def test_tables_that_are_laid_out_again_in_inference_mode_can_be_trained(form):
+    model, bank = patched(form)
+    for layer, _ in bank.layers:
+        layer.scale, layer.Vt = layer.scale.clone(), layer.Vt.clone()  # as after a move to another device
+    with torch.inference_mode():
+        bank.add("b", random_expert(bank))
+        model(X, experts="b")
+    assert not any(t.is_inference() for layer, _ in bank.layers for t in layer.buffers())
+    bank.add("c", random_expert(bank))
+    bank.start_training("t")
+    assert trains(model, bank)
+
+
+@FORMS
+def test_weights_that_inference_mode_made_are_named(form):
+    with torch.inference_mode():
+        model = build("llama")
+    bank = t2.patch_model(model, form=form)
+    with pytest.raises(
+        GradientError, match=r"model\.embed_tokens\.weight was made, or moved, under torch.inference_mode"
+    ):
+        bank.start_training("t")
+
+
+class Detached(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.detach())
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_layer_of_an_unknown_class_is_asked_for_its_gradient(copied):
+    model = build("llama")
+    for block in model.model.layers:
+        block.self_attn.v_proj.__class__ = Detached
+    t2.patch_model(model, form="delta")
+    model = copy.deepcopy(model) if copied else model
+    with pytest.raises(
+        GradientError, match=r"v_proj \(Detached\) cannot be trained through: its output has no gradient"
+    ):
+        model.t2_bank.start_training("t")
+
+
+def test_a_quantised_stack_of_a_mixture_of_experts_is_asked_for_its_gradient(monkeypatch):
+    model = build("mixtral")
+    bank = t2.patch_model(model, form="delta")
+    bank.start_training("t")  # torch knows the backward of a plain stack
+    bank.stop_training("t")
+    linear = nn.functional.linear
+    monkeypatch.setattr(moe, "is_plain", lambda weights: False)
+    bank.start_training("u")
+    monkeypatch.setattr(nn.functional, "linear", lambda x, W, b=None: linear(x.detach(), W, b))
+    with pytest.raises(GradientError, match="its output has no gradient"):
+        bank.start_training("v")
+
+
+def test_asking_for_gradients_leaves_other_threads_their_experts():
+    """A hook that is taken off for a moment would answer another thread as the base model."""
+    model = build("llama")
+    layer, seen = model.model.layers[0].self_attn.v_proj, []
+    layer.__class__ = type(
+        "Watched", (nn.Linear,), {"forward": lambda s, x: seen.append(len(s._forward_hooks)) or x[..., :16]}
+    )
+    bank = t2.patch_model(model, form="delta", targets="v_proj")
+    before, seen[:] = len(layer._forward_hooks), []
+    with contextlib.suppress(GradientError):
+        bank.start_training("t")
+    assert seen
+    assert set(seen) == {before}
+
+
+@FORMS
+@pytest.mark.parametrize("setting", ["autocast bf16", "autocast fp16", "medium"])
+def test_factors_and_merged_weights_are_exact_under_every_setting(form, setting):
+    model = build("llama")
+    dense = copy.deepcopy(model)
+    want = t2.decompose(dense)
+    bank = t2.patch_model(model, form=form)
+    expert = random_expert(bank)
+    bank.add("a", expert)
+    logits = model(X, experts="a").logits
+    kinds = {"autocast bf16": torch.bfloat16, "autocast fp16": torch.float16}
+    try:
+        torch.set_float32_matmul_precision("medium" if setting == "medium" else "highest")
+        with torch.autocast("cpu", kinds[setting]) if setting in kinds else contextlib.nullcontext():
+            factors = t2.decompose(dense)
+            assert dict(factors.fingerprints) == dict(want.fingerprints)
+            for name in want:
+                torch.testing.assert_close(factors.sketches[name], want.sketches[name], rtol=1e-5, atol=1e-5)
+            other = t2.patch_model(dense, form=form, factors=factors)
+            other.add("a", expert)
+            t2.unpatch_model(dense, expert="a")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(dense(X).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["is_transposed", "has_gate", "has_bias", "_is_expert_parallel", "num_experts"])
+def test_a_mixture_of_experts_without_a_known_name_is_refused(name):
+    model = build("mixtral")
+    for stack in [m for m in model.modules() if hasattr(m, "_apply_gate")]:
+        delattr(stack, name)
+    with pytest.raises(UnsupportedVersionError, match=rf"{name} is expected"):
+        t2.patch_model(model, form="delta")
+
+
+@pytest.mark.parametrize("name", ["_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"])
+def test_the_dictionaries_of_hooks_are_looked_for(name):
+    model = build("llama")
+    delattr(model, name)
+    with pytest.raises(UnsupportedVersionError, match=rf"{name} is expected"):
+        t2.patch_model(model)
+
+
+@pytest.mark.parametrize("name", ["_apply", "_save_to_state_dict", "_load_from_state_dict"])
+def test_the_methods_of_modules_that_layers_override_are_looked_for(monkeypatch, name):
+    model = build("llama")
+    monkeypatch.delattr(nn.Module, name)
+    with pytest.raises(UnsupportedVersionError, match=rf"{name}\(.*is expected"):
+        t2.patch_model(model)

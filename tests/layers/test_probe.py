@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from t2kernels.layers.probe import unsupported_gradient
+from t2kernels.layers.dense.probe import unsupported_gradient
 
 
 def asked(module, dtype=torch.float32):

@@ -2,10 +2,12 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
 import t2kernels as t2
+from t2kernels.layers.dense.readonly import ReadOnlyWeightError
 from tests.helpers.families import build
 
 peft = pytest.importorskip("peft")
@@ -119,3 +121,103 @@ def test_a_factored_weight_can_be_read():
     torch.testing.assert_close(torch.nn.functional.linear(torch.eye(dense.shape[1]), weight).t(), dense, **CLOSE)
     torch.testing.assert_close(weight.to(torch.float64), dense.double(), **CLOSE)
     torch.testing.assert_close(model.state_dict()["model.layers.0.mlp.up_proj.weight"], dense, **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_is_served_through_the_wrapper_and_without_it(family):
+    torch.manual_seed(0)
+    x, names = torch.randint(3, 60, (2, 6)), {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}[family]
+    config = peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False, fan_in_fan_out=family == "gpt2")
+    lora = peft.get_peft_model(build(family), config).eval()
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        plain = lora(input_ids=x).logits
+        bank = t2.patch_model(lora)
+        bank.add("a", random_expert(bank))
+        want = lora(input_ids=x, experts="a").logits
+        assert not torch.allclose(want, plain, atol=1e-2)
+        text = lora.generate(input_ids=x, experts=["a", None], **options)
+        for i, name in enumerate(["a", None]):
+            assert torch.equal(text[i : i + 1], lora.generate(input_ids=x[i : i + 1], experts=name, **options))
+        assert "delta" in str(t2.explain(lora, 4))
+        merged = lora.merge_and_unload()
+        close = {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(merged(x).logits, plain, **close)
+        torch.testing.assert_close(merged(x, experts="a").logits, want, **close)
+        assert torch.equal(merged.generate(x, experts=["a", None], **options), text)
+        t2.unpatch_model(merged, expert="a")
+        torch.testing.assert_close(merged(x).logits, want, **close)
+        assert not hasattr(merged, "t2_bank")
+
+
+def test_a_wrapped_model_is_unpatched_whole():
+    torch.manual_seed(0)
+    lora, x = with_lora(build("llama")), torch.randint(3, 60, (2, 6))
+    base = lora.get_base_model()
+    with torch.no_grad():
+        plain, before = lora(x).logits, [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in lora.modules()]
+        t2.patch_model(lora)
+        t2.unpatch_model(base)
+        torch.testing.assert_close(lora(x).logits, plain, **CLOSE)
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in lora.modules()] == before
+    assert not hasattr(lora, "t2_bank")
+    t2.patch_model(lora)
+
+
+def test_layers_that_peft_trains_whole_are_left_out():
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["up_proj"], init_lora_weights=False)
+    lora, x = peft.get_peft_model(build("llama"), config), torch.randint(3, 60, (2, 6))
+    with torch.no_grad():
+        for name, p in lora.named_parameters():
+            if "modules_to_save" in name:
+                p.add_(0.1)
+        want = lora(x).logits
+        bank = t2.patch_model(lora)
+        assert {n.rpartition(".")[2] for n in bank.matrices} == {
+            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
+        }
+        torch.testing.assert_close(lora(x).logits, want, **CLOSE)
+        torch.testing.assert_close(lora.merge_and_unload()(x).logits, want, **CLOSE)
+
+
+def test_a_new_bias_of_a_factored_layer_stays():
+    model, x = build("qwen2"), torch.randint(3, 60, (2, 6))
+    t2.patch_model(model, form="factored")
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.bias = torch.nn.Parameter(torch.ones_like(layer.bias))
+    with torch.no_grad():
+        want = model(x).logits
+        t2.unpatch_model(model)
+        torch.testing.assert_close(model(x).logits, want, **CLOSE)
+
+
+SENTENCES = {
+    "a parameter": lambda layer: setattr(layer, "weight", torch.nn.Parameter(torch.ones(2))),
+    "a tensor": lambda layer: setattr(layer, "weight", torch.ones(2)),
+    "deleting": lambda layer: delattr(layer, "weight"),
+    "a buffer": lambda layer: layer.register_buffer("weight", torch.ones(2)),
+    "pruning": lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    "old weight norm": lambda layer: torch.nn.utils.weight_norm(layer),
+    "the dictionary": lambda layer: layer._parameters.update(weight=torch.nn.Parameter(torch.ones(2))),
+    "a state dict": lambda layer: layer.state_dict()["weight"].zero_(),
+    "functional_call": lambda layer: torch.func.functional_call(layer, {"weight": torch.ones(2)}, torch.ones(1, 32)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("write", SENTENCES.values(), ids=SENTENCES)
+def test_a_write_to_a_factored_weight_is_refused_in_one_sentence(write):
+
+    model = build("llama")
+    t2.patch_model(model, form="factored")
+    with pytest.raises(ReadOnlyWeightError, match=r"unpatch_model\(model\) first"):
+        write(model.model.layers[0].mlp.up_proj)
+
+
+def test_a_factored_weight_is_read_by_numpy():
+    model = build("llama")
+    t2.patch_model(model, form="factored")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    for array in (np.asarray(weight), weight.numpy()):
+        assert np.array_equal(array, weight.clone().numpy())
+        assert not array.flags.writeable

@@ -27,3 +27,19 @@ def test_each_row_has_its_own_expert(form, guided, beams):
         assert torch.equal(together[i : i + 1, : alone.shape[1]], alone)
     with pytest.raises(ValueError, match="expert_ids has shape"):
         model.generate(x, experts=["a", "b"], **options)
+
+
+def test_negative_prompts_of_another_number_are_named():
+    model = build("llama")
+    bank = t2.patch_model(model, rows=8)
+    bank.add("a", bank.expert({n: torch.ones(k) for n, k in bank.matrices.items()}))
+    x = torch.randint(3, 60, (3, 5))
+    with pytest.raises(ValueError, match="for guidance_scale, give as many negative prompts as prompts"):
+        model.generate(
+            x,
+            experts=["a", None, "a"],
+            guidance_scale=1.5,
+            negative_prompt_ids=x[:1],
+            max_new_tokens=3,
+            do_sample=False,
+        )

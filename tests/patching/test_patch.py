@@ -11,7 +11,7 @@ from torch import nn
 import t2kernels as t2
 from t2kernels.factors.matrices import find_matrices
 from t2kernels.layers import swiglu
-from t2kernels.layers.linear import FactoredLinear
+from t2kernels.layers.factored_linear import FactoredLinear
 from t2kernels.patching import model_hooks
 from tests.helpers.families import build
 

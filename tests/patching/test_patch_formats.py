@@ -11,7 +11,8 @@ from t2kernels.factors.factor import svd
 from t2kernels.factors.int8 import Int8Factor
 from t2kernels.factors.matrices import find_matrices
 from t2kernels.factors.quantise import quantise
-from t2kernels.layers.linear import FactoredLinear, SVFLinear
+from t2kernels.layers.factored_linear import FactoredLinear
+from t2kernels.layers.linear import SVFLinear
 from t2kernels.ops import svf_linear_ref
 from tests.helpers.families import build
 

@@ -20,7 +20,8 @@ class Route:
     """
 
     def __init__(self, ids: Tensor, tokens: tuple[int, int] | None = None, repeats: bool = False) -> None:
-        self.ids: Tensor = ids
+        self.given: Tensor = ids  # while it is alive, its experts keep their rows
+        self.ids: Tensor = _trainable(ids)
         self.repeats: bool = repeats
         self.tokens: tuple[int, int] | None = tokens
         self.cache: dict[Any, Any] = {}
@@ -54,3 +55,11 @@ class Route:
             elif self.tokens is not None and self.ids.shape[0] == self.tokens[0]:
                 self._flat = self.ids.repeat_interleave(self.tokens[1])
         return self._flat
+
+
+def _trainable(ids: Tensor) -> Tensor:
+    """The ids as a tensor that autograd can save: those that inference mode made are copied."""
+    if torch.compiler.is_compiling() or not ids.is_inference():
+        return ids
+    with torch.inference_mode(False):
+        return ids.clone()

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from t2kernels.factors.matrices import is_plain
 
 DIRECTIONS = 24
 CORRELATION = 0.9
@@ -18,28 +21,33 @@ CORRELATION = 0.9
 one gives 0 within .2."""
 
 
+def is_ordinary(module: nn.Module) -> bool:
+    """True for a layer of torch or transformers with a floating-point weight and its own forward: nothing to probe."""
+    return type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module) and is_plain(module.weight)
+
+
 def format_of(module: nn.Module) -> tuple[Any, ...]:
     """The type of a module and the format of its weight: layers of one format answer `unsupported_gradient` alike."""
     weight: Any = module.weight
     names = ("dtype", "quant_type", "act_quant_kwargs", "tensor_impl")
     details = [str(getattr(weight, name, "")).partition("(")[0] for name in names]
-    return type(module), type(weight), type(getattr(weight, "original_weight_tensor", None)), *details
+    forward = getattr(vars(module).get("forward"), "__qualname__", None)  # of this module alone, as accelerate sets it
+    return type(module), forward, type(weight), type(getattr(weight, "original_weight_tensor", None)), *details
 
 
 def unsupported_gradient(module: nn.Module, in_features: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a linear module's gradient to its input cannot be trusted, or None.
 
     f(x + d) - f(x) along random directions d must follow from the gradient of <r, f(x)>: d · grad = <r, f(x + d) -
-    f(x)>. The module runs without
-    gradients first, as it does in every rollout: some layers pack their weight then.
+    f(x)>. The module runs without gradients first, as it does in every rollout: some layers pack their weight then.
 
     module: linear in its input [T, in_features]; dtype, device: of that input. The global random generator is left
         alone.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
 
     x, moved = draw(4, in_features), draw(DIRECTIONS, 4, in_features)
     mode = module.training
@@ -53,7 +61,7 @@ def unsupported_gradient(module: nn.Module, in_features: int, dtype: torch.dtype
 def _compare(module: nn.Module, x: Tensor, moved: Tensor, generator: torch.Generator) -> str | None:
     with torch.no_grad():
         before = module(x).double()
-        r = torch.randn(before.shape, generator=generator, dtype=torch.float64).to(x.device)
+        r = torch.randn(before.shape, generator=generator, dtype=torch.float64, device="cpu").to(x.device)
         seen = torch.stack([(r * (module(x + d).double() - before)).sum() for d in moved])
     with torch.enable_grad():
         leaf = x.clone().requires_grad_()

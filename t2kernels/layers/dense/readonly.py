@@ -61,8 +61,8 @@ class ReadOnlyWeight(Tensor):
             func == _REQUIRES_GRAD.__set__ and args[1]
         ):
             refuse("training it")
-        if func == Tensor.numpy:
-            array = args[0].plain.numpy(*args[1:], **kwargs)
+        if func in (Tensor.numpy, Tensor.__array__):
+            array = func(args[0].plain, *args[1:], **kwargs)
             array.flags.writeable = False
             return array
         if func == Tensor.tolist:
@@ -113,3 +113,12 @@ class NoWeight(dict[str, Any]):
         if name.partition("_")[0] == "weight":
             refuse(f"the parameter {name!r}")
         super().__setitem__(name, value)
+
+    def update(self, *others: Any, **values: Any) -> None:
+        """As of a dict, by `__setitem__`."""
+        for name, value in dict(*others, **values).items():
+            self[name] = value
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """As of a dict; without a default, "weight" raises ReadOnlyWeightError."""
+        return super().pop(name, *default) if name in self or default else self.__missing__(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -25,17 +26,11 @@ class Link:
         return None if self._reference is None else self._reference()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
-        module = self()
-        return Link(None if module is None else memo.get(id(module)))
+        # Copied here if it is not yet: a group of layers reaches a layer before its module is copied.
+        return Link(copy.deepcopy(self(), memo))
 
     def __copy__(self) -> Link:
         return Link(self())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Link, (self(),)
-
-
-def follow(link: Link, path: str, model: nn.Module) -> Any:
-    """The module of a link, or, if it is gone, the module at `path` in a model."""
-    module = link()
-    return model.get_submodule(path) if module is None else module
