@@ -45,7 +45,7 @@ class EngineManager(ExpertManager):
         rows, dtype = lora.max_loras + 1, config.model_config.dtype
         token_rows = torch.zeros(most_tokens(config), dtype=torch.int32, device=self.device)
         if config.model_config.quantization == QUANTIZATION:
-            from .factored_linear import build_factored
+            from .factored import build_factored
 
             bank = build_factored(model, rows, token_rows)
         else:

@@ -23,7 +23,7 @@ from t2kernels.integrations.vllm.constants import FACTS, FORMAT, QUANTIZATION
 from t2kernels.integrations.vllm.settings import Settings
 from t2kernels.integrations.vllm.support import check_hooks
 
-from .factored_linear import Factored
+from .factored import Factored
 from .manager import most_tokens
 
 
