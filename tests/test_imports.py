@@ -16,7 +16,7 @@ def sources() -> dict[str, str]:
 
 
 def names_of(tree: ast.Module) -> set[str]:
-    """The names that a module binds, also in conditions and `try` blocks; "*" if it makes names when they are asked for."""
+    """The names that a module binds, also in conditions and `try` blocks; "*" if it makes names on demand."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
