@@ -61,8 +61,9 @@ class InputTypeError(T2Error, TypeError):
 class UnknownNameError(T2Error, KeyError):
     """Nothing has this name."""
 
-    __str__ = Exception.__str__
-    """The message as it is: KeyError would put it in quotes."""
+    def __str__(self) -> str:
+        """The message as it is: KeyError would put it in quotes."""
+        return Exception.__str__(self)
 
 
 class OutOfRangeError(T2Error, IndexError):

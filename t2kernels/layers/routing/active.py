@@ -44,7 +44,7 @@ class Routing:
         self.recomputation: Recomputation = Recomputation()
         self.default: Route | None = None  # of every thread
         self.training = 0  # experts in training
-        self.writing = threading.Lock()  # of rows of experts in training
+        self.writing: threading.Lock = threading.Lock()  # of rows of experts in training
         self._outside = False  # whether a layer outside a forward of the model ever used experts under autograd
 
     @property
