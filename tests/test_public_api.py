@@ -35,7 +35,7 @@ NAMES = {
         ),
         "explain": "model, batch=1, experts=(), machine=None",
         "patch_model": (
-            "model, targets='all', rank=None, form='auto', factors=None, rows=64, max_error=None, progress=None"
+            "model, targets='all', rank='auto', form='auto', factors=None, rows=64, max_error=None, progress=None"
         ),
         "svf_linear": "x, V, U, scale, expert_ids, base=None, bias=None, impl='auto'",
         "svf_linear_group": "x, V, U, scale, expert_ids, base=None, bias=None, impl='auto'",
@@ -121,7 +121,7 @@ NAMES = {
     },
     "t2kernels.integrations.lm_eval": {
         "SVFLM": (
-            "pretrained, expert=None, experts='', expert_column='expert', targets='all', rank=None, "
+            "pretrained, expert=None, experts='', expert_column='expert', targets='all', rank='auto', "
             "form='auto', factors=None, **kwargs"
         ),
         "main": "",
@@ -135,16 +135,16 @@ OPTIONS = {
     "train": (
         "--task/-t=math --classes --out/-o --model/-m=tiny --init --steps=150 --batch=128 --samples=1 "
         "--advantage=none --lr=0.02 --kl=0.05 --temperature=1.0 --param=raw --seed=0 --max-new-tokens -n=1000 "
-        "--checkpoints --targets=all --rank=all --form=auto --factors --dtype --device"
+        "--checkpoints --targets=all --rank=auto --form=auto --factors --dtype --device"
     ),
     "eval": (
         "--task/-t=math --experts/-e= --by --adapt= --classifier=classify --examples --margin=0.0 "
         "--model/-m=tiny -n --split=test --chat/--no-chat --batch=256 --max-new-tokens --json --targets=all "
-        "--rank=all --form=auto --factors --dtype --device"
+        "--rank=auto --form=auto --factors --dtype --device"
     ),
     "generate": (
         "prompts!* --expert/-e*=[] --mix*=[] --adapt --classifier=classify --examples --margin=0.0 --pair "
-        "--model/-m=tiny --max-new-tokens=64 --temperature=0.0 --chat --json --targets=all --rank=all "
+        "--model/-m=tiny --max-new-tokens=64 --temperature=0.0 --chat --json --targets=all --rank=auto "
         "--form=auto --factors --dtype --device"
     ),
     "decompose": "model! --out/-o! --rank=all --targets=all --dtype --format --max-error --device --workers",
@@ -152,7 +152,7 @@ OPTIONS = {
     "serve": (
         "model! --experts --host=127.0.0.1 --port=8000 --api-key --name --rows --route --margin=0.0 "
         "--chat-template --engine=auto --option*=[] --kv-tokens=16384 --page-size=16 --batch-tokens=512 "
-        "--max-running=64 --max-waiting=512 --max-upload=256 --drain=30.0 --targets=all --rank=all "
+        "--max-running=64 --max-waiting=512 --max-upload=256 --drain=30.0 --targets=all --rank=auto "
         "--form=auto --factors --dtype --device"
     ),
     "tune": (

@@ -30,7 +30,9 @@ ModelOption: Any = typer.Option(
 )
 TargetsOption: Any = typer.Option("all", help="'all', 'mlp', 'attention', or a regular expression on matrix names.")
 RankOption: Any = typer.Option(
-    "all", help="Components that an expert can rescale: 'all', a number, or a fraction of min(M, N)."
+    "auto",
+    help="Components that an expert can rescale: 'all', a number, or a fraction of min(M, N); 'auto': all that the "
+    "factors hold, a 16th without factors, all in factored form and in a small model.",
 )
 FormOption: Any = typer.Option("auto", help="'auto', 'factored' or 'delta' (docs/reference/patching.md).")
 FactorsOption: Any = typer.Option(
@@ -130,7 +132,7 @@ def _no_bars() -> Iterator[None]:
 def patch(
     loaded: Loaded,
     targets: str = "all",
-    rank: str = "all",
+    rank: str = "auto",
     form: str = "auto",
     factors: str | None = None,
     rows: int = 64,
@@ -198,10 +200,12 @@ def parse_mix(text: str, bank: ExpertBank, model: str) -> dict[str, float]:
     return {name: weight for name, weight in named.items() if name is not None}
 
 
-def parse_rank(text: str | None) -> int | float | None:
-    """Parse "all" into None, "256" into 256, "0.25" and "1/4" into 0.25. Raises ValueError."""
+def parse_rank(text: str | None) -> int | float | str | None:
+    """Parse "all" into None, "256" into 256, "0.25" and "1/4" into 0.25; "auto" stays. Raises ValueError."""
     if text is None or text == "all":
         return None
+    if text == "auto":
+        return text
     try:
         if "/" in text:
             above, below = text.split("/")
@@ -209,7 +213,8 @@ def parse_rank(text: str | None) -> int | float | None:
         return float(text) if "." in text else int(text)
     except (ValueError, ZeroDivisionError):
         raise InputError(
-            f"--rank {text}: wanted 'all', a number of components such as 256, or a fraction such as 0.25 or 1/4"
+            f"--rank {text}: wanted 'auto', 'all', a number of components such as 256, or a fraction such as 0.25 "
+            "or 1/4"
         ) from None
 
 

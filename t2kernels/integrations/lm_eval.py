@@ -57,7 +57,7 @@ class SVFLM(HFLM):
         experts: str | Sequence[str] = "",
         expert_column: str = "expert",
         targets: str = "all",
-        rank: int | float | str | None = None,
+        rank: int | float | str | None = "auto",
         form: str = "auto",
         factors: str | None = None,
         **kwargs: Any,
@@ -75,8 +75,8 @@ class SVFLM(HFLM):
         super().__init__(pretrained=str(t2.tiny.path()) if tiny else pretrained, **kwargs)
         # lm-eval sets max_length, but a max_new_tokens in the model's own settings would take precedence.
         self.model.generation_config.max_new_tokens = None
-        more = {} if rank in (None, "all") else {"rank": rank}
-        self.bank = t2.patch_model(self.model, targets=targets, form=form, factors=factors, **more)
+        rank = None if rank == "all" else rank
+        self.bank = t2.patch_model(self.model, targets=targets, rank=rank, form=form, factors=factors)
         for name, file in files.items():
             self.bank.add(name, file)
         self.expert, self.expert_column = expert, expert_column

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from t2kernels import InputError
+from t2kernels.factors.factor import resolve_rank
 from t2kernels.factors.matrices import Matrix, is_quantised
 from t2kernels.ops.planner import cheaper_form
 
 FORMS: tuple[str, ...] = ("auto", "factored", "delta")
+
+SHARE = 1 / 16
+"""The share of a large model's components that an expert may rescale by default."""
+SMALL = 256
+"""Up to this min(M, N) of the largest matrix an expert may rescale every component by default: such a model is read
+from the processor's cache."""
+
+
+def choose_supports(
+    matrices: Mapping[str, Matrix], rank: int | float | str | None, form: str, held: Mapping[str, int]
+) -> dict[str, int]:
+    """{matrix: k}, how many leading components an expert may rescale.
+
+    rank: as in `resolve_rank`, or "auto": as many as the given factors hold, if that is not all; else every component
+        in factored form and in a small model (`SMALL`); else a 16th of them (`SHARE`)
+    form: as in `choose_form`
+    held: {matrix: components of the given factors}, without matrices that have none
+    Raises ValueError for another rank.
+    """
+    if rank != "auto":
+        if isinstance(rank, str):
+            raise InputError(f"rank={rank!r}: wanted 'auto', a number of components, a fraction of them, or None (all)")
+        resolve_rank(rank, 1)  # also refused where no matrix is selected
+        return {name: resolve_rank(rank, m.rank) for name, m in matrices.items()}
+    whole = form == "factored" or max((m.rank for m in matrices.values()), default=0) <= SMALL
+    usual = {name: resolve_rank(None if whole else SHARE, m.rank) for name, m in matrices.items()}
+    if form == "factored":
+        return usual
+    return {name: held[name] if held.get(name, m.rank) < m.rank else usual[name] for name, m in matrices.items()}
 
 
 def choose_form(
@@ -17,6 +49,7 @@ def choose_form(
     form: str = "auto",
     factors: torch.dtype = torch.float32,
     dense: torch.dtype = torch.float32,
+    held: int | None = None,
 ) -> tuple[str, str]:
     """(form, reason) for a matrix of which an expert may rescale `support` components.
 
@@ -28,6 +61,7 @@ def choose_form(
     support: k
     form: "factored", "delta", or "auto": the one that reads less
     factors, dense: dtypes of the factors and of the dense weight
+    held: components of the given factors; None: all
     Raises ValueError for a mixture-of-experts stack in factored form.
     """
     if matrix.index is not None:
@@ -43,6 +77,8 @@ def choose_form(
         return "delta", "quantised layer"
     if matrix.adapted:
         return "delta", "another adapter is on it"
+    if held is not None and held < matrix.rank:
+        return "delta", f"the factors hold {held} of {matrix.rank} components"
     return cheaper_form(*matrix.shape, support, dense.itemsize, factors.itemsize)
 
 

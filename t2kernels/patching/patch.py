@@ -15,7 +15,6 @@ from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.origin import Origin
 from t2kernels.factors.checkpoint import name_of
-from t2kernels.factors.factor import resolve_rank
 from t2kernels.factors.matrices import Matrix, Targets, find_matrices, unwrapped
 from t2kernels.layers import swiglu
 from t2kernels.layers.factored_linear import FactoredLinear
@@ -24,7 +23,7 @@ from t2kernels.layers.moe import DeltaStack, stack_factors
 from t2kernels.layers.routing.active import Routing
 
 from . import model_hooks
-from .forms import FORMS, choose_form, unsupported
+from .forms import FORMS, choose_form, choose_supports, unsupported
 from .supply import FactorSupply, Given
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 def patch_model(
     model: nn.Module,
     targets: Targets = "all",
-    rank: int | float | None = None,
+    rank: int | float | str | None = "auto",
     form: str = "auto",
     factors: Given = None,
     rows: int = 64,
@@ -51,7 +50,9 @@ def patch_model(
 
     targets: "all" (every linear layer of the blocks), "mlp", "attention", a regular expression, a list of names, or
         callable(name, module)
-    rank: how many leading components an expert may rescale: None (all), a number, or a fraction of min(M, N)
+    rank: how many leading components an expert may rescale: None (all), a number, or a fraction of min(M, N). "auto":
+        as many as the given factors hold; without factors a 16th, but all of them in factored form (the method exactly)
+        and in a model whose largest min(M, N) is at most 256
     form: "factored": W is dropped, reads (M + N) R numbers. "delta": the layer stays as it is, in any format; reads
         k (M + N) numbers more. "auto": for each matrix the one that reads less; `bank.describe()` gives the reasons
     factors: None: computed now, in the layer's dtype. "fp32", "bf16", "fp16" or "int8": computed now, in that format
@@ -71,14 +72,17 @@ def patch_model(
         raise InputError("the model is patched already: unpatch_model(model) first, or use the bank in model.t2_bank")
     if form not in FORMS:
         raise InputError(f"form={form!r}; wanted 'auto', 'factored' or 'delta'")
-    resolve_rank(rank, 1)
+    choose_supports({}, rank, form, {})  # refused before anything is read
     root = unwrapped(model)  # paths are of the model inside PEFT's wrapper: it may be taken off
     model_hooks.check(root)
     routing, origin = Routing(), Origin(*name_of(root))
     supply = FactorSupply(factors, max_error, origin, _dtype(root))
     matrices = find_matrices(root, targets)
-    supports = {name: resolve_rank(rank, m.rank) for name, m in matrices.items()}
-    plan = {name: choose_form(m, supports[name], form, *supply.dtypes(m)) for name, m in matrices.items()}
+    held = supply.held
+    supports = choose_supports(matrices, rank, form, held)
+    plan = {
+        name: choose_form(m, supports[name], form, *supply.dtypes(m), held.get(name)) for name, m in matrices.items()
+    }
     for name, m in matrices.items():
         if reason := unsupported(m, plan[name][0]) or supply.unsupported(m):
             raise InputError(f"{name} {reason}")

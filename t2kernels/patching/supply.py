@@ -59,6 +59,14 @@ class FactorSupply:
             return FORMATS[self.format], dense
         return (torch.int8 if self._is_int8(matrix.name) else dense), dense
 
+    @property
+    def held(self) -> dict[str, int]:
+        """{matrix: components of its given factors}; empty if they are computed now."""
+        factors = self.factors
+        if isinstance(factors, Factors):
+            return dict(factors.ranks)
+        return {name: factor.rank for name, factor in (factors or {}).items()}
+
     def unsupported(self, matrix: Matrix) -> str | None:
         """Why there are no factors for a matrix, and what to do; None if there are."""
         if self.factors is not None:
