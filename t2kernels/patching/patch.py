@@ -22,7 +22,7 @@ from t2kernels.layers.linear import DeltaLinear, SVFLinear
 from t2kernels.layers.moe import DeltaStack, stack_factors
 from t2kernels.layers.routing.active import Routing
 
-from . import model_hooks
+from . import gguf, model_hooks
 from .forms import FORMS, choose_form, choose_supports, unsupported
 from .supply import FactorSupply, Given
 
@@ -75,6 +75,7 @@ def patch_model(
     choose_supports({}, rank, form, {})  # refused before anything is read
     root = unwrapped(model)  # paths are of the model inside PEFT's wrapper: it may be taken off
     model_hooks.check(root)
+    gguf.unmark(root)
     routing, origin = Routing(), Origin(*name_of(root))
     supply = FactorSupply(factors, max_error, origin, _dtype(root))
     matrices = find_matrices(root, targets)

@@ -30,6 +30,10 @@ def load(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedT
     return model.eval(), AutoTokenizer.from_pretrained(path(), local_files_only=True)
 
 
-def experts() -> dict[str, Path]:
-    """The experts that come with the model: {name: file}."""
-    return {file.stem: file for file in sorted((Path(__file__).parent / "experts").glob("*.safetensors"))}
+def experts(model: str = "tiny") -> dict[str, Path]:
+    """The experts that come with a model: {name: file}, empty for a model that has none.
+
+    model: "tiny", or "smollm2", the model of `t2kernels.tiny.smollm2`
+    """
+    folder = {"tiny": "experts", "smollm2": "smollm2"}.get(model)
+    return {} if folder is None else {f.stem: f for f in sorted((Path(__file__).parent / folder).glob("*.safetensors"))}

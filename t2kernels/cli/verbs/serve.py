@@ -140,7 +140,7 @@ def serve(
         hosts=_hosts(host, api_key, allow_host),
         origins=tuple(allow_origin),
     )
-    service = Service(loaded.model, loaded.tokenizer, settings, _shipped() if tiny and experts is None else None)
+    service = Service(loaded.model, loaded.tokenizer, settings, _shipped(model) if experts is None else None)
     names = ", ".join(service.experts.current) or "none yet"
     row = sum(layer.scale[0].numel() * layer.scale.element_size() for layer, _ in bank.layers)
     err.print(f"{settings.name} on http://{host}:{port}/v1, experts: {names}", soft_wrap=True)
@@ -168,10 +168,10 @@ def vllm_is_installed() -> bool:
     return installed() is not None
 
 
-def _shipped() -> dict[str, Path]:
+def _shipped(model: str) -> dict[str, Path]:
     from t2kernels import tiny
 
-    return tiny.experts()
+    return tiny.experts(model)
 
 
 def _serve_vllm(
@@ -187,11 +187,12 @@ def _serve_vllm(
     if not vllm_is_installed():
         raise PackageError("--engine vllm: vllm is not installed here; install it, or use --engine transformers")
     from t2kernels.integrations.vllm.server import launch as vllm
+    from t2kernels.tiny import smollm2
 
-    named = _shipped() if model == models.TINY and experts is None else {}
+    named = _shipped(model) if experts is None else {}
     if experts is not None:
         named |= {path.stem: path for path in sorted(experts.glob("*.safetensors"))}
-    if Path(model).suffix == GGUF:
+    if Path(model).suffix == GGUF or model == smollm2.NAME:
         raise InputError(f"--engine vllm: {model} is a GGUF file; give the directory of its original checkpoint")
     model = locate(model).source if model == models.TINY else model  # vLLM looks for any other model itself
     more = {} if rows is None else {"rows": rows}

@@ -1,0 +1,71 @@
+"""A real model of 135 M parameters: its size, vocabulary and chat template hide no fault that a small model would."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import t2kernels as t2
+from t2kernels.train import SVFConfig, SVFTrainer
+from tests.helpers.commandline import t2_
+from tests.real.conftest import REVIEW, TEXTS
+
+
+def greedy(model, batch, **routing):
+    return model.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False, **routing)
+
+
+def test_it_is_the_model_it_says(loaded):
+    model, tokenizer = loaded
+    assert (model.config.vocab_size, model.config.num_hidden_layers) == (49152, 30)
+    assert model.num_parameters() == 134_515_008
+    assert tokenizer.chat_template
+
+
+def test_the_base_row_is_the_base_model_bit_for_bit(loaded, patched, batch):
+    plain, (model, bank, _) = loaded[0], patched
+    assert set(bank.matrices.values()) == {12, 36}  # a sixteenth of 192 and of 576
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, plain(**batch).logits)
+    assert torch.equal(greedy(model, batch, experts=[None, "warm", None])[[0, 2]], greedy(plain, batch)[[0, 2]])
+
+
+def test_a_mixed_batch_is_each_merged_model(loaded, patched, batch):
+    model, bank, _ = patched
+    with torch.no_grad():
+        found = model(**batch, experts=["warm", None, "cold"]).logits[:, -1]
+        base = model(**batch).logits[:, -1]
+        for row, name in ((0, "warm"), (2, "cold")):
+            merged = t2.unpatch_model(copy.deepcopy(model), name)
+            wanted = merged(**batch).logits[row, -1]
+            torch.testing.assert_close(found[row], wanted, rtol=1e-4, atol=1e-3)
+            assert (found[row] - base[row]).abs().max() > 0.1, "the expert changes nothing"
+
+
+def test_three_steps_of_training_and_an_expert_that_stays(patched, tmp_path):
+    model, bank, tokenizer = patched
+    rows = [
+        {"prompt": [{"role": "user", "content": REVIEW.format(text)}], "answer": answer}
+        for text, answer in zip(TEXTS, ("positive", "negative", "positive"), strict=True)
+    ]
+    reward = lambda prompts, completions, answer, **_: [  # noqa: E731
+        float(a in c[-1]["content"].lower()) for c, a in zip(completions, answer, strict=True)
+    ]
+    config = SVFConfig(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=3, num_generations=2, max_new_tokens=4, report_to="none"
+    )
+    trainer = SVFTrainer(model, config, rows, reward=reward, experts="reviews", processing_class=tokenizer)
+    trainer.train()
+    assert len(trainer.state.log_history) >= 1
+    trainer.save_expert("reviews", tmp_path / "reviews")
+    expert = t2.Expert.load(tmp_path / "reviews.safetensors")
+    assert sum(z.numel() for z in expert.z.values()) == sum(bank.matrices.values()) == 6120
+    assert all(torch.isfinite(z).all() for z in expert.z.values())
+
+
+@pytest.mark.slow
+def test_the_command_line(loaded, tmp_path):
+    said = t2_("generate", REVIEW.format(TEXTS[0]), "--model", "smollm2", "--chat", "--json", "--max-new-tokens", "4")
+    answer = json.loads(said.splitlines()[-1])
+    assert answer, said
