@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from t2kernels import InputError
+from t2kernels.layers.head import contiguous_head
 
 from .chat import AnyPrompt, as_completion, encode, end_tokens
 from .modes import eval_mode
@@ -174,7 +175,7 @@ class Sampler:
         prompt, stage = ids.shape[1], self.max_new_tokens if whole else max(STAGE, self.max_new_tokens // 8)
         out = torch.cat([ids, ids.new_full((len(ids), self.max_new_tokens), self.pad)], 1)
         rows, width = torch.arange(len(ids), device=ids.device), prompt
-        with eval_mode(model):
+        with eval_mode(model), contiguous_head(model):
             while len(rows) and width < out.shape[1]:
                 settings["max_new_tokens"] = min(stage, out.shape[1] - width)
                 known = {} if cache is None else {cache_argument(): cache}
@@ -242,7 +243,8 @@ def completion_logits(model: nn.Module, rollout: Rollout, cache: Any = None, **r
     length = rollout.completion.shape[1]
     ids, mask = rollout.ids[:, :-1], rollout.mask[:, :-1]  # nothing follows the last token
     inputs = forward_inputs(model, ids, mask, length, cache)
-    return model(**inputs, use_cache=cache is not None, **routing).logits[:, -length:]
+    with contiguous_head(model):
+        return model(**inputs, use_cache=cache is not None, **routing).logits[:, -length:]
 
 
 def forward_inputs(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, cache: Any = None) -> dict[str, Any]:

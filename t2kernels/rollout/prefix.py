@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2kernels.layers.head import contiguous_head
+
 from .generation import cache_argument, forward_inputs
 from .modes import eval_mode
 
@@ -67,6 +69,6 @@ def forward(
     Returns (logits [B, keep, vocabulary] of tokens that were not in the cache; the cache, now of all S tokens).
     """
     inputs = forward_inputs(model, ids, mask, keep, cache)
-    with eval_mode(model):
+    with eval_mode(model), contiguous_head(model):
         out = model(**inputs, use_cache=True, **routing)
     return out.logits, out[cache_argument()]
