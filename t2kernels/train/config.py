@@ -51,6 +51,9 @@ class SVFConfig(TrainingArguments):
     loss_batch_size: rows of one forward and backward, of similar length; None: all at once. It does not change
         gradients. Smaller pieces take less memory, and the longest row of a piece pads only that piece.
 
+    logits_memory: bytes that all logits of the loss may take at once. The head runs on as many positions as fit, and
+        again in the backward pass. It does not change gradients.
+
     Arguments of transformers with another default here: learning_rate .02, 150 steps of 128 prompts, warm-up over 7 %
     of the steps, the last 30 % down to 5 % in a straight line, gradient norm cut at 1 (each expert by itself), nothing
     saved, no progress bar, best model by accuracy. DistributedDataParallel neither looks for unused parameters (there
@@ -78,6 +81,7 @@ class SVFConfig(TrainingArguments):
         default="reverse", metadata={"help": "reverse, KL(pi || base), or forward, KL(base || pi)"}
     )
     loss_batch_size: int | None = field(default=32, metadata={"help": "Rows of one forward and backward."})
+    logits_memory: int = field(default=2**28, metadata={"help": "Bytes of all logits of the loss at once."})
 
     learning_rate: float = field(
         default=0.02, metadata={"help": "Of Adam; about the largest move of a raw z in one step."}
@@ -115,7 +119,7 @@ class SVFConfig(TrainingArguments):
             ("kl_direction", KL_DIRECTIONS),
         ):
             check_setting(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(map(repr, allowed)))
-        for name in ("max_new_tokens", "num_generations", "loss_batch_size"):
+        for name in ("max_new_tokens", "num_generations", "loss_batch_size", "logits_memory"):
             value = getattr(self, name)
             check_setting(value is None or value >= 1, name, value, "at least 1")
         check_setting(

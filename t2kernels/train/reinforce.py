@@ -17,14 +17,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from t2kernels import InputError, InputTypeError
 from t2kernels.rollout.chat import as_completion
-from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
+from t2kernels.rollout.generation import Rollout, Sampler
 from t2kernels.rollout.rewards import Scorer, advantages
 
 from .arguments import UnsupportedSettingError, refused_method, unsupported, unsupported_argument
 from .config import SVFConfig
 from .data import Problems
-from .loss import kl_divergence, reinforce_loss
+from .loss import reinforce_loss
 from .processes import alone_by_mistake, gather, seed_by_rank
+from .scores import AtHead, TokenScorer
 from .trainer_methods import check_trainer, unsupported_part
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ class ReinforceTrainer(Trainer):
             logger.warning("this process trains alone, but %s: start it with torchrun --nproc_per_node N", reason)
         self.remove_callback(PrinterCallback)  # Trainer adds it where there is no progress bar; it writes to stdout
         self.add_callback(_Begin(self._begin))
+        sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None  # the head has no weights by itself
+        self.scorer: TokenScorer = TokenScorer(args.logits_memory, args.temperature, args.kl_direction, whole=sharded)
         self._measured: dict[str, list[float]] = defaultdict(list)
         self._equal: Counter[str | None] = Counter()
 
@@ -117,6 +120,11 @@ class ReinforceTrainer(Trainer):
     def reference(self) -> contextlib.AbstractContextManager[object]:
         """A context in which the model is the reference of the KL."""
         raise NotImplementedError("a KL needs a reference: set kl_coef=0, or define reference()")
+
+    def at_head(self, experts: Sequence[str | None]) -> AtHead:
+        """A function of rows of a batch that gives a context. In it the head, called by itself, computes for each
+        position what it does in a forward with `routing(experts)`; rows None: in a forward of the reference."""
+        return lambda rows: contextlib.nullcontext()
 
     def _begin(self) -> None:
         """Called when model, optimiser and data of a run are ready, before its first step."""
@@ -186,17 +194,18 @@ class ReinforceTrainer(Trainer):
         self, model: nn.Module, inputs: Rollout, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """`reinforce_loss` of a rollout, a scalar."""
-        temperature = self.args.temperature
-        log_base = None
-        if self.args.kl_coef:
-            with torch.no_grad(), self.reference():
-                log_base = log_probs(completion_logits(model, inputs), temperature)
-        log_pi = log_probs(completion_logits(model, inputs, **self.routing(inputs.experts)), temperature)
-        kl = None if log_base is None else kl_divergence(log_pi, log_base, self.args.kl_direction)
-        taken = log_pi.gather(2, inputs.tokens[..., None])[..., 0]
-        if kl is not None:
-            self._note(inputs.experts, kl=torch.where(inputs.completion, kl.detach(), 0).sum(1))
-        return reinforce_loss(taken, inputs.completion, inputs.advantages, inputs.weights, kl, self.args.kl_coef)
+        scores = self.scorer.score(
+            model,
+            inputs,
+            self.routing(inputs.experts),
+            self.reference if self.args.kl_coef else None,
+            self.at_head(inputs.experts),
+        )
+        if scores.kl is not None:
+            self._note(inputs.experts, kl=scores.kl.detach().sum(1))
+        return reinforce_loss(
+            scores.log_probs, inputs.completion, inputs.advantages, inputs.weights, scores.kl, self.args.kl_coef
+        )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As Trainer's. "warmup_stable_decay" without arguments goes down to 5 % over the last 30 % of the steps."""

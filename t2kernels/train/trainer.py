@@ -24,6 +24,8 @@ from t2kernels import InputError, UnknownNameError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.names import check_files
+from t2kernels.layers.head import head_of
+from t2kernels.layers.routing.route import Route
 from t2kernels.rollout.modes import restored_mode
 from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.rewards import Reward, Scorer
@@ -33,6 +35,7 @@ from . import trainer_state as checkpoint
 from .config import SVFConfig
 from .data import by_expert, problems
 from .reinforce import ReinforceTrainer, check_arguments
+from .scores import AtHead
 from .trainer_methods import unsupported_part
 
 STATE, ARGUMENTS = "trainer_state.json", "svf_config.json"
@@ -214,6 +217,16 @@ class SVFTrainer(ReinforceTrainer):
     def reference(self) -> contextlib.AbstractContextManager[object]:
         """The base model."""
         return self.bank.routing.hold(None)
+
+    def at_head(self, experts: Sequence[str | None]) -> AtHead:
+        """As `ReinforceTrainer.at_head`: z of the head, if it is patched."""
+        head, ids = head_of(self.model) or self.model, self.routing(experts)["expert_ids"]
+
+        def at(rows: Tensor | None) -> contextlib.AbstractContextManager[object]:
+            route = None if rows is None else Route(ids if ids.dim() == 0 else ids[rows])
+            return self.bank.routing.within(head, route)
+
+        return at
 
     def _counts(self, experts: Sequence[str | None]) -> Counter[str | None]:
         counts = super()._counts(experts)
