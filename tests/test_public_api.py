@@ -93,7 +93,8 @@ NAMES = {
     "t2kernels.tasks": {
         "Task": (
             "name, rows, extract=<function whole>, max_new_tokens=64, judge=None, stop=(), "
-            "checker='equality', chat=False, images=False, check=None, labels=(), system=None, norm='sum', form=None"
+            "checker='equality', chat=False, images=False, check=None, labels=(), system=None, norm='sum', form=None, "
+            "made_of_chats=False"
         ),
         "classification": "path, instruction=None, labels=None, check='choice'",
         "from_jsonl": "path, check=None, labels=None",

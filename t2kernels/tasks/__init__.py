@@ -61,7 +61,8 @@ def load(
     if path is not None or holdout:
         raise InputError(f"path and holdout are for {', '.join(TASKS)}; not for {name!r}")
     if name.endswith((".jsonl", ".csv")):
-        return replace(load_file(name, check), chat=chat)
+        made = load_file(name, check)
+        return replace(made, chat=chat or made.chat)
     if name in names():
         if check is not None:
             raise InputError(f"check {check!r} is for files and ARC; {name!r} has a check of its own")

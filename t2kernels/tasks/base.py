@@ -47,6 +47,7 @@ class Task:
         in its column `check`; None: `extract` or `judge` decide. "choice": nothing is written; the likeliest of
         `options(row)` is the answer.
     labels: the options of every row without a column `choices`, for "label" and "choice".
+    made_of_chats: if True, the prompts of the rows are chats themselves, and cannot be text.
     norm: how likelihoods of options are compared for "choice": "sum"; or "length", divided by the characters of the
         option, as lm-eval's acc_norm, for options of different lengths.
     form: (completion, columns of its row) -> whether it has the form of an answer, for reports. A check brings its own.
@@ -68,6 +69,7 @@ class Task:
     system: str | None = None
     norm: str = "sum"
     form: Callable[[str, Row], bool] | None = field(default=None, repr=False)
+    made_of_chats: bool = False
 
     def options(self, row: Mapping[str, Any]) -> Sequence[str]:
         """The texts that a row's answer is one of: its column `choices`, else the task's labels; empty if it has none.

@@ -60,6 +60,8 @@ def from_jsonl(path: str | Path, check: str | None = None, labels: Sequence[str]
     return Task(
         path.name.removesuffix(".jsonl"),
         lambda split, n, seed: [dict(row) for row in parts[split][:n]],
+        chat=False in kinds,
+        made_of_chats=False in kinds,
         check=one,
         labels=known,
         norm="length" if own else "sum",
