@@ -93,11 +93,13 @@ NAMES = {
     "t2kernels.tasks": {
         "Task": (
             "name, rows, extract=<function whole>, max_new_tokens=64, judge=None, stop=(), "
-            "checker='equality', chat=False, images=False"
+            "checker='equality', chat=False, images=False, check=None, labels=(), system=None, norm='sum', form=None, "
+            "made_of_chats=False"
         ),
-        "from_jsonl": "path",
+        "classification": "path, instruction=None, labels=None, check='choice'",
+        "from_jsonl": "path, check=None, labels=None",
         "hub_names": "",
-        "load": "name, path=None, chat=False, checker='auto', holdout=0",
+        "load": "name, path=None, chat=False, checker='auto', holdout=0, check=None",
         "names": "",
     },
     "t2kernels.tiny": {

@@ -1,6 +1,7 @@
 """ARC (arXiv 1803.05457): science questions with three to five options. One option is right."""
 
 import re
+from dataclasses import replace
 
 from t2kernels import InputError
 from t2kernels.tasks.base import Task
@@ -42,12 +43,46 @@ def problem(raw: Row) -> Row:
         "target": f" {answer}",
         "chat_target": answer,
         "options": options,
+        "question": question,
+    }
+
+
+def by_likelihood(task: Task) -> Task:
+    """The task without the list of options in its prompts: the answer is the likeliest text of an option.
+
+    Likelihoods are divided by the characters of the option, as acc_norm of lm-eval's arc_easy and arc_challenge, which
+    have the same prompt.
+    """
+
+    def rows(split: str, n: int | None, seed: int) -> list[Row]:
+        return [_open(row) for row in task.rows(split, n, seed)]
+
+    return replace(
+        task, rows=rows, judge=None, form=None, check="choice", norm="length", checker="the likeliest option"
+    )
+
+
+def _open(row: Row) -> Row:
+    options, question = row["options"], row["question"]
+    right = options[LETTERS.index(row["answer"])]
+    return {
+        "prompt": f"Question: {question}\nAnswer:",
+        "messages": [{"role": "user", "content": question}],
+        "answer": right,
+        "target": f" {right}",
+        "chat_target": right,
+        "choices": options,
     }
 
 
 def judge(completion: str, row: Row) -> bool:
     """Whether a completion decides for the right option."""
     return choice(completion, row.get("options") or []) == row["answer"]
+
+
+def formed(completion: str, row: Row) -> bool:
+    """Whether a completion decides for one option."""
+    return bool(choice(completion, row.get("options") or []))
 
 
 def choice(completion: str, options: list[str]) -> str:
@@ -107,10 +142,10 @@ def _by_text(said: str, options: list[str]) -> str:
 
 
 def _make(name: str, rows: Rows, checker: str) -> Task:
-    return Task(name, rows, judge=judge, max_new_tokens=32, stop=STOP, checker="the option named")
+    return Task(name, rows, judge=judge, max_new_tokens=32, stop=STOP, checker="the option named", form=formed)
 
 
 TASKS: dict[str, Dataset] = {
-    "arc_easy": Dataset(Source("allenai/ai2_arc", problem, ("ARC-Easy",)), _make),
-    "arc_challenge": Dataset(Source("allenai/ai2_arc", problem, ("ARC-Challenge",)), _make),
+    "arc_easy": Dataset(Source("allenai/ai2_arc", problem, ("ARC-Easy",)), _make, by_likelihood),
+    "arc_challenge": Dataset(Source("allenai/ai2_arc", problem, ("ARC-Challenge",)), _make, by_likelihood),
 }

@@ -154,10 +154,19 @@ class Dataset:
     """How a hub file declares a task: where its rows are, and how to make the task from them.
 
     make: (name, rows, checker) -> the task. checker is the argument of `tasks.load`; most tasks ignore it.
+    choice: the task -> the same with check "choice"; None if its rows have no options
     """
 
     source: Source
     make: Callable[[str, Rows, str], Task]
+    choice: Callable[[Task], Task] | None = None
+
+    def checked(self, task: Task, check: str) -> Task:
+        """The task with another check than its own. Raises ValueError for any but "choice" where there are options."""
+        if check != "choice" or self.choice is None:
+            can = "'choice'" if self.choice else "none but its own"
+            raise InputError(f"check {check!r}: {task.name!r} can be checked by {can}")
+        return self.choice(task)
 
 
 def existing(path: str | Path) -> Path:
