@@ -79,7 +79,9 @@ NAMES = {
         "transfer": "expert, bank, source=None, rename=None, strength=1.0, **manifest",
     },
     "t2kernels.train": {
-        "ReinforceTrainer": "model, args, train_dataset, eval_dataset, scorers, processing_class, **kwargs",
+        "ReinforceTrainer": (
+            "model, args, train_dataset, eval_dataset, scorers, processing_class, choosers=None, **kwargs"
+        ),
         "SVFConfig": (
             "output_dir=None, parametrisation='raw', max_new_tokens=None, num_generations=1, temperature=1.0, "
             "reward_range=<factory>, advantage='none', advantage_clip=None, kl_coef=0.05, "

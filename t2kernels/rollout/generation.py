@@ -50,6 +50,7 @@ class Rollout:
     completion: [B, C] bool, True up to the end token, which counts
     advantages, weights: [B] fp32, or None before they are known
     experts: [B] the name of each row's expert, or empty
+    old: [B, C] log-probabilities under the policy that drew the completions, or None
     """
 
     ids: Tensor
@@ -58,6 +59,7 @@ class Rollout:
     advantages: Tensor | None = None
     weights: Tensor | None = None
     experts: Sequence[str | None] = ()
+    old: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,23 +72,23 @@ class Rollout:
     def split(self, size: int | None) -> list[Rollout]:
         """Pieces of at most `size` rows (None: all), shortest rows first, without columns that are all padding."""
         order = self.mask.sum(1).argsort(stable=True)
-        size, prompt = size or len(self), self.ids.shape[1] - self.completion.shape[1]
-        pieces = []
-        for rows in order.split(size):
-            left = int(self.mask[rows].any(0).int().argmax())
-            length = int(self.completion[rows].any(0).sum())
-            cut = slice(left, prompt + length)
-            pieces.append(
-                Rollout(
-                    self.ids[rows, cut],
-                    self.mask[rows, cut],
-                    self.completion[rows, :length],
-                    None if self.advantages is None else self.advantages[rows],
-                    None if self.weights is None else self.weights[rows],
-                    [self.experts[i] for i in rows.tolist()] if self.experts else (),
-                )
-            )
-        return pieces
+        return [self.take(rows) for rows in order.split(size or len(self))]
+
+    def take(self, rows: Tensor) -> Rollout:
+        """The rows of these numbers, at least one, without columns that are all padding. rows: [n] int64"""
+        prompt = self.ids.shape[1] - self.completion.shape[1]
+        left = int(self.mask[rows].any(0).int().argmax())
+        length = int(self.completion[rows].any(0).sum())
+        cut = slice(left, prompt + length)
+        return Rollout(
+            self.ids[rows, cut],
+            self.mask[rows, cut],
+            self.completion[rows, :length],
+            None if self.advantages is None else self.advantages[rows],
+            None if self.weights is None else self.weights[rows],
+            [self.experts[i] for i in rows.tolist()] if self.experts else (),
+            None if self.old is None else self.old[rows, :length],
+        )
 
 
 class Sampler:

@@ -34,8 +34,8 @@ from t2kernels.storage import write_json
 from . import trainer_state as checkpoint
 from .config import SVFConfig
 from .data import by_expert, problems
+from .policy.scores import AtHead
 from .reinforce import ReinforceTrainer, check_arguments
-from .scores import AtHead
 from .trainer_methods import unsupported_part
 
 STATE, ARGUMENTS = "trainer_state.json", "svf_config.json"
@@ -125,7 +125,8 @@ class SVFTrainer(ReinforceTrainer):
             raise InputError(
                 f"eval_dataset has problems of {sorted(map(str, unknown))}, but the experts in training are {names}"
             )
-        super().__init__(model, args, train, evaluation, scorers, processing_class, **kwargs)
+        choosers = {name: task for name, task in tasks.items() if getattr(task, "check", None) == "choice"}
+        super().__init__(model, args, train, evaluation, scorers, processing_class, choosers, **kwargs)
         self.experts: dict[str, Expert] = {}
         self._names: list[str] = names
         self._seen: set[str | None] = set()  # experts of the batches since the last optimiser step

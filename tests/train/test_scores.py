@@ -13,7 +13,7 @@ import t2kernels as t2
 from t2kernels.layers.head import head_of
 from t2kernels.layers.routing.route import Route
 from t2kernels.rollout.generation import Rollout, completion_logits
-from t2kernels.train.scores import TokenScorer, _Read, finish_of, hidden_states
+from t2kernels.train.policy.scores import TokenScorer, _Read, finish_of, hidden_states
 from tests.helpers.families import COMMON, GQA, QUIET, build
 
 FINISHED = {

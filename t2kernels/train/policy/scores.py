@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from t2kernels.layers.head import head_of
 from t2kernels.rollout.generation import Rollout, completion_logits, log_probs
-
-from .loss import kl_divergence
+from t2kernels.train.loss import kl_divergence
 
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 AtHead = Callable[[Tensor | None], contextlib.AbstractContextManager[object]]
