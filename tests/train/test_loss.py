@@ -1,6 +1,9 @@
 """Kinds of loss and advantage against the formulas of their papers, written out in fp64, and against TRL if it is
 there."""
 
+from collections import defaultdict
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -84,27 +87,28 @@ def test_advantages_of_grpo_and_leave_one_out():
     torch.testing.assert_close(advantages(r, ["a"] * 8, 4, "leave_one_out"), r - others.float())
 
 
+class Unset(SimpleNamespace):
+    """A trainer of which only what is set here is switched on."""
+
+    def __getattr__(self, name):
+        return None
+
+
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
 def test_losses_are_those_of_trl(kind, tmp_path):
     trl = pytest.importorskip("trl")
-    from types import SimpleNamespace
-
     new, old, mask, A, kl = batch()
     ref = new - kl  # TRL's k3 estimate differs from the exact KL: without it
     config = trl.GRPOConfig(str(tmp_path), loss_type=kind, beta=0.0, epsilon=0.2, max_completion_length=8, use_cpu=True)
     ids = torch.zeros(6, 6, dtype=torch.long)
-    stub = SimpleNamespace(
+    stub = Unset(
         args=config, beta=0.0, loss_type=kind, epsilon_low=0.2, epsilon_high=0.2, max_completion_length=8,
         importance_sampling_level="token", top_entropy_quantile=1.0, use_vllm=False, use_liger_kernel=False, tools=None,
         off_policy_mask_threshold=None, current_gradient_accumulation_steps=1, model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda t: t, unwrap_model=lambda m: m),
-        _metrics={"train": {k: [] for k in ()} | {}}, aux_loss_enabled=False,
-        _get_per_token_logps_and_entropies=lambda *a, **k: (new, torch.zeros(6, 6)),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda t: t, reduce=lambda t, **k: t),
+        _metrics={"train": defaultdict(list)}, aux_loss_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *a, **k: (new, torch.zeros(6, 6), None),
     )  # fmt: skip
-    from collections import defaultdict
-
-    stub._metrics = {"train": defaultdict(list)}
-    stub.get_off_policy_mask = None
     inputs = {
         "prompt_ids": ids, "prompt_mask": mask.long(), "completion_ids": ids, "completion_mask": mask.long(),
         "advantages": A, "old_per_token_logps": old, "ref_per_token_logps": ref, "num_items_in_batch": mask.sum(),
