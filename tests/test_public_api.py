@@ -143,13 +143,13 @@ OPTIONS = {
     ),
     "eval": (
         "--task/-t=math --experts/-e= --by --adapt= --classifier=classify --examples --margin=0.0 "
-        "--model/-m=tiny -n --split=test --chat/--no-chat --batch=256 --max-new-tokens --json --targets=all "
-        "--rank=all --form=auto --factors --dtype --device"
+        "--model/-m=tiny -n --split=test --chat/--no-chat --system --check --batch=256 --max-new-tokens "
+        "--json --targets=all --rank=all --form=auto --factors --dtype --device"
     ),
     "generate": (
         "prompts!* --expert/-e*=[] --mix*=[] --adapt --classifier=classify --examples --margin=0.0 --pair "
-        "--model/-m=tiny --max-new-tokens=64 --temperature=0.0 --chat --json --targets=all --rank=all "
-        "--form=auto --factors --dtype --device"
+        "--model/-m=tiny --max-new-tokens=64 --temperature=0.0 --chat/--no-chat --system "
+        "--json --targets=all --rank=all --form=auto --factors --dtype --device"
     ),
     "decompose": "model! --out/-o! --rank=all --targets=all --dtype --format --max-error --device --workers",
     "inspect": "path! --rows=0",

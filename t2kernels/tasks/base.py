@@ -95,6 +95,19 @@ class Task:
             )
         return [self._styled(row) for row in rows]
 
+    def held_out(self, n: int | None = None) -> list[Row]:
+        """At most the first `n` test problems; those of the validation split if the task has no test problems.
+
+        Raises ValueError if it has neither.
+        """
+        try:
+            return self.split("test")[:n]
+        except InputError as e:
+            try:
+                return self.split("validation")[:n]
+            except InputError:
+                raise e from None
+
     def _styled(self, row: Row) -> Row:
         row = dict(row)
         messages, target = row.pop("messages", None), row.pop("chat_target", None)

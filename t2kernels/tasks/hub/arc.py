@@ -6,7 +6,7 @@ from dataclasses import replace
 from t2kernels import InputError
 from t2kernels.tasks.base import Task
 from t2kernels.tasks.extract import before_next
-from t2kernels.tasks.records import Row, text, texts
+from t2kernels.tasks.records import MissingColumnError, Row, text, texts
 
 from .source import Dataset, Rows, Source
 
@@ -20,7 +20,9 @@ def problem(raw: Row) -> Row:
     Some rows label their options 1 to 4. The prompt always uses letters, in the same order.
     """
     question, key = text(raw, "question"), text(raw, "answerKey")
-    choices = raw.get("choices")
+    if "choices" not in raw:
+        raise MissingColumnError("no 'choices'; expected {'text': [...], 'label': [...]}")
+    choices = raw["choices"]
     if not isinstance(choices, dict):
         raise InputError(f"'choices' is {choices!r:.60}; expected {{'text': [...], 'label': [...]}}")
     options, labels = texts(choices, "text"), texts(choices, "label")
