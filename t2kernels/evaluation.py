@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from t2kernels import InputError
 from t2kernels.experts.names import BASE, Name
 from t2kernels.rollout.chat import AnyPrompt
+from t2kernels.tasks.judging import CHOICE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from t2kernels.factors.store import Factor
     from t2kernels.tasks import Task
 
-__all__ = ["Arm", "Chooser", "Measured", "Meter", "Score", "answers", "measure", "rebuild", "scores"]
+__all__ = ["Arm", "Chooser", "Measured", "Meter", "Score", "answers", "choices", "measure", "rebuild", "scores"]
 
 Problem = Mapping[str, Any]
 """A row of a task: a prompt, its answer, and further columns."""
@@ -48,15 +49,22 @@ class Chooser(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """right: how many answers are right; of: how many there are"""
+    """right: how many answers are right; of: how many there are; formed: how many have the form of an answer, such as
+    one label or a number; None where nothing is written, or any text has the form"""
 
     right: int
     of: int
+    formed: int | None = None
 
     @property
     def accuracy(self) -> float:
         """p = right / n"""
         return self.right / self.of
+
+    @property
+    def well_formed(self) -> float | None:
+        """The share of answers that have the form of one, right or wrong."""
+        return None if self.formed is None else self.formed / self.of
 
     @property
     def standard_error(self) -> float:
@@ -156,6 +164,46 @@ def answers(
     return written
 
 
+def choices(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[AnyPrompt],
+    options: Sequence[Sequence[str]],
+    experts: Sequence[Name] | None,
+    norm: str = "sum",
+    batch: int = 256,
+    done: Callable[[int], object] | None = None,
+    meter: Meter | None = None,
+) -> list[str]:
+    """The likeliest option of each prompt, each with its own expert. Nothing is written.
+
+    argmax_o log p(o | prompt), divided by the characters of o for norm="length", as lm-eval's acc_norm.
+
+    options: for each prompt the texts to choose from; norm: "sum" or "length"
+    Other arguments as of `answers`. The meter counts no tokens, only seconds.
+    """
+    from t2kernels.rollout.labels import normalised, option_log_likelihoods
+    from t2kernels.rollout.patched import bank_of
+
+    bank = None if experts is None else bank_of(model)
+    chosen: list[str] = []
+    start_time = time.perf_counter()
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
+        rows = None if bank is None or experts is None else bank.ids(experts[part])
+        for some, sums in zip(
+            options[part],
+            option_log_likelihoods(model, tokenizer, prompts[part], options[part], rows),
+            strict=True,
+        ):
+            chosen.append(some[int(normalised(sums, some, norm).argmax())])
+        if done:
+            done(len(prompts[part]))
+    if meter is not None:
+        meter.seconds += time.perf_counter() - start_time
+    return chosen
+
+
 def scores(
     model: nn.Module,
     tokenizer: Any,
@@ -168,11 +216,12 @@ def scores(
     """The score of each expert on the same problems of a task, such as `task.split("test", 200)`.
 
     experts: names in the bank, mixtures {name: weight}, or None, the base model. Other arguments as of `answers`.
+    A task with check "choice" is answered by `choices`. With None alone the model need not be patched.
     """
-    rights, _ = _verdicts(
+    rights, formed, _ = _verdicts(
         model, tokenizer, task, problems, [[expert] * len(problems) for expert in experts], batch, done
     )
-    return [_score(right) for right in rights]
+    return [_score(right, form) for right, form in zip(rights, formed, strict=True)]
 
 
 def measure(
@@ -189,6 +238,7 @@ def measure(
     arms: {label: arm}. An arm is an expert for all problems (a name, a mixture {name: weight}, None for the base
         model), a list with an expert for each problem, or a way to choose: a strategy, or a function from prompts to
         experts.
+    With None as the only arm the model need not be patched.
     A column "category" of the problems gives the score of each category as well. Other arguments as of `answers`.
 
     Raises ValueError for an arm with another number of experts than problems, KeyError for an expert not in the bank.
@@ -208,16 +258,19 @@ def measure(
     for label, names in made.items():
         if len(names) != len(problems):
             raise InputError(f"{label} chose {len(names)} experts for {len(problems)} prompts; wanted one for each")
-    rights, meter = _verdicts(model, tokenizer, task, problems, list(made.values()), batch, done)
+    rights, formed, meter = _verdicts(model, tokenizer, task, problems, list(made.values()), batch, done)
     categories = [str(problem.get("category", task.name)) for problem in problems]
     found = {}
-    for (label, names), right in zip(made.items(), rights, strict=True):
+    for (label, names), right, form in zip(made.items(), rights, formed, strict=True):
         at = {c: [i for i, other in enumerate(categories) if other == c] for c in sorted(set(categories))}
-        parts = {c: _score([right[i] for i in rows]) for c, rows in at.items()}
+        parts = {
+            c: _score([right[i] for i in rows], None if form is None else [form[i] for i in rows])
+            for c, rows in at.items()
+        }
         routes = None
         if label in seconds:
             routes = {c: dict(Counter(_label(names[i]) for i in rows)) for c, rows in at.items()}
-        found[label] = Arm(_score(right), parts if len(parts) > 1 else {}, routes, seconds.get(label, 0.0))
+        found[label] = Arm(_score(right, form), parts if len(parts) > 1 else {}, routes, seconds.get(label, 0.0))
     return Measured(found, meter)
 
 
@@ -242,21 +295,36 @@ def _verdicts(
     arms: Sequence[Sequence[Name]],
     batch: int,
     done: Callable[[int], object] | None,
-) -> tuple[list[list[bool]], Meter]:
-    """([arm][problem] True for a right answer; the cost of all answers). An arm is an expert for each problem."""
+) -> tuple[list[list[bool]], list[list[bool] | None], Meter]:
+    """([arm][problem] True for a right answer; the same for a well-formed one, None where any is; the cost of all
+    answers). An arm is an expert for each problem."""
     work = [(problem, arm[i]) for i, problem in enumerate(problems) for arm in arms]
     prompts = [problem["prompt"] for problem, _ in work]
-    meter, stop = Meter(), () if task.chat else task.stop
-    written = answers(
-        model, tokenizer, prompts, [e for _, e in work], task.max_new_tokens, batch, done=done, stop=stop, meter=meter
-    )
-    columns = {key: [problem.get(key) for problem, _ in work] for key in problems[0] if key != "prompt"}
+    plain = not hasattr(model, "t2_bank") and all(expert is None for _, expert in work)
+    experts = None if plain else [expert for _, expert in work]
+    meter, rows = Meter(), [dict(problem) for problem, _ in work]
+    columns = {key: [row.get(key) for row in rows] for key in problems[0] if key != "prompt"}
+    if getattr(task, "check", None) == CHOICE:
+        options = [task.options(row) for row in rows]
+        written = choices(model, tokenizer, prompts, options, experts, task.norm, batch, done, meter)
+        formed = None
+    else:
+        stop = () if task.chat else task.stop
+        written = answers(
+            model, tokenizer, prompts, experts, task.max_new_tokens, batch, done=done, stop=stop, meter=meter
+        )
+        formed = task.formed(written, rows) if hasattr(task, "formed") else None
     rewards = task.reward(prompts, written, **columns)
-    return [[reward > 0 for reward in rewards[k :: len(arms)]] for k in range(len(arms))], meter
+    arms_of = range(len(arms))
+    return (
+        [[reward > 0 for reward in rewards[k :: len(arms)]] for k in arms_of],
+        [None if formed is None else formed[k :: len(arms)] for k in arms_of],
+        meter,
+    )
 
 
-def _score(right: Sequence[bool]) -> Score:
-    return Score(sum(right), len(right))
+def _score(right: Sequence[bool], formed: Sequence[bool] | None) -> Score:
+    return Score(sum(right), len(right), None if formed is None else sum(formed))
 
 
 def _label(name: Name) -> str:

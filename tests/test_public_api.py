@@ -79,7 +79,9 @@ NAMES = {
         "transfer": "expert, bank, source=None, rename=None, strength=1.0, **manifest",
     },
     "t2kernels.train": {
-        "ReinforceTrainer": "model, args, train_dataset, eval_dataset, scorers, processing_class, **kwargs",
+        "ReinforceTrainer": (
+            "model, args, train_dataset, eval_dataset, scorers, processing_class, choosers=None, **kwargs"
+        ),
         "SVFConfig": (
             "output_dir=None, parametrisation='raw', max_new_tokens=None, num_generations=1, temperature=1.0, "
             "reward_range=<factory>, advantage='none', advantage_clip=None, kl_coef=0.05, "
@@ -93,11 +95,13 @@ NAMES = {
     "t2kernels.tasks": {
         "Task": (
             "name, rows, extract=<function whole>, max_new_tokens=64, judge=None, stop=(), "
-            "checker='equality', chat=False, images=False"
+            "checker='equality', chat=False, images=False, check=None, labels=(), system=None, norm='sum', form=None, "
+            "made_of_chats=False"
         ),
-        "from_jsonl": "path",
+        "classification": "path, instruction=None, labels=None, check='choice'",
+        "from_jsonl": "path, check=None, labels=None",
         "hub_names": "",
-        "load": "name, path=None, chat=False, checker='auto', holdout=0",
+        "load": "name, path=None, chat=False, checker='auto', holdout=0, check=None",
         "names": "",
     },
     "t2kernels.tiny": {
@@ -139,13 +143,13 @@ OPTIONS = {
     ),
     "eval": (
         "--task/-t=math --experts/-e= --by --adapt= --classifier=classify --examples --margin=0.0 "
-        "--model/-m=tiny -n --split=test --chat/--no-chat --batch=256 --max-new-tokens --json --targets=all "
-        "--rank=auto --form=auto --factors --dtype --device"
+        "--model/-m=tiny -n --split=test --chat/--no-chat --system --check --batch=256 --max-new-tokens "
+        "--json --targets=all --rank=auto --form=auto --factors --dtype --device"
     ),
     "generate": (
         "prompts!* --expert/-e*=[] --mix*=[] --adapt --classifier=classify --examples --margin=0.0 --pair "
-        "--model/-m=tiny --max-new-tokens=64 --temperature=0.0 --chat --json --targets=all --rank=auto "
-        "--form=auto --factors --dtype --device"
+        "--model/-m=tiny --max-new-tokens=64 --temperature=0.0 --chat/--no-chat --system "
+        "--json --targets=all --rank=auto --form=auto --factors --dtype --device"
     ),
     "decompose": "model! --out/-o! --rank=all --targets=all --dtype --format --max-error --device --workers",
     "inspect": "path! --rows=0",

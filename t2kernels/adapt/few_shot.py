@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import nn
 from t2kernels import InputError
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.names import Name
-from t2kernels.rollout.chat import AnyPrompt
+from t2kernels.rollout.chat import AnyPrompt, PromptForm, prompt_form
+from t2kernels.tasks.base import SPLITS
+from t2kernels.tasks.judging import CHOICE
 
 from .cem import CEMConfig, Found, search
 from .examples import Examples, Scores
@@ -87,13 +90,23 @@ def make_few_shot(
     *,
     examples: str | Path,
     tiny: bool = False,
+    form: PromptForm | None = None,
 ) -> FewShot:
-    """`FewShot` on the examples of a .jsonl file with prompt and answer. Other arguments as of `make_strategy`."""
+    """`FewShot` on the examples of a file, .jsonl with prompt and answer. Other arguments as of `make_strategy`.
+
+    The examples are asked in `form`. Those of a task with check "choice" are answered with one label, which is checked.
+    """
     from t2kernels import tasks
 
-    task = tasks.from_jsonl(examples)
-    rows = [row for split in ("train", "validation", "test") for row in task.rows(split, None, 0)]
+    task = tasks.load(str(examples))
     if tiny:  # the built-in model's answers end in "=ANSWER", with or without working before it
         task = tasks.Task(task.name, task.rows, tasks.tiny.final, 32)
-    found = Examples(model, tokenizer, rows, task, gold=lambda row: ("=" if tiny else "") + row["answer"])
+    else:
+        if task.check == CHOICE:
+            task = replace(task, check="label")
+        task = (form or prompt_form(tokenizer, task=task)).of_task(task)
+    rows = [row for split in SPLITS if task.rows(split, 1, 0) for row in task.split(split)]
+    found = Examples(
+        model, tokenizer, rows, task, gold=lambda row: ("=" if tiny else "") + (row.get("target") or row["answer"])
+    )
     return FewShot(model, tokenizer, found, bank_names(experts), CEMConfig())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from t2kernels.experts.names import CLASSIFIER
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from t2kernels.rollout.chat import PromptForm
 
     from .strategy import Strategy
 
@@ -53,7 +56,8 @@ def register_strategy(name: str, make: Callable[..., Strategy] | str, *options: 
     """Make a strategy known under a name. A name that is known already gets the new strategy.
 
     make: make(model, tokenizer, experts, *, tiny, **options) -> Strategy, or "module:function", imported at first use.
-        It gets what `make_strategy` got, with every option, and must raise before any forward.
+        It gets what `make_strategy` got, with every option, and must raise before any forward. With a parameter `form`
+        it gets that too.
     options: two strategies may share an option, of the same name
     """
     _STRATEGIES[name] = _Registered(make, options)
@@ -100,6 +104,7 @@ def make_strategy(
     experts: Sequence[str] | Mapping[str, str],
     *,
     tiny: bool = False,
+    form: PromptForm | None = None,
     **options: Any,
 ) -> Strategy:
     """Make a registered strategy, such as `make_strategy("prompt", model, tokenizer, ["math", "code"], margin=1.0)`.
@@ -107,6 +112,8 @@ def make_strategy(
     model: patched; tokenizer: the model's
     experts: to choose from: names in the bank, or {name that a question uses: name in the bank}
     tiny: True for the built-in model, which is asked in its own words
+    form: of the prompts, for makers with a parameter of that name, which ask in it; None: as `rollout.chat.prompt_form`
+        decides from the tokenizer
     options: of this strategy
 
     Raises ValueError or FileNotFoundError before any forward, for whatever the strategy cannot be made of.
@@ -116,6 +123,8 @@ def make_strategy(
     if isinstance(make, str):
         module, _, function = make.partition(":")
         make = getattr(import_module(module), function)
+    if "form" in signature(make).parameters:
+        values["form"] = form
     return make(model, tokenizer, experts, tiny=tiny, **values)
 
 
@@ -127,7 +136,9 @@ def _registered(name: str) -> _Registered:
 
 _MARGIN = Option("margin", float, 0.0, "Nats by which an expert must lead, else the base model answers.")
 _CLASSIFIER = Option("classifier", str, CLASSIFIER, "The expert that answers the question.", expert=True)
-_EXAMPLES = Option("examples", Path, None, "A .jsonl file with prompt and answer.", required=True)
+_EXAMPLES = Option(
+    "examples", Path, None, "A .jsonl file with prompt and answer, or a .csv file with text and label.", required=True
+)
 
 register_strategy("prompt", "t2kernels.adapt.prompt:make_prompt", _MARGIN)
 register_strategy("classify", "t2kernels.adapt.prompt:make_classifier", _CLASSIFIER, _MARGIN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,14 @@ import typer
 from t2kernels import InputError, MissingFileError
 from t2kernels.experts.names import BASE, parse_mixture
 
-from .console import bar, comma_list
+from .console import bar, comma_list, err
 from .model_files import TINY, ModelFiles, locate, reading
 
 if TYPE_CHECKING:
     import torch
 
     from t2kernels import ExpertBank
+    from t2kernels.rollout.chat import PromptForm
 
 # Options that several verbs share.
 ModelOption: Any = typer.Option(
@@ -43,6 +44,27 @@ FactorsOption: Any = typer.Option(
 )
 DtypeOption: Any = typer.Option(
     None, help="Dtype of the model's weights.  \\[default: float32 for tiny, else as saved]", show_default=False
+)
+ChatOption: Any = typer.Option(
+    None,
+    "--chat/--no-chat",
+    metavar="",
+    help="Ask through the model's chat template, or in plain text.  \\[default: as the experts were trained; else with "
+    "the template, if the model has one]",
+    show_default=False,
+)
+SystemOption: Any = typer.Option(
+    None,
+    "--system",
+    help="The system message of a chat; may be empty.  \\[default: the template's]",
+    show_default=False,
+)
+CheckOption: Any = typer.Option(
+    None,
+    "--check",
+    help="How answers of a file are checked, where its rows do not say it: exact, label, number, contains, regex or "
+    "choice. For ARC, choice: the options by their likelihood.",
+    show_default=False,
 )
 DeviceOption: Any = typer.Option(None, help="Where to run.  \\[default: a GPU if there is one]", show_default=False)
 
@@ -155,6 +177,29 @@ def patch(
                 task, completed=done, total=total, name=name if done < total else ""
             ),
         )
+
+
+def prompt_form(
+    loaded: Loaded,
+    chat: bool | None,
+    system: str | None,
+    names: Sequence[str | None],
+    task: Any = None,
+    quiet: bool = False,
+) -> PromptForm:
+    """`rollout.chat.prompt_form` for experts of a model's bank. An expert that was trained with another is named.
+
+    names: of the experts in the bank that will answer; quiet: True if they have been named before
+    Raises ValueError as `rollout.chat.prompt_form`.
+    """
+    from t2kernels.rollout import chat as forms
+
+    bank = getattr(loaded.model, "t2_bank", None)
+    manifests = {name: bank[name].manifest for name in names if name is not None and bank is not None}
+    form = forms.prompt_form(loaded.tokenizer, chat, system, list(manifests.values()), task)
+    for line in () if quiet else forms.other_forms(form, manifests):
+        err.print(line, soft_wrap=True, markup=False)
+    return form
 
 
 def add_experts(bank: ExpertBank, text: str, model: str) -> list[str | None]:

@@ -81,11 +81,19 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         raise type(e)(f"--adapt {name}: {e}") from None
 
 
-def strategy(name: str, loaded: models.Loaded, experts: Sequence[str], options: Mapping[str, Any]) -> Strategy:
+def strategy(
+    name: str,
+    loaded: models.Loaded,
+    experts: Sequence[str],
+    options: Mapping[str, Any],
+    chat: bool | None = None,
+    system: str | None = None,
+) -> Strategy:
     """Make a strategy for a patched model, with the experts that it needs in the bank.
 
     experts: to choose from, by path or name; none: those that come with the built-in model
     options: of all strategies; each takes its own
+    chat, system: as of `models.prompt_form`, for strategies that answer examples
     Raises ValueError before any forward.
     """
     if not experts and not loaded.is_tiny:
@@ -97,4 +105,5 @@ def strategy(name: str, loaded: models.Loaded, experts: Sequence[str], options: 
         if option.expert:
             given[option.name] = models.add_expert(bank, given[option.name], loaded.name)
     names = [expert for expert in found if expert is not None]
-    return make_strategy(name, loaded.model, loaded.tokenizer, names, tiny=loaded.is_tiny, **given)
+    form = None if loaded.is_tiny else models.prompt_form(loaded, chat, system, names, quiet=True)
+    return make_strategy(name, loaded.model, loaded.tokenizer, names, tiny=loaded.is_tiny, form=form, **given)

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
-from t2kernels.layers import subclass
+from t2kernels.layers import head, subclass
 from t2kernels.layers.dense.link import Link
 from t2kernels.layers.forward_hooks import check_hooks, remove_hook
 from t2kernels.layers.private import require
@@ -178,6 +178,7 @@ def install(model: nn.Module, root: nn.Module, bank: ExpertBank) -> None:
         module.t2_bank = bank
         module.register_forward_pre_hook(_enter, prepend=True, with_kwargs=True)
         module.register_forward_hook(_leave, always_call=True)
+    head.install(root)
     if isinstance(root, transformers.GenerationMixin):
         subclass.install(PatchedModel, root)
 
@@ -189,6 +190,7 @@ def remove(root: nn.Module, bank: ExpertBank) -> None:
             del module.t2_bank
         remove_hook(module, _enter)
         remove_hook(module, _leave)
+    head.remove(root)
     subclass.remove(PatchedModel, root)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from t2kernels import InputError
+from t2kernels.layers.head import contiguous_head
 
 from .chat import AnyPrompt, as_completion, encode, end_tokens
 from .modes import eval_mode
@@ -49,6 +50,7 @@ class Rollout:
     completion: [B, C] bool, True up to the end token, which counts
     advantages, weights: [B] fp32, or None before they are known
     experts: [B] the name of each row's expert, or empty
+    old: [B, C] log-probabilities under the policy that drew the completions, or None
     """
 
     ids: Tensor
@@ -57,6 +59,7 @@ class Rollout:
     advantages: Tensor | None = None
     weights: Tensor | None = None
     experts: Sequence[str | None] = ()
+    old: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,23 +72,23 @@ class Rollout:
     def split(self, size: int | None) -> list[Rollout]:
         """Pieces of at most `size` rows (None: all), shortest rows first, without columns that are all padding."""
         order = self.mask.sum(1).argsort(stable=True)
-        size, prompt = size or len(self), self.ids.shape[1] - self.completion.shape[1]
-        pieces = []
-        for rows in order.split(size):
-            left = int(self.mask[rows].any(0).int().argmax())
-            length = int(self.completion[rows].any(0).sum())
-            cut = slice(left, prompt + length)
-            pieces.append(
-                Rollout(
-                    self.ids[rows, cut],
-                    self.mask[rows, cut],
-                    self.completion[rows, :length],
-                    None if self.advantages is None else self.advantages[rows],
-                    None if self.weights is None else self.weights[rows],
-                    [self.experts[i] for i in rows.tolist()] if self.experts else (),
-                )
-            )
-        return pieces
+        return [self.take(rows) for rows in order.split(size or len(self))]
+
+    def take(self, rows: Tensor) -> Rollout:
+        """The rows of these numbers, at least one, without columns that are all padding. rows: [n] int64"""
+        prompt = self.ids.shape[1] - self.completion.shape[1]
+        left = int(self.mask[rows].any(0).int().argmax())
+        length = int(self.completion[rows].any(0).sum())
+        cut = slice(left, prompt + length)
+        return Rollout(
+            self.ids[rows, cut],
+            self.mask[rows, cut],
+            self.completion[rows, :length],
+            None if self.advantages is None else self.advantages[rows],
+            None if self.weights is None else self.weights[rows],
+            [self.experts[i] for i in rows.tolist()] if self.experts else (),
+            None if self.old is None else self.old[rows, :length],
+        )
 
 
 class Sampler:
@@ -174,7 +177,7 @@ class Sampler:
         prompt, stage = ids.shape[1], self.max_new_tokens if whole else max(STAGE, self.max_new_tokens // 8)
         out = torch.cat([ids, ids.new_full((len(ids), self.max_new_tokens), self.pad)], 1)
         rows, width = torch.arange(len(ids), device=ids.device), prompt
-        with eval_mode(model):
+        with eval_mode(model), contiguous_head(model):
             while len(rows) and width < out.shape[1]:
                 settings["max_new_tokens"] = min(stage, out.shape[1] - width)
                 known = {} if cache is None else {cache_argument(): cache}
@@ -242,7 +245,8 @@ def completion_logits(model: nn.Module, rollout: Rollout, cache: Any = None, **r
     length = rollout.completion.shape[1]
     ids, mask = rollout.ids[:, :-1], rollout.mask[:, :-1]  # nothing follows the last token
     inputs = forward_inputs(model, ids, mask, length, cache)
-    return model(**inputs, use_cache=cache is not None, **routing).logits[:, -length:]
+    with contiguous_head(model):
+        return model(**inputs, use_cache=cache is not None, **routing).logits[:, -length:]
 
 
 def forward_inputs(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, cache: Any = None) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2kernels.layers.head import contiguous_head
+
 from .generation import cache_argument, forward_inputs
 from .modes import eval_mode
 
@@ -41,16 +43,17 @@ def hoist(ids: Tensor, mask: Tensor, min_prefix: int = MIN_PREFIX) -> tuple[Tens
 
 
 @torch.no_grad()
-def prefill(model: nn.Module, prefix: Tensor, expert_ids: Tensor, copies: int) -> Any:
+def prefill(model: nn.Module, prefix: Tensor, expert_ids: Tensor | None, copies: int) -> Any:
     """The KV cache of a prefix under several experts.
 
-    prefix: [P] int64; expert_ids: [E] int32
+    prefix: [P] int64; expert_ids: [E] int32, or None for the model as it is, one reader
     Returns a cache of E * copies rows, the copies of an expert side by side, or None for an empty prefix.
     """
     if not len(prefix):
         return None
-    ids = prefix.expand(len(expert_ids), -1)
-    _, cache = forward(model, ids, torch.ones_like(ids), keep=1, expert_ids=expert_ids)
+    ids = prefix.expand(1 if expert_ids is None else len(expert_ids), -1)
+    routing = {} if expert_ids is None else {"expert_ids": expert_ids}
+    _, cache = forward(model, ids, torch.ones_like(ids), keep=1, **routing)
     cache.batch_repeat_interleave(copies)
     return cache
 
@@ -67,6 +70,6 @@ def forward(
     Returns (logits [B, keep, vocabulary] of tokens that were not in the cache; the cache, now of all S tokens).
     """
     inputs = forward_inputs(model, ids, mask, keep, cache)
-    with eval_mode(model):
+    with eval_mode(model), contiguous_head(model):
         out = model(**inputs, use_cache=True, **routing)
     return out.logits, out[cache_argument()]

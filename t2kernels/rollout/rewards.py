@@ -97,6 +97,8 @@ def advantages(
         "none"           A = r
         "batch"          A = (r - mean) / std over the group; 0 where all rewards are equal
         "group"          A = r - mean over the completions of the prompt
+        "grpo"           A = (r - mean) / (std + 1e-4) over the completions of the prompt, with the unbiased std (GRPO,
+                         arXiv 2402.03300, section 4.1.2; the constant is TRL's)
         "leave_one_out"  A = r - mean over the other completions of the prompt, which keeps the estimate unbiased
     clip: A is cut to [-clip, clip]
     Returns [B] fp32.
@@ -108,9 +110,10 @@ def advantages(
             r = rewards[at]
             std = r.std(unbiased=False)
             out[at] = (r - r.mean()) / std if std > 1e-8 else torch.zeros_like(r)
-    elif kind in ("group", "leave_one_out"):
+    elif kind in ("group", "grpo", "leave_one_out"):
         r = rewards.reshape(-1, samples)
-        out = (r - r.mean(1, keepdim=True)).reshape(-1)
+        out = r - r.mean(1, keepdim=True)
+        out = (out / (r.std(1, keepdim=True) + 1e-4) if kind == "grpo" else out).reshape(-1)
         if kind == "leave_one_out":
             out = out * (samples / (samples - 1))  # r - (S - r) / (G - 1) = G / (G - 1) (r - S / G)
     else:

@@ -3,12 +3,12 @@
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from t2kernels import InputError
 
-from .records import Row, json_lines, text
+from .judging import of_row
+from .records import Row
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
@@ -42,6 +42,15 @@ class Task:
     stop: texts that start the next problem. Generation stops there, as a base model does not stop by itself.
     checker: a description of how an answer is checked.
     chat: if True, prompts are messages for the chat template.
+    system: the system message of chats that have none; None: the template's own. An empty text is a message too.
+    check: the name of a check (`judging.CHECKS`), which replaces `extract` and `judge`; "mixed": each row names its own
+        in its column `check`; None: `extract` or `judge` decide. "choice": nothing is written; the likeliest of
+        `options(row)` is the answer.
+    labels: the options of every row without a column `choices`, for "label" and "choice".
+    made_of_chats: if True, the prompts of the rows are chats themselves, and cannot be text.
+    norm: how likelihoods of options are compared for "choice": "sum"; or "length", divided by the characters of the
+        option, as lm-eval's acc_norm, for options of different lengths.
+    form: (completion, columns of its row) -> whether it has the form of an answer, for reports. A check brings its own.
     images: if True, the prompts contain an image, which only a vision-language model can read.
         No path of this package gives an image to a model yet (see `hub/textvqa.py`).
     """
@@ -55,6 +64,19 @@ class Task:
     checker: str = "equality"
     chat: bool = False
     images: bool = False
+    check: str | None = None
+    labels: tuple[str, ...] = ()
+    system: str | None = None
+    norm: str = "sum"
+    form: Callable[[str, Row], bool] | None = field(default=None, repr=False)
+    made_of_chats: bool = False
+
+    def options(self, row: Mapping[str, Any]) -> Sequence[str]:
+        """The texts that a row's answer is one of: its column `choices`, else the task's labels; empty if it has none.
+
+        They have no white space around them: whoever appends one to a prompt sets the boundary.
+        """
+        return tuple(row.get("choices") or self.labels)
 
     def split(self, split: str, n: int | None = None, seed: int = 0) -> list[Row]:
         """The first `n` problems of a split, or all of them.
@@ -73,6 +95,19 @@ class Task:
             )
         return [self._styled(row) for row in rows]
 
+    def held_out(self, n: int | None = None) -> list[Row]:
+        """At most the first `n` test problems; those of the validation split if the task has no test problems.
+
+        Raises ValueError if it has neither.
+        """
+        try:
+            return self.split("test")[:n]
+        except InputError as e:
+            try:
+                return self.split("validation")[:n]
+            except InputError:
+                raise e from None
+
     def _styled(self, row: Row) -> Row:
         row = dict(row)
         messages, target = row.pop("messages", None), row.pop("chat_target", None)
@@ -80,6 +115,9 @@ class Task:
             row["prompt"] = messages or [{"role": "user", "content": row["prompt"]}]
             if target:
                 row["target"] = target
+        chat = row["prompt"]
+        if self.system is not None and not isinstance(chat, str) and chat[0].get("role") != "system":
+            row["prompt"] = [{"role": "system", "content": self.system}, *chat]
         return row
 
     def reward(
@@ -109,7 +147,26 @@ class Task:
         """Whether each completion is right, given the columns of its row. None (no text) is wrong."""
         return [c is not None and self._right(c, row) for c, row in zip(completions, rows, strict=True)]
 
+    def formed(self, completions: Sequence[str | None], rows: Sequence[Row]) -> list[bool] | None:
+        """Whether each completion has the form of an answer: one label, a number, ...; None if any text has.
+
+        The rows have the columns of `verdicts`.
+        """
+        judges = [self._form(row) for row in rows]
+        if not any(judges):
+            return None
+        return [c is not None and (form is None or form(c)) for c, form in zip(completions, judges, strict=True)]
+
+    def _form(self, row: Row) -> Callable[[str], bool] | None:
+        if self.check is None:
+            form = self.form
+            return None if form is None else lambda completion: form(completion, row)
+        formed = of_row(self.check, row).formed
+        return None if formed is None else lambda completion: formed(completion, self.options(row))
+
     def _right(self, completion: str, row: Row) -> bool:
+        if self.check is not None:
+            return of_row(self.check, row).right(completion, row["answer"], self.options(row))
         return self.judge(completion, row) if self.judge else self.extract(completion) == row["answer"]
 
     def right(self, completion: str | Sequence[Message] | None, answer: str, **row: Any) -> bool:
@@ -127,26 +184,6 @@ def text_of(completion: str | Sequence[Message] | None) -> str | None:
             parts = [part.get("text") for part in found if isinstance(part, dict)]
             found = "".join(part for part in parts if isinstance(part, str))
     return found if isinstance(found, str) else None
-
-
-def from_jsonl(path: str | Path) -> Task:
-    """A task from a file with one JSON object per line: `prompt` and `answer`, both strings.
-
-    The reward gets the other columns too. A column `split` (train, validation or test) sets the split of a row;
-    without it the hash of the prompt decides.
-    Raises ValueError with the file, the line and the reason.
-    """
-    path = Path(path)
-    parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for where, row in json_lines(path):
-        try:
-            text(row, "answer")
-            parts[split_of(row, text(row, "prompt"))].append({k: v for k, v in row.items() if k != "split"})
-        except ValueError as e:
-            raise InputError(f"{where}: {e}") from None
-    if not any(parts.values()):
-        raise InputError(f'{path} has no problem; expected one per line, as {{"prompt": "2+2=", "answer": "4"}}')
-    return Task(path.name.removesuffix(".jsonl"), lambda split, n, seed: [dict(row) for row in parts[split][:n]])
 
 
 def split_of(row: Mapping[str, Any], prompt: str) -> str:

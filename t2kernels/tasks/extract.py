@@ -92,3 +92,23 @@ def braced(text: str) -> str | None:
             if not depth:
                 return text[1:i]
     return None
+
+
+def final_number(completion: str) -> str:
+    """The number that a completion gives as its answer; "" if it has none. Text after the next question is ignored.
+
+    The first of these that holds a number: the text after the last `####`, the last \\boxed{}, the text after the last
+    "answer is", the last number.
+    """
+    completion = before_next(completion)
+    marked = re.findall(r"####[ \t]*(?=[^\w\n]{0,6}\d)(.*)", completion)
+    if marked:
+        return canonical(marked[-1])
+    inside = boxed(completion)
+    if inside and canonical(inside):
+        return canonical(inside)
+    for rest in reversed(re.split(r"(?i)answer(?:\s+is\b|\s*[:=])", completion)[1:]):
+        if found := canonical(rest.split("\n")[0]):
+            return found
+    found = numbers(completion)
+    return written(found[-1]) if found else ""

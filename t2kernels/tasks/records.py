@@ -7,6 +7,11 @@ from typing import Any
 
 from t2kernels import InputError
 
+
+class MissingColumnError(InputError):
+    """A row lacks a column, so it may be one of another dataset."""
+
+
 Row = dict[str, Any]
 """A problem: column name -> value."""
 
@@ -51,7 +56,7 @@ def texts(raw: Mapping[str, Any], column: str) -> list[str]:
 
 def _column(raw: Mapping[str, Any], column: str) -> Any:
     if column not in raw:
-        raise InputError(f"no {column!r}; the columns are {', '.join(raw) or 'none'}")
+        raise MissingColumnError(f"no {column!r}; the columns are {', '.join(raw) or 'none'}")
     return raw[column]
 
 

@@ -15,7 +15,9 @@ from .arguments import UnsupportedSettingError, unsupported
 from .processes import unsupported_environment
 
 PARAMETRISATIONS: tuple[str, ...] = ("raw", "sigmoid")
-ADVANTAGES: tuple[str, ...] = ("none", "batch", "group", "leave_one_out")
+ADVANTAGES: tuple[str, ...] = ("none", "batch", "group", "grpo", "leave_one_out")
+LOSS_TYPES: tuple[str, ...] = ("sum", "grpo", "dapo", "dr_grpo")
+POLICY_LOSSES: tuple[str, ...] = ("expected", "log")
 KL_DIRECTIONS: tuple[str, ...] = ("reverse", "forward")
 METRICS: tuple[str, ...] = ("accuracy", "reward", "completion_length")
 """What an evaluation reports. With several experts, also "EXPERT_accuracy" and so on."""
@@ -41,15 +43,26 @@ class SVFConfig(TrainingArguments):
         +1 / -1 into 1 / 0. Without a baseline a wrong answer then teaches nothing, instead of pushing down all of its
         tokens, right ones included. Accuracy always means reward > 0 before the cut.
     advantage: "none", A = r (the paper); "batch", (r - mean) / std over the batch; "group", r - mean over the G
-        completions of a prompt; "leave_one_out", r - mean over the other G - 1
+        completions of a prompt; "grpo", the same divided by their std; "leave_one_out", r - mean over the other G - 1
     advantage_clip: A is cut to [-clip, clip]
 
     Loss
     kl_coef: weight of the full-vocabulary KL between the expert and the base model (row 0), summed over a completion; 0
         saves a forward
     kl_direction: "reverse", KL(pi || base); "forward", KL(base || pi), the release's
+    loss_type: what a token counts: "sum", each the same, over the number of completions; "grpo", over the length of its
+        completion as well; "dapo", over all tokens of the batch; "dr_grpo", over `max_new_tokens`. The KL is weighed
+        alike
+    num_iterations: updates from each batch of rollouts. The steps between draw nothing, and the prompts that the data
+        loader gives for them are left out
+    clip: for num_iterations > 1: the ratio of new and old probability of a token counts up to 1 - clip and 1 + clip
+    policy_loss: for tasks with check="choice", where the policy is over the options of a row (`train.options`):
+        "expected", -E_pi[r]; "log", -log E_pi[r]
     loss_batch_size: rows of one forward and backward, of similar length; None: all at once. It does not change
         gradients. Smaller pieces take less memory, and the longest row of a piece pads only that piece.
+
+    logits_memory: bytes that all logits of the loss may take at once. The head runs on as many positions as fit, and
+        again in the backward pass. It does not change gradients.
 
     Arguments of transformers with another default here: learning_rate .02, 150 steps of 128 prompts, warm-up over 7 %
     of the steps, the last 30 % down to 5 % in a straight line, gradient norm cut at 1 (each expert by itself), nothing
@@ -77,7 +90,12 @@ class SVFConfig(TrainingArguments):
     kl_direction: str = field(
         default="reverse", metadata={"help": "reverse, KL(pi || base), or forward, KL(base || pi)"}
     )
+    loss_type: str = field(default="sum", metadata={"help": "sum, grpo, dapo or dr_grpo"})
+    num_iterations: int = field(default=1, metadata={"help": "Updates from each batch of rollouts."})
+    clip: float | None = field(default=None, metadata={"help": "Ratios count up to 1 - clip and 1 + clip."})
+    policy_loss: str = field(default="expected", metadata={"help": "For choices: expected or log"})
     loss_batch_size: int | None = field(default=32, metadata={"help": "Rows of one forward and backward."})
+    logits_memory: int = field(default=2**28, metadata={"help": "Bytes of all logits of the loss at once."})
 
     learning_rate: float = field(
         default=0.02, metadata={"help": "Of Adam; about the largest move of a raw z in one step."}
@@ -113,9 +131,11 @@ class SVFConfig(TrainingArguments):
             ("parametrisation", PARAMETRISATIONS),
             ("advantage", ADVANTAGES),
             ("kl_direction", KL_DIRECTIONS),
+            ("loss_type", LOSS_TYPES),
+            ("policy_loss", POLICY_LOSSES),
         ):
             check_setting(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(map(repr, allowed)))
-        for name in ("max_new_tokens", "num_generations", "loss_batch_size"):
+        for name in ("max_new_tokens", "num_generations", "num_iterations", "loss_batch_size", "logits_memory"):
             value = getattr(self, name)
             check_setting(value is None or value >= 1, name, value, "at least 1")
         check_setting(
@@ -133,11 +153,16 @@ class SVFConfig(TrainingArguments):
             self.advantage_clip,
             "more than 0, or None",
         )
+        check_setting(self.clip is None or 0 < self.clip < 1, "clip", self.clip, "between 0 and 1, or None")
+        if self.num_iterations > 1 and self.clip is None:
+            raise InputError(
+                f"num_iterations={self.num_iterations} trains on completions of an older policy: set clip, such as 0.2"
+            )
         if self.reward_range is not None:
             self.reward_range = [float(v) for v in self.reward_range]
             good = len(self.reward_range) == 2 and self.reward_range[0] < self.reward_range[1]
             check_setting(good, "reward_range", self.reward_range, "[low, high], or None")
-        if self.advantage in ("group", "leave_one_out"):
+        if self.advantage in ("group", "grpo", "leave_one_out"):
             check_setting(
                 self.num_generations > 1,
                 "num_generations",

@@ -4,36 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl
+from transformers import PrinterCallback, TrainerCallback, TrainerControl
 
 from t2kernels import InputError, InputTypeError
 from t2kernels.rollout.chat import as_completion
-from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
+from t2kernels.rollout.generation import Rollout, Sampler
 from t2kernels.rollout.rewards import Scorer, advantages
 
 from .arguments import UnsupportedSettingError, refused_method, unsupported, unsupported_argument
 from .config import SVFConfig
 from .data import Problems
-from .loss import kl_divergence, reinforce_loss
+from .loss import reinforce_loss, row_weights
+from .policy.choosing import ChoiceTrainer
+from .policy.options import Choices
+from .policy.scores import TokenScorer
 from .processes import alone_by_mistake, gather, seed_by_rank
+from .steering.measures import Measures, statistics
+from .steering.watch import Watch
 from .trainer_methods import check_trainer, unsupported_part
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-PATIENCE = 5
-"""Batches in a row whose rewards are all equal, before a warning."""
 
-
-class ReinforceTrainer(Trainer):
+class ReinforceTrainer(ChoiceTrainer):
     """Samples completions, scores them, and follows the gradient of the expected reward less a KL penalty:
 
         ∇ E[r] = E[A ∇ log pi(y | x)]
@@ -45,6 +46,8 @@ class ReinforceTrainer(Trainer):
     train_dataset, eval_dataset: `Problems`
     scorers: {expert, or None: its Scorer}, for the rows with that value in the column "expert"
     processing_class: the model's tokenizer
+    choosers: {expert: an object with `options(row)` and `norm`, as a task has}, for experts whose rows are not answered
+        in writing, but by the likeliest option: for all of them, or for none
     The rest as in transformers.Trainer.
 
     Raises ValueError without a tokenizer, for rows without a scorer, for a reward that fails on empty completions, and
@@ -54,7 +57,6 @@ class ReinforceTrainer(Trainer):
     With several processes each has its own problems and its own random numbers. Logged means are over all of them.
     """
 
-    args: SVFConfig
     control: TrainerControl
     loss_is_scaled_for_ga: bool | None
 
@@ -72,6 +74,7 @@ class ReinforceTrainer(Trainer):
         eval_dataset: Problems | None,
         scorers: Mapping[str | None, Scorer],
         processing_class: Any,
+        choosers: Mapping[str | None, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         check_trainer()
@@ -79,6 +82,12 @@ class ReinforceTrainer(Trainer):
         if processing_class is None:
             raise InputError("processing_class is missing: give the model's tokenizer")
         self.scorers: dict[str | None, Scorer] = dict(scorers)
+        self.choosers: dict[str | None, Any] = dict(choosers or {})
+        if self.choosers and (written := set(self.scorers) - set(self.choosers)):
+            raise InputError(
+                f"the rows of {sorted(map(str, self.choosers))} are answered by options and those of "
+                f"{sorted(map(str, written))} in writing: train them with a trainer each"
+            )
         self.sampler: Sampler = Sampler(model, processing_class, args.max_new_tokens or 64)
         for part in (train_dataset, eval_dataset):
             self._probe(part)
@@ -105,21 +114,16 @@ class ReinforceTrainer(Trainer):
             logger.warning("this process trains alone, but %s: start it with torchrun --nproc_per_node N", reason)
         self.remove_callback(PrinterCallback)  # Trainer adds it where there is no progress bar; it writes to stdout
         self.add_callback(_Begin(self._begin))
-        self._measured: dict[str, list[float]] = defaultdict(list)
-        self._equal: Counter[str | None] = Counter()
-
-    # --- overridden by subclasses
-
-    def routing(self, experts: Sequence[str | None]) -> dict[str, Tensor]:
-        """Arguments of a forward that sends row i of a batch through experts[i]."""
-        return {}
-
-    def reference(self) -> contextlib.AbstractContextManager[object]:
-        """A context in which the model is the reference of the KL."""
-        raise NotImplementedError("a KL needs a reference: set kl_coef=0, or define reference()")
+        sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None  # the head has no weights by itself
+        self.scorer: TokenScorer = TokenScorer(args.logits_memory, args.temperature, args.kl_direction, whole=sharded)
+        self.option_scorer: TokenScorer = TokenScorer(args.logits_memory, 1.0, args.kl_direction, whole=sharded)
+        self.measures: Measures = Measures(Watch(self.is_world_process_zero()), len(self.scorers) > 1)
+        self._kept: list[list[Rollout]] = []  # of the steps since the last rollout, for num_iterations
+        self._micro: tuple[int, int] = (-1, 0)  # (step, batches of it so far)
 
     def _begin(self) -> None:
         """Called when model, optimiser and data of a run are ready, before its first step."""
+        self._kept, self._micro = [], (-1, 0)
         seed_by_rank(self.args.seed, self.accelerator.process_index, self.accelerator.num_processes)
 
     # --- a step
@@ -132,18 +136,40 @@ class ReinforceTrainer(Trainer):
         # in training mode only.
         if model.training != bool(self.args.gradient_checkpointing):
             model.train(not model.training)
-        rollout = self.rollout(inputs["rows"])
-        pieces = rollout.split(self.args.loss_batch_size)
+        parts = self._parts(inputs["rows"])
         total = torch.zeros((), dtype=torch.float32, device=self.args.device)
-        for piece in pieces:
-            with contextlib.nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(model):
+        for piece in parts:
+            with contextlib.nullcontext() if piece is parts[-1] else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, piece) / self.current_gradient_accumulation_steps
                 self.accelerator.backward(loss)
             total += loss.detach()
+        self.measures.end_of_batch()
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             clear_device_cache()
         return total
+
+    def _parts(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Rollout | Choices]:
+        """What a step computes the loss of, in pieces: new rollouts, those of the last step, or choices."""
+        if self.choosers:
+            return self.choices(rows)
+        again, step = self.args.num_iterations, self.state.global_step
+        self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
+        if step % again == 0 and self._micro[1] == 0:
+            self._kept.clear()
+        if self._micro[1] < len(self._kept):
+            return self._kept[self._micro[1]]
+        rollout = self.rollout(rows)
+        if not self.args.kl_coef and rollout.advantages is not None:
+            # No work for rows that teach nothing; one of each expert, so that each gets a gradient.
+            first = [rollout.experts.index(e) for e in dict.fromkeys(rollout.experts)]
+            useful = rollout.advantages != 0
+            useful[first] = True
+            rollout = rollout.take(useful.nonzero()[:, 0])
+        parts = rollout.split(self.args.loss_batch_size)
+        if again > 1:
+            self._kept.append(parts)
+        return parts
 
     @torch.no_grad()
     def rollout(self, rows: Sequence[Mapping[str, Any]]) -> Rollout:
@@ -157,46 +183,54 @@ class ReinforceTrainer(Trainer):
         )
         rows = [row for row in rows for _ in range(samples)]
         out.experts = [row.get("expert") for row in rows]
-        rewards = self.score(rows, self.sampler.decode(out, [row["prompt"] for row in rows]))
+        prompts = [row["prompt"] for row in rows]
+        texts, lengths = self.sampler.decode(out, prompts), out.completion.sum(1)
+        rewards = self.score(rows, texts)
         cut = rewards if args.reward_range is None else rewards.clamp(*args.reward_range)
         parts = gather(
-            list(zip(out.experts, rewards.tolist(), cut.tolist(), strict=True)), self.accelerator.num_processes
+            list(zip(out.experts, rewards.tolist(), cut.tolist(), lengths.tolist(), strict=True)),
+            self.accelerator.num_processes,
         )
         everyone = [one for part in parts for one in part]
-        self._watch(everyone)
+        names = [name for name, *_ in everyone]
+        scored = [(name, reward, value) for name, reward, value, _ in everyone]
+        self.measures.watch.rewards(scored, args.reward_range)
         start = sum(map(len, parts[: self.accelerator.process_index]))
-        out.advantages = self._advantages(cut, out.experts, everyone, start).to(ids.device)
+        out.advantages = self._advantages(cut, out.experts, scored, start).to(ids.device)
         # A mean for each expert, not over the batch: its gradient must not depend on the other rows of the batch.
-        counts = self._counts([expert for expert, *_ in everyone])
-        weights = [self.accelerator.num_processes / counts[e] for e in out.experts]
-        out.weights = torch.tensor(weights, dtype=torch.float32, device=ids.device)
-        lengths = out.completion.sum(1)
-        self._note(out.experts, reward=rewards, accuracy=rewards > 0, completion_length=lengths)
+        self._counts(names)
+        weights = row_weights(
+            args.loss_type, [max(1, length) for *_, length in everyone], names, self.sampler.max_new_tokens
+        )
+        out.weights = torch.tensor(weights[start : start + len(out)], dtype=torch.float32, device=ids.device)
+        out.weights *= self.accelerator.num_processes
+        self.measures.note(out.experts, reward=rewards, accuracy=rewards > 0, completion_length=lengths)
+        self.measures.answers(out.experts, prompts, texts, rewards > 0)
         return out
 
-    def score(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Any]) -> Tensor:
-        """The reward of each completion, by the scorer of its row's expert. Returns [B] fp32 on the CPU."""
-        rewards = torch.zeros(len(rows), dtype=torch.float32)
-        for expert in dict.fromkeys(row.get("expert") for row in rows):
-            at = [i for i, row in enumerate(rows) if row.get("expert") == expert]
-            rewards[at] = self.scorers[expert]([rows[i] for i in at], [completions[i] for i in at])
-        return rewards
-
     def compute_loss(
-        self, model: nn.Module, inputs: Rollout, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: Rollout | Choices, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """`reinforce_loss` of a rollout, a scalar."""
-        temperature = self.args.temperature
-        log_base = None
-        if self.args.kl_coef:
-            with torch.no_grad(), self.reference():
-                log_base = log_probs(completion_logits(model, inputs), temperature)
-        log_pi = log_probs(completion_logits(model, inputs, **self.routing(inputs.experts)), temperature)
-        kl = None if log_base is None else kl_divergence(log_pi, log_base, self.args.kl_direction)
-        taken = log_pi.gather(2, inputs.tokens[..., None])[..., 0]
+        """`reinforce_loss` of a rollout or `options_loss` of choices, a scalar."""
+        if isinstance(inputs, Choices):
+            return self.options_loss(model, inputs)
+        args = self.args
+        scores = self.scorer.score(
+            model,
+            inputs,
+            self.routing(inputs.experts),
+            self.reference if args.kl_coef else None,
+            self.at_head(inputs.experts),
+        )
+        kl, mask = scores.kl, inputs.completion
         if kl is not None:
-            self._note(inputs.experts, kl=torch.where(inputs.completion, kl.detach(), 0).sum(1))
-        return reinforce_loss(taken, inputs.completion, inputs.advantages, inputs.weights, kl, self.args.kl_coef)
+            self.measures.note(inputs.experts, kl=kl.detach().sum(1))
+        self.measures.note(inputs.experts, entropy=scores.entropy.sum(1) / mask.sum(1).clamp(min=1))
+        if args.num_iterations > 1 and inputs.old is None:
+            inputs.old = scores.log_probs.detach()  # the first update is by the policy that drew
+        return reinforce_loss(
+            scores.log_probs, mask, inputs.advantages, inputs.weights, kl, args.kl_coef, inputs.old, args.clip
+        )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As Trainer's. "warmup_stable_decay" without arguments goes down to 5 % over the last 30 % of the steps."""
@@ -208,10 +242,6 @@ class ReinforceTrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         finally:
             self.args.lr_scheduler_kwargs = kwargs
-
-    def _counts(self, experts: Sequence[str | None]) -> Counter[str | None]:
-        """How many rows each expert has in the batch of all processes."""
-        return Counter(experts)
 
     def _advantages(
         self,
@@ -250,10 +280,10 @@ class ReinforceTrainer(Trainer):
         by_expert: dict[str | None, list] = defaultdict(list)
         for expert, *values in results:
             by_expert[expert].append(values)
-        metrics = _statistics([values for _, *values in results], metric_key_prefix)
+        metrics = statistics([values for _, *values in results], metric_key_prefix)
         if len(by_expert) > 1:
             for expert, values in by_expert.items():
-                metrics |= _statistics(values, f"{metric_key_prefix}_{expert}")
+                metrics |= statistics(values, f"{metric_key_prefix}_{expert}")
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -266,8 +296,12 @@ class ReinforceTrainer(Trainer):
         for at in range(0, len(rows), size):
             batch = rows[at : at + size]
             prompts, experts = [row["prompt"] for row in batch], [row.get("expert") for row in batch]
+            routing = self.routing(experts)
+            if self.choosers:
+                out += zip(experts, self.chosen(model, batch, routing), [0] * len(batch), strict=True)
+                continue
             ids, mask = self.sampler.encode(prompts, self.args.device)
-            drawn = self.sampler.draw(model, ids, mask, 0.0, **self.routing(experts))
+            drawn = self.sampler.draw(model, ids, mask, 0.0, **routing)
             rewards = self.score(batch, self.sampler.decode(drawn, prompts))
             out += zip(experts, rewards.tolist(), drawn.completion.sum(1).tolist(), strict=True)
         return out
@@ -275,49 +309,12 @@ class ReinforceTrainer(Trainer):
     # --- logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's. A training log also gets the means since the last log: reward, accuracy, completion_length
-        and kl, and the same for each of several experts. They are over all processes, which all must call it."""
+        """As Trainer's. A training log also gets the means since the last log: reward, accuracy, completion_length,
+        kl, entropy and same_text (the share of the batch's most common text), and the same for each of several experts.
+        They are over all processes, which all must call it."""
         if "loss" in logs:
-            parts = gather([dict(self._measured)], self.accelerator.num_processes)
-            everyone: dict[str, list[float]] = defaultdict(list)
-            for (part,) in parts:
-                for key, values in part.items():
-                    everyone[key] += values
-            logs |= {key: math.fsum(values) / len(values) for key, values in everyone.items()}
-            self._measured.clear()
+            logs |= self.measures.means(self.accelerator.num_processes)
         super().log(logs, start_time)
-
-    def _note(self, experts: Sequence[str | None], **values: Tensor) -> None:
-        several = len(self.scorers) > 1
-        for key, v in values.items():
-            v = v.tolist()
-            self._measured[key] += v
-            if several:
-                for e, one in zip(experts, v, strict=True):
-                    self._measured[f"{e}_{key}"].append(one)
-
-    def _watch(self, everyone: Sequence[tuple[str | None, float, float]]) -> None:
-        """Warn once for each expert if all its rewards were equal, within a batch, for PATIENCE batches in a row.
-
-        everyone: (expert, reward, cut reward) of the batch, of all processes
-        """
-        for expert in dict.fromkeys(e for e, *_ in everyone):
-            rewards = [reward for e, reward, _ in everyone if e == expert]
-            cut = [value for e, _, value in everyone if e == expert]
-            equal = len(cut) > 1 and len(set(cut)) == 1
-            self._equal[expert] = self._equal[expert] + 1 if equal else 0
-            if self._equal[expert] != PATIENCE or not self.is_world_process_zero():
-                continue
-            who = "" if expert is None else f" of expert {expert!r}"
-            same = len(set(rewards)) == 1
-            why = "" if same else f"; they do differ before the cut to reward_range={self.args.reward_range}"
-            logger.warning(
-                "every reward%s in the last %d batches was %g: there is nothing to learn from%s",
-                who,
-                PATIENCE,
-                cut[0],
-                why,
-            )
 
     def _probe(self, data: Problems | None) -> None:
         """Try each reward on two rows with empty completions, so that a broken one fails before any long work."""
@@ -356,17 +353,3 @@ def check_arguments(args: SVFConfig, kwargs: Mapping[str, object]) -> SVFConfig:
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {"rows": rows}
-
-
-def _statistics(values: Sequence[Any], prefix: str) -> dict[str, float]:
-    """Means and standard errors of (reward, length) pairs."""
-    rewards, lengths = (torch.tensor(column, dtype=torch.float64) for column in zip(*values, strict=True))
-    n = len(rewards)
-    accuracy = (rewards > 0).double().mean().item()
-    return {
-        f"{prefix}_accuracy": accuracy,
-        f"{prefix}_accuracy_se": (accuracy * (1 - accuracy) / n) ** 0.5,
-        f"{prefix}_reward": rewards.mean().item(),
-        f"{prefix}_reward_se": (rewards.var(unbiased=False) / n).sqrt().item(),
-        f"{prefix}_completion_length": lengths.mean().item(),
-    }

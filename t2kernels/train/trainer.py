@@ -24,6 +24,8 @@ from t2kernels import InputError, UnknownNameError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.names import check_files
+from t2kernels.layers.head import head_of
+from t2kernels.layers.routing.route import Route
 from t2kernels.rollout.modes import restored_mode
 from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.rewards import Reward, Scorer
@@ -32,6 +34,7 @@ from t2kernels.storage import write_json
 from . import trainer_state as checkpoint
 from .config import SVFConfig
 from .data import by_expert, problems
+from .policy.scores import AtHead
 from .reinforce import ReinforceTrainer, check_arguments
 from .trainer_methods import unsupported_part
 
@@ -122,7 +125,8 @@ class SVFTrainer(ReinforceTrainer):
             raise InputError(
                 f"eval_dataset has problems of {sorted(map(str, unknown))}, but the experts in training are {names}"
             )
-        super().__init__(model, args, train, evaluation, scorers, processing_class, **kwargs)
+        choosers = {name: task for name, task in tasks.items() if getattr(task, "check", None) == "choice"}
+        super().__init__(model, args, train, evaluation, scorers, processing_class, choosers, **kwargs)
         self.experts: dict[str, Expert] = {}
         self._names: list[str] = names
         self._seen: set[str | None] = set()  # experts of the batches since the last optimiser step
@@ -214,6 +218,16 @@ class SVFTrainer(ReinforceTrainer):
     def reference(self) -> contextlib.AbstractContextManager[object]:
         """The base model."""
         return self.bank.routing.hold(None)
+
+    def at_head(self, experts: Sequence[str | None]) -> AtHead:
+        """As `ReinforceTrainer.at_head`: z of the head, if it is patched."""
+        head, ids = head_of(self.model) or self.model, self.routing(experts)["expert_ids"]
+
+        def at(rows: Tensor | None) -> contextlib.AbstractContextManager[object]:
+            route = None if rows is None else Route(ids if ids.dim() == 0 else ids[rows])
+            return self.bank.routing.within(head, route)
+
+        return at
 
     def _counts(self, experts: Sequence[str | None]) -> Counter[str | None]:
         counts = super()._counts(experts)

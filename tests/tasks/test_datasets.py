@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from t2kernels import tasks
+from t2kernels import HubError, tasks
 from t2kernels.tasks.hub import arc, competition_math, gsm8k, python_code, textvqa
 from t2kernels.tasks.hub.source import Rows, Source
 
@@ -420,3 +420,50 @@ def test_a_missing_package_is_said_at_once(monkeypatch):
     ):
         tasks.load("gsm8k")
     assert tasks.load("gsm8k", DATA / "gsm8k_test.jsonl").split("test", 1)
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch):
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append((url, timeout))
+            raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", Session)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(HubError, match=r"cannot be reached \(no route to the hub\); .* Without a network give a copy"):
+        tasks.load("gsm8k").split("test")
+    assert asked == [(constants.ENDPOINT, 5)]
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
+
+
+def test_a_directory_of_several_datasets_gives_the_files_of_one(tmp_path):
+    write(tmp_path / "gsm8k_train.jsonl", pens(4))
+    write(tmp_path / "deep" / "gsm8k_test.jsonl", pens(2, 50))
+    other = {"text": "a film", "label": "positive"}
+    for name in ("a_train.jsonl", "z/test.jsonl"):
+        write(tmp_path / name, [other])
+    task = tasks.load("gsm8k", tmp_path)
+    assert (len(task.split("train")), len(task.split("test"))) == (2, 2)
+    with pytest.raises(
+        ValueError, match=r"a_train\.jsonl, line 1: no 'code'; the columns are text"
+    ):  # none has its columns
+        tasks.load("mbpp", tmp_path)
+
+
+def test_train_rows_alone_are_enough_to_train(tmp_path):
+    write(tmp_path / "train.jsonl", pens(4))
+    task = tasks.load("gsm8k", tmp_path / "train.jsonl")
+    assert task.held_out() == task.split("validation")
+    assert task.held_out(1) == task.split("validation", 1)
+    write(tmp_path / "test.jsonl", pens(2, 50))
+    task = tasks.load("gsm8k", tmp_path)
+    assert task.held_out() == task.split("test")
+    with pytest.raises(ValueError, match="'none' has 0 problems in its test split"):
+        tasks.Task("none", lambda split, n, seed: []).held_out()

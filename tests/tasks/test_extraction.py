@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from t2kernels import tasks
+from t2kernels.tasks import extract
 from t2kernels.tasks.hub import arc, competition_math, gsm8k, textvqa
 
 # --- numbers
@@ -71,8 +72,8 @@ def test_a_number_is_written_in_one_way():
         Fraction(-1, 100),
         Fraction(10**20),
     ]
-    assert [gsm8k.written(v) for v in values] == ["7", "-3.5", "0.125", "2/3", "0", "-0.01", "1" + 20 * "0"]
-    assert all(gsm8k.numbers(gsm8k.written(v)) == [v] for v in values)
+    assert [extract.written(v) for v in values] == ["7", "-3.5", "0.125", "2/3", "0", "-0.01", "1" + 20 * "0"]
+    assert all(extract.numbers(extract.written(v)) == [v] for v in values)
 
 
 HOSTILE = [

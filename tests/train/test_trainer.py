@@ -263,7 +263,7 @@ def test_rewards_are_summed_with_weights_and_cut_to_their_range(tmp_path):
     tr = trainer(tmp_path, reward=rewarded, reward_range=[0, 1])
     start(tr)
     assert tr.rollout(batch(tr)).advantages.tolist() == [0.0, 1.0] * 3
-    assert tr._measured["accuracy"] == [0.0, 1.0] * 3
+    assert tr.measures.since_log["accuracy"] == [0.0, 1.0] * 3
 
 
 def test_several_samples_of_a_prompt_stay_together(tmp_path):

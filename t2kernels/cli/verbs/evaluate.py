@@ -15,7 +15,7 @@ from t2kernels.cli import models, strategies
 from t2kernels.cli.console import bar, comma_list, out, show, table
 from t2kernels.evaluation import Measured, Score, measure
 from t2kernels.experts.names import BASE
-from t2kernels.rollout.chat import has_template
+from t2kernels.rollout.chat import prompt_form
 
 
 @strategies.with_strategy_options
@@ -24,8 +24,8 @@ def evaluate(
         "math",
         "--task",
         "-t",
-        help="Tasks, comma-separated: a name, NAME:PATH for a copy of a dataset, or a .jsonl file with prompt and "
-        "answer.",
+        help="Tasks, comma-separated: a name, NAME:PATH for a copy of a dataset, a .jsonl file with prompt and answer, "
+        "or a .csv or .jsonl file with text and label.",
     ),
     experts: str = typer.Option(
         "", "--experts", "-e", help="Experts by path or name, comma-separated; the base model is always measured too."
@@ -43,13 +43,9 @@ def evaluate(
     model: str = models.ModelOption,
     n: int = typer.Option(None, "-n", help="Problems of each task.  \\[default: the whole split]", show_default=False),
     split: str = typer.Option("test", help="train, validation or test."),
-    chat: bool = typer.Option(
-        None,
-        "--chat/--no-chat",
-        metavar="",
-        help="Ask through the chat template, or not.  "
-        "\\[default: for datasets of the hub, if the model has a template]",
-    ),
+    chat: bool = models.ChatOption,
+    system: str = models.SystemOption,
+    check: str = models.CheckOption,
     batch: int = typer.Option(256, min=1, help="Prompts of a batch; all experts share it."),
     max_new_tokens: int = typer.Option(
         None, min=1, help="Tokens of the longest answer.  \\[default: the task's]", show_default=False
@@ -72,6 +68,8 @@ def evaluate(
 
     [dim]$[/] t2 eval --task gsm8k,humaneval -n 200 --model ./checkpoint --experts experts/math,experts/code
 
+    [dim]$[/] t2 eval --task reviews.csv,arc_easy --check choice --model ./checkpoint
+
     [dim]$[/] t2 eval --task problems.jsonl --model ./checkpoint --experts experts/mine --json scores.json
     """
     from t2kernels import tasks
@@ -81,7 +79,7 @@ def evaluate(
     asked = comma_list(task)
     if not asked:
         raise InputError("--task is empty; name a task, such as --task math")
-    chosen = [tasks.load(name) for name in asked]
+    chosen = [tasks.load(name, check=check) for name in asked]
     labels = [
         one.name if sum(one.name == other.name for other in chosen) == 1 else name
         for one, name in zip(chosen, asked, strict=True)
@@ -93,12 +91,15 @@ def evaluate(
     for kind in comma_list(adapt):
         strategies.check(kind, strategy_options)
     loaded = models.load(model, dtype, device)
-    chosen = [styled(one, chat, loaded.tokenizer) for one in chosen]
-    problems = [one.split(split, n) for one in chosen]
-    bank = models.patch(loaded, targets, rank, form, factors)
-    arms: dict[str, Any] = {name or BASE: name for name in [None, *models.add_experts(bank, experts, model)]}
+    names: list[str | None] = [None]
+    if experts or adapt or by:  # the base model alone needs no bank
+        bank = models.patch(loaded, targets, rank, form, factors)
+        names += models.add_experts(bank, experts, model)
+    arms: dict[str, Any] = {name or BASE: name for name in names}
     for kind in comma_list(adapt):
-        arms[f"adapt {kind}"] = strategies.strategy(kind, loaded, comma_list(experts), strategy_options)
+        arms[f"adapt {kind}"] = strategies.strategy(kind, loaded, comma_list(experts), strategy_options, chat, system)
+    chosen = [models.prompt_form(loaded, chat, system, names, one).of_task(one) for one in chosen]
+    problems = [one.split(split, n) for one in chosen]
     found: dict[str, Measured] = {}
     with bar() as progress:
         count = progress.add_task("answering", total=sum(map(len, problems)) * (len(arms) + bool(by)))
@@ -127,23 +128,8 @@ def check_labels(task: str, rows: Sequence[Mapping[str, Any]], column: str | Non
 
 
 def styled(task: Any, chat: bool | None, tokenizer: Any) -> Any:
-    """The task with chats or texts as its prompts. Raises ValueError for chats without a template or with images.
-
-    chat: None: chats for datasets of the hub, if the tokenizer has a template
-    """
-    from t2kernels import tasks
-
-    template = has_template(tokenizer)
-    if chat is None:
-        chat = template and task.name in tasks.hub_names() and not task.images
-    if chat and not template:
-        raise InputError("--chat: this model's tokenizer has no chat template")
-    if chat and task.images:
-        raise InputError(
-            f"--chat: the messages of {task.name!r} hold images, which need a vision-language model; --no-chat asks "
-            "with the words in them"
-        )
-    return replace(task, chat=chat)
+    """The task with its prompts in the form that `prompt_form` decides on. Raises ValueError as it does."""
+    return prompt_form(tokenizer, chat, task=task).of_task(task)
 
 
 def show_measured(label: str, task: Any, split: str, measured: Measured) -> None:
@@ -166,18 +152,19 @@ def show_measured(label: str, task: Any, split: str, measured: Measured) -> None
     meter = measured.meter
     together = "; all experts in the same batches" if len(arms) > 1 else ""
     rate = meter.tokens / meter.seconds if meter.seconds else 0.0
-    out.print(
-        f"[dim]{meter.seconds:.1f} s, {meter.tokens:,} tokens, {rate:,.0f} tokens/s{together}; "
-        f"right by {task.checker}[/]"
-    )
+    work = f"{meter.tokens:,} tokens, {rate:,.0f} tokens/s" if meter.tokens else "nothing written"
+    asked = "asked through the chat template" if task.chat else "asked in plain text"
+    out.print(f"[dim]{meter.seconds:.1f} s, {work}{together}; {asked}; right by {task.checker}[/]")
 
 
 def show_accuracies(title: str, labels: list[str], row: list[Score]) -> None:
     """Print a table of accuracies with their intervals."""
-    shown = table("expert", "right", "accuracy", "95 % interval")
+    forms = any(score.well_formed is not None for score in row)
+    shown = table("expert", "right", "accuracy", "95 % interval", *(["well-formed"] if forms else []))
     for label, score in zip(labels, row, strict=True):
         low, high = score.interval
-        shown.add_row(label, str(score.right), f"{score.accuracy:.1%}", f"{low:.1%} to {high:.1%}")
+        form = [] if score.well_formed is None else [f"{score.well_formed:.1%}"]
+        shown.add_row(label, str(score.right), f"{score.accuracy:.1%}", f"{low:.1%} to {high:.1%}", *form)
     show(title, shown)
 
 
@@ -185,7 +172,8 @@ def _record(model: str, split: str, chosen: Mapping[str, Any], found: Mapping[st
     """The content of the JSON file."""
 
     def numbers(score: Score) -> dict[str, Any]:
-        return {"right": score.right, "of": score.of, "accuracy": score.accuracy, "interval": score.interval}
+        form = {} if score.well_formed is None else {"well_formed": score.well_formed}
+        return {"right": score.right, "of": score.of, "accuracy": score.accuracy, "interval": score.interval, **form}
 
     return {
         "model": model,
@@ -214,6 +202,7 @@ def _record(model: str, split: str, chosen: Mapping[str, Any], found: Mapping[st
         },
         "tasks": {
             task: {"checker": one.checker, "chat": one.chat, "max_new_tokens": one.max_new_tokens}
+            | ({} if one.system is None else {"system": one.system})
             for task, one in chosen.items()
         },
     }

@@ -15,7 +15,7 @@ from t2kernels.cli import models, strategies
 from t2kernels.cli.console import check_text, out
 from t2kernels.evaluation import answers
 from t2kernels.experts.names import BASE, MIX, Name, write_mixture
-from t2kernels.rollout.chat import AnyPrompt, has_template, user_message
+from t2kernels.rollout import chat as forms
 
 if TYPE_CHECKING:
     from t2kernels import ExpertBank
@@ -39,7 +39,8 @@ def generate(
     model: str = models.ModelOption,
     max_new_tokens: int = typer.Option(64, min=1, help="Tokens of the longest answer."),
     temperature: float = typer.Option(0.0, min=0, help="Sampling temperature; 0 is greedy."),
-    chat: bool = typer.Option(False, "--chat", metavar="", help="Ask through the model's chat template."),
+    chat: bool = models.ChatOption,
+    system: str = models.SystemOption,
     as_json: bool = typer.Option(False, "--json", metavar="", help="Print JSON lines instead of a table."),
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
@@ -67,15 +68,18 @@ def generate(
     if adapt:
         strategies.check(adapt, strategy_options)
     loaded = models.load(model, dtype, device)
-    if chat and not has_template(loaded.tokenizer):
-        raise InputError("--chat: this model's tokenizer has no chat template")
+    forms.prompt_form(loaded.tokenizer, chat, system)  # refuse before the model is patched
     bank = models.patch(loaded, targets, rank, form, factors)
-    asked: list[AnyPrompt] = [user_message(prompt) for prompt in prompts] if chat else list(prompts)
     if adapt:
-        chosen = strategies.strategy(adapt, loaded, expert, strategy_options).choose(asked)
+        named = [models.add_expert(bank, name, model) for name in expert]
+        how = models.prompt_form(loaded, chat, system, named)
+        asked = [how.apply(prompt) for prompt in prompts]
+        chosen = strategies.strategy(adapt, loaded, expert, strategy_options, chat, system).choose(asked)
         rows = [(i, _label(name), name) for i, name in enumerate(chosen)]
     else:
         rows = _asked_for(len(prompts), expert, mix, pair, bank, model)
+        how = models.prompt_form(loaded, chat, system, bank.names)
+        asked = [how.apply(prompt) for prompt in prompts]
     written = answers(
         loaded.model,
         loaded.tokenizer,

@@ -7,7 +7,9 @@ block that a backward pass computes again finds the route of its forward (`layer
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -97,6 +99,16 @@ class Routing:
     def hold(self, route: Route | None) -> Scope:
         """A scope for one call of this library; other threads that say nothing stay with the default."""
         return Scope(self.scopes, route, private=True)
+
+    @contextlib.contextmanager
+    def within(self, module: nn.Module, route: Route | None) -> Iterator[None]:
+        """Inside the block a layer of `module` uses `route`, as in a forward of the model, also when a backward pass
+        computes the block again."""
+        self.enter(module).route = route
+        try:
+            yield
+        finally:
+            self.leave(module)
 
     def _of_recomputation(self) -> Route | None:
         forwards = self.recomputation.forwards()

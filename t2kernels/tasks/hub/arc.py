@@ -1,11 +1,12 @@
 """ARC (arXiv 1803.05457): science questions with three to five options. One option is right."""
 
 import re
+from dataclasses import replace
 
 from t2kernels import InputError
 from t2kernels.tasks.base import Task
 from t2kernels.tasks.extract import before_next
-from t2kernels.tasks.records import Row, text, texts
+from t2kernels.tasks.records import MissingColumnError, Row, text, texts
 
 from .source import Dataset, Rows, Source
 
@@ -19,7 +20,9 @@ def problem(raw: Row) -> Row:
     Some rows label their options 1 to 4. The prompt always uses letters, in the same order.
     """
     question, key = text(raw, "question"), text(raw, "answerKey")
-    choices = raw.get("choices")
+    if "choices" not in raw:
+        raise MissingColumnError("no 'choices'; expected {'text': [...], 'label': [...]}")
+    choices = raw["choices"]
     if not isinstance(choices, dict):
         raise InputError(f"'choices' is {choices!r:.60}; expected {{'text': [...], 'label': [...]}}")
     options, labels = texts(choices, "text"), texts(choices, "label")
@@ -42,12 +45,46 @@ def problem(raw: Row) -> Row:
         "target": f" {answer}",
         "chat_target": answer,
         "options": options,
+        "question": question,
+    }
+
+
+def by_likelihood(task: Task) -> Task:
+    """The task without the list of options in its prompts: the answer is the likeliest text of an option.
+
+    Likelihoods are divided by the characters of the option, as acc_norm of lm-eval's arc_easy and arc_challenge, which
+    have the same prompt.
+    """
+
+    def rows(split: str, n: int | None, seed: int) -> list[Row]:
+        return [_open(row) for row in task.rows(split, n, seed)]
+
+    return replace(
+        task, rows=rows, judge=None, form=None, check="choice", norm="length", checker="the likeliest option"
+    )
+
+
+def _open(row: Row) -> Row:
+    options, question = row["options"], row["question"]
+    right = options[LETTERS.index(row["answer"])]
+    return {
+        "prompt": f"Question: {question}\nAnswer:",
+        "messages": [{"role": "user", "content": question}],
+        "answer": right,
+        "target": f" {right}",
+        "chat_target": right,
+        "choices": options,
     }
 
 
 def judge(completion: str, row: Row) -> bool:
     """Whether a completion decides for the right option."""
     return choice(completion, row.get("options") or []) == row["answer"]
+
+
+def formed(completion: str, row: Row) -> bool:
+    """Whether a completion decides for one option."""
+    return bool(choice(completion, row.get("options") or []))
 
 
 def choice(completion: str, options: list[str]) -> str:
@@ -107,10 +144,10 @@ def _by_text(said: str, options: list[str]) -> str:
 
 
 def _make(name: str, rows: Rows, checker: str) -> Task:
-    return Task(name, rows, judge=judge, max_new_tokens=32, stop=STOP, checker="the option named")
+    return Task(name, rows, judge=judge, max_new_tokens=32, stop=STOP, checker="the option named", form=formed)
 
 
 TASKS: dict[str, Dataset] = {
-    "arc_easy": Dataset(Source("allenai/ai2_arc", problem, ("ARC-Easy",)), _make),
-    "arc_challenge": Dataset(Source("allenai/ai2_arc", problem, ("ARC-Challenge",)), _make),
+    "arc_easy": Dataset(Source("allenai/ai2_arc", problem, ("ARC-Easy",)), _make, by_likelihood),
+    "arc_challenge": Dataset(Source("allenai/ai2_arc", problem, ("ARC-Challenge",)), _make, by_likelihood),
 }

@@ -4,7 +4,8 @@ import re
 
 from t2kernels import InputError
 from t2kernels.tasks.base import Task
-from t2kernels.tasks.extract import before_next, boxed, canonical, numbers, written
+from t2kernels.tasks.extract import canonical
+from t2kernels.tasks.extract import final_number as extract
 from t2kernels.tasks.records import Row, text
 
 from .source import Dataset, Rows, Source
@@ -30,28 +31,13 @@ def problem(raw: Row) -> Row:
     }
 
 
-def extract(completion: str) -> str:
-    """The number that a completion gives as its answer; "" if it has none. Text after the next question is ignored.
-
-    The first of these that holds a number: the text after the last `####`, the last \\boxed{}, the text after the last
-    "answer is", the last number.
-    """
-    completion = before_next(completion)
-    marked = re.findall(r"####[ \t]*(?=[^\w\n]{0,6}\d)(.*)", completion)
-    if marked:
-        return canonical(marked[-1])
-    inside = boxed(completion)
-    if inside and canonical(inside):
-        return canonical(inside)
-    for rest in reversed(re.split(r"(?i)answer(?:\s+is\b|\s*[:=])", completion)[1:]):
-        if found := canonical(rest.split("\n")[0]):
-            return found
-    found = numbers(completion)
-    return written(found[-1]) if found else ""
+def formed(completion: str, row: Row) -> bool:
+    """Whether a completion has a number."""
+    return bool(extract(completion))
 
 
 def _make(name: str, rows: Rows, checker: str) -> Task:
-    return Task(name, rows, extract=extract, max_new_tokens=512, stop=STOP, checker="equality of numbers")
+    return Task(name, rows, extract=extract, max_new_tokens=512, stop=STOP, checker="equality of numbers", form=formed)
 
 
 SOURCE = Source("openai/gsm8k", problem, ("main",))

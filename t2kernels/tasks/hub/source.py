@@ -1,5 +1,6 @@
 """Rows of a dataset: from the Hugging Face hub, or from JSONL or parquet files with the same columns."""
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,9 @@ from typing import Any, overload
 
 from t2kernels import HubError, InputError, MissingFileError, PackageError
 from t2kernels.tasks.base import SPLITS, Task, split_of
-from t2kernels.tasks.records import Raw, Row, json_lines
+from t2kernels.tasks.records import MissingColumnError, Raw, Row, json_lines
+
+from .network import from_cache_only, unreachable
 
 SUFFIXES = (".jsonl", ".parquet")
 INSTALL = "pip install 't2kernels[tasks]'"
@@ -105,9 +108,7 @@ class Rows:
             self.raw = {part: records(existing(file)) for part, file in path.items()}
         elif (place := existing(path)).is_dir():
             files = {part: self._files(place, name) for part, name in names.items() if name}
-            self.raw = {
-                part: [row for file in found for row in records(file)] for part, found in files.items() if found
-            }
+            self.raw = {part: self._own(found) for part, found in files.items() if found}
             if not self.raw:
                 expected = " or ".join(f"{name}.jsonl" for name in names.values() if name)
                 raise InputError(f"{place} holds no file of a split; expected {expected}, or the same as .parquet")
@@ -128,7 +129,8 @@ class Rows:
 
     def _files(self, folder: Path, name: str) -> list[Path]:
         """The files of a split, in the folder or in its subfolders named after the configs."""
-        places = [folder / config for config in self.source.configs if config and (folder / config).is_dir()]
+        named = {config for config in self.source.configs if config}
+        places = sorted(place for place in folder.rglob("*") if place.name in named and place.is_dir())
         files = [
             file
             for place in places or [folder]
@@ -136,6 +138,21 @@ class Rows:
             if file.suffix in SUFFIXES and file.is_file()
         ]
         return [file for file in files if name in re.split("[^a-z]+", file.stem.lower())]
+
+    def _own(self, files: Sequence[Path]) -> list[Raw]:
+        """The rows of the files that have the columns of this dataset; of all files if none has."""
+        read = [records(file) for file in files]
+        own = [rows for rows in read if not rows or not self._foreign(rows[0][1])]
+        return [row for rows in own or read for row in rows]
+
+    def _foreign(self, raw: Row) -> bool:
+        try:
+            self.source.problem(raw)
+        except MissingColumnError:
+            return True
+        except ValueError:
+            return False
+        return False
 
     def _sorted(self, rows: Sequence[Raw]) -> dict[str, list[Row]]:
         """Split -> rows, for a file whose name gives no split: by the column `split`, else by the prompt's hash."""
@@ -154,10 +171,19 @@ class Dataset:
     """How a hub file declares a task: where its rows are, and how to make the task from them.
 
     make: (name, rows, checker) -> the task. checker is the argument of `tasks.load`; most tasks ignore it.
+    choice: the task -> the same with check "choice"; None if its rows have no options
     """
 
     source: Source
     make: Callable[[str, Rows, str], Task]
+    choice: Callable[[Task], Task] | None = None
+
+    def checked(self, task: Task, check: str) -> Task:
+        """The task with another check than its own. Raises ValueError for any but "choice" where there are options."""
+        if check != "choice" or self.choice is None:
+            can = "'choice'" if self.choice else "none but its own"
+            raise InputError(f"check {check!r}: {task.name!r} can be checked by {can}")
+        return self.choice(task)
 
 
 def existing(path: str | Path) -> Path:
@@ -220,13 +246,15 @@ def hub_rows(name: str, source: Source, split: str) -> Remote:
     """A split of a dataset, from the hub or the cache of `datasets`. Raises ImportError, or OSError with a remedy."""
     datasets = need("datasets", f"{name!r} is loaded from the hub ({source.id})", name)
     parts = []
+    why = None if Path(source.id).is_dir() else unreachable()
     for config in source.configs:
         label = f"{source.id}{f' ({config})' if config else ''}, {split}"
         try:
-            rows = datasets.load_dataset(source.id, config, split=split)
+            with contextlib.nullcontext() if why is None else from_cache_only():
+                rows = datasets.load_dataset(source.id, config, split=split)
         except (OSError, ValueError) as e:
             raise HubError(
-                f"cannot load {label} from the hub: {e}. Without a network give a copy of its files: "
+                f"cannot load {label} from the hub: {f'{why}; ' if why else ''}{e}. Without a network give a copy of its files: "
                 f"tasks.load({name!r}, path=...), or --task {name}:PATH, a .jsonl or .parquet file or a directory of "
                 "them"
             ) from e
