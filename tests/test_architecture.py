@@ -31,7 +31,7 @@ ORDER = (
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {"tasks": {"storage"}, "tiny": {"tasks", "storage"}}  # they know nothing of models
-NOT_ROOMS = {"benchmarks", "data", "docs", "helpers", "vllm"}  # folders of tests without a room of that name
+NOT_ROOMS = {"real", "benchmarks", "data", "docs", "helpers", "vllm"}  # folders of tests without a room of that name
 
 
 def sources(folder: Path) -> dict[str, str]:

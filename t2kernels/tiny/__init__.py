@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["experts", "load", "path"]
+__all__ = ["experts", "load", "path", "tickets"]
 
 NAME = "t2kernels-tiny"
 """The model's name in the experts that are trained on it, wherever the package lies."""
@@ -28,6 +28,11 @@ def load(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedT
     model = AutoModelForCausalLM.from_pretrained(path(), dtype=dtype or torch.float32, local_files_only=True)
     model.config._name_or_path = NAME
     return model.eval(), AutoTokenizer.from_pretrained(path(), local_files_only=True)
+
+
+def tickets() -> Path:
+    """96 support tickets in four classes, a CSV file with the columns text, label and split."""
+    return Path(__file__).parent / "tickets.csv"
 
 
 def experts(model: str = "tiny") -> dict[str, Path]:
