@@ -137,9 +137,11 @@ OPTIONS = {
     "": "--debug",
     "demo": "--quick",
     "train": (
-        "--task/-t=math --classes --out/-o --model/-m=tiny --init --steps=150 --batch=128 --samples=1 "
-        "--advantage=none --lr=0.02 --kl=0.05 --temperature=1.0 --param=raw --seed=0 --max-new-tokens -n=1000 "
-        "--checkpoints --targets=all --rank=auto --form=auto --factors --dtype --device"
+        "--task/-t=math --classes --out/-o --model/-m=tiny --chat/--no-chat --system --check --init --steps=150 "
+        "--batch=128 --samples=1 --advantage=none --loss-type=sum --policy-loss=expected --lr=0.02 --kl=0.05 "
+        "--loss-batch=32 --temperature=1.0 --param=raw --seed=0 --max-new-tokens --eval-every=10 --validation=128 "
+        "--history --plot --report-to -n=1000 --checkpoints --targets=all --rank=auto --form=auto --factors --dtype "
+        "--device"
     ),
     "eval": (
         "--task/-t=math --experts/-e= --by --adapt= --classifier=classify --examples --margin=0.0 "

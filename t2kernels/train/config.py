@@ -64,6 +64,11 @@ class SVFConfig(TrainingArguments):
     logits_memory: bytes that all logits of the loss may take at once. The head runs on as many positions as fit, and
         again in the backward pass. It does not change gradients.
 
+    What is kept
+    keep_best: end with the expert that was best in an evaluation, by metric_for_best_model, not with the last. Needs
+        evaluations (eval_strategy) and no checkpoints; a run that resumes looks at its own evaluations only
+    history: a JSONL file that every log is written to; None: none
+
     Arguments of transformers with another default here: learning_rate .02, 150 steps of 128 prompts, warm-up over 7 %
     of the steps, the last 30 % down to 5 % in a straight line, gradient norm cut at 1 (each expert by itself), nothing
     saved, no progress bar, best model by accuracy. DistributedDataParallel neither looks for unused parameters (there
@@ -96,6 +101,9 @@ class SVFConfig(TrainingArguments):
     policy_loss: str = field(default="expected", metadata={"help": "For choices: expected or log"})
     loss_batch_size: int | None = field(default=32, metadata={"help": "Rows of one forward and backward."})
     logits_memory: int = field(default=2**28, metadata={"help": "Bytes of all logits of the loss at once."})
+
+    keep_best: bool = field(default=False, metadata={"help": "End with the expert of the best evaluation."})
+    history: str | None = field(default=None, metadata={"help": "A JSONL file for every log."})
 
     learning_rate: float = field(
         default=0.02, metadata={"help": "Of Adam; about the largest move of a raw z in one step."}
@@ -173,6 +181,8 @@ class SVFConfig(TrainingArguments):
                 raise InputError(
                     f"advantage={self.advantage!r} compares samples of a prompt, and at temperature=0 all are the same"
                 )
+        if self.keep_best and self.eval_strategy == "no":
+            raise InputError('keep_best=True compares evaluations: set eval_strategy="steps" and eval_steps')
         metric = self.metric_for_best_model
         check_setting(
             metric is None or metric.endswith(METRICS), "metric_for_best_model", metric, " or ".join(map(repr, METRICS))

@@ -94,3 +94,18 @@ def by_expert(train_dataset: Any, experts: str | Mapping[str, Any] | None) -> tu
     else:
         data = {experts or getattr(train_dataset, "name", None) or "expert": train_dataset}
     return data, {name: d for name, d in data.items() if is_task(d)}
+
+
+def validation_of(tasks: Mapping[str, Any], needed: bool) -> dict[str, Any] | None:
+    """The tasks, if they have problems to validate on; None if one has none.
+
+    needed: whether to raise the task's own InputError instead
+    """
+    for task in tasks.values():
+        try:
+            task.split("validation", 1)
+        except InputError:
+            if needed:
+                raise
+            return None
+    return dict(tasks)

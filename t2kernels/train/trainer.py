@@ -33,9 +33,11 @@ from t2kernels.storage import write_json
 
 from . import trainer_state as checkpoint
 from .config import SVFConfig
-from .data import by_expert, problems
+from .data import by_expert, problems, validation_of
 from .policy.scores import AtHead
 from .reinforce import ReinforceTrainer, check_arguments
+from .steering.best import BestExperts
+from .steering.history import History
 from .trainer_methods import unsupported_part
 
 STATE, ARGUMENTS = "trainer_state.json", "svf_config.json"
@@ -98,7 +100,7 @@ class SVFTrainer(ReinforceTrainer):
         train = problems(data, "train", "train_dataset")
         names = train.experts
         if eval_dataset is None and tasks and set(tasks) == set(names):
-            eval_dataset = tasks
+            eval_dataset = validation_of(tasks, needed=args.eval_strategy != "no" or args.eval_on_start)
         elif eval_dataset is not None and len(names) == 1 and not isinstance(eval_dataset, Mapping):
             eval_dataset = {names[0]: eval_dataset}
         check_files(names)
@@ -127,6 +129,9 @@ class SVFTrainer(ReinforceTrainer):
             )
         choosers = {name: task for name, task in tasks.items() if getattr(task, "check", None) == "choice"}
         super().__init__(model, args, train, evaluation, scorers, processing_class, choosers, **kwargs)
+        if args.history is not None:
+            self.add_callback(History(args.history))
+        self.best: BestExperts = BestExperts()
         self.experts: dict[str, Expert] = {}
         self._names: list[str] = names
         self._seen: set[str | None] = set()  # experts of the batches since the last optimiser step
@@ -145,7 +150,7 @@ class SVFTrainer(ReinforceTrainer):
         """
         for name in set(self.experts) & set(self.bank.names):
             self.bank.remove(name)
-        self.experts, self._chosen = {}, {}
+        self.experts, self._chosen, self.best = {}, {}, BestExperts()
         self.optimizer = self.lr_scheduler = None  # their parameters are gone
         set_seed(self.args.seed)  # again: the start must not depend on what ran since the trainer was made
         if resume_from_checkpoint is None:
@@ -161,11 +166,15 @@ class SVFTrainer(ReinforceTrainer):
                 # may be reading. `_begin` gives it back.
                 self.processing_class, self._tokenizer = None, tokenizer
                 result = super().train(resume_from_checkpoint, **kwargs)
+                if self.args.keep_best and self.state.global_step not in self._history(self._names[0]):
+                    self.evaluate()
                 finished = True
             finally:
                 self.processing_class = tokenizer
                 self.args.eval_on_start = at_start
                 for name in [n for n in self._names if n in self.bank.in_training]:
+                    if (step := self.best.restore(name, self.bank.trained_parameters(name))) is not None:
+                        self._chosen[name] = step
                     self.experts[name] = self.bank.stop_training(name, **self._manifest(name))
                     if not finished:
                         self.bank.remove(name)
@@ -244,6 +253,24 @@ class SVFTrainer(ReinforceTrainer):
             clip(list(self.bank.trained_parameters(name).values()), self.args.max_grad_norm) for name in self._names
         ]
         return torch.linalg.vector_norm(torch.stack([torch.as_tensor(n) for n in norms]))
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `ReinforceTrainer.evaluate`. With keep_best, the best experts so far are remembered."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.args.keep_best and eval_dataset is None and metric_key_prefix == "eval" and self.state.global_step:
+            sign = -1 if self.args.greater_is_better is False else 1
+            for name in set(self._names) & set(self.bank.in_training):
+                value = self._history(name, self._metric).get(self.state.global_step)
+                if value is not None:
+                    parameters = self.bank.trained_parameters(name)
+                    self.best.offer(name, sign * value, self.state.global_step, parameters)
+        return metrics
+
+    @property
+    def _metric(self) -> str:
+        return (self.args.metric_for_best_model or "accuracy").removeprefix("eval_")
 
     # --- experts
 
@@ -353,7 +380,7 @@ class SVFTrainer(ReinforceTrainer):
 
     def _load_best_model(self) -> None:
         """Load each expert from its own best checkpoint among those that still exist."""
-        metric = self.args.metric_for_best_model.removeprefix("eval_")
+        metric = self._metric
         sign = 1 if self.args.greater_is_better else -1
         fallback = int(Path(self.state.best_model_checkpoint).name.rpartition("-")[2])
         for name in self._names:

@@ -11,10 +11,11 @@ from rich.table import Table
 from t2kernels import PackageError
 from t2kernels.cli import models
 from t2kernels.cli.console import out
+from t2kernels.cli.learning import learn
 from t2kernels.experts.names import BASE
 from t2kernels.rollout.chat import PromptForm, prompt_form
 
-from .train import compare, learn
+from .train import compare
 
 LIVE = "tickets"
 QUESTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {

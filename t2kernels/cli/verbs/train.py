@@ -10,16 +10,22 @@ import typer
 
 from t2kernels import InputError
 from t2kernels.cli import models
-from t2kernels.cli.console import bar, comma_list, out
+from t2kernels.cli.console import bar, comma_list, err, out
+from t2kernels.cli.learning import Stopped, learn
 from t2kernels.evaluation import Score, scores
 from t2kernels.experts.names import BASE, CLASSIFIER, check_name
+from t2kernels.rollout.chat import prompt_form
 
 from .evaluate import show_accuracies
 
 
 def train(
     task: str = typer.Option(
-        "math", "--task", "-t", help="A task by name, NAME:PATH, or a .jsonl file with prompt and answer."
+        "math",
+        "--task",
+        "-t",
+        help="A task by name, NAME:PATH, a .jsonl file with prompt and answer, or a .csv or .jsonl file with text and "
+        "label.",
     ),
     classes: str = typer.Option(
         None,
@@ -30,20 +36,38 @@ def train(
         None, "--out", "-o", help="File to save the expert to.  \\[default: experts/TASK]", show_default=False
     ),
     model: str = models.ModelOption,
+    chat: bool = models.ChatOption,
+    system: str = models.SystemOption,
+    check: str = models.CheckOption,
     init: str = typer.Option(None, help="Start from this expert, not from the base model.", show_default=False),
     steps: int = typer.Option(150, min=1, help="Optimiser steps."),
     batch: int = typer.Option(128, min=1, help="Prompts a step."),
     samples: int = typer.Option(1, help="Completions of each prompt."),
     advantage: str = typer.Option(
-        "none", help="Advantages: none, batch, or with --samples group or leave_one_out (docs/reference/training.md)."
+        "none",
+        help="Advantages: none, batch, or with --samples group, grpo or leave_one_out (docs/reference/training.md).",
     ),
+    loss_type: str = typer.Option("sum", help="What a token counts: sum, grpo, dapo or dr_grpo."),
+    policy_loss: str = typer.Option("expected", help="With --check choice: expected, -E[r], or log, -log E[r]."),
     lr: float = typer.Option(0.02, help="Adam's learning rate."),
     kl: float = typer.Option(0.05, help="Weight of the KL to the base model."),
+    loss_batch: int = typer.Option(32, min=1, help="Rows of one forward and backward; fewer take less memory."),
     temperature: float = typer.Option(1.0, help="Sampling temperature of the completions; 0 is greedy."),
     param: str = typer.Option("raw", help="'raw': z = 1 + p; 'sigmoid': as the authors (needs --form factored)."),
     seed: int = typer.Option(0, min=0, max=2**32 - 1, help="The same seed gives the same expert on the same machine."),
     max_new_tokens: int = typer.Option(
         None, min=1, help="Tokens of the longest completion.  \\[default: the task's]", show_default=False
+    ),
+    eval_every: int = typer.Option(
+        10, min=0, help="Measure on validation problems every so many steps, and keep the best expert; 0: never."
+    ),
+    validation: int = typer.Option(128, min=1, help="Most problems of a validation."),
+    history: Path = typer.Option(
+        None, help="JSONL file for the log of every step.  \\[default: beside the expert]", show_default=False
+    ),
+    plot: Path = typer.Option(None, help="Draw the run: a .png, .svg or .pdf file.", show_default=False),
+    report_to: str = typer.Option(
+        None, help="Also log to tensorboard, wandb, ... (transformers' report_to).", show_default=False
     ),
     n: int = typer.Option(1000, "-n", min=1, help="Most held-out problems for the accuracy before and after."),
     checkpoints: Path = typer.Option(
@@ -65,17 +89,24 @@ def train(
     [dim]$[/] t2 train --task classify --classes gsm8k.jsonl,code.jsonl --model ./checkpoint
 
     [dim]$[/] t2 train --task problems.jsonl --model ./checkpoint --samples 8 --advantage group --batch 16
+
+    [dim]$[/] t2 train --task reviews.csv --check choice --model ./checkpoint --form delta --rank 1/16 --plot run.svg
     """
     import t2kernels as t2
+    from t2kernels.train.steering import curve
+    from t2kernels.train.steering.history import read
 
     if into is not None and not into.name:
         raise InputError(f"--out {str(into)!r} names no file")
     if classes and task != "classify":
         raise InputError(f"--classes goes with --task classify, not with --task {task}")
+    if plot is not None:
+        curve.check(plot)
     parts = {Path(name).stem: t2.tasks.load(name) for name in comma_list(classes or "")}
-    chosen = None if parts else t2.tasks.load(task)
+    chosen = None if parts else t2.tasks.load(task, check=check)
     check_name(into.stem if into else chosen.name if chosen else CLASSIFIER)  # before the model is loaded
-    held_out = None if parts else chosen.split("test")[:n]
+    for one in [] if parts else [chosen]:
+        one.split("test", 1)
     for one in parts.values() or [chosen]:
         one.split("train", 1)  # fail before the model is loaded if there is none
     loaded = models.load(model, dtype, device)
@@ -83,28 +114,65 @@ def train(
     if parts:
         asked = t2.adapt.Question.for_experts(list(parts), loaded.tokenizer, loaded.is_tiny)
         chosen = t2.adapt.labelled(dict(zip(asked.labels, parts.values(), strict=False)), asked)
-        held_out = chosen.split("test")[:n]
+    start_from = None if init is None else t2.Expert.load(models.find_expert(init, model))
+    form_of_prompts = None
+    if not parts:
+        manifests = [] if start_from is None else [start_from.manifest]
+        form_of_prompts = prompt_form(loaded.tokenizer, chat, system, manifests, chosen)
+        chosen = form_of_prompts.of_task(chosen)
+        out.print(f"[dim]prompts: {form_of_prompts}[/]", highlight=False)
+    held_out, rows = chosen.split("test")[:n], _validation(chosen, validation) if eval_every else None
     into = into or Path("experts") / chosen.name
     bank = models.patch(loaded, targets, rank, form, factors)
     out.print(f"[dim]{bank.describe()}[/]")
-    start = time.perf_counter()
-    expert = learn(
-        loaded,
-        chosen,
-        into.stem,
-        init=None if init is None else t2.Expert.load(models.find_expert(init, model)),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        num_generations=samples,
-        advantage=advantage,
-        learning_rate=lr,
-        kl_coef=kl,
-        temperature=temperature,
-        parametrisation=param,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        **({} if checkpoints is None else {"output_dir": str(checkpoints), "save_strategy": "steps", "save_steps": 25}),
-    )
+    start, log = time.perf_counter(), history or into.parent / f"{into.stem}.history.jsonl"
+    settings: dict[str, Any] = {}
+    if report_to is not None:
+        settings = {"report_to": comma_list(report_to), "output_dir": str(into.parent / f"{into.stem}.runs")}
+    if checkpoints is not None:
+        settings |= {"output_dir": str(checkpoints), "save_strategy": "steps", "save_steps": 25}
+    if rows:
+        settings |= {"eval_strategy": "steps", "eval_steps": eval_every, "eval_on_start": True, "keep_best": True}
+    stopped = None
+    try:
+        expert = learn(
+            loaded,
+            chosen,
+            into.stem,
+            init=start_from,
+            validation=rows or None,
+            history=str(log),
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            num_generations=samples,
+            advantage=advantage,
+            learning_rate=lr,
+            kl_coef=kl,
+            loss_type=loss_type,
+            policy_loss=policy_loss,
+            loss_batch_size=loss_batch,
+            temperature=temperature,
+            parametrisation=param,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            **settings,
+        )
+    except Stopped as e:
+        stopped, expert = e, e.expert
+    if form_of_prompts is not None:
+        expert.manifest["prompt"] = form_of_prompts.record()
+    if asked is not None:
+        expert.manifest["question"] = asked.record()  # a Classifier asks it
+    steps_seen = read(log)
+    if plot is not None and any("accuracy" in row for row in steps_seen):
+        out.print(f"curve in {curve.plot(steps_seen, plot, f'{into.stem}: {chosen.name}')}")
+    if stopped is not None:
+        out.print(
+            f"stopped at step {stopped.step} of {steps}; the expert of step {expert.manifest['steps']} is saved to "
+            f"{expert.save(into)}"
+        )
+        raise typer.Exit(130)
+    _say_best(expert.manifest, steps)
     seconds = time.perf_counter() - start
     before, after = compare(loaded, chosen, held_out, into.stem)
     expert.manifest["test"] = {
@@ -112,59 +180,34 @@ def train(
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
     }
-    if asked is not None:
-        expert.manifest["question"] = asked.record()  # a Classifier asks it
     path = expert.save(into)
     out.print(
         f"{expert.numel:,} numbers trained in {seconds:.0f} s, saved to {path} ({path.stat().st_size / 1024:.0f} KiB)"
     )
 
 
-def learn(loaded: models.Loaded, task: Any, name: str, init: Any = None, **settings: Any) -> Any:
-    """Train an expert of a patched model on a task, with a progress bar. Returns the expert, which is in the bank too.
+def _validation(task: Any, count: int) -> list[Any]:
+    """The first problems of a task's validation split; none, with a word, if it has none."""
+    try:
+        return task.split("validation")[:count]
+    except InputError as e:
+        err.print(f"no validation, the last expert is kept: {e}", soft_wrap=True, markup=False)
+        return []
 
-    init: the Expert to start from; settings: fields of `SVFConfig`
-    """
-    from transformers.trainer_utils import get_last_checkpoint
 
-    from t2kernels.train import SVFConfig, SVFTrainer
+def _say_best(facts: dict[str, Any], steps: int) -> None:
+    """Print which step was best in validation, and what to do if none was better than the base model."""
+    from t2kernels.train.steering.watch import ADVICE
 
-    config = SVFConfig(logging_steps=1, use_cpu=loaded.model.device.type == "cpu", report_to="none", **settings)
-    resume = (
-        get_last_checkpoint(config.output_dir)
-        if config.save_strategy != "no" and Path(config.output_dir).is_dir()
-        else None
+    before, after = facts.get("accuracy_before"), facts.get("accuracy_after")
+    if before is None or after is None:
+        return
+    out.print(
+        f"best of {steps} steps in validation: step {facts['steps']}, {after:.1%} of {facts['evaluated_on']} problems "
+        f"(base {before:.1%})"
     )
-    with bar(
-        "reward {task.fields[reward]:+.2f}", "right {task.fields[accuracy]:.0%}", "KL {task.fields[kl]:.2f}"
-    ) as progress:
-        watch = _watcher(
-            progress, progress.add_task(f"training {name}", total=config.max_steps, reward=0.0, accuracy=0.0, kl=0.0)
-        )
-        trainer = SVFTrainer(
-            loaded.model, config, task, experts=name, init=init, processing_class=loaded.tokenizer, callbacks=[watch]
-        )
-        trainer.train(resume_from_checkpoint=resume)
-    return trainer.experts[name]
-
-
-def _watcher(progress: Any, bar_: Any) -> Any:
-    """A callback that moves the bar, and shows means over the last 5 steps: a single batch is noisy."""
-    from transformers import TrainerCallback
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            progress.update(bar_, completed=state.global_step)
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            recent = [entry for entry in state.log_history[-5:] if "reward" in entry]
-            if recent:
-                means = {
-                    k: sum(entry.get(k, 0.0) for entry in recent) / len(recent) for k in ("reward", "accuracy", "kl")
-                }
-                progress.update(bar_, **means)
-
-    return Watch()
+    if after <= before:
+        out.print(f"no step was better than the base model: {ADVICE}")
 
 
 def compare(loaded: models.Loaded, task: Any, held_out: list[dict[str, Any]], name: str) -> tuple[Score, Score]:
