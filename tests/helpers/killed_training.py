@@ -1,4 +1,4 @@
-"""`t2 train --checkpoints`, killed while it writes: python killed_training.py FOLDER SEED. Prints what happened as JSON.
+"""`t2 train --checkpoints`, killed while it writes: python killed_training.py FOLDER SEED. Prints what happened.
 
 A process that has imported everything forks a process for each run. A run counts what it does in the folder of its
 checkpoints (files opened, renamed and removed, folders made), and kills itself at a number that was drawn.

@@ -1,4 +1,4 @@
-"""`t2 train --checkpoints` that was killed goes on to the bits of a run that was not. `killed_training.py` is the run."""
+"""`t2 train --checkpoints` that was killed goes on to the bits of a run that was not."""
 
 import json
 import os

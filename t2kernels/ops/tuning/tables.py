@@ -102,7 +102,7 @@ def _read(paths: Iterable[Path], needed: str) -> dict[str, Any] | None:
 
 
 def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool, str]]:
-    """(where, value, whether it can be used, what can) of each entry that the kernels read. Stop at the first misfit."""
+    """(where, value, whether it can be used, what can) of each entry that is read. Stop at the first that cannot."""
     for name in {"checked", "tiles"} & table.keys():
         yield name, table[name], isinstance(table[name], dict), "an object"
     if "pair_tokens" in table:
