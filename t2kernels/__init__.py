@@ -7,20 +7,7 @@ torch.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from t2kernels.experts.bank import ExpertBank
-    from t2kernels.experts.expert import Expert, ExpertError, ExpertMismatch
-    from t2kernels.factors.decomposition import decompose
-    from t2kernels.factors.factor import Factor
-    from t2kernels.factors.store import Factors
-    from t2kernels.patching.counting import ParameterCount, count_parameters
-    from t2kernels.patching.explain import Explanation, explain
-    from t2kernels.patching.patch import patch_model, unpatch_model
-
-    from . import adapt, evaluation, tasks, tiny, train
-    from .ops import svf_linear, svf_linear_group, svf_linear_ref
+from typing import Any
 
 _HOME = {
     "Expert": "experts.expert",

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import socket
 import struct
 import time
@@ -108,9 +109,9 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new name in the folder of `path` for a file that is renamed to it when it is whole.
+    """A new name in the folder of `path` for a file, or a folder, that is renamed to it when it is whole.
 
-    The name holds the id of this process. Files that dead processes left in the folder are removed.
+    The name holds the id of this process. What dead processes left in the folder is removed.
     """
     _sweep(path.parent)
     # Shortened, because the name of a file may have 255 bytes.
@@ -140,14 +141,14 @@ def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the temporary files of dead processes."""
+    """Remove the temporary files and folders of dead processes."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(".") and entry.name.endswith(TEMPORARY):
                 with contextlib.suppress(OSError, ValueError):  # a name of another kind, or removed by another writer
                     _, pid, made = entry.name.removesuffix(TEMPORARY).rsplit(".", 2)
                     if _left_behind(int(pid), made, entry.stat(follow_symlinks=False).st_mtime):
-                        os.unlink(entry.path)
+                        shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
 
 def _left_behind(pid: int, made: str, changed: float) -> bool:

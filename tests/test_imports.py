@@ -4,6 +4,7 @@ import ast
 
 import pytest
 
+import t2kernels
 from tests.helpers.paths import ROOT
 
 FOLDERS = ("t2kernels", "tests", "benchmarks", "examples")
@@ -79,3 +80,20 @@ GOOD = {
 def test_a_missing_one_is_found(text):
     assert not missing(GOOD)
     assert len(missing({**GOOD, "t2kernels.a.d": text})) == 1
+
+
+def test_the_stub_of_the_package_offers_what_is_imported_on_demand():
+    """Type checkers read `__init__.pyi`; at run time the names come from the tables of `__init__.py`."""
+    tree = ast.parse((ROOT / "t2kernels" / "__init__.pyi").read_text(encoding="utf-8"))
+    homes = {
+        alias.asname: (node.module or alias.name).removeprefix("t2kernels.")
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert homes == {**t2kernels._HOME, **{name: name for name in t2kernels._SUBPACKAGES}}
+    stubs = {node.name: [base.id for base in node.bases] for node in tree.body if isinstance(node, ast.ClassDef)}
+    classes = {name: value for name, value in vars(t2kernels).items() if isinstance(value, type)}
+    errors = {name: [b.__name__ for b in c.__bases__] for name, c in classes.items() if c.__module__ == "t2kernels"}
+    assert stubs == errors
+    assert set(t2kernels.__all__) <= {*homes, *stubs}

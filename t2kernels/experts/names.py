@@ -63,14 +63,21 @@ def check_name(name: str, version: bool = False) -> str:
 
 def check_files(names: Iterable[str]) -> None:
     """Raise NameRefused if two names would be one file where a file system ignores case."""
-    seen: dict[str, str] = {}
+    seen: list[str] = []
     for name in names:
-        other = seen.setdefault(check_name(name, version=True).casefold(), name)
-        if other != name:
+        other = same_file(check_name(name, version=True), seen)
+        if other is not None:
             raise NameRefused(
                 f"the experts {other!r} and {name!r} differ only in case and would be one file on some file systems; "
                 "rename one of them"
             )
+        seen.append(name)
+
+
+def same_file(name: str, names: Iterable[str]) -> str | None:
+    """The first of `names` that differs from `name` in case and in nothing else, or None."""
+    folded = name.casefold()
+    return next((n for n in names if n != name and n.casefold() == folded), None)
 
 
 def parse_mixture(text: str) -> dict[str, float]:

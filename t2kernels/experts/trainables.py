@@ -59,7 +59,14 @@ class Trainables:
 
         model: the patched model, if it is known
         """
-        weights = () if model is None else model.named_parameters()
+        weights = () if model is None else list(model.named_parameters())
+        if model is not None and any(
+            type(m).__name__.startswith(("FSDP", "FullyShardedDataParallel")) for m in model.modules()
+        ):
+            raise GradientError(
+                "the model is sharded by FSDP already, which would neither shard the parameters of a new expert nor "
+                "average their gradients over the processes: call start_training first, then shard the model"
+            )
         if (frozen := next((n for n, p in weights if p.is_inference()), None)) is not None:
             raise GradientError(
                 f"{frozen} was made, or moved, under torch.inference_mode, so nothing can be trained through it: load "

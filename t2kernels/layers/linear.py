@@ -41,6 +41,11 @@ class Trained(nn.ParameterDict):
         return super()._apply(move, recurse)
 
 
+def whole(p: Tensor) -> Tensor:
+    """A parameter as one tensor. Where FSDP has sharded it, every process must call this."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p  # a DTensor
+
+
 class SVFLinear(nn.Module):
     """Factors and scale table of one matrix, or of X matrices of equal shape (a mixture-of-experts stack: sizes in
     parentheses).
@@ -93,8 +98,9 @@ class SVFLinear(nn.Module):
         self.routing: Routing = routing
         self.group: Group | None = None  # of layers with the same input; set by the bank
         self.logits: nn.ParameterDict = Trained()  # experts in training: key -> p [k]
-        # key -> (row, parametrisation, p); replaced, never changed: another thread may read it
-        self._training: dict[str, tuple[int, str, nn.Parameter]] = {}
+        # key -> (row, parametrisation); replaced, never changed: another thread may read it. Each forward looks p up,
+        # because FSDP puts another tensor into its place.
+        self._training: dict[str, tuple[int, str]] = {}
         self.path: str = ""  # of the module in the model that the layer is installed at
         self.base: Link = Link()  # to that module, in delta form
         self.transposed: bool = False  # whether the dense weight is stored as [N, M]
@@ -167,7 +173,7 @@ class SVFLinear(nn.Module):
         parametrisation: "raw": z = 1 + p; "sigmoid": that of the authors' release, which keeps the trace
         """
         self.logits[key] = p
-        self._training = {**self._training, key: (row, parametrisation, p)}
+        self._training = {**self._training, key: (row, parametrisation)}
 
     def drop_trained(self, key: str) -> None:
         """Undo `add_trained`. The row keeps its last values."""
@@ -177,7 +183,7 @@ class SVFLinear(nn.Module):
 
     def trained_z(self, key: str) -> Tensor:
         """z [(X,) k] of an expert in training, differentiable."""
-        return self._z(*self._training[key][1:])
+        return self._z(self._training[key][1], whole(self.logits[key]))
 
     def table(self) -> Tensor:
         """scale [E, (X,) C] with the rows of experts in training computed from their parameters.
@@ -188,11 +194,12 @@ class SVFLinear(nn.Module):
         if not (training := self._training):
             return self.scale
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            rows = torch.tensor([row for row, *_ in training.values()], device=self.scale.device)
-            return self.scale.index_copy(0, rows, torch.stack([self._row(*own) for _, *own in training.values()]))
+            rows = torch.tensor([row for row, _ in training.values()], device=self.scale.device)
+            made = [self._row(form, self.logits[key]) for key, (_, form) in training.items()]
+            return self.scale.index_copy(0, rows, torch.stack(made))
         with self.routing.writing:  # a row that training has left may be another expert's by now
-            for row, *own in self._training.values():
-                self.scale[row].copy_(self._row(*own))
+            for key, (row, form) in self._training.items():
+                self.scale[row].copy_(self._row(form, self.logits[key]))
         return self.scale
 
     def _z(self, parametrisation: str, p: Tensor) -> Tensor:

@@ -48,19 +48,17 @@ def truncation_error(z: Tensor, sigma: Tensor, k: int) -> float:
     return lost / change.max().item() if lost else 0.0
 
 
-def z_from_logits(p: Tensor, sigma: Tensor, trace_norm: bool = True, max_mult: float = 1.0) -> Tensor:
-    """The authors' parametrisation: m = sigmoid(p) * max_mult, z = m Σ sigma / Σ(sigma m), which keeps Σ sigma_i z_i.
+def z_from_logits(p: Tensor, sigma: Tensor) -> Tensor:
+    """The authors' parametrisation: m = sigmoid(p), z = m Σ sigma / Σ(sigma m), which keeps Σ sigma_i z_i.
 
     p, sigma: [..., R]
-    trace_norm: False: z = m. True: max_mult cancels, and a uniform p is the base model
+    A uniform p is the base model. A factor common to all of m, as the release's `max_mult`, cancels.
     A matrix of zeros keeps z = 1, whatever p is. Computed in at least fp32.
     Returns z [..., R], differentiable in p. Raises ValueError if the shapes differ. Source: Transformer²'s release.
     """
     if p.shape != sigma.shape:
         raise InputError(f"z_from_logits: wanted p and sigma of one shape, got {list(p.shape)} and {list(sigma.shape)}")
-    m = torch.sigmoid(p.to(torch.promote_types(p.dtype, torch.float32))) * max_mult
-    if not trace_norm:
-        return m
+    m = torch.sigmoid(p.to(torch.promote_types(p.dtype, torch.float32)))
     largest = sigma.amax(-1, keepdim=True) if sigma.shape[-1] else sigma.sum(-1, keepdim=True)
     share = (sigma / torch.where(largest > 0, largest, 1)).to(m)  # so that no sum of tiny sigma is rounded to 0
     kept = (share * m).sum(-1, keepdim=True)

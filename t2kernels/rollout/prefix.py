@@ -16,11 +16,11 @@ MIN_PREFIX = 16
 """Common tokens below which a prefix cache saves nothing: copying it costs about as much as so few tokens."""
 
 
-def hoist(ids: Tensor, mask: Tensor, min_prefix: int = MIN_PREFIX) -> tuple[Tensor, Tensor, Tensor]:
+def hoist(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Move the common prefix of left-padded prompts before the padding.
 
     ids, mask: [B, S] int64
-    Returns (prefix [P], empty if it is shorter than `min_prefix`; ids [B, S]; mask [B, S]), the last two in the order
+    Returns (prefix [P], empty if it is shorter than MIN_PREFIX; ids [B, S]; mask [B, S]), the last two in the order
     (prefix, padding, rest). Positions are counted by the mask, so the padding in between is not seen. At least one
     token stays in each rest.
     """
@@ -32,7 +32,7 @@ def hoist(ids: Tensor, mask: Tensor, min_prefix: int = MIN_PREFIX) -> tuple[Tens
             break
         count += 1
     count = min(count, min(map(len, rows)) - 1)
-    if count < min_prefix or len(rows) < 2:
+    if count < MIN_PREFIX or len(rows) < 2:
         return ids[0, :0], ids, mask
     order = [
         torch.cat([torch.arange(s, s + count), torch.arange(s), torch.arange(s + count, ids.shape[1])]).to(ids.device)

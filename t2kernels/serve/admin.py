@@ -29,8 +29,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     def check_place(name: str, replace: bool) -> Path:
         """The path of a new expert's file. Raises APIError if neither the name nor the file may be replaced."""
-        place = folder.place(name)
         experts.check_new(name, replace)
+        place = folder.place(name)
         if place.exists() and name not in experts.current and not replace:
             message = f"the experts folder has a file {place.name!r}; add replace=true to overwrite it"
             raise APIError(409, message, "expert_exists", "name")

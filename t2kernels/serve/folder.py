@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from t2kernels.experts.expert import Expert, ExpertError
+from t2kernels.experts.names import same_file
 from t2kernels.serve.http.errors import APIError, SettingsError, bad
 
-from .registry import ExpertRegistry
+from .registry import ExpertRegistry, differs_in_case
 
 SUFFIX: str = ".safetensors"
 
@@ -31,13 +32,19 @@ class ExpertFolder:
         return self.path
 
     def place(self, name: str) -> Path:
-        """The path of an expert's own file, which need not exist. Raises APIError 400 if the server has no folder."""
-        return self.home() / f"{name}{SUFFIX}"
+        """The path of an expert's own file, which need not exist.
+
+        Raises APIError: 400 if the server has no folder, 409 if the folder has a file whose name differs only in case.
+        """
+        place = self.home() / f"{name}{SUFFIX}"
+        if other := same_file(place.name, (path.name for path in self.home().glob(f"*{SUFFIX}"))):
+            raise differs_in_case(place.name, f"the experts folder has a file {other!r}")
+        return place
 
     def delete(self, name: str) -> None:
         """Delete an expert's own file, if there is a folder and the file is in it."""
         if self.path is not None:
-            self.place(name).unlink(missing_ok=True)
+            (self.path / f"{name}{SUFFIX}").unlink(missing_ok=True)
 
     def file(self, name: str) -> Path:
         """The path of a file of the folder, by its bare name.
@@ -78,5 +85,6 @@ def read(path: Path) -> Expert:
 
 
 def load(registry: ExpertRegistry, name: str, path: Path) -> None:
-    """Serve the expert in a file under a name. Raises APIError 400 if the name or the file is not accepted."""
-    registry.publish(registry.admit(registry.check_name(name), read(path)))
+    """Serve the expert in a file under a name. Raises APIError 400 or 409 if the name or the file is not accepted."""
+    registry.check_new(registry.check_name(name), replace=True)
+    registry.publish(registry.admit(name, read(path)))

@@ -14,7 +14,7 @@ from typing import Any
 
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert, ExpertError
-from t2kernels.experts.names import AUTO, BASE, MIX, Name, check_name, parse_mixture, write_mixture
+from t2kernels.experts.names import AUTO, BASE, MIX, Name, check_name, parse_mixture, same_file, write_mixture
 from t2kernels.factors.identity import ExpertMismatch
 from t2kernels.serve.http.errors import APIError, bad
 
@@ -167,7 +167,9 @@ class ExpertRegistry:
         return name
 
     def check_new(self, name: str, replace: bool) -> None:
-        """Raises APIError 409 if the name is taken and may not be replaced."""
+        """Raises APIError 409 if the name is taken and may not be replaced, or if it is another's but for its case."""
+        if other := same_file(name, self.current):
+            raise differs_in_case(name, f"there is an expert {other!r}")
         if name in self.current and not replace:
             raise APIError(
                 409, f"there is an expert {name!r}; remove it first, or add replace=true", "expert_exists", "name"
@@ -213,3 +215,11 @@ class ExpertRegistry:
         self.epoch += 1
         self.counts.fold(name, REMOVED)
         self._drop(version)
+
+
+def differs_in_case(name: str, taken: str) -> APIError:
+    """The error for a name that differs from another only in case. taken: the sentence that says what has the other."""
+    why = "names that differ only in case are one file on some file systems"
+    return APIError(
+        409, f"{taken}, and {name!r} differs from it only in case: {why}; choose another name", "expert_exists", "name"
+    )

@@ -20,6 +20,10 @@ _COMPILE = "the shapes of rollouts change with every step, so each step would co
 _HALF_EVALUATION = "evaluation runs in the dtype of the model; load the model in that dtype"
 _HUB = "save_expert(name, path) writes one small file to upload"
 _LENGTHS = 'prompts have no length before they are encoded; take "random" or "sequential"'
+_FSDP = (
+    "accelerate runs DDP instead where there is no GPU, and nobody has run it on one; start the trainer with plain "
+    "torchrun, or call fully_shard in a loop of your own (docs/howto/several-gpus.md)"
+)
 _LIGER = "it changes the model for good; apply Liger's kernels before patch_model"
 
 REFUSED: dict[str, str] = {
@@ -55,6 +59,8 @@ REFUSED: dict[str, str] = {
     "remove_unused_columns": "the reward needs the columns",
     "length_column_name": _LENGTHS,
     "deepspeed": "experts in DeepSpeed were never tested; z is small, so plain torchrun needs no ZeRO",
+    "fsdp": _FSDP,
+    "fsdp_config": _FSDP,
     "debug": "its hooks stay on the model after training",
 }
 """{field: why}. A value other than the default raises."""
@@ -100,8 +106,8 @@ WORKS: frozenset[str] = frozenset(
     restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config
     dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order train_sampling_strategy
-    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
-    fsdp_config skip_memory_metrics resume_from_checkpoint
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+    skip_memory_metrics resume_from_checkpoint
     """.split()
 )
 

@@ -16,6 +16,8 @@ def unsupported_environment() -> str | None:
     value = os.environ.get
     if value("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
         return "accelerate was started with DeepSpeed, in which experts were never tested; leave it out"
+    if value("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes"):
+        return "accelerate was started with FSDP, in which the trainer was never run; leave it out"
     if value("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no"):
         return "accelerate was started with --dynamo_backend, but the shapes of rollouts change with every step"
     if value("ACCELERATE_MIXED_PRECISION", "no").lower() == "fp8":

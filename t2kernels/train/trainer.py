@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from t2kernels.layers.routing.route import Route
 from t2kernels.rollout.modes import restored_mode
 from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.rewards import Reward, Scorer
-from t2kernels.storage import write_json
+from t2kernels.storage import temporary_beside, write_json
 
 from . import trainer_state as checkpoint
 from .config import SVFConfig
@@ -333,7 +332,7 @@ class SVFTrainer(ReinforceTrainer):
         """As Trainer's, but atomic: written under a temporary name, then renamed."""
         run = Path(self._get_output_dir(trial))
         place = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        parts = [f".{place.name}.{uuid.uuid4().hex[:8]}.tmp"]
+        parts = [temporary_beside(place).name]
         if self.accelerator.num_processes > 1:
             torch.distributed.broadcast_object_list(parts)
         temporary = run / parts[0]

@@ -23,6 +23,7 @@ REASONS = (
     "needs TRL",
     "needs the network",
     "needs a running server",
+    "needs several processes",
     "needs files of the authors' release",
     "part of examples/custom_linear_method.py, which the tests run",
 )

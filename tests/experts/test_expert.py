@@ -274,9 +274,7 @@ def test_z_from_logits_keeps_the_trace_and_differentiates():
     m = 1 / (1 + (-p.detach()).exp())
     torch.testing.assert_close(z.detach(), m * sigma.sum() / (sigma * m).sum())
     torch.testing.assert_close((sigma * z).sum().item(), sigma.sum().item())
-    torch.testing.assert_close(z_from_logits(p, sigma, max_mult=2.5), z)
     torch.testing.assert_close(z_from_logits(torch.full((9,), 0.1), sigma.float()), torch.ones(9))
-    torch.testing.assert_close(z_from_logits(p, sigma, trace_norm=False, max_mult=2.0).detach(), 2 * m)
     assert torch.autograd.gradcheck(lambda q: z_from_logits(q, sigma), (p,))
     with pytest.raises(ValueError, match="one shape"):
         z_from_logits(p, sigma[:3])

@@ -265,6 +265,15 @@ def test_files_are_inside_the_folder_or_refused(experts, files, tmp_path):
         files.load_all(experts)
 
 
+def test_a_folder_with_two_names_that_differ_only_in_case_is_not_served(experts, files):
+    small(experts.bank).save(files.path / "math")
+    small(experts.bank).save(files.path / "Math")
+    if len(list(files.path.iterdir())) == 1:
+        pytest.skip("this file system ignores case")
+    with pytest.raises(ValueError, match=r"'Math'.*'math' differs from it only in case"):
+        files.load_all(experts)
+
+
 def test_what_is_no_expert_of_this_model_changes_nothing(experts, files):
     other, _ = tiny.load()
     other.model.layers[0].mlp.up_proj.weight.data.normal_()

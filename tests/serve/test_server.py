@@ -305,6 +305,30 @@ def test_bad_uploads_change_nothing(server, local, tmp_path):
     )
 
 
+def test_a_name_that_differs_only_in_case_is_refused_however_it_comes(server, local, tmp_path):
+    """One of the two would overwrite the other's file where a file system ignores case."""
+    good = local.make(3).save(tmp_path / "good").read_bytes()
+    before = sorted((p.name, p.read_bytes()) for p in server.folder.iterdir()), server.client.get("/v1/experts").json()
+    shots = {"experts": ["math"], "examples": [{"prompt": "1+2?", "answer": "=3"}]}
+    for replace in (False, True):
+        for response in (
+            upload(server, "Math", good, replace=replace),
+            server.client.post("/v1/experts", json={"name": "MATH", "file": "math.safetensors", "replace": replace}),
+            server.client.post("/v1/experts/maTh/few-shot", json={**shots, "replace": replace}),
+        ):
+            assert response.status_code == 409
+            assert re.search("'math'.*differs from it only in case.*choose another name", error_of(response))
+    (server.folder / "Unserved.safetensors").write_bytes(good)
+    response = upload(server, "unserved", good, replace=True)
+    assert response.status_code == 409
+    assert "'Unserved.safetensors'" in error_of(response)
+    (server.folder / "Unserved.safetensors").unlink()
+    assert before == (
+        sorted((p.name, p.read_bytes()) for p in server.folder.iterdir()),
+        server.client.get("/v1/experts").json(),
+    )
+
+
 def test_an_expert_made_from_examples_answers_at_once(server, client, local):
     rows = [{"prompt": r["prompt"], "answer": "=" + r["answer"]} for r in t2.tasks.load("sub").split("train", 4)]
     made = server.client.post(

@@ -22,7 +22,7 @@ OTHER_VALUES = {
     "include_num_input_tokens_seen": "all", "eval_do_concat_batches": False, "eval_accumulation_steps": 4,
     "include_for_metrics": ["inputs"], "hub_token": "x", "hub_model_id": "a/b", "hub_strategy": "end",
     "hub_revision": "main", "parallelism_config": object(), "length_column_name": "size",
-    "deepspeed": {"zero_optimization": {"stage": 2}}, "debug": "underflow_overflow",
+    "fsdp_config": {"version": 2}, "deepspeed": {"zero_optimization": {"stage": 2}}, "debug": "underflow_overflow",
 }  # fmt: skip
 """A value that is not the default; True for the fields that are not here."""
 TOKENIZER = build()

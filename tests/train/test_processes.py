@@ -145,6 +145,7 @@ def test_a_lone_process_of_accelerate_is_noticed(tmp_path, monkeypatch, caplog):
     ("name", "value", "message"),
     [
         ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8"),
     ],

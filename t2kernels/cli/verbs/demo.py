@@ -151,7 +151,7 @@ def cross_table(loaded: models.Loaded, experts: list[str | None], problems: int)
         shown.add_row(expert or BASE, *cells)
     worst = max(s.standard_error for column in columns.values() for s in column)
     show(
-        "accuracy on held-out problems", shown, f"standard errors are at most {worst:.1%}; {LIVE}: the expert of step 2"
+        "accuracy on held-out problems", shown, f"standard errors are at most {worst:.1%}; {LIVE}: the expert of part 2"
     )
 
 

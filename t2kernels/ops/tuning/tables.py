@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import astuple
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import torch
 from t2kernels import InputError
 from t2kernels.storage import read_json, write_json
 
-from .tiles import Tiles, key
+from .tiles import KERNELS, Tiles, key
 
 TABLES = Path(__file__).parent / "tuned"
 Timed = tuple[str, int, int, int, torch.dtype, torch.dtype]
 """(kernel, T, rows, K, x_dtype, w_dtype), as in `tiles.tiles`."""
+LARGEST: int = 1024
+"""Of the sizes of a tile."""
+_NAMES = [field.name for field in fields(Tiles)]
+_SHAPE = re.compile(rf"({'|'.join(KERNELS)})/\w+/\w+/[1-9]\d*x[1-9]\d*")
 
 
 def user_folder() -> Path:
@@ -39,14 +44,14 @@ def read_table(device_name: str, triton_version: str, folder: Path | None = None
     """The table of a GPU and a Triton: the user's own, else the package's; None if there is none.
 
     {"tiles": {key: {T: Tiles}}, "checked": {...}, "pair_tokens": int, ...}
-    Raises ValueError for a file that is not a table.
+    Raises ValueError for a file that is not a table, or with an entry that cannot be used, which it names.
     """
-    return _read((table_path(device_name, triton_version, f) for f in _folders(folder)), "tiles", dict)
+    return _read((table_path(device_name, triton_version, f) for f in _folders(folder)), "tiles")
 
 
 def read_cuda_table(device_name: str, folder: Path | None = None) -> dict[str, Any] | None:
     """{"checked": {...}, "decode_tokens": [int, int], ...} of the CUDA kernel on a GPU, as `read_table` finds it."""
-    return _read((cuda_table_path(device_name, f) for f in _folders(folder)), "decode_tokens", list)
+    return _read((cuda_table_path(device_name, f) for f in _folders(folder)), "decode_tokens")
 
 
 def write_table(
@@ -81,13 +86,39 @@ def _folders(folder: Path | None) -> list[Path]:
     return [folder] if folder else [user_folder(), TABLES]
 
 
-def _read(paths: Iterable[Path], field: str, kind: type) -> dict[str, Any] | None:
+def _read(paths: Iterable[Path], needed: str) -> dict[str, Any] | None:
     for path in paths:
         if path.is_file():
             found = read_json(path, "a table of `t2 tune` (delete it, and run `t2 tune` again)")
-            if isinstance(found.get(field), kind):
-                return found
-            raise InputError(
-                f"{path} is not a table of `t2 tune`: {field!r} is missing. Delete it, and run `t2 tune` again"
-            )
+            wrong = None if needed in found else f"{needed!r} is missing"
+            for entry, value, fits, wanted in _entries(found):
+                if not fits:
+                    wrong = f"{entry} is {str(value)[:60]!r}, wanted {wanted}"
+                    break
+            if wrong:
+                raise InputError(f"{path} is not a table of `t2 tune`: {wrong}. Delete it, and run `t2 tune` again")
+            return found
     return None
+
+
+def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool, str]]:
+    """(where, value, whether it can be used, what can) of each entry that is read. Stop at the first that cannot."""
+    for name in {"checked", "tiles"} & table.keys():
+        yield name, table[name], isinstance(table[name], dict), "an object"
+    if "pair_tokens" in table:
+        yield "pair_tokens", table["pair_tokens"], _are_integers([table["pair_tokens"]], 1), "an integer from 0"
+    if "decode_tokens" in table:
+        yield "decode_tokens", table["decode_tokens"], _are_integers(table["decode_tokens"], 2), "two integers from 0"
+    for shape, by_tokens in table.get("tiles", {}).items():
+        fits = bool(_SHAPE.fullmatch(shape)) and isinstance(by_tokens, dict) and bool(by_tokens)
+        yield f"tiles[{shape[:60]!r}]", by_tokens, fits, "KERNEL/TYPE/TYPE/ROWSxK with {T: tiles}"
+        for T, sizes in by_tokens.items():
+            fits = bool(re.fullmatch("[1-9][0-9]{0,8}", T)) and _are_integers(sizes, len(_NAMES), 1, LARGEST)
+            # Triton takes powers of two, but for the stages.
+            fits = fits and all(n & (n - 1) == 0 for n in sizes[:-1])
+            wanted = f"[{', '.join(_NAMES)}], integers from 1 to {LARGEST}, all but the last powers of two"
+            yield f"tiles[{shape!r}][{T[:20]!r}]", sizes, fits, wanted
+
+
+def _are_integers(value: Any, count: int, least: int = 0, most: int = 2**31) -> bool:
+    return isinstance(value, list) and len(value) == count and all(type(n) is int and least <= n <= most for n in value)

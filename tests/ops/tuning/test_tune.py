@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from t2kernels import InputError
 from t2kernels.cli.verbs.tune import shapes
 from t2kernels.ops import dispatch
 from t2kernels.ops.dispatch import ImplUnavailableError, choose, device_of
@@ -236,6 +237,56 @@ def test_a_damaged_table_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"X-triton3\.6\.json is not a table"):
         read_table("X", "3.6.0", tmp_path)
     assert read_table("Y", "3.6.0", tmp_path) is None
+
+
+SHAPE = "expand/bf16/bf16/64x32"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tiles": []}, "tiles"),
+        ({"tiles": {"expand/64x32": {"1": [32, 16, 64, 1, 4, 3]}}}, "expand/64x32"),
+        ({"tiles": {SHAPE: {}}}, SHAPE),
+        ({"tiles": {SHAPE: {"many": [32, 16, 64, 1, 4, 3]}}}, "many"),
+        ({"tiles": {SHAPE: {"0": [32, 16, 64, 1, 4, 3]}}}, "'0'"),
+        *[
+            ({"tiles": {SHAPE: {"16": sizes}}}, f"{SHAPE}'\\]\\['16'")
+            for sizes in (
+                None,
+                [32, 16, 64, 1, 4],
+                [32, 16, 64, 1, 4, 3, 1],
+                [0, 16, 64, 1, 4, 3],
+                [-32, 16, 64, 1, 4, 3],
+                [48, 16, 64, 1, 4, 3],
+                [32, 16, 64, 1, 3, 3],
+                [32, 16, 64, 1, 4, True],
+                [32.0, 16, 64, 1, 4, 3],
+                ["32", 16, 64, 1, 4, 3],
+                [2**40, 16, 64, 1, 4, 3],
+            )
+        ],
+        ({"checked": 3}, "checked"),
+        ({"pair_tokens": None}, "pair_tokens"),
+        ({"pair_tokens": -1}, "pair_tokens"),
+    ],
+)
+def test_an_entry_that_no_kernel_can_use_is_named(change, named, tmp_path):
+    path = write_table("X", "3.6.0", {}, tmp_path, checked={"cases": 1}, pair_tokens=0)
+    good = json.loads(path.read_text()) | {"tiles": {SHAPE: {"1": [32, 16, 64, 1, 4, 3], "64": [32, 64, 1, 8, 8, 5]}}}
+    path.write_text(json.dumps(good))
+    assert read_table("X", "3.6.0", tmp_path) == good
+    path.write_text(json.dumps(good | change))
+    with pytest.raises(InputError, match=f"X-triton3\\.6\\.json is not a table.*{named}.*wanted.*t2 tune"):
+        read_table("X", "3.6.0", tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [None, 16, [16], [16, 8, 4], [16, -1], [16, 8.0], ["16", 8], [True, 8]])
+def test_a_cut_over_of_the_cuda_kernel_that_is_no_pair_of_integers_is_named(tokens, tmp_path):
+    path = write_cuda_table("X", (16, 8), tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decode_tokens": tokens}))
+    with pytest.raises(InputError, match=r"X-cuda\.json is not a table.*decode_tokens.*wanted two integers"):
+        read_cuda_table("X", tmp_path)
 
 
 def test_the_shapes_of_a_model_are_its_calls():
