@@ -229,7 +229,10 @@ def chatty(tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer = t2.tiny.load()[1]
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}=>{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}=>{% endif %}"
+    )
     tokenizer.save_pretrained(tmp_path / "model")
     lines = [f"{text},{label},test" for text, label in (("fine", "good"), ("dull", "bad"), ("fun", "good"))]
     (tmp_path / "films.csv").write_text("\n".join(["text,label,split", *lines]) + "\n")
