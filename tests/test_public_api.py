@@ -66,7 +66,8 @@ NAMES = {
             "progress=None"
         ),
         "Found": "alpha, expert, scores, stopped, candidates, seconds, answers=<factory>",
-        "Prompt": "model, tokenizer, question, margin=0.0, method='likelihood', asked=None",
+        "Nearest": "model, tokenizer, examples, margin=0.0",
+        "Prompt": "model, tokenizer, question, margin=0.0, method='likelihood', asked=None, neutral=(), norm='sum'",
         "Question": "template, labels, strip='', chat=False",
         "Router": "judge, step=0.25, most=None",
         "Strategy": "model, tokenizer, max_new_tokens=16",
@@ -145,12 +146,13 @@ OPTIONS = {
         "--device"
     ),
     "eval": (
-        "--task/-t=math --experts/-e= --by --adapt= --classifier=classify --examples --margin=0.0 "
-        "--model/-m=tiny -n --split=test --chat/--no-chat --system --check --batch=256 --max-new-tokens "
-        "--json --targets=all --rank=all --form=auto --factors --dtype --device"
+        "--task/-t=math --experts/-e= --by --adapt= --margin=0.0 --other/--no-other=True --calibrate "
+        "--classifier=classify --examples --model/-m=tiny -n --split=test --chat/--no-chat --system --check "
+        "--batch=256 --max-new-tokens --json --targets=all --rank=all --form=auto --factors --dtype --device"
     ),
     "generate": (
-        "prompts!* --expert/-e*=[] --mix*=[] --adapt --classifier=classify --examples --margin=0.0 --pair "
+        "prompts!* --expert/-e*=[] --mix*=[] --adapt --margin=0.0 --other/--no-other=True "
+        "--calibrate --classifier=classify --examples --pair "
         "--model/-m=tiny --max-new-tokens=64 --temperature=0.0 --chat/--no-chat --system "
         "--json --targets=all --rank=all --form=auto --factors --dtype --device"
     ),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .refinement import refine
     from .strategy import Strategy
     from .strategy_registry import Option, make_strategy, register_strategy, strategy_names
-    from .zero_shot import Router, ZeroShot
+    from .zero_shot import Nearest, Router, ZeroShot
 
 _HOME = {
     "CEMConfig": "cem",
@@ -26,6 +26,7 @@ _HOME = {
     "Examples": "examples",
     "FewShot": "few_shot",
     "Found": "cem",
+    "Nearest": "zero_shot",
     "Option": "strategy_registry",
     "Prompt": "prompt",
     "Question": "question",
@@ -49,6 +50,7 @@ __all__ = [
     "Examples",
     "FewShot",
     "Found",
+    "Nearest",
     "Option",
     "Prompt",
     "Question",

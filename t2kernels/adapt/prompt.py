@@ -1,6 +1,10 @@
 """`Prompt` and `Classifier`: the model says in one forward what a prompt is about (arXiv 2501.06252, section 3.2).
 
-    label(x) = argmax_c log p(c | question(x))
+    label(x) = argmax_c s_c(x),    s_c(x) = log p(c | question(x)) - prior_c
+    prior_c  = the mean of log p(c | question(x)) over neutral prompts, or over prompts that are like those to come
+
+The prior takes off what a label has by itself (calibration: arXiv 2102.09690); without one it is 0. norm="length"
+divides s_c by the tokens of c.
 
 The expert of that label answers if it leads by `margin` nats over every label of another expert, else the base model.
 The base model is asked ("prompt engineering"), or an expert that was trained to be ("classification expert").
@@ -10,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +22,12 @@ from torch import Tensor, nn
 
 from t2kernels import InputError
 from t2kernels.experts.names import CLASSIFIER, Name
-from t2kernels.rollout.chat import AnyPrompt
+from t2kernels.rollout.chat import AnyPrompt, PromptForm
 from t2kernels.rollout.generation import Sampler
-from t2kernels.rollout.labels import encode_labels, label_log_likelihoods
+from t2kernels.rollout.labels import NORMS, encode_labels, label_log_likelihoods, split_labels
 from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.rewards import Scorer
+from t2kernels.tasks.base import SPLITS
 
 from .question import Question
 from .strategy import Strategy
@@ -37,6 +43,9 @@ class Prompt(Strategy):
     method: "likelihood", the log-likelihood of every label, without decoding; "generate", as in the release: the model
         writes, and the text is parsed. A text with no label or several keeps the base model, and there is no margin.
     asked: the expert that answers the question; None: the base model
+    neutral: prompts of no category, such as [""]; their mean is the prior. Empty: none, as for a trained expert.
+        `calibrate` takes prompts like those to come instead.
+    norm: "sum", or "length": a score is divided by the tokens of its label
 
     Raises ValueError before any forward: an unknown method, a label whose expert is not in the bank.
     """
@@ -49,10 +58,14 @@ class Prompt(Strategy):
         margin: float = 0.0,
         method: str = "likelihood",
         asked: str | None = None,
+        neutral: Sequence[AnyPrompt] = (),
+        norm: str = "sum",
     ) -> None:
         super().__init__(model, tokenizer, max_new_tokens=8 if method == "likelihood" else 16)
         if method not in METHODS:
             raise InputError(f"method={method!r}; wanted {' or '.join(map(repr, METHODS))}")
+        if norm not in NORMS:
+            raise InputError(f"norm={norm!r}; wanted {' or '.join(map(repr, NORMS))}")
         self.check_in_bank(list(question.labels.values()), "the question's labels name")
         self.check_in_bank([asked], "the question shall be answered by")
         self.question: Question = question
@@ -62,6 +75,9 @@ class Prompt(Strategy):
         self.readers: Sequence[str | None] = [asked]
         self.experts: list[str | None] = list(question.labels.values())
         self._labels = encode_labels(self.sampler.tokenizer, list(question.labels))
+        self.norm: str = norm
+        self.neutral: Sequence[AnyPrompt] = neutral
+        self._prior: Tensor | None = None
 
     def choose_batch(self, prompts: Sequence[AnyPrompt]) -> list[Name]:
         """The expert of the best label of each prompt, or None."""
@@ -73,6 +89,31 @@ class Prompt(Strategy):
         """log p(label | question), without the tokens that all labels start with. Returns [B, labels] on the CPU."""
         ids, mask = self.sampler.encode([self.question.ask(p) for p in prompts], self.bank.device)
         return label_log_likelihoods(self.model, ids, mask, self._labels, self.bank.ids(self.asked)).cpu()
+
+    def calibrate(self, prompts: Sequence[AnyPrompt]) -> Tensor:
+        """Set the prior of each label to its mean log-likelihood over prompts, whose categories need not be known.
+
+        prompts: some that are like those to come, the categories about equally often. They say more than
+            neutral ones.
+        Returns the prior, [labels]. Raises ValueError without prompts.
+        """
+        if not len(prompts):
+            raise InputError("there are no prompts to calibrate on")
+        parts = [prompts[i : i + self.batch] for i in range(0, len(prompts), self.batch)]
+        self._prior = torch.cat([self.log_likelihoods(part) for part in parts]).mean(0)
+        return self._prior
+
+    def scores(self, prompts: Sequence[AnyPrompt]) -> Tensor:
+        """s_c of each prompt, [B, labels] on the CPU, in nats. The prior of neutral prompts costs one forward, once."""
+        found = self.log_likelihoods(prompts)
+        if self._prior is None and len(self.neutral):
+            self.calibrate(self.neutral)
+        if self._prior is not None:
+            found = found - self._prior
+        if self.norm == "length":
+            _, rest = split_labels(self._labels)
+            found = found / torch.tensor([len(tokens) for tokens in rest], dtype=found.dtype, device="cpu")
+        return found
 
     def fit_margin(
         self, rows: Sequence[Mapping[str, Any]], reward: Any, max_new_tokens: int | None = None
@@ -118,7 +159,7 @@ class Prompt(Strategy):
     def _leads(self, prompts: Sequence[AnyPrompt]) -> list[tuple[str | None, float]]:
         """For each prompt (the expert of its best label, its lead in nats over the best label of another expert)."""
         out = []
-        for row in self.log_likelihoods(prompts).tolist():
+        for row in self.scores(prompts).tolist():
             best = max(range(len(row)), key=row.__getitem__)
             others = [v for v, name in zip(row, self.experts, strict=True) if name != self.experts[best]]
             out.append((self.experts[best], row[best] - max(others, default=float("-inf"))))
@@ -184,10 +225,29 @@ def make_prompt(
     experts: Sequence[str] | Mapping[str, str],
     *,
     margin: float = 0.0,
+    other: bool = True,
+    calibrate: str | Path | None = None,
     tiny: bool = False,
+    form: PromptForm | None = None,
 ) -> Prompt:
-    """The `Prompt` that asks which of `experts` fits. Arguments as of `make_strategy`."""
-    return Prompt(model, tokenizer, Question.for_experts(experts, tokenizer, tiny), margin)
+    """The `Prompt` that asks which of `experts` fits. Arguments as of `make_strategy`.
+
+    other: as of `Question.for_experts`; calibrate: a file of problems, whose prompts are for `Prompt.calibrate`
+    """
+    chat = None if form is None else form.chat
+    made = Prompt(model, tokenizer, Question.for_experts(experts, tokenizer, tiny, other, chat), margin)
+    if calibrate is not None:
+        made.calibrate(prompts_of(calibrate, form))
+    return made
+
+
+def prompts_of(path: str | Path, form: PromptForm | None = None) -> list[AnyPrompt]:
+    """The prompts of all problems in a file, in a form. Raises ValueError or FileNotFoundError as `tasks.load`."""
+    from t2kernels import tasks
+
+    task = tasks.load(str(path))
+    task = task if form is None else form.of_task(task)
+    return [row["prompt"] for split in SPLITS if task.rows(split, 1, 0) for row in task.split(split)]
 
 
 def make_classifier(

@@ -83,15 +83,27 @@ class Question:
         return cls("kind({prompt})?", {f"={name[0]}": expert for name, expert in named.items()}, strip="?")
 
     @classmethod
-    def for_experts(cls, experts: Mapping[str, str] | Sequence[str], tokenizer: Any, tiny: bool = False) -> Question:
+    def for_experts(
+        cls,
+        experts: Mapping[str, str] | Sequence[str],
+        tokenizer: Any,
+        tiny: bool = False,
+        other: bool = True,
+        chat: bool | None = None,
+    ) -> Question:
         """Which of the experts fits: `Question.tiny` for the built-in model, else `Question.about`.
 
         experts: {name in the question: name in the bank}, or names; tokenizer: the model's
+        other: False to leave out "other", so that the base model answers only below the margin
+        chat: True to ask as a chat message; None: if the tokenizer has a template
         Raises ValueError without experts.
         """
         if not experts:
             raise InputError("there are no experts to choose from")
-        return cls.tiny(experts) if tiny else cls.about(experts, chat=has_template(tokenizer))
+        if tiny:
+            return cls.tiny(experts)
+        chat = has_template(tokenizer) if chat is None else chat
+        return cls.about(experts, other="other" if other else None, chat=chat)
 
     def ask(self, prompt: AnyPrompt) -> AnyPrompt:
         """The question about a prompt, or about the last message of a chat."""

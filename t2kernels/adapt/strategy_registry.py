@@ -29,7 +29,7 @@ class Option:
     """An option of a strategy.
 
     name: the keyword of the maker, and the option of the command line
-    type: str, float, int or Path; a Path must be a file
+    type: str, float, int, bool or Path; a Path must be a file
     default: its value if it is not given; help: one sentence for the command line
     required: True if there is no default
     expert: True if the value names an expert of the bank
@@ -134,15 +134,26 @@ def _registered(name: str) -> _Registered:
     return _STRATEGIES[name]
 
 
-_MARGIN = Option("margin", float, 0.0, "Nats by which an expert must lead, else the base model answers.")
+_MARGIN = Option(
+    "margin", float, 0.0, "By how many nats (for nearest: cosines) an expert must lead, else the base model answers."
+)
 _CLASSIFIER = Option("classifier", str, CLASSIFIER, "The expert that answers the question.", expert=True)
 _EXAMPLES = Option(
-    "examples", Path, None, "A .jsonl file with prompt and answer, or a .csv file with text and label.", required=True
+    "examples",
+    Path,
+    None,
+    "Examples: a .jsonl file with prompt and answer, or for nearest with prompt and expert.",
+    required=True,
+)
+_OTHER = Option("other", bool, True, "Let the model answer 'other', which keeps the base model.")
+_CALIBRATE = Option(
+    "calibrate", Path, None, "A file of prompts like those to come: what a label has on all of them is taken off."
 )
 
-register_strategy("prompt", "t2kernels.adapt.prompt:make_prompt", _MARGIN)
+register_strategy("prompt", "t2kernels.adapt.prompt:make_prompt", _MARGIN, _OTHER, _CALIBRATE)
 register_strategy("classify", "t2kernels.adapt.prompt:make_classifier", _CLASSIFIER, _MARGIN)
 register_strategy("router", "t2kernels.adapt.zero_shot:make_router", _CLASSIFIER)
 register_strategy("confidence", "t2kernels.adapt.zero_shot:make_confidence")
 register_strategy("likelihood", "t2kernels.adapt.zero_shot:make_likelihood")
 register_strategy("few-shot", "t2kernels.adapt.few_shot:make_few_shot", _EXAMPLES)
+register_strategy("nearest", "t2kernels.adapt.zero_shot:make_nearest", _EXAMPLES, _MARGIN)

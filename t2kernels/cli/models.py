@@ -211,7 +211,11 @@ def add_expert(bank: ExpertBank, name: str, model: str) -> str | None:
     """
     if name == BASE:
         return None
+    from t2kernels import Expert
+
     path = find_expert(name, model)
+    if path.stem in bank and bank[path.stem].digest() == Expert.load(path).digest():
+        return path.stem  # asked for before: by --expert and by a strategy
     short = path.stem if bank.names.count(path.stem) == 0 or name == path.stem else name
     if short not in bank:
         bank.add(short, path)

@@ -66,7 +66,9 @@ def _typer_option(option: Option) -> Any:
     users = [name for name in strategy_names() if option.name in {o.name for o in strategy_options(name)}]
     by = " By path or name." if option.expert else ""
     text = f"{option.help}{by} For --adapt {', '.join(users)}."
-    return typer.Option(option.default, help=text, show_default=option.default is not None)
+    flags = [f"--{option.name}/--no-{option.name}"] if option.type is bool else []
+    shown = option.default is not None and option.type is not bool
+    return typer.Option(option.default, *flags, help=text, show_default=shown, **({"metavar": ""} if flags else {}))
 
 
 def check(name: str, options: Mapping[str, Any]) -> None:

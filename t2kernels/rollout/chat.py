@@ -136,24 +136,27 @@ def other_forms(form: PromptForm, manifests: Mapping[str, Mapping[str, Any]]) ->
     ]
 
 
-def render(tokenizer: Any, prompts: Sequence[AnyPrompt]) -> tuple[list[str], bool]:
-    """(the text of each prompt; whether the tokenizer must add its special tokens to it). Raises as `encode`."""
+def render(tokenizer: Any, prompts: Sequence[AnyPrompt], **template: Any) -> tuple[list[str], bool]:
+    """(the text of each prompt; whether the tokenizer must add its special tokens to it). Arguments as of `encode`."""
     chats = [not isinstance(prompt, str) for prompt in prompts]
     if any(chats) and not all(chats):
         raise InputError("some prompts of this batch are text and some are chats: use one of the two throughout")
     texts = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) if chat else prompt
+        tokenizer.apply_chat_template(prompt, **{"add_generation_prompt": True, **template}, tokenize=False)
+        if chat
+        else prompt
         for prompt, chat in zip(prompts, chats, strict=True)
     ]
     return texts, not any(chats)
 
 
-def encode(tokenizer: Any, prompts: Sequence[AnyPrompt]) -> list[list[int]]:
+def encode(tokenizer: Any, prompts: Sequence[AnyPrompt], **template: Any) -> list[list[int]]:
     """The token ids of each prompt, without padding. A chat ends where the assistant's answer begins.
 
+    template: further arguments of the chat template, such as tools
     Raises ValueError if some prompts are text and others are chats. The template may raise its own errors.
     """
-    texts, special = render(tokenizer, prompts)
+    texts, special = render(tokenizer, prompts, **template)
     return tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
 
 

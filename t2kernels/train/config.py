@@ -61,8 +61,8 @@ class SVFConfig(TrainingArguments):
     loss_batch_size: rows of one forward and backward, of similar length; None: all at once. It does not change
         gradients. Smaller pieces take less memory, and the longest row of a piece pads only that piece.
 
-    loss_memory: bytes that the activations of a piece may take. What a token takes is measured once, and pieces get fewer
-        rows than loss_batch_size where these would not fit. None: a quarter of the memory of a GPU, 4 GB on a CPU
+    loss_memory: bytes that the activations of a piece may take. What a token takes is measured once, and pieces get
+        fewer rows than loss_batch_size where these would not fit. None: a quarter of a GPU's memory, 4 GB on a CPU
     logits_memory: bytes that all logits of the loss may take at once. The head runs on as many positions as fit, and
         again in the backward pass. It does not change gradients.
 

@@ -54,8 +54,13 @@ def test_every_name_makes_its_strategy(tiny, tmp_path):
     model, tokenizer, _ = tiny
     file = tmp_path / "sub.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in t2.tasks.load("sub").split("train", 2)))
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{**row, "expert": name} for name in NAMES for row in t2.tasks.load(name).split("train", 4)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in strategy_names():
-        options = own_options(name, {"examples": file, "margin": 0.5, "classifier": "classify"})
+        examples = prompts if name == "nearest" else file
+        margin = 0.05 if name == "nearest" else 0.5
+        options = own_options(name, {"examples": examples, "margin": margin, "classifier": "classify"})
         strategy = make_strategy(name, model, tokenizer, NAMES, tiny=True, **options)
         assert isinstance(strategy, Strategy)
         if name not in ("few-shot", "likelihood"):  # these two choose well only on the whole
@@ -99,6 +104,8 @@ def test_a_recorded_question_keeps_the_base_model_for_experts_that_are_not_there
         ("prompt", {"classifier": "classify"}, ValueError, "'prompt' has no option 'classifier'; it has margin"),
         ("few-shot", {}, ValueError, "'few-shot' needs examples"),
         ("few-shot", {"examples": "nowhere.jsonl"}, FileNotFoundError, "examples=nowhere.jsonl: no such file"),
+        ("nearest", {}, ValueError, "'nearest' needs examples"),
+        ("prompt", {"calibrate": "nowhere.csv"}, FileNotFoundError, "calibrate=nowhere.csv: no such file"),
         ("classify", {"classifier": None}, ValueError, "no classifier"),
         ("classify", {"classifier": "nobody"}, ValueError, "'nobody'"),
     ],

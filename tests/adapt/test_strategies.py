@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 import t2kernels as t2
 from t2kernels.adapt import (
     Classifier,
+    Nearest,
     Prompt,
     Question,
     Router,
@@ -155,6 +156,111 @@ def test_a_margin_abstains_and_is_set_by_validation_data(tiny):
         strategy.fit_margin([], good)
     with pytest.raises(ValueError, match="no margin"):
         Prompt(model, tokenizer, Question.tiny(), method="generate").fit_margin(good.split("validation", 2), good)
+
+
+def test_a_prior_is_the_mean_over_neutral_prompts_and_is_read_once(tiny):
+    model, tokenizer, _ = tiny
+    prompts = [row["prompt"] for _, row in traffic(3)]
+    plain = Prompt(model, tokenizer, Question.tiny())
+    raw = plain.log_likelihoods(prompts)
+    torch.testing.assert_close(plain.scores(prompts), raw)
+    neutral = ["1+1?", "rsxt(gcafd)?"]
+    strategy = Prompt(model, tokenizer, Question.tiny(), neutral=neutral)
+    calls, handle = count_forwards(model)
+    got = [strategy.scores(prompts) for _ in range(2)]
+    handle.remove()
+    assert len(calls) == 3  # the prior, then each call
+    for scores in got:
+        torch.testing.assert_close(scores, raw - plain.log_likelihoods(neutral).mean(0), rtol=1e-5, atol=1e-5)
+    prior = strategy.calibrate(prompts)
+    torch.testing.assert_close(prior, raw.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(strategy.scores(prompts).mean(0), torch.zeros(3), rtol=0, atol=1e-5)
+    biased = Prompt(model, tokenizer, Question.tiny())
+    biased.calibrate([prompts[0]] * 2)  # one prompt has no lead over itself
+    assert biased.scores(prompts[:1]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="no prompts to calibrate on"):
+        strategy.calibrate([])
+
+
+def test_a_length_is_the_number_of_own_tokens(tiny):
+    model, tokenizer, _ = tiny
+    prompts = [row["prompt"] for _, row in traffic(2)]
+    question = Question("kind({prompt})?", {"=m": "math", "=code": "code", "=re": "reason"}, strip="?")
+    sums = Prompt(model, tokenizer, question).scores(prompts)
+    means = Prompt(model, tokenizer, question, norm="length").scores(prompts)
+    torch.testing.assert_close(means * torch.tensor([1.0, 4.0, 2.0]), sums)
+    with pytest.raises(ValueError, match="norm='mean'; wanted 'sum' or 'length'"):
+        Prompt(model, tokenizer, question, norm="mean")
+
+
+def test_english_questions_with_and_without_other(tiny):
+    tokenizer = tiny[1]
+    with_other = Question.for_experts(NAMES, tokenizer)
+    without = Question.for_experts(NAMES, tokenizer, other=False)
+    assert list(with_other.labels.values()) == [*NAMES, None]
+    assert list(without.labels.values()) == list(NAMES)
+    assert "other" not in without.template
+    assert Question.for_experts(NAMES, tokenizer, chat=True).chat
+
+
+# --- nearest examples
+
+
+def test_nearest_is_close_to_the_oracle_and_reads_each_prompt_once(tiny):
+    model, tokenizer, bank = tiny
+    examples = {name: [row["prompt"] for row in t2.tasks.load(name).split("train", 4)] for name in NAMES}
+    strategy = Nearest(model, tokenizer, examples)
+    mixed = traffic(30)
+    calls, handle = count_forwards(model)
+    with bank.use("code"):  # the base model reads, whatever is in use
+        chosen = strategy.choose([row["prompt"] for _, row in mixed])
+    handle.remove()
+    assert sum(shape[0] for shape in calls) == 90
+    assert sum(a == b for a, (b, _) in zip(chosen, mixed, strict=True)) >= 88
+    strategy.margin = 2.1  # no two cosines are so far apart
+    assert strategy.choose([mixed[0][1]["prompt"]]) == [None]
+
+
+def test_nearest_scores_are_cosines_of_states_of_single_prompts(tiny):
+    model, tokenizer, bank = tiny
+    examples = {"math": ["1+2?", "12+3+9?"], None: ["rsxt(gcafd)?", "st(abc)?", "x(ab)?"]}
+
+    def state(prompt):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        with torch.no_grad():
+            out = model(ids, output_hidden_states=True, expert_ids=bank.ids([None]))
+        return out.hidden_states[-1][0, -1].double()
+
+    states = {name: torch.stack([state(p) for p in prompts]) for name, prompts in examples.items()}
+    every = torch.cat(list(states.values()))
+    mean, std = every.mean(0), every.std(0, unbiased=False).clamp(min=1e-4)
+    prompts = ["7+7?", "rx(ab)?"]
+    want = torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.cosine_similarity((state(p) - mean) / std, ((found - mean) / std).mean(0), dim=0)
+                    for found in states.values()
+                ]
+            )
+            for p in prompts
+        ]
+    )
+    got = Nearest(model, tokenizer, examples).scores(prompts).double()
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_nearest_needs_two_kinds_of_examples(tiny, tmp_path):
+    model, tokenizer, _ = tiny
+    for examples in ({"math": ["1+2?"]}, {"math": ["1+2?"], "code": []}):
+        with pytest.raises(ValueError, match="wanted two experts or more, each with a prompt"):
+            Nearest(model, tokenizer, examples)
+    with pytest.raises(ValueError, match="'nobody': no such expert"):
+        Nearest(model, tokenizer, {"math": ["1+2?"], "nobody": ["x"]})
+    file = tmp_path / "e.jsonl"
+    file.write_text('{"prompt": "1+2?", "expert": "base"}\n{"prompt": "1+2?", "expert": "law"}\n')
+    with pytest.raises(ValueError, match=r"e\.jsonl, line 2: wanted a prompt, and an expert that is one of math, base"):
+        t2.adapt.make_strategy("nearest", model, tokenizer, ["math"], examples=file)
 
 
 def test_margins_are_the_best_cut(tiny):

@@ -12,6 +12,7 @@ import t2kernels as t2
 from t2kernels.cli import models
 from t2kernels.cli.verbs import evaluate
 from t2kernels.evaluation import Meter, answers, measure, scores
+from t2kernels.rollout import chat as chat_module
 from t2kernels.tasks.base import Task
 from tests.helpers.commandline import t2_, wide  # noqa: F401
 
@@ -214,3 +215,112 @@ def test_what_is_refused_before_a_model_is_loaded(args, message, tmp_path, monke
 def test_training_looks_for_its_problems_before_the_model(monkeypatch):
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
     assert "no train rows" in " ".join(t2_("train", "--task", f"gsm8k:{DATA / 'gsm8k_test.jsonl'}", code=1).split())
+
+
+# --- forms of prompts, options, and the base alone
+
+
+@pytest.fixture
+def chatty(tmp_path):
+    """The directory of a small random model whose tokenizer has a chat template, and a file of texts with labels."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, pad_token_id=0
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer = t2.tiny.load()[1]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}=>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines = [f"{text},{label},test" for text, label in (("fine", "good"), ("dull", "bad"), ("fun", "good"))]
+    (tmp_path / "films.csv").write_text("\n".join(["text,label,split", *lines]) + "\n")
+    return tmp_path
+
+
+def test_a_csv_is_measured_by_the_likelihood_of_its_labels_without_patching(chatty, monkeypatch):
+    monkeypatch.setattr(models, "patch", lambda *_: pytest.fail("the base model alone was patched"))
+    out = chatty / "scores.json"
+    text = t2_("eval", "--task", chatty / "films.csv", "--model", chatty / "model", "--json", out)
+    assert "nothing written" in text
+    assert "asked through the chat template" in text
+    found = json.loads(out.read_text())
+    assert found["tasks"]["films"] == {"checker": "the likeliest option", "chat": True, "max_new_tokens": 16}
+    assert found["accuracy"]["films"]["base"]["of"] == 3
+    assert "well_formed" not in found["accuracy"]["films"]["base"]
+    loaded = models.load(str(chatty / "model"))
+    task = t2.tasks.load(chatty / "films.csv", chat=True)
+    (score,) = scores(loaded.model, loaded.tokenizer, task, task.split("test"), [None])
+    assert found["accuracy"]["films"]["base"]["right"] == score.right
+
+
+def test_well_formed_answers_and_the_system_message_are_reported(chatty):
+    out = chatty / "scores.json"
+    args = ["--task", chatty / "films.csv", "--check", "label", "--system", "Be terse.", "--model", chatty / "model"]
+    text = t2_("eval", *args, "--json", out)
+    found = json.loads(out.read_text())
+    assert found["accuracy"]["films"]["base"]["well_formed"] == 0.0
+    assert found["tasks"]["films"]["system"] == "Be terse."
+    assert "well-formed" in text
+    assert "right by the one label named" in text
+
+
+def test_experts_are_asked_as_they_were_trained(chatty):
+    loaded = models.load(str(chatty / "model"))
+    bank = t2.patch_model(loaded.model)
+    for name, record in (("terse", {"chat": True, "system": "Be terse."}), ("plain", {"chat": False, "system": None})):
+        expert = bank.expert({n: torch.ones(k) for n, k in bank.matrices.items()})
+        t2.Expert(expert.z, {**expert.manifest, "prompt": record}, expert.sketch).save(chatty / name)
+
+    def forms_of(*args):
+        out = chatty / "scores.json"
+        said = t2_("eval", "--task", chatty / "films.csv", "--model", chatty / "model", "--json", out, *args)
+        found = json.loads(out.read_text())["tasks"]["films"]
+        return found["chat"], found.get("system"), " ".join(said.split())
+
+    chat, system, said = forms_of("--experts", chatty / "terse")
+    assert (chat, system) == (True, "Be terse.")
+    assert "was trained with" not in said
+    chat, system, said = forms_of("--experts", chatty / "plain")
+    assert (chat, system) == (False, None)
+    assert "was trained with" not in said
+    chat, system, said = forms_of("--experts", f"{chatty / 'plain'},{chatty / 'terse'}")
+    assert (chat, system) == (True, None)
+    assert "expert 'plain' was trained with plain text, and is asked with the chat template" in said
+    assert "expert 'terse' was trained with the chat template and the system message 'Be terse.'" in said
+    chat, system, said = forms_of("--experts", chatty / "terse", "--no-chat")
+    assert (chat, system) == (False, None)
+    assert said.count("was trained with") == 1
+
+
+@pytest.mark.parametrize(
+    "adapt", [[], ["--adapt", "few-shot"], ["--adapt", "nearest"], ["--adapt", "prompt", "--no-other"]]
+)
+@pytest.mark.parametrize(
+    ("flags", "wanted"), [([], "user:fine;=>"), (["--no-chat"], "fine"), (["--system", ""], "system:;user:fine;=>")]
+)
+def test_search_choice_and_answer_ask_in_one_form(chatty, monkeypatch, adapt, flags, wanted):
+    """What the model reads, from the search for a mixture to the answer."""
+    loaded = models.load(str(chatty / "model"))
+    bank = t2.patch_model(loaded.model)
+    for name in ("a", "b"):
+        bank.expert({n: torch.ones(k) for n, k in bank.matrices.items()}).save(chatty / name)
+    t2.unpatch_model(loaded.model)
+    rows = [{"prompt": "fine", "answer": "good", "expert": name, "split": "train"} for name in ("a", "b")]
+    (chatty / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = []
+    encoded = chat_module.encode
+
+    def spy(tokenizer, prompts):
+        read.extend(chat_module.render(tokenizer, prompts)[0])
+        return encoded(tokenizer, prompts)
+
+    monkeypatch.setattr("t2kernels.rollout.generation.encode", spy)
+    more = ["--examples", chatty / "e.jsonl"] if adapt and adapt[1] in ("few-shot", "nearest") else []
+    experts = ["-e", chatty / "a", "-e", chatty / "b"]
+    t2_("generate", "fine", *experts, *adapt, *more, *flags, "--max-new-tokens", 2, "--model", chatty / "model")
+    asked = [text for text in read if "category" not in text]
+    assert set(asked) == {wanted}
+    assert len(asked) >= (2 if not adapt else 3 if more else 1)
+    assert all("user:" in text for text in read) == (flags != ["--no-chat"])

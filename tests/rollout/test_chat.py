@@ -9,7 +9,16 @@ from tokenizers.processors import TemplateProcessing
 import t2kernels as t2
 from t2kernels.cli import models
 from t2kernels.evaluation import answers
-from t2kernels.rollout.chat import as_completion, encode, has_template, user_message
+from t2kernels.rollout.chat import (
+    PromptForm,
+    as_completion,
+    encode,
+    has_template,
+    other_forms,
+    prompt_form,
+    recorded_form,
+    user_message,
+)
 from t2kernels.rollout.generation import Sampler
 from t2kernels.rollout.labels import split_labels
 from tests.helpers.commandline import t2_, wide  # noqa: F401
@@ -81,3 +90,88 @@ def test_the_command_line_writes_one_bos_in_chat(tokenizer, monkeypatch):
 )
 def test_the_common_start_of_labels_leaves_a_token_of_each(labels, common, rest):
     assert split_labels(labels) == (common, rest)
+
+
+# --- one decision
+
+
+class Template:
+    chat_template = "{{ messages }}"
+
+
+class Plain:
+    chat_template = None
+
+
+CHAT, PLAIN = PromptForm(True), PromptForm(False)
+TERSE = PromptForm(True, "Be terse.")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "chat", "system", "trained", "form"),
+    [
+        (Template, None, None, [], CHAT),
+        (Template, False, None, [], PLAIN),
+        (Plain, None, None, [], PLAIN),
+        (Template, None, "", [], PromptForm(True, "")),
+        # what experts were trained with is the default,
+        (Template, None, None, [PLAIN], PLAIN),
+        (Template, None, None, [TERSE, TERSE], TERSE),
+        (Template, True, None, [TERSE], TERSE),
+        (Plain, None, None, [CHAT], PLAIN),
+        # an option is stronger,
+        (Template, True, None, [PLAIN], CHAT),
+        (Template, False, None, [TERSE], PLAIN),
+        (Template, None, "Go on.", [TERSE], PromptForm(True, "Go on.")),
+        (Template, None, "Go on.", [PLAIN], PromptForm(True, "Go on.")),
+        # and experts that disagree decide nothing.
+        (Template, None, None, [PLAIN, TERSE], CHAT),
+    ],
+)
+def test_the_form_of_prompts(tokenizer, chat, system, trained, form):
+    manifests = [{"prompt": one.record()} for one in trained]
+    assert prompt_form(tokenizer, chat, system, [*manifests, {"steps": 3}]) == form
+    lines = other_forms(form, {str(i): manifest for i, manifest in enumerate(manifests)})
+    assert len(lines) == sum(one != form for one in trained)
+
+
+def test_what_is_said_of_another_form():
+    assert other_forms(PLAIN, {"reviews": {"prompt": TERSE.record()}, "old": {}}) == [
+        "expert 'reviews' was trained with the chat template and the system message 'Be terse.', and is asked with "
+        "plain text"
+    ]
+    assert recorded_form({}) is None
+    assert recorded_form({"prompt": "chat"}) is None
+    assert recorded_form({"prompt": {"chat": True}}) == CHAT
+
+
+def test_forms_of_tasks(tmp_path):
+    file = tmp_path / "c.jsonl"
+    file.write_text(json.dumps({"prompt": [{"role": "user", "content": "2+2?"}], "answer": "4", "split": "test"}))
+    chats, sums = t2.tasks.load(file), t2.tasks.load("math")
+    assert prompt_form(Template, task=chats) == CHAT
+    assert prompt_form(Template, task=chats, manifests=[{"prompt": PLAIN.record()}]) == CHAT
+    assert prompt_form(Template, task=sums) == PLAIN  # the built-in model's own language
+    assert prompt_form(Template, True, task=sums) == CHAT
+    for asked, options, message in (
+        (Template, {"chat": False, "task": chats}, "the prompts of 'c' are chats"),
+        (Plain, {"task": chats}, "no chat template"),
+        (Plain, {"chat": True}, "no chat template"),
+        (Plain, {"system": "x"}, "a system message needs the chat template"),
+        (Template, {"chat": False, "system": "x"}, "a system message needs the chat template"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prompt_form(asked, **options)
+
+
+def test_a_form_is_that_of_the_task_and_of_single_prompts(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": "2+2?", "answer": "4", "split": "test"}))
+    task = t2.tasks.load(file)
+    for form in (PLAIN, CHAT, TERSE, PromptForm(True, "")):
+        (row,) = form.of_task(task).split("test")
+        assert row["prompt"] == form.apply("2+2?")
+        assert recorded_form({"prompt": json.loads(json.dumps(form.record()))}) == form
+    own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "x"}]
+    assert TERSE.apply(own) == own
+    assert TERSE.apply(own[1:]) == [{"role": "system", "content": "Be terse."}, own[1]]

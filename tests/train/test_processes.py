@@ -13,8 +13,8 @@ import torch
 from t2kernels.train import processes
 from tests.helpers import two_processes
 
-# At the default rate of .02 the KL jumps from .02 to .6 in a step: such a path enlarges the rounding of sums over 8 rows
-# and over twice 4, which is 1e-7 of the gradient's norm.
+# At the default rate of .02 the KL jumps from .02 to .6 in a step: such a path enlarges the rounding of sums over 8
+# rows and over twice 4, which is 1e-7 of the gradient's norm.
 GREEDY = {
     "temperature": 0.0, "max_steps": 5, "advantage": "batch", "kl_coef": 0.1, "warmup_steps": 0, "learning_rate": 0.006
 }  # fmt: skip

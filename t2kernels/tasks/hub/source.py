@@ -253,8 +253,9 @@ def hub_rows(name: str, source: Source, split: str) -> Remote:
             with contextlib.nullcontext() if why is None else from_cache_only():
                 rows = datasets.load_dataset(source.id, config, split=split)
         except (OSError, ValueError) as e:
+            reason = f"{why}; {e}" if why else str(e)
             raise HubError(
-                f"cannot load {label} from the hub: {f'{why}; ' if why else ''}{e}. Without a network give a copy of its files: "
+                f"cannot load {label} from the hub: {reason}. Without a network give a copy of its files: "
                 f"tasks.load({name!r}, path=...), or --task {name}:PATH, a .jsonl or .parquet file or a directory of "
                 "them"
             ) from e
