@@ -86,7 +86,8 @@ NAMES = {
         "SVFConfig": (
             "output_dir=None, parametrisation='raw', max_new_tokens=None, num_generations=1, temperature=1.0, "
             "reward_range=<factory>, advantage='none', advantage_clip=None, kl_coef=0.05, "
-            "kl_direction='reverse', loss_batch_size=32"
+            "kl_direction='reverse', loss_type='sum', num_iterations=1, clip=None, policy_loss='expected', "
+            "loss_batch_size=32, loss_memory=None, logits_memory=268435456, keep_best=False, history=None"
         ),
         "SVFTrainer": (
             "model, args=None, train_dataset=None, eval_dataset=None, reward=None, experts=None, "

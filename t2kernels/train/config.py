@@ -61,6 +61,8 @@ class SVFConfig(TrainingArguments):
     loss_batch_size: rows of one forward and backward, of similar length; None: all at once. It does not change
         gradients. Smaller pieces take less memory, and the longest row of a piece pads only that piece.
 
+    loss_memory: bytes that the activations of a piece may take. What a token takes is measured once, and pieces get
+        fewer rows than loss_batch_size where these would not fit. None: a quarter of a GPU's memory, 4 GB on a CPU
     logits_memory: bytes that all logits of the loss may take at once. The head runs on as many positions as fit, and
         again in the backward pass. It does not change gradients.
 
@@ -100,6 +102,7 @@ class SVFConfig(TrainingArguments):
     clip: float | None = field(default=None, metadata={"help": "Ratios count up to 1 - clip and 1 + clip."})
     policy_loss: str = field(default="expected", metadata={"help": "For choices: expected or log"})
     loss_batch_size: int | None = field(default=32, metadata={"help": "Rows of one forward and backward."})
+    loss_memory: int | None = field(default=None, metadata={"help": "Bytes of the activations of one piece."})
     logits_memory: int = field(default=2**28, metadata={"help": "Bytes of all logits of the loss at once."})
 
     keep_best: bool = field(default=False, metadata={"help": "End with the expert of the best evaluation."})
@@ -143,7 +146,14 @@ class SVFConfig(TrainingArguments):
             ("policy_loss", POLICY_LOSSES),
         ):
             check_setting(getattr(self, name) in allowed, name, getattr(self, name), " or ".join(map(repr, allowed)))
-        for name in ("max_new_tokens", "num_generations", "num_iterations", "loss_batch_size", "logits_memory"):
+        for name in (
+            "max_new_tokens",
+            "num_generations",
+            "num_iterations",
+            "loss_batch_size",
+            "loss_memory",
+            "logits_memory",
+        ):
             value = getattr(self, name)
             check_setting(value is None or value >= 1, name, value, "at least 1")
         check_setting(

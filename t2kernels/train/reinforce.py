@@ -166,10 +166,21 @@ class ReinforceTrainer(ChoiceTrainer):
             useful = rollout.advantages != 0
             useful[first] = True
             rollout = rollout.take(useful.nonzero()[:, 0])
-        parts = rollout.split(self.args.loss_batch_size)
+        parts = rollout.split(self._rows_of_a_piece(rollout))
         if again > 1:
             self._kept.append(parts)
         return parts
+
+    def _rows_of_a_piece(self, rollout: Rollout) -> int:
+        """`loss_batch_size`, or fewer where the activations of so many rows would not fit into `loss_memory`."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        memory = args.loss_memory
+        if memory is None:
+            cuda = args.device.type == "cuda"
+            memory = torch.cuda.get_device_properties(args.device).total_memory // 4 if cuda else 2**32
+        with self.compute_loss_context_manager():
+            row = rollout.ids.shape[1] * self.scorer.activation_bytes(model, rollout, self.routing)
+        return max(1, min(args.loss_batch_size or len(rollout), int(memory / max(row, 1))))
 
     @torch.no_grad()
     def rollout(self, rows: Sequence[Mapping[str, Any]]) -> Rollout:

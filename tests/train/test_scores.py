@@ -234,3 +234,27 @@ def test_more_tokens_of_a_position():
     found = TokenScorer(4 * 6 * 60 * 7, 1.0, "reverse").score(model, drawn, {}, options=options)
     wanted = torch.log_softmax(completion_logits(model, drawn), -1).gather(2, options)
     torch.testing.assert_close(found.options[drawn.completion], wanted[drawn.completion], rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_token_keeps_for_backward_is_counted_without_weights():
+    model = build("llama")
+    drawn = rollout()
+    bank = t2.patch_model(model, rank=4, form="delta")
+    bank.start_training("a")
+    scorer = TokenScorer(2**28, 1.0, "reverse")
+    found = scorer.activation_bytes(model, drawn, lambda experts: {"expert_ids": bank.ids("a")})
+    seen = []
+    one = drawn.split(1)[0]
+    weights = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            seen.append(t.untyped_storage())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        states = hidden_states(model, one, expert_ids=bank.ids("a"))
+    by_hand = sum({s.data_ptr(): s.nbytes() for s in seen}.values()) / one.ids.shape[1]
+    assert found == pytest.approx(by_hand, rel=0.05)
+    assert 32 * 4 < found < sum(p.nbytes for p in model.parameters())
+    assert states.requires_grad

@@ -183,6 +183,60 @@ def test_pieces_of_a_batch_and_checkpointing_give_the_same_gradient(tmp_path):
         torch.testing.assert_close(gradient(**changes), whole, rtol=1e-4, atol=1e-6 * whole.norm().item())
 
 
+def test_pieces_get_as_many_rows_as_fit_into_memory(tmp_path):
+    tr = trainer(tmp_path)
+    start(tr)
+    rollout = tr.rollout(batch(tr))
+    row = rollout.ids.shape[1] * tr.scorer.activation_bytes(tr.model, rollout, tr.routing)
+    for memory, rows in ((None, 32), (int(2.5 * row), 2), (1, 1)):
+        tr.args.loss_memory = memory
+        assert tr._rows_of_a_piece(rollout) == rows
+    tr.args.loss_batch_size = None
+    tr.args.loss_memory = int(100 * row)
+    assert tr._rows_of_a_piece(rollout) == len(rollout)
+
+
+def test_rows_that_teach_nothing_cost_no_forward(tmp_path):
+    right = lambda prompts, **k: [1.0 if p in ("1+2=", "a") else 0.0 for p in prompts]  # noqa: E731
+    for kl_coef, rows in ((0.0, 2), (0.1, 6)):
+        tr = trainer(tmp_path, reward=right, kl_coef=kl_coef)
+        parameters = start(tr)["a"]
+        parts = tr._parts(batch(tr))
+        assert sum(map(len, parts)) == rows
+        tr.compute_loss(tr.model, parts[0]).backward()
+    tr = trainer(tmp_path, reward=lambda prompts, **k: [0.0] * len(prompts), kl_coef=0.0)
+    parameters = start(tr)["a"]
+    tr.training_step(tr.model, {"rows": batch(tr)})
+    assert all(p.grad is not None and not p.grad.any() for p in parameters.values())  # as before: no gradient but zero
+
+
+def test_several_updates_of_one_rollout_are_clipped(tmp_path):
+    tr = trainer(tmp_path, max_steps=4, num_iterations=2, clip=0.2, rows=ROWS * 4, learning_rate=0.1, logging_steps=1)
+    drawn, ratios = [], []
+    rollout, loss = tr.rollout, tr.compute_loss
+
+    def counting(rows):
+        drawn.append(tr.state.global_step)
+        return rollout(rows)
+
+    def watching(model, inputs, **kwargs):
+        old = inputs.old
+        value = loss(model, inputs)
+        with torch.no_grad():
+            now = tr.scorer.score(model, inputs, tr.routing(inputs.experts)).log_probs
+        ratios.append((now - inputs.old)[inputs.completion].abs().max().item())
+        assert (old is None) == (tr.state.global_step % 2 == 0)
+        return value
+
+    tr.rollout, tr.compute_loss = counting, watching
+    tr.train()
+    assert drawn == [0, 2]
+    assert ratios[0] < 1e-4 < ratios[1]
+    assert ratios[2] < 1e-4 < ratios[3]
+    with pytest.raises(ValueError, match="set clip"):
+        config(tmp_path, num_iterations=2)
+
+
 def test_masked_positions_never_count(tmp_path):
     logits = torch.randn(2, 3, 5)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()

@@ -27,6 +27,7 @@ def test_one_text_for_nearly_all_is_told_once(told):
     batches(watch, texts, right, 10)
     (message,) = told()
     assert "31 of 32 completions of expert 'a' were 'positive'" in message
+    assert "were one from the start" in message
     assert "learning_rate" in message
     assert "keep_best" in message
 
@@ -43,6 +44,13 @@ def test_one_text_for_nearly_all_is_told_once(told):
 def test_one_text_that_is_no_collapse(told, texts, right, prompts):
     batches(Watch(True), texts, right, 20, prompts)
     assert told() == []
+
+
+def test_a_collapse_is_told_from_a_bad_start(told):
+    watch = Watch(True)
+    batches(watch, ["yes"] * 16 + ["no"] * 16, [False] * 32, 1)
+    batches(watch, ["yes"] * 32, [False] * 32)
+    assert "have collapsed into one" in told()[0]
 
 
 def test_a_batch_between_starts_the_count_again(told):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from t2kernels.cli.learning import Stopped, learn
 from t2kernels.evaluation import Score, scores
 from t2kernels.experts.names import BASE, CLASSIFIER, check_name
 from t2kernels.rollout.chat import prompt_form
+from t2kernels.tasks.base import bucket
 
 from .evaluate import show_accuracies
 
@@ -121,7 +124,8 @@ def train(
         form_of_prompts = prompt_form(loaded.tokenizer, chat, system, manifests, chosen)
         chosen = form_of_prompts.of_task(chosen)
         out.print(f"[dim]prompts: {form_of_prompts}[/]", highlight=False)
-    held_out, rows = chosen.split("test")[:n], _validation(chosen, validation) if eval_every else None
+    chosen, rows = _validated(chosen, validation) if eval_every else (chosen, [])
+    held_out = chosen.split("test")[:n]
     into = into or Path("experts") / chosen.name
     bank = models.patch(loaded, targets, rank, form, factors)
     out.print(f"[dim]{bank.describe()}[/]")
@@ -186,13 +190,22 @@ def train(
     )
 
 
-def _validation(task: Any, count: int) -> list[Any]:
-    """The first problems of a task's validation split; none, with a word, if it has none."""
-    try:
-        return task.split("validation")[:count]
-    except InputError as e:
-        err.print(f"no validation, the last expert is kept: {e}", soft_wrap=True, markup=False)
-        return []
+def _validated(task: Any, count: int) -> tuple[Any, list[Any]]:
+    """(the task, at most `count` problems to validate on). A task without any gives a tenth of its training problems:
+    those whose prompts the hash sends to validation. The task then trains on the others."""
+    with contextlib.suppress(InputError):
+        return task, task.split("validation")[:count]
+    parts: dict[bool, list[Any]] = {True: [], False: []}
+    for row in task.rows("train", None, 0):
+        parts[bucket(str(row["prompt"])) == "validation"].append(row)
+    if not parts[True] or not parts[False]:
+        err.print("too few problems to keep some for validation: the last expert is kept, not the best")
+        return task, []
+    err.print(f"{len(parts[True])} of the training problems are kept for validation")
+    own = {"train": parts[False], "validation": parts[True]}
+    rows = task.rows
+    made = replace(task, rows=lambda split, n, seed: own[split][:n] if split in own else rows(split, n, seed))
+    return made, made.split("validation")[:count]
 
 
 def _say_best(facts: dict[str, Any], steps: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,7 @@ class TokenScorer:
         self.temperature: float = temperature
         self.direction: str = direction
         self.whole: bool = whole
+        self._activation: float | None = None
         self._finish: Callable[[Tensor], Tensor] | None = None  # from the head's output to the model's logits
 
     def score(
@@ -149,6 +150,30 @@ class TokenScorer:
         """(log-probabilities [T, K], entropy [T], KL [T] or None) of logits [T, vocabulary]."""
         found = _Read.apply(logits, log_base, tokens, self.temperature, self.direction)
         return found[0], found[1], None if log_base is None else found[2]
+
+    def activation_bytes(
+        self, model: nn.Module, rollout: Rollout, routing: Callable[[Sequence[str | None]], dict[str, Tensor]]
+    ) -> float:
+        """Bytes that a token keeps for the backward pass beside the weights. Measured once, on the shortest row.
+
+        model: not wrapped; routing: of the experts of a rollout
+        """
+        if self._activation is None:
+            self._probe(model, rollout)
+            one = rollout.split(1)[0]
+            own = {t.untyped_storage().data_ptr() for part in (model.parameters(), model.buffers()) for t in part}
+            kept: dict[int, int] = {}
+
+            def pack(t: Tensor) -> Tensor:
+                storage = t.untyped_storage()
+                if storage.data_ptr() not in own:
+                    kept[storage.data_ptr()] = storage.nbytes()
+                return t
+
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                (completion_logits if self.whole else hidden_states)(model, one, **routing(one.experts))
+            self._activation = sum(kept.values()) / one.ids.shape[1]
+        return self._activation
 
     # --- the head by itself
 

@@ -31,6 +31,7 @@ class Watch:
     def __init__(self, speaks: bool) -> None:
         self.speaks: bool = speaks
         self._counts: Counter[tuple[Hashable, str]] = Counter()
+        self._varied: set[str | None] = set()  # experts that have given different answers
         self._past: dict[tuple[Hashable, str], deque[float]] = defaultdict(lambda: deque(maxlen=20))
 
     def rewards(
@@ -74,11 +75,13 @@ class Watch:
             asked = len({str(prompts[i]) for i in at})
             wrong = sum(right[i] for i in at) < SAME * len(at)
             sign = len(at) >= ENOUGH and asked > 1 and count >= SAME * len(at) and wrong
+            self._varied |= set() if sign else {expert}
             if self._again(expert, "text", sign):
+                since = "have collapsed into one" if expert in self._varied else "were one from the start"
                 logger.warning(
                     "%d of %d completions%s were %r in this batch, and as many in the %d before, for different "
-                    "prompts: the answers have collapsed into one; %s",
-                    count, len(at), _of(expert), text[:40], PATIENCE - 1, ADVICE,
+                    "prompts: the answers %s; %s",
+                    count, len(at), _of(expert), text[:40], PATIENCE - 1, since, ADVICE,
                 )  # fmt: skip
         return shares
 
