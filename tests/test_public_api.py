@@ -87,7 +87,8 @@ NAMES = {
             "output_dir=None, parametrisation='raw', max_new_tokens=None, num_generations=1, temperature=1.0, "
             "reward_range=<factory>, advantage='none', advantage_clip=None, kl_coef=0.05, "
             "kl_direction='reverse', loss_type='sum', num_iterations=1, clip=None, policy_loss='expected', "
-            "loss_batch_size=32, loss_memory=None, logits_memory=268435456, keep_best=False, history=None"
+            "written_coef=0.1, loss_batch_size=32, loss_memory=None, logits_memory=268435456, keep_best=False, "
+            "history=None"
         ),
         "SVFTrainer": (
             "model, args=None, train_dataset=None, eval_dataset=None, reward=None, experts=None, "
@@ -140,10 +141,10 @@ OPTIONS = {
     "demo": "--quick",
     "train": (
         "--task/-t=math --classes --out/-o --model/-m=tiny --chat/--no-chat --system --check --init --steps=150 "
-        "--batch=128 --samples=1 --advantage=none --loss-type=sum --policy-loss=expected --lr=0.02 --kl=0.05 "
-        "--loss-batch=32 --temperature=1.0 --param=raw --seed=0 --max-new-tokens --eval-every=10 --validation=128 "
-        "--history --plot --report-to -n=1000 --checkpoints --targets=all --rank=auto --form=auto --factors --dtype "
-        "--device"
+        "--batch=128 --samples=1 --advantage=none --loss-type=sum --policy-loss=expected --written=0.1 --lr=0.02 "
+        "--kl=0.05 --loss-batch=32 --temperature=1.0 --param=raw --seed=0 --max-new-tokens --eval-every=10 "
+        "--validation=128 --history --plot --report-to -n=1000 --checkpoints --targets=all --rank=auto --form=auto "
+        "--factors --dtype --device"
     ),
     "eval": (
         "--task/-t=math --experts/-e= --by --adapt= --margin=0.0 --other/--no-other=True --calibrate "

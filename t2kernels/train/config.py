@@ -58,6 +58,8 @@ class SVFConfig(TrainingArguments):
     clip: for num_iterations > 1: the ratio of new and old probability of a token counts up to 1 - clip and 1 + clip
     policy_loss: for tasks with check="choice", where the policy is over the options of a row (`train.options`):
         "expected", -E_pi[r]; "log", -log E_pi[r]
+    written_coef: for the same tasks, weight of -log of the probability that the model writes any of the options. It
+        teaches the expert to answer with an option when it is asked to write; 0: only the choice is learned
     loss_batch_size: rows of one forward and backward, of similar length; None: all at once. It does not change
         gradients. Smaller pieces take less memory, and the longest row of a piece pads only that piece.
 
@@ -101,6 +103,7 @@ class SVFConfig(TrainingArguments):
     num_iterations: int = field(default=1, metadata={"help": "Updates from each batch of rollouts."})
     clip: float | None = field(default=None, metadata={"help": "Ratios count up to 1 - clip and 1 + clip."})
     policy_loss: str = field(default="expected", metadata={"help": "For choices: expected or log"})
+    written_coef: float = field(default=0.1, metadata={"help": "For choices: weight of -log P(an option is written)"})
     loss_batch_size: int | None = field(default=32, metadata={"help": "Rows of one forward and backward."})
     loss_memory: int | None = field(default=None, metadata={"help": "Bytes of the activations of one piece."})
     logits_memory: int = field(default=2**28, metadata={"help": "Bytes of all logits of the loss at once."})
@@ -164,7 +167,9 @@ class SVFConfig(TrainingArguments):
         )
         rate = float(self.learning_rate)
         check_setting(rate >= 0 and math.isfinite(rate), "learning_rate", self.learning_rate, "0 or more")
-        check_setting(self.kl_coef >= 0 and math.isfinite(self.kl_coef), "kl_coef", self.kl_coef, "0 or more")
+        for name in ("kl_coef", "written_coef"):
+            value = getattr(self, name)
+            check_setting(value >= 0 and math.isfinite(value), name, value, "0 or more")
         check_setting(
             self.advantage_clip is None or self.advantage_clip > 0,
             "advantage_clip",

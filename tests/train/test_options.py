@@ -60,7 +60,7 @@ def exact(tr, rows, norm, temperature, kl_coef, kind, direction):
     """The loss in the model's fp32 forward, one prompt and one option at a time, then fp64."""
     loss = 0.0
     for row in rows:
-        options, policies = tr._options(row), []
+        options, policies, written = tr._options(row), [], []
         for expert in (row["expert"], None):
             scores = []
             for option in options:
@@ -70,6 +70,8 @@ def exact(tr, rows, norm, temperature, kl_coef, kind, direction):
                 logits = tr.model(torch.tensor([whole]), experts=expert).logits[0].double()
                 found = torch.log_softmax(logits, -1)
                 sums = sum(found[t - 1, whole[t]] for t in range(start, len(whole)))
+                if expert is not None:
+                    written.append(sums.exp())
                 scores.append(sums / (len(option) if norm == "length" else 1) / temperature)
             policies.append(torch.log_softmax(torch.stack(scores), 0))
         log_pi, log_base = policies[0], policies[1].detach()
@@ -77,23 +79,25 @@ def exact(tr, rows, norm, temperature, kl_coef, kind, direction):
         expected = sum(log_pi.exp() * r)
         a, b = (log_pi, log_base) if direction == "reverse" else (log_base, log_pi)
         kl = sum(a.exp() * (a - b))
-        loss = loss + (-(expected if kind == "expected" else expected.log()) + kl_coef * kl) / len(rows)
+        log_written = sum(written).log() if norm == "sum" else 0.0
+        gain = expected if kind == "expected" else expected.log()
+        loss = loss + (-gain + kl_coef * kl - tr.args.written_coef * log_written) / len(rows)
     return loss
 
 
 @pytest.mark.parametrize(
-    ("rows", "norm", "temperature", "kl_coef", "kind", "direction", "size"),
+    ("rows", "norm", "temperature", "kl_coef", "kind", "direction", "size", "written"),
     [
-        (ROWS, "sum", 1.0, 0.0, "expected", "reverse", None),
-        (ROWS, "sum", 1.0, 0.3, "log", "reverse", 2),
-        (LONG, "sum", 0.5, 0.3, "expected", "forward", None),
-        (LONG, "length", 1.0, 0.1, "log", "reverse", 3),
+        (ROWS, "sum", 1.0, 0.0, "expected", "reverse", None, 0.0),
+        (ROWS, "sum", 1.0, 0.3, "log", "reverse", 2, 0.4),
+        (LONG, "sum", 0.5, 0.3, "expected", "forward", None, 0.1),
+        (LONG, "length", 1.0, 0.1, "log", "reverse", 3, 0.1),
     ],
 )
-def test_loss_and_gradient_are_exact(tmp_path, rows, norm, temperature, kl_coef, kind, direction, size):
+def test_loss_and_gradient_are_exact(tmp_path, rows, norm, temperature, kl_coef, kind, direction, size, written):
     tr = trainer(
         tmp_path, task(rows, norm), kl_coef=kl_coef, temperature=temperature, policy_loss=kind,
-        kl_direction=direction, loss_batch_size=size,
+        kl_direction=direction, loss_batch_size=size, written_coef=written,
     )  # fmt: skip
     parameters = started(tr)
     batch = [tr.train_dataset[i] for i in range(len(rows))]
@@ -133,7 +137,7 @@ def encoded_of(tr, batch):
 def test_it_learns_and_logs_as_any_other_task(tmp_path, kind):
     tr = trainer(
         tmp_path, task(ROWS), max_steps=25, learning_rate=0.1, kl_coef=0.01, policy_loss=kind, eval_strategy="steps",
-        eval_steps=25, eval_on_start=True,
+        eval_steps=25, eval_on_start=True, written_coef=0.0,
     )  # fmt: skip
     tr.eval_dataset = tr.train_dataset
     tr.train()
@@ -146,6 +150,17 @@ def test_it_learns_and_logs_as_any_other_task(tmp_path, kind):
     assert after == pytest.approx(logs[-1]["accuracy"])
     if kind == "expected":
         assert all(e["loss"] <= 0.01 * e["kl"] + 1e-6 for e in logs)
+
+
+def test_it_learns_to_write_an_option(tmp_path):
+    found = {}
+    for coef in (0.0, 1.0):
+        tr = trainer(tmp_path, task(ROWS), max_steps=10, learning_rate=0.1, kl_coef=0.0, written_coef=coef)
+        tr.train()
+        found[coef] = [e["written"] for e in tr.state.log_history if "loss" in e]
+    assert found[0.0][0] == pytest.approx(found[1.0][0], rel=1e-5)
+    assert found[1.0][-1] > 2 * found[1.0][0]
+    assert found[1.0][-1] > 2 * found[0.0][-1]
 
 
 def test_choices_and_written_answers_do_not_train_together(tmp_path):

@@ -35,7 +35,9 @@ def demo(
         False, "--quick", metavar="", help="Few steps and few problems: to see that it runs; its numbers mean nothing."
     ),
 ) -> None:
-    """Train an expert, serve many in one batch, and time it, on the built-in model and on SmolLM2: five minutes on two cores.
+    """Train an expert, serve many in one batch, and time it, on the built-in model and on SmolLM2.
+
+    Five minutes on two cores.
 
     [dim]$[/] t2 demo
     """
@@ -82,7 +84,7 @@ def demo(
 
     step(
         "6  A real model",
-        "the same on SmolLM2, 135 million parameters: experts for English prompts, and one more trained on labelled texts",
+        "SmolLM2, 135 million parameters: experts for English prompts, and one more trained on labelled texts",
     )
     real_model(quick)
 

@@ -101,18 +101,28 @@ class ChoiceTrainer(Trainer):
                 base = self.option_scorer.score(
                     model, rollout, {}, at_head=lambda rows: at(None), options=inputs.tokens
                 )
-            log_base = inputs.log_policy(base, args.temperature)
+            log_base = inputs.log_policy(inputs.sums(base), args.temperature)
         routing = self.routing(rollout.experts)
         scores = self.option_scorer.score(model, rollout, routing, at_head=at, options=inputs.tokens)
-        log_pi = inputs.log_policy(scores, args.temperature)
+        sums = inputs.sums(scores)
+        log_pi, log_written = inputs.log_policy(sums, args.temperature), inputs.log_written(sums)
         rewards = inputs.rewards if args.reward_range is None else inputs.rewards.clamp(*args.reward_range)
         loss, kl = options_loss(
-            log_pi, rewards, inputs.weights, log_base, args.kl_coef, args.policy_loss, args.kl_direction
+            log_pi,
+            rewards,
+            inputs.weights,
+            log_base,
+            args.kl_coef,
+            args.policy_loss,
+            args.kl_direction,
+            log_written,
+            args.written_coef,
         )
         p = log_pi.detach().exp()
         texts, best = inputs.chosen(log_pi)
         self.measures.note(inputs.experts, reward=(p * inputs.rewards).sum(1), accuracy=best > 0)
         self.measures.note(inputs.experts, entropy=torch.special.entr(p).sum(1))
+        self.measures.note(inputs.experts, written=log_written.detach().exp())
         self.measures.answers(inputs.experts, inputs.prompts, texts, best > 0)
         if kl is not None:
             self.measures.note(inputs.experts, kl=kl.detach())

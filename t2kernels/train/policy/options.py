@@ -1,10 +1,11 @@
 """The policy over the options of a row: nothing is written, and the expected reward has an exact gradient.
 
     pi_k = softmax_k(s_k / temperature),    s_k = Σ_t log p(token_t of option k | prompt, tokens before t)
-    loss = Σ_i weights_i (-Σ_k pi_k r_k + kl_coef KL(pi || pi_base))
+    loss = Σ_i weights_i (-Σ_k pi_k r_k + kl_coef KL(pi || pi_base) - written_coef log Σ_k exp(s_k))
 
 With norm "length", s_k is divided by the characters of the option, as lm-eval's acc_norm. The KL is between policies
-over options: 0 where expert and base choose alike, whatever else they would write.
+over options: 0 where expert and base choose alike, whatever else they would write. The last term is the probability
+that the model writes an option at all: the first two do not change it, and a model that is asked to write would.
 """
 
 from __future__ import annotations
@@ -52,13 +53,24 @@ class Choices:
     prompts: Sequence[Any]
     texts: Sequence[Sequence[str]]
 
-    def log_policy(self, scores: Scores, temperature: float = 1.0) -> Tensor:
-        """log pi, [B, K]; NONE and below where there is no option. scores: of `rollout`, with the options `tokens`"""
+    def sums(self, scores: Scores) -> Tensor:
+        """s, the log-likelihood of each option, [B, K]; NONE where there is no option.
+
+        scores: of `rollout`, with the options `tokens`
+        """
         if self.tokens is not None and scores.options is not None:
-            sums = scores.options[:, 0]
-        else:
-            each = scores.log_probs.sum(1)
-            sums = torch.zeros_like(self.lengths, dtype=each.dtype).masked_scatter(self.there, each)
+            return scores.options[:, 0].masked_fill(~self.there, NONE)
+        each = scores.log_probs.sum(1)
+        return torch.full_like(self.lengths, NONE, dtype=each.dtype).masked_scatter(self.there, each)
+
+    def log_written(self, sums: Tensor) -> Tensor:
+        """log Σ_k exp(s_k), [B]: of the probability that the model writes an option. 0 for options that are compared by
+        length: these are texts to rank, not answers to write."""
+        # An option that begins with another one counts twice, so the sum can exceed 1.
+        return sums.logsumexp(1).clamp(max=0) * (self.lengths == 1).all(1)
+
+    def log_policy(self, sums: Tensor, temperature: float = 1.0) -> Tensor:
+        """log pi, [B, K]; NONE and below where there is no option."""
         compared = sums / (self.lengths * (temperature or 1.0))
         return torch.log_softmax(compared.masked_fill(~self.there, NONE), 1)
 
@@ -78,17 +90,24 @@ def options_loss(
     kl_coef: float = 0.0,
     kind: str = "expected",
     direction: str = "reverse",
+    log_written: Tensor | None = None,
+    written_coef: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """(Σ_i weights_i (-f(E_pi[r]) + kl_coef KL_i), a scalar; the KL of each prompt, [B], or None).
+    """Returns (loss, the KL of each prompt, [B], or None), with the scalar
+
+        loss = Σ_i weights_i (-f(E_pi[r]) + kl_coef KL_i - written_coef log_written_i)
 
     log_pi, log_base: [B, K], as `Choices.log_policy` gives them; rewards: [B, K]; weights: [B]
     kind: "expected", f(e) = e; "log", f(e) = log e: with rewards 1 and 0 the cross-entropy of the right options, whose
         gradient does not vanish where the policy is sure of a wrong one
+    log_written: [B], from `Choices.log_written`
     """
     expected = (log_pi.exp() * rewards).sum(1)
     gain = expected if kind == "expected" else expected.clamp(min=1e-30).log()
     kl = None if log_base is None else kl_divergence(log_pi, log_base, direction)
     per_row = -gain if kl is None else kl_coef * kl - gain
+    if log_written is not None:
+        per_row = per_row - written_coef * log_written
     return (weights * per_row).sum(), kl
 
 
