@@ -33,16 +33,19 @@ def as_completion(text: str, prompt: AnyPrompt) -> str | list[dict[str, Any]]:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def encode(tokenizer: Any, prompts: Sequence[AnyPrompt]) -> list[list[int]]:
+def encode(tokenizer: Any, prompts: Sequence[AnyPrompt], **template: Any) -> list[list[int]]:
     """The token ids of each prompt, without padding. A chat ends where the assistant's answer begins.
 
+    template: further arguments of the chat template, such as tools
     Raises ValueError if some prompts are text and others are chats. The template may raise its own errors.
     """
     chats = [not isinstance(prompt, str) for prompt in prompts]
     if any(chats) and not all(chats):
         raise InputError("some prompts of this batch are text and some are chats: use one of the two throughout")
     texts = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) if chat else prompt
+        tokenizer.apply_chat_template(prompt, **{"add_generation_prompt": True, **template}, tokenize=False)
+        if chat
+        else prompt
         for prompt, chat in zip(prompts, chats, strict=True)
     ]
     return tokenizer(texts, add_special_tokens=not any(chats))["input_ids"] if texts else []

@@ -12,12 +12,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
+from t2kernels.serve.experts.folder import read
+from t2kernels.serve.experts.registry import Version
 from t2kernels.serve.http.errors import APIError, bad
 from t2kernels.serve.http.limits import discard
 from t2kernels.storage import parse_json, temporary_beside
 
-from .folder import read
-from .registry import Version
 from .searches import FewShotRequest, FewShotSearch
 from .service import Service
 
