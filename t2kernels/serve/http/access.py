@@ -97,7 +97,7 @@ class AccessLog:
             client = ":".join(map(str, scope.get("client") or ("-",)))
             path = _quoted(scope["path"], 200)
             logger.log(
-                logging.DEBUG if watched else logging.INFO,
+                logging.WARNING if status >= 500 and not watched else logging.DEBUG if watched else logging.INFO,
                 "%s %s %s %s %d %s",
                 *(facts.id, client, scope["method"], path, status, facts.line()),
             )
