@@ -98,7 +98,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http_error(http: Request, error: HTTPException) -> JSONResponse:
         if not isinstance(error, APIError):
-            error = APIError(error.status_code, str(error.detail), headers=error.headers)
+            message = f"{http.method} {http.url.path}: {error.detail}; this server has no such path, or not this method"
+            error = APIError(error.status_code, message, headers=error.headers)
         return _answer(http, error)
 
     @app.exception_handler(RequestValidationError)

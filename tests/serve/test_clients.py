@@ -170,6 +170,15 @@ def test_what_is_too_long_is_refused_in_the_words_that_clients_look_for(server, 
     assert error["code"] == "context_length_exceeded"
 
 
+def test_a_path_that_is_not_there_is_named(server):
+    for method, path, status in (("POST", "/v1/responses", 404), ("GET", "/tokenize", 405)):
+        response = server[0].request(method, path, json={"model": "math", "input": "hi"})
+        error = response.json()["error"]
+        assert response.status_code == status
+        assert f"{method} {path}: " in error["message"]
+        assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
 def test_refusals_are_counted(server):
     client = server[0]
 
