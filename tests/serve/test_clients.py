@@ -348,6 +348,10 @@ def test_a_prompt_whose_numbers_are_not_finite_fails_alone(tmp_path):
 # --- the access log
 
 
+def access_lines(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "t2kernels.serve.http.access"]
+
+
 def test_one_line_a_request_with_its_id(server, caplog):
     client = server[0]
     with caplog.at_level(logging.INFO, "t2kernels.serve"):
@@ -359,7 +363,8 @@ def test_one_line_a_request_with_its_id(server, caplog):
         assert made.startswith("req-")
         client.get("/health")
         client.get("/v1/x%0Ainjected")
-    lines = [r.getMessage() for r in caplog.records if r.name.endswith("access")]
+        wait_until(lambda: len(access_lines(caplog)) >= 3, "the requests are logged")  # after their answers
+    lines = access_lines(caplog)
     assert len(lines) == 3, "none for /health"
     used = answer.json()["usage"]
     assert lines[0].startswith("mine-17 127.0.0.1:")
@@ -380,10 +385,10 @@ def test_a_stream_is_logged_at_its_end(server, caplog):
         client.stream("POST", TEXT, json=body(TEXT, stream=True, n=2, seed=1, temperature=1)) as response,
     ):
         assert "x-request-id" in response.headers
-        assert not [r for r in caplog.records if r.name.endswith("access")]
+        assert not access_lines(caplog)
         assert list(response.iter_lines())
-    wait_until(lambda: [r for r in caplog.records if r.name.endswith("access")], "the request is logged")
-    lines = [r.getMessage() for r in caplog.records if r.name.endswith("access")]
+        wait_until(lambda: access_lines(caplog), "the request is logged")
+    lines = access_lines(caplog)
     assert len(lines) == 1
     assert " 200 model=math expert=math-" in lines[0]
     assert " completions=2 " in lines[0]
