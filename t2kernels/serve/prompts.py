@@ -94,7 +94,7 @@ def encode_chat(service: Service, messages: list[dict[str, Any]], **options: Any
             logger.warning("the chat template refused %d messages", len(messages), exc_info=True)
             raise bad(f"the model's chat template refuses these messages: {error}", "messages") from None
     if len(messages) == 1 and messages[0]["role"] == "user" and "tools" not in options:
-        return tokenizer(messages[0]["content"])["input_ids"]
+        return tokenizer(check_text("messages", messages[0]["content"]))["input_ids"]
     asked = "tools" if "tools" in options else "messages"
     raise bad(
         f"{asked}: this model has no chat template, so it cannot read {len(messages)} messages"
@@ -107,9 +107,19 @@ def encode_chat(service: Service, messages: list[dict[str, Any]], **options: Any
 
 def _encode_text(service: Service, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, str):
-        return service.tokenizer(prompt)["input_ids"]
+        return service.tokenizer(check_text("prompt", prompt))["input_ids"]
     check_tokens(service, "prompt", prompt)
     return prompt
+
+
+def check_text(field: str, text: str) -> str:
+    """The text. Raises APIError 400 if a part of it is no character: half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = error.start
+        raise bad(f"{field}: character {at} is {text[at]!a}, half of a pair, and no text", field) from None
+    return text
 
 
 def check_tokens(service: Service, field: str, tokens: Iterable[int]) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from t2kernels import InputError
 from t2kernels.serve.http.protocol import ChatRequest
 
-from .prompts import check_length, check_tokens, encode_chat
+from .prompts import check_length, check_text, check_tokens, encode_chat
 from .service import Service
 
 
@@ -49,7 +49,8 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
             check_length(service, sum(len(message["content"]) for message in messages))
             return encode_chat(service, messages, add_generation_prompt=request.add_generation_prompt)
         check_length(service, len(request.prompt or ""))
-        return service.tokenizer(request.prompt, add_special_tokens=request.add_special_tokens)["input_ids"]
+        text = check_text("prompt", request.prompt or "")
+        return service.tokenizer(text, add_special_tokens=request.add_special_tokens)["input_ids"]
 
     @app.post("/tokenize")
     async def tokenize(request: TokenizeRequest) -> dict[str, Any]:

@@ -163,6 +163,30 @@ def test_a_body_without_its_content_type_is_told_so(server):
         assert response.json()["error"]["param"] is None
 
 
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+def test_half_a_character_is_refused(server, path):
+    client = server[0]
+    asked = {"prompt": "a\ud800"} if path == TEXT else {"messages": [{"role": "user", "content": "a\ud800"}]}
+    sent = json.dumps({"model": "math", "max_tokens": 1, **asked})
+    response = client.post(path, content=sent, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert "character 1 is '\\ud800', half of a pair" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"top_k": 10**30}, {"top_k": 2**63}, {"temperature": 5e-324}, {"temperature": 1e-300}, {"top_p": 1e-300}),
+        *({"seed": 10**300}, {"seed": -1}, {"min_tokens": 10**30}, {"min_p": 1e-320}, {"repetition_penalty": 1e-320}),
+        *({"logit_bias": {str(10**30): 1}}, {"stop_token_ids": [10**30]}, {"top_p": 1e-300, "top_k": 10**30}),
+    ],
+)
+def test_extreme_numbers_end_nothing(server, fields):
+    response = post(server, TEXT, **{"temperature": 1, **fields})
+    assert response.status_code in (200, 400), response.text
+    assert post(server, TEXT).status_code == 200
+
+
 @pytest.mark.parametrize("fields", [{"prompt": "1+" * 80}, {"max_tokens": 500}, {"prompt": "1" * 100_000}])
 def test_what_is_too_long_is_refused_in_the_words_that_clients_look_for(server, fields):
     error = refused(server, **fields)

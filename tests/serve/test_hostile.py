@@ -12,6 +12,7 @@ import torch
 import t2kernels as t2
 from t2kernels.experts.expert import ExpertError
 from t2kernels.serve import server as process
+from t2kernels.serve.engine import steps
 from t2kernels.serve.http import limits
 from t2kernels.serve.http.text import Decoder
 from tests.helpers.families import build
@@ -181,6 +182,28 @@ def test_a_name_that_resolves_to_this_machine_is_not_enough():
         assert client.get("/v1/models", headers={"Host": "evil.example:80"}).status_code == 403
         for host in ("localhost", "localhost:8000", "127.0.0.1:9", "[::1]:8000"):
             assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_an_error_while_drawing_fails_its_own_request_only(monkeypatch, caplog):
+    real = steps.draw
+
+    def broken(logits, samplings):
+        if any(s.temperature == 0.625 for s in samplings):
+            raise RuntimeError("this one")
+        return real(logits, samplings)
+
+    monkeypatch.setattr(steps, "draw", broken)
+    with served() as (client, service):
+        wanted = [ask(client, "math", p).json()["choices"][0]["text"] for p in PROMPTS]
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(3):
+                bad = [pool.submit(ask, client, "math", p, temperature=0.625) for p in PROMPTS]
+                good = [pool.submit(ask, client, "math", p) for p in PROMPTS]
+                assert [f.result().json()["choices"][0]["text"] for f in good] == wanted
+                assert {f.result().status_code for f in bad} == {500}
+                assert all("this one" in f.result().json()["error"]["message"] for f in bad)
+        assert service.model.t2_bank.rows_in_use == 0
+    assert "no token could be drawn" in caplog.text
 
 
 # --- connections

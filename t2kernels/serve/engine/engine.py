@@ -29,7 +29,7 @@ from .batching import BatchSettings, free_share, longest_request, make_manager
 from .handle import Generation
 from .sampling import Sampling
 from .scoring import Scorer
-from .steps import Output, choose, not_finite, outputs_of
+from .steps import Output, choose, outputs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -337,20 +337,15 @@ class Engine:
         generation.events.put_nowait(error)
         self._end(generation)
 
-    def _not_finite(self, generation: Generation) -> None:
-        if generation.over:
-            return
-        logger.error("request %s: expert %r gives outputs that are not finite", generation.id, generation.expert)
-        self._drop(generation, not_finite())
-
     def _fail_with(self, generation: Generation, error: Exception) -> None:
         """Fail a request for a fault of this file. Call it where the error was caught."""
         logger.exception("request %s failed", generation.id)
         self._drop(generation, APIError(500, f"{type(error).__name__}: {error}", "internal_error"))
 
     def _drop(self, generation: Generation, error: APIError) -> None:
-        generation.events.put_nowait(error)
-        self.cancel(generation)
+        if not generation.over:
+            generation.events.put_nowait(error)
+            self.cancel(generation)
 
     def _fail_all(self, error: APIError) -> None:
         # Waiting requests first, so that none of them starts when a running one ends.
@@ -396,4 +391,4 @@ class Engine:
 
     def _sample(self, logits: Tensor, names: Sequence[str]) -> Tensor:
         running = [self.running.get(name) for name in names]  # None for one that was cancelled during this step
-        return choose(logits, running, lambda g: self._loop.call_soon_threadsafe(self._not_finite, g))
+        return choose(logits, running, lambda *a: self._loop.call_soon_threadsafe(self._drop, *a))

@@ -26,6 +26,10 @@ Logprobs = tuple[float, list[tuple[int, float]]]
 """log p of a generated token, and (token, log p) of the likeliest tokens."""
 
 
+COLDEST: float = 1e-5
+"""Temperatures below this are greedy: dividing by them would overflow."""
+
+
 @dataclass
 class Sampling:
     """How the tokens of one request are chosen.
@@ -53,6 +57,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         self.source = random.Random(self.seed)
+        if self.temperature < COLDEST:
+            self.temperature = 0.0
         if self.adjustment is not None and self.adjustment.neutral:
             self.adjustment = None
 
@@ -130,7 +136,7 @@ def _kept(scaled: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     V, device = scaled.shape[1], scaled.device
     top_p = [s.top_p if s.top_p < 1 else float("inf") for s in samplings]
     share = torch.tensor(top_p, dtype=torch.float64, device=device)[:, None]
-    most = torch.tensor([s.top_k or V for s in samplings], device=device)[:, None]
+    most = torch.tensor([min(s.top_k or V, V) for s in samplings], device=device)[:, None]
     total = scaled.double().logsumexp(-1, keepdim=True)
     count = min(V, max(s.top_k or LIKELIEST for s in samplings))
     while True:

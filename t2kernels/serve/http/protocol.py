@@ -54,7 +54,7 @@ class Request(BaseModel):
     min_p: float = Field(0.0, ge=0, le=1)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     logit_bias: dict[int, float] = Field({}, max_length=1024)
     max_tokens: int | None = Field(None, ge=1)
     min_tokens: int = Field(0, ge=0)
