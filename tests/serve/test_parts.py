@@ -251,6 +251,7 @@ def test_files_are_inside_the_folder_or_refused(experts, files, tmp_path):
         "",
         "a\0.safetensors",
         "sub/good.safetensors",
+        "x" * 5000 + ".safetensors",
     ):
         with pytest.raises(APIError, match="bare name"):
             files.file(name)

@@ -51,7 +51,7 @@ class ExpertFolder:
         """
         folder = self.home()
         path = folder / name
-        bare = bool(name) and Path(name).name == name and not name.startswith(".") and "\0" not in name
+        bare = 0 < len(name) < 128 and Path(name).name == name and not name.startswith(".") and "\0" not in name
         if not bare or not name.endswith(SUFFIX):
             message = f"file {name!r}: expected the bare name of a {SUFFIX} file inside the experts folder"
             raise bad(message, "file", "bad_file_name")
@@ -72,7 +72,7 @@ class ExpertFolder:
         known = Factors.load(factors) if factors is not None and Path(factors).is_dir() else None
         for path in sorted(self.home().glob(f"*{SUFFIX}")):
             try:
-                expert = read(path)
+                expert = read(self.file(path.name))
                 expert.check({n: torch.ones(rank) for n, rank in ranks.items()})
                 if known is not None:
                     expert.check(known)
