@@ -52,8 +52,8 @@ ENVIRONMENT: frozenset[int] = frozenset(
 """Numbers of the OSErrors that a user's files and disks cause."""
 
 OPTIONAL: frozenset[str] = frozenset(
-    "bitsandbytes datasets fastapi gguf lm_eval math_verify peft prometheus_client pyarrow sentencepiece tiktoken "
-    "torchao torchvision triton uvicorn vllm".split()
+    "bitsandbytes datasets fastapi gguf llguidance lm_eval math_verify peft prometheus_client pyarrow sentencepiece "
+    "tiktoken torchao torchvision triton uvicorn vllm".split()
 )
 """Packages that may be missing."""
 

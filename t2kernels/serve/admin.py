@@ -12,12 +12,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
+from t2kernels.serve.experts.folder import read
+from t2kernels.serve.experts.registry import Version
+from t2kernels.serve.http.access import facts_of
 from t2kernels.serve.http.errors import APIError, bad
 from t2kernels.serve.http.limits import discard
 from t2kernels.storage import parse_json, temporary_beside
 
-from .folder import read
-from .registry import Version
 from .searches import FewShotRequest, FewShotSearch
 from .service import Service
 
@@ -60,9 +61,11 @@ def add_routes(app: FastAPI, service: Service) -> None:
         Or the body is JSON: {"name": ..., "file": bare name of a file in the experts folder, "replace": ...}.
         """
         service.engine.check_open()
+        facts_of(http.scope).said["name"] = name
         if http.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
             body = await _json(http)
             name = body.get("name", name)
+            facts_of(http.scope).said |= {"name": str(name), "file": str(body.get("file", ""))}
             source = folder.file(body.get("file", f"{name}.safetensors"))
             replace = body.get("replace", replace) is True
             experts.check_name(name)

@@ -7,18 +7,23 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from t2kernels.serve.engine.engine import Engine
 from t2kernels.serve.engine.handle import Generation
 from t2kernels.serve.engine.sampling import Sampling
+from t2kernels.serve.experts.registry import Chosen, ExpertRegistry
 from t2kernels.serve.http import protocol
+from t2kernels.serve.http.access import Facts
+from t2kernels.serve.http.choices import envelope, logprobs_of, part_choice, usage, whole_choice
 from t2kernels.serve.http.errors import APIError
 from t2kernels.serve.http.metrics import Metrics
 from t2kernels.serve.http.text import Decoder
+from t2kernels.serve.http.tools import ToolReader
+from t2kernels.serve.http.vocabulary import Vocabulary
 
-from .registry import Chosen, ExpertRegistry
+from .prompts import Prepared
 from .service import Service
 
 if TYPE_CHECKING:
@@ -29,50 +34,67 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 @dataclass
 class Part:
-    """What is new in one of the completions. finish: None until its last part"""
+    """What is new in one of the completions.
+
+    tokens: those that log-probabilities are shown for; finish: None until its last part; calls: of tools
+    """
 
     index: int
     text: str
     tokens: list[int]
     finish: str | None = None
+    calls: list[protocol.JSON] = field(default_factory=list)
 
 
 class Answer:
     """All completions of one request, n per prompt. Iterate over it to get their parts; `close` stops what still runs.
 
-    prompts: token ids; limits: most new tokens, one per prompt; request: of the API
-    chosen: the held expert, which is released here; model: the name that the answer gives
+    prepared: the prompts; limits: most new tokens, one per prompt; request: of the API
+    chosen: the held expert, which is released here; model: the name that the answer gives; facts: for the log
     Raises APIError if the engine does not accept all completions; then none of them runs.
     """
 
     engine: Engine
     metrics: Metrics
     tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
     experts: ExpertRegistry
+    prepared: Prepared
+    facts: Facts
     request: protocol.Request
     chosen: Chosen
     model: str
     prompt_tokens: int
     status: str
     """HTTP status for metrics; 499 (the client has hung up) until the request ends otherwise."""
+    ends: list[int]
+    """Tokens that end a text. They are no part of it."""
     samplings: list[Sampling]
     generations: list[Generation]
 
     def __init__(
         self,
         service: Service,
-        prompts: Sequence[Sequence[int]],
+        prepared: Prepared,
         limits: Sequence[int],
         request: protocol.Request,
         chosen: Chosen,
         model: str,
+        facts: Facts,
     ) -> None:
+        prompts = prepared.prompts
+        self.prepared, self.facts = prepared, facts
         self.engine, self.metrics = service.engine, service.metrics
-        self.tokenizer, self.experts = service.tokenizer, service.experts
+        self.tokenizer, self.experts, self.vocabulary = service.tokenizer, service.experts, service.vocabulary
         self.request, self.chosen, self.model = request, chosen, model
         self.prompt_tokens = sum(map(len, prompts))
         self.status = "499"
-        self.samplings = [request.sampling(i) for i in range(len(prompts) * request.n)]
+        self.ends = [*([] if request.ignore_eos else self.engine.ends), *request.stop_token_ids]
+        grammar = prepared.grammar
+        self.samplings = [
+            request.sampling(i, self.ends, None if grammar is None else grammar.copy())
+            for i in range(len(prompts) * request.n)
+        ]
         self.generations = []
         self._parts: asyncio.Queue[Part | APIError] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
@@ -96,7 +118,9 @@ class Answer:
             self.experts.release(held)
 
         try:
-            self.generations.append(self.engine.submit(prompt, limit, held.expert, sampling, release))
+            score = self.request.echoes and sampling.logprobs is not None
+            made = self.engine.submit(prompt, limit, held.expert, sampling, release, self.ends, score)
+            self.generations.append(made)
         except APIError:
             release()
             raise
@@ -122,20 +146,45 @@ class Answer:
             generation.cancel()
         self.metrics.requests.labels(self.label, self.status).inc()
         self.metrics.tokens_out.labels(self.label).inc(self.generated)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Fill in the facts for the log."""
+
+        def longest(begin: str, end: str) -> float | None:
+            times = [(getattr(g, begin), getattr(g, end)) for g in self.generations]
+            return max((late - early for early, late in times if early and late), default=None)
+
+        self.facts.counted = True
+        self.facts.said |= {
+            "expert": self.chosen.fingerprint,
+            "completions": len(self.samplings) if len(self.samplings) > 1 else None,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.generated,
+            "queue": longest("arrived", "admitted"),
+            "first": longest("arrived", "started"),
+            "ended": None if self.status == "200" else self.status,
+        }
 
     async def _follow(self, index: int, generation: Generation) -> None:
         """Turn the tokens of one completion into parts."""
         decoder = Decoder(self.tokenizer, self.request.stops)
+        tools = ToolReader() if self.request.uses_tools else None
+        echoing = self.request.echoes
         try:
             async for tokens in generation:
-                text = decoder.feed(tokens)
+                if echoing:
+                    echoing = self._echo(index)
+                text = decoder.feed([t for t in tokens if t not in self.ends])
                 if decoder.stopped:
                     generation.cancel()
                     generation.finish = "stop"
-                    self._parts.put_nowait(Part(index, text, tokens, "stop"))
-                    return
-                self._parts.put_nowait(Part(index, text, tokens))
-            self._parts.put_nowait(Part(index, decoder.finish(), [], "stop" if decoder.stopped else generation.finish))
+                    break
+                self._put(index, text, tokens, tools)
+            if echoing:
+                self._echo(index)
+            text, tokens = (text, tokens) if decoder.stopped else (decoder.finish(), [])
+            self._put(index, text, tokens, tools, "stop" if decoder.stopped else generation.finish)
         except APIError as error:
             self._parts.put_nowait(error)
         except Exception as error:
@@ -144,6 +193,27 @@ class Answer:
             self._parts.put_nowait(APIError(500, f"{type(error).__name__}: {error}", "internal_error"))
         finally:
             self._time(generation)
+
+    def _echo(self, index: int) -> bool:
+        """Begin a completion with its prompt. Returns False: it is done."""
+        i = index // self.request.n
+        self._parts.put_nowait(Part(index, self.prepared.texts[i], list(self.prepared.prompts[i])))
+        return False
+
+    def _put(
+        self, index: int, text: str, tokens: Sequence[int], tools: ToolReader | None, finish: str | None = None
+    ) -> None:
+        # The end is shown beside a prompt only: clients that score prompts cut the one token off that they asked for.
+        shown = list(tokens) if self.request.echoes else [t for t in tokens if t not in self.ends]
+        part = Part(index, text, shown, finish)
+        if tools is not None:
+            before = tools.found
+            part.text, calls = tools.feed(text)
+            part.calls = [{"index": before + i, **call} for i, call in enumerate(calls)]
+            if finish is not None:
+                part.text += tools.finish()
+                part.finish = "tool_calls" if tools.found and finish == "stop" else finish
+        self._parts.put_nowait(part)
 
     def _time(self, generation: Generation) -> None:
         if generation.started is not None:
@@ -159,7 +229,7 @@ class Answer:
             parts = [await self._parts.get(), *(self._parts.get_nowait() for _ in range(self._parts.qsize()))]
             for part in parts:
                 if isinstance(part, APIError):
-                    self.status = str(part.status_code)
+                    self.status, self.facts.error = str(part.status_code), part.message
                     raise part
                 remaining -= part.finish is not None
             if not remaining:
@@ -172,20 +242,22 @@ class Answer:
         """The answer as one JSON object. Raises APIError."""
         texts, finishes = [""] * len(self.generations), [""] * len(self.generations)
         tokens: list[list[int]] = [[] for _ in self.generations]
+        calls: list[list[protocol.JSON]] = [[] for _ in self.generations]
         async for parts in self:
             for part in parts:
                 texts[part.index] += part.text
                 tokens[part.index] += part.tokens
+                calls[part.index] += [{k: v for k, v in call.items() if k != "index"} for call in part.calls]
                 finishes[part.index] = part.finish or ""
         choices = [
-            protocol.whole_choice(chat, i, text, finishes[i], self._logprobs(chat, i, tokens[i], 0, 0))
+            whole_choice(chat, i, text, finishes[i], self._logprobs(chat, i, tokens[i], 0, 0), calls[i])
             for i, text in enumerate(texts)
         ]
         return {
-            **protocol.envelope(chat, self.model, self.chosen.fingerprint),
+            **envelope(chat, self.model, self.chosen.fingerprint),
             "choices": choices,
             "object": "chat.completion" if chat else "text_completion",
-            "usage": protocol.usage(self.prompt_tokens, self.generated),
+            "usage": usage(self.prompt_tokens, self.generated),
         }
 
     async def events(self, chat: bool, first: list[Part], rest: AsyncIterator[list[Part]]) -> AsyncIterator[bytes]:
@@ -194,7 +266,7 @@ class Answer:
         first: parts that have been read already; rest: the iterator that they came from
         """
         head = {
-            **protocol.envelope(chat, self.model, self.chosen.fingerprint),
+            **envelope(chat, self.model, self.chosen.fingerprint),
             "object": "chat.completion.chunk" if chat else "text_completion",
         }
         begun: set[int] = set()
@@ -205,9 +277,15 @@ class Answer:
             while True:
                 for part in parts:
                     i = part.index
-                    if part.text or part.finish or i not in begun or self.samplings[i].logprobs is not None:
+                    if (
+                        part.text
+                        or part.calls
+                        or part.finish
+                        or i not in begun
+                        or self.samplings[i].logprobs is not None
+                    ):
                         logprobs = self._logprobs(chat, i, part.tokens, reported[i], characters[i])
-                        choice = protocol.part_choice(chat, i, part.text, part.finish, logprobs, first=i not in begun)
+                        choice = part_choice(chat, i, part.text, part.finish, logprobs, i not in begun, part.calls)
                         yield _event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
                         begun.add(i)
                     characters[i] += len(part.text)
@@ -217,7 +295,7 @@ class Answer:
                 except StopAsyncIteration:
                     break
             if with_usage:
-                yield _event({**head, "choices": [], "usage": protocol.usage(self.prompt_tokens, self.generated)})
+                yield _event({**head, "choices": [], "usage": usage(self.prompt_tokens, self.generated)})
         except APIError as error:
             yield _event(error.body())
         finally:
@@ -230,10 +308,8 @@ class Answer:
         sampling = self.samplings[index]
         if sampling.logprobs is None:
             return None
-        shown = [t for t in tokens if t not in self.engine.ends]
-        reported = sampling.reported[start : start + len(shown)]
-        return protocol.logprobs_of(chat, self.tokenizer, shown, reported, characters)
+        return logprobs_of(chat, self.vocabulary, tokens, sampling.reported[start : start + len(tokens)], characters)
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
+    return f"data: {json.dumps(body, ensure_ascii=False, allow_nan=False)}\n\n".encode()

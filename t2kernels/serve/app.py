@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,13 +12,16 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from t2kernels.experts.names import AUTO
-from t2kernels.serve.http.errors import APIError, bad
+from t2kernels.serve.http.access import AccessLog, facts_of, note_error
+from t2kernels.serve.http.errors import APIError
 from t2kernels.serve.http.limits import CheckOrigin, LimitBody, RequireKey
 from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
+from t2kernels.serve.http.refusals import refusal
 
 from .admin import add_routes
 from .completions import answer
 from .service import Service
+from .tokenizing import add_tokenizing
 
 
 def make_app(service: Service) -> FastAPI:
@@ -37,6 +40,7 @@ def make_app(service: Service) -> FastAPI:
     app.add_middleware(CheckOrigin, hosts=settings.hosts, origins=settings.origins)
     if settings.api_key is not None:
         app.add_middleware(RequireKey, key=settings.api_key)
+    app.add_middleware(AccessLog, count=lambda status: service.metrics.requests.labels("none", status).inc())
     _add_error_handlers(app)
 
     @app.post("/v1/chat/completions")
@@ -71,6 +75,7 @@ def make_app(service: Service) -> FastAPI:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     add_routes(app, service)
+    add_tokenizing(app, service)
     return app
 
 
@@ -91,20 +96,23 @@ def _add_error_handlers(app: FastAPI) -> None:
     """Answer every error in the form of OpenAI's API."""
 
     @app.exception_handler(HTTPException)
-    async def _http_error(_: Request, error: HTTPException) -> JSONResponse:
+    async def _http_error(http: Request, error: HTTPException) -> JSONResponse:
         if not isinstance(error, APIError):
-            error = APIError(error.status_code, str(error.detail), headers=error.headers)
-        return JSONResponse(error.body(), error.status_code, error.headers)
+            message = f"{http.method} {http.url.path}: {error.detail}; this server has no such path, or not this method"
+            error = APIError(error.status_code, message, headers=error.headers)
+        return _answer(http, error)
 
     @app.exception_handler(RequestValidationError)
-    async def _invalid_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        field = ".".join(str(x) for x in first["loc"] if x != "body")
-        unknown = first["type"] == "extra_forbidden"
-        message = f"{field or 'the body'}: {'this field is not supported' if unknown else first['msg']}"
-        return JSONResponse(bad(message, field or None).body(), 400)
+    async def _invalid_body(http: Request, error: RequestValidationError) -> JSONResponse:
+        return _answer(http, refusal(error.errors(), http.headers.get("content-type")))
 
     @app.exception_handler(Exception)
-    async def _fault(_: Request, error: Exception) -> JSONResponse:
+    async def _fault(http: Request, error: Exception) -> JSONResponse:
         # Not logged here: starlette raises the error again after this answer, and uvicorn logs it with its traceback.
-        return JSONResponse(APIError(500, f"{type(error).__name__}: {error}", "internal_error").body(), 500)
+        made = APIError(500, f"{type(error).__name__}: {error}", "internal_error")
+        return _answer(http, made, {"x-request-id": facts_of(http.scope).id})
+
+
+def _answer(http: Request, error: APIError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    note_error(http.scope, error)
+    return JSONResponse(error.body(), error.status_code, {**(error.headers or {}), **(headers or {})})

@@ -15,9 +15,8 @@ from t2kernels.adapt.question import choosable
 from t2kernels.adapt.strategy_registry import own_options, strategy_options
 from t2kernels.experts.names import CLASSIFIER, Name
 from t2kernels.serve.engine.engine import Engine
+from t2kernels.serve.experts.registry import Chosen, ExpertRegistry
 from t2kernels.serve.http.errors import APIError, SettingsError
-
-from .registry import Chosen, ExpertRegistry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from t2kernels.adapt import CEMConfig, Examples, FewShot
 from t2kernels.experts.expert import Expert
+from t2kernels.serve.experts.registry import MOST_IN_A_MIXTURE, Chosen
 from t2kernels.serve.http.errors import APIError, bad
 
-from .registry import MOST_IN_A_MIXTURE, Chosen
 from .service import Service
 
 logger: logging.Logger = logging.getLogger(__name__)

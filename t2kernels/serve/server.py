@@ -1,18 +1,58 @@
-"""The process: uvicorn, and a shutdown that finishes the running requests."""
+"""The process: uvicorn, its log, limits of connections, and a shutdown that finishes the running requests."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from t2kernels.serve.http.errors import AddressError, EngineError
 
 from .app import make_app
 from .service import Service
+
+HEADER_SECONDS: float = 15
+"""Seconds in which the head of a request must arrive after the connection, or after its first byte."""
+LEVELS: tuple[str, ...] = ("debug", "info", "warning", "error")
+"""Levels of the log."""
+
+
+class Connection(AutoHTTPProtocol):
+    """uvicorn's connection, which is closed if the head of a request does not arrive. uvicorn would wait for ever."""
+
+    def connection_made(self, transport: Any) -> None:
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        self._waiting: asyncio.TimerHandle | None = None
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        before: Any = self.cycle
+        super().data_received(data)
+        if self.cycle is not before or (before is not None and not before.response_complete):
+            self._stop_waiting()  # a request has begun; limits.py watches over its body
+        elif self._waiting is None:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._waiting = asyncio.get_running_loop().call_later(HEADER_SECONDS, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
 
 
 class Server(uvicorn.Server):
@@ -20,6 +60,8 @@ class Server(uvicorn.Server):
 
     The first SIGTERM or SIGINT starts the drain: /health says so and new requests are refused; the sockets stay open.
     The process ends after the last request, or after `drain` seconds. The second signal ends it at once.
+
+    keep_alive: seconds after which an unused connection is closed; connections: at once, further ones get 503
     """
 
     service: Service
@@ -29,9 +71,17 @@ class Server(uvicorn.Server):
     failed: EngineError | None
     """Why the engine did not start."""
 
-    def __init__(self, service: Service, drain: float) -> None:
-        # After the drain every request has been answered. One second is for the last bytes.
-        super().__init__(uvicorn.Config(make_app(service), log_level="warning", timeout_graceful_shutdown=1))
+    def __init__(self, service: Service, drain: float, keep_alive: int = 75, connections: int = 1000) -> None:
+        config = uvicorn.Config(
+            make_app(service),
+            http=Connection,
+            log_config=None,
+            access_log=False,  # access.py writes it
+            timeout_keep_alive=keep_alive,
+            limit_concurrency=connections,
+            timeout_graceful_shutdown=1,  # after the drain every request has been answered; this is for the last bytes
+        )
+        super().__init__(config)
         self.service, self.drain = service, drain
         self.failed = None
         self._ending: asyncio.Task[None] | None = None
@@ -80,13 +130,32 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(service: Service, at: socket.socket, drain: float = 30.0) -> None:
+def log_to_stderr(level: str) -> None:
+    """Write the log of this package and of uvicorn to stderr, from a level on (`LEVELS`)."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name, least in (("t2kernels", level.upper()), ("uvicorn", "INFO" if level == "debug" else "WARNING")):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(least)
+
+
+def run(
+    service: Service,
+    at: socket.socket,
+    drain: float = 30.0,
+    keep_alive: int = 75,
+    connections: int = 1000,
+    log_level: str = "info",
+) -> None:
     """Serve until a signal ends it.
 
     at: the socket of `listen`; drain: seconds that running requests have to finish
+    keep_alive, connections: as for `Server`; log_level: as for `log_to_stderr`
     Raises EngineError if the model does not run.
     """
-    server = Server(service, drain)
+    log_to_stderr(log_level)
+    server = Server(service, drain, keep_alive, connections)
     server.run(sockets=[at])
     if server.failed is not None:
         raise server.failed

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from t2kernels.rollout.chat import end_tokens
 from t2kernels.serve.engine.batching import BatchSettings
 from t2kernels.serve.engine.engine import Engine
+from t2kernels.serve.engine.grammar import Grammars
+from t2kernels.serve.experts.folder import ExpertFolder, load
+from t2kernels.serve.experts.registry import ExpertRegistry
 from t2kernels.serve.http.metrics import Metrics
+from t2kernels.serve.http.vocabulary import Vocabulary
 
 from .auto import Router
-from .folder import ExpertFolder, load
-from .registry import ExpertRegistry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,6 +100,21 @@ class Service:
         self.router = None
         if settings.route is not None:
             self.router = Router(self.engine, self.experts, tokenizer, settings.route, settings.tiny, settings.margin)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of the tokens."""
+        return Vocabulary(self.tokenizer)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Makes the structures that texts must have."""
+        return Grammars(self.vocabulary, self.engine.ends, self.tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model knows."""
+        return self.model.get_input_embeddings().num_embeddings
 
     @functools.cached_property
     def most_characters(self) -> int:

@@ -1,11 +1,14 @@
 """`t2 serve`: which engine it starts with what, and what it refuses before it loads a model."""
 
+import logging
 import socket
 import sys
 from types import ModuleType
 
 import pytest
+import torch
 
+import t2kernels as t2
 from t2kernels import tiny
 from t2kernels.cli.verbs import serve
 from tests.helpers.commandline import t2_, wide  # noqa: F401
@@ -67,6 +70,7 @@ def test_what_cannot_be_served_is_said_at_once(tmp_path):
         (["--engine", "vllm"], "vllm is not installed"),
         (["--experts", tmp_path / "nowhere"], "no such directory"),
         (["--option=--x"], "--option is for --engine vllm"),
+        (["--log-level", "loud"], "--log-level loud: expected one of debug, info, warning, error"),
         (["--chat-template", tmp_path / "nothing"], "No such file"),
     ):
         assert words in t2_("serve", "tiny", *args, code=1)
@@ -76,3 +80,31 @@ def test_what_cannot_be_served_is_said_at_once(tmp_path):
         assert "choose another with --host and --port" in t2_("serve", "tiny", "--port", taken.getsockname()[1], code=1)
     (tmp_path / "bad.safetensors").write_bytes(b"no expert")
     assert "bad.safetensors" in t2_("serve", "tiny", "--port", 0, "--experts", tmp_path, code=1)
+
+
+def test_an_expert_of_another_model_is_named_before_the_model_is_patched(tmp_path, monkeypatch):
+    pytest.importorskip("fastapi")
+    other = t2.Expert({"model.layers.0.mlp.up_proj": torch.ones(3), "model.layers.99.mlp.up_proj": torch.ones(3)})
+    other.manifest["base_model"] = "somebody/another-model"
+    other.save(tmp_path / "other")
+    monkeypatch.setattr(serve.models, "patch", lambda *args, **kwargs: pytest.fail("it was patched"))
+    said = t2_("serve", "tiny", "--port", 0, "--engine", "transformers", "--experts", tmp_path, code=1)
+    assert "other.safetensors" in said
+    assert "trained on somebody/another-model" in said
+    assert "the model is 'tiny'" in said
+
+
+def test_levels_of_the_log():
+    server = pytest.importorskip("t2kernels.serve.server")
+    loggers = [logging.getLogger(name) for name in ("t2kernels", "uvicorn")]
+    kept = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    try:
+        for i, level in enumerate(server.LEVELS):
+            server.log_to_stderr(level)
+            log = logging.getLogger("t2kernels.serve")
+            shown = [x for x in server.LEVELS if log.isEnabledFor(getattr(logging, x.upper()))]
+            assert shown == list(server.LEVELS[i:])
+            assert not logging.getLogger("uvicorn.access").isEnabledFor(logging.DEBUG)
+    finally:
+        for logger, logger.handlers, least, logger.propagate in kept:
+            logger.setLevel(least)

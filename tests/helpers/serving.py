@@ -73,14 +73,18 @@ class Process:
 
 
 @contextlib.contextmanager
-def served(change=lambda model, tokenizer: None, **settings):
-    """(client, service) of the built-in model; change(model, tokenizer) before it is served."""
+def served(change=lambda model, tokenizer: None, process=False, connections=1000, **settings):
+    """(client, service) of the built-in model; change(model, tokenizer) before it is served.
+
+    process: as `t2 serve` runs it, with its limits of connections
+    """
     import uvicorn
 
     import t2kernels as t2
     from t2kernels import tiny
     from t2kernels.serve.app import make_app
     from t2kernels.serve.engine.batching import BatchSettings
+    from t2kernels.serve.server import Server
     from t2kernels.serve.service import Service, Settings
 
     model, tokenizer = tiny.load()
@@ -88,7 +92,11 @@ def served(change=lambda model, tokenizer: None, **settings):
     change(model, tokenizer)
     batch = BatchSettings(page_size=8, kv_tokens=1024, batch_tokens=32, batch_requests=16)
     service = Service(model, tokenizer, Settings("tiny", tiny=True, batch=batch, **settings), tiny.experts())
-    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning"))
+    if process:
+        server = Server(service, drain=0, connections=connections)
+        server.config.port = 0
+    else:
+        server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

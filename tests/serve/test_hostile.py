@@ -1,6 +1,8 @@
 """One bad expert or request harms nobody else."""
 
+import contextlib
 import random
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,9 +11,12 @@ import torch
 
 import t2kernels as t2
 from t2kernels.experts.expert import ExpertError
+from t2kernels.serve import server as process
+from t2kernels.serve.engine import steps
+from t2kernels.serve.http import limits
 from t2kernels.serve.http.text import Decoder
 from tests.helpers.families import build
-from tests.helpers.serving import served
+from tests.helpers.serving import served, wait_until
 
 pytest.importorskip("fastapi")
 
@@ -177,3 +182,89 @@ def test_a_name_that_resolves_to_this_machine_is_not_enough():
         assert client.get("/v1/models", headers={"Host": "evil.example:80"}).status_code == 403
         for host in ("localhost", "localhost:8000", "127.0.0.1:9", "[::1]:8000"):
             assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_an_error_while_drawing_fails_its_own_request_only(monkeypatch, caplog):
+    real = steps.draw
+
+    def broken(logits, samplings):
+        if any(s.temperature == 0.625 for s in samplings):
+            raise RuntimeError("this one")
+        return real(logits, samplings)
+
+    monkeypatch.setattr(steps, "draw", broken)
+    with served() as (client, service):
+        wanted = [ask(client, "math", p).json()["choices"][0]["text"] for p in PROMPTS]
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(3):
+                bad = [pool.submit(ask, client, "math", p, temperature=0.625) for p in PROMPTS]
+                good = [pool.submit(ask, client, "math", p) for p in PROMPTS]
+                assert [f.result().json()["choices"][0]["text"] for f in good] == wanted
+                assert {f.result().status_code for f in bad} == {500}
+                assert all("this one" in f.result().json()["error"]["message"] for f in bad)
+        assert service.model.t2_bank.rows_in_use == 0
+    assert "no token could be drawn" in caplog.text
+
+
+# --- connections
+
+
+def test_what_is_half_sent_is_closed_and_others_are_answered(monkeypatch, tmp_path):
+    """Half a head, half a second head on one connection, and half a body. The limits are short here."""
+    monkeypatch.setattr(process, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.3)
+    with served(process=True) as (client, _):
+        place = (client.base_url.host, client.base_url.port)
+
+        def send(text):
+            made = socket.create_connection(place, timeout=60)
+            made.sendall(text.encode())
+            return made
+
+        def until_closed(made):
+            got = b""
+            while piece := made.recv(4096):
+                got += piece
+            return got
+
+        half = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        silent = [send(""), send(half)]
+        slow = send(f"{half}Content-Length: 100\r\n\r\n" + '{"model"')
+        second = send("GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        got = b""
+        while b"}" not in got:
+            got += second.recv(4096)
+        assert got.startswith(b"HTTP/1.1 200")
+        second.sendall(b"GET /health HTTP/1.1\r\nHost")
+        assert ask(client, "math", "1+2+3?").status_code == 200
+        for made in (*silent, second):
+            with contextlib.suppress(ConnectionResetError):
+                assert until_closed(made) == b""
+        answer = until_closed(slow)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"body_too_slow" in answer
+        assert ask(client, "math", "1+2+3?").status_code == 200
+
+
+def test_a_connection_too_many_is_refused_and_the_others_go_on():
+    with served(process=True, connections=3) as (client, _):
+        place = (client.base_url.host, client.base_url.port)
+        held = [socket.create_connection(place, timeout=60) for _ in range(2)]
+        assert client.get("/health").status_code in (200, 503)
+        more = socket.create_connection(place, timeout=60)
+        more.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert more.recv(4096).startswith(b"HTTP/1.1 503")
+        for made in (*held, more):
+            made.close()
+        wait_until(lambda: client.get("/health").status_code == 200, "the others are answered again")
+
+
+def test_metrics_survive_the_end_of_the_engine():
+    with served() as (client, service):
+        assert ask(client, "math", "1+2+3?").status_code == 200
+        service.engine._manager.batch_processor, kept = None, service.engine._manager.batch_processor
+        try:
+            assert service.engine.failure is None
+            assert "t2_kv_free 1.0" in client.get("/metrics").text
+        finally:
+            service.engine._manager.batch_processor = kept

@@ -15,12 +15,12 @@ from pydantic import ValidationError
 
 from t2kernels import tiny
 from t2kernels.serve.engine.sampling import Sampling, draw
-from t2kernels.serve.folder import ExpertFolder, load
+from t2kernels.serve.experts.folder import ExpertFolder, load
+from t2kernels.serve.experts.registry import ExpertRegistry
 from t2kernels.serve.http.errors import APIError
 from t2kernels.serve.http.limits import LimitBody, RequireKey
 from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
 from t2kernels.serve.http.text import Decoder
-from t2kernels.serve.registry import ExpertRegistry
 
 # --- sampling
 
@@ -251,6 +251,7 @@ def test_files_are_inside_the_folder_or_refused(experts, files, tmp_path):
         "",
         "a\0.safetensors",
         "sub/good.safetensors",
+        "x" * 5000 + ".safetensors",
     ):
         with pytest.raises(APIError, match="bare name"):
             files.file(name)
@@ -376,10 +377,13 @@ def test_a_body_that_is_too_long_is_read_before_it_is_refused():
     "fields",
     [
         {"temperature": -1}, {"temperature": math.nan}, {"top_p": 0}, {"n": 0}, {"max_tokens": 0}, {"stop": ["a", ""]},
-        {"logit_bias": {"1": 2}}, {"frequency_penalty": 0.5}, {"presence_penalty": 1}, {"tools": [{}]},
-        {"response_format": {"type": "json_object"}}, {"logprobs": False, "top_logprobs": 2},
-        {"top_logprobs": 21, "logprobs": True}, {"messages": []}, {"stream_options": {"include_usage": True}},
-        {"surprise": 1},
+        {"logit_bias": {"1": 101}}, {"logit_bias": {"a": 1}}, {"frequency_penalty": 2.5}, {"presence_penalty": -3},
+        {"repetition_penalty": 0}, {"min_p": 1.5}, {"top_k": -2}, {"tools": [{}]}, {"tool_choice": "required"},
+        {"response_format": {"type": "xml"}}, {"response_format": {"type": "json_schema"}},
+        {"guided_json": {}, "guided_regex": "a"}, {"guided_regex": "a", "ignore_eos": True},
+        {"logprobs": False, "top_logprobs": 2}, {"top_logprobs": 21, "logprobs": True}, {"messages": []},
+        {"stream_options": {"include_usage": True}}, {"surprise": 1}, {"functions": [{}]}, {"prompt_logprobs": 1},
+        {"reasoning_effort": "low"}, {"use_beam_search": True}, {"echo": True}, {"store": True}, {"suffix": "x"},
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused(fields):
@@ -407,7 +411,7 @@ def test_prompts_of_completions():
     assert prompts([[1], [2, 3]]) == [[1], [2, 3]]
     for wrong in (
         {"prompt": []},
-        {"prompt": "x", "echo": True},
+        {"prompt": "x", "max_tokens": -1},
         {"prompt": "x", "suffix": "y"},
         {"prompt": "x", "best_of": 3},
     ):

@@ -11,7 +11,7 @@ from t2kernels import tiny
 
 pytest.importorskip("fastapi")
 from t2kernels.serve import searches
-from t2kernels.serve.engine import engine
+from t2kernels.serve.engine import steps
 from tests.helpers.serving import PATIENCE, served, wait_until
 
 NAMES = ["math", "code", "reason"]
@@ -112,7 +112,7 @@ def test_what_runs_goes_on_and_what_is_new_waits(tmp_path, monkeypatch):
     with served(experts=tmp_path) as (client, service):
         alone = complete(client, **body).json()["choices"]
         seen, answers, draws, pausing = {}, {}, [], threading.Event()
-        real, drawn, paused = searches.FewShot, engine.draw, service.engine.paused
+        real, drawn, paused = searches.FewShot, steps.draw, service.engine.paused
         loop = asyncio.run_coroutine_threadsafe  # the loop runs what it is given in order
 
         def gated(*args):
@@ -141,7 +141,7 @@ def test_what_runs_goes_on_and_what_is_new_waits(tmp_path, monkeypatch):
             return out
 
         monkeypatch.setattr(searches, "FewShot", in_the_search)
-        monkeypatch.setattr(engine, "draw", gated)
+        monkeypatch.setattr(steps, "draw", gated)
         monkeypatch.setattr(service.engine, "paused", asked)
         threads = [threading.Thread(target=lambda: answers.update(old=complete(client, **body)))]
         threads[0].start()

@@ -69,6 +69,11 @@ def serve(
     drain: float = typer.Option(
         30.0, min=0, help="Seconds that running requests may still take when the server stops."
     ),
+    log_level: str = typer.Option("info", help="Least level of the log: debug, info, warning or error."),
+    keep_alive: int = typer.Option(
+        75, min=1, help="Seconds after which an unused connection is closed; more than clients and proxies wait."
+    ),
+    max_connections: int = typer.Option(1000, min=1, help="Most connections at once; further ones get status 503."),
     allow_host: list[str] = typer.Option(
         [],
         help="Name that clients may call the server by, besides localhost; for a server without a key.",
@@ -113,10 +118,13 @@ def serve(
         raise InputError("--option is for --engine vllm")
     try:
         from t2kernels.serve.engine.batching import BatchSettings, check_transformers
-        from t2kernels.serve.server import listen, run
+        from t2kernels.serve.experts.folder import ExpertFolder
+        from t2kernels.serve.server import LEVELS, listen, run
         from t2kernels.serve.service import Service, Settings
     except ImportError as e:
         raise PackageError(f"t2 serve needs a web server: pip install 't2kernels[serve]' ({e})") from e
+    if log_level not in LEVELS:
+        raise InputError(f"--log-level {log_level}: expected one of {', '.join(LEVELS)}")
     check_transformers()
     locate(model)
     at = listen(host, port)  # before the model is loaded, so that a taken port is reported at once
@@ -125,6 +133,8 @@ def serve(
     loaded = models.load(model, dtype, device)
     if template is not None:
         loaded.tokenizer.chat_template = template
+    if experts is not None:
+        ExpertFolder(experts).check(loaded.model, loaded.name, targets, factors)
     bank = models.patch(loaded, targets, rank, form, factors, rows or 64)
     settings = Settings(
         name=name or Path(model).name,
@@ -145,7 +155,7 @@ def serve(
     row = sum(layer.scale[0].numel() * layer.scale.element_size() for layer, _ in bank.layers)
     err.print(f"{settings.name} on http://{host}:{port}/v1, experts: {names}", soft_wrap=True)
     err.print(f"{bank.rows} rows of {row / 1e3:,.0f} kB; {bank.describe()}", soft_wrap=True)
-    run(service, at, drain)
+    run(service, at, drain, keep_alive, max_connections, log_level)
 
 
 def _hosts(host: str, api_key: str | None, allowed: list[str]) -> tuple[str, ...]:

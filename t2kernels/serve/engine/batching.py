@@ -226,5 +226,6 @@ def longest_request(manager: Any) -> int:
 
 
 def free_share(manager: Any) -> float:
-    """The free share of the KV cache, from 0 to 1."""
-    return float(manager.batch_processor.cache.compute_free_capacity())
+    """The free share of the KV cache, from 0 to 1. A manager that has ended has no cache, and 1 is free."""
+    processor = manager.batch_processor  # read once: the manager forgets it at the end of a drain
+    return 1.0 if processor is None else float(processor.cache.compute_free_capacity())

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ from t2kernels.serve.http.errors import APIError, EngineError
 
 from .batching import BatchSettings, free_share, longest_request, make_manager
 from .handle import Generation
-from .sampling import GREEDY, Sampling, draw
+from .sampling import Sampling
+from .scoring import Scorer
+from .steps import Output, choose, outputs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,18 +40,6 @@ PATIENCE: int = 64
 """How often a request that waits for a row may be overtaken. At two a step this is a second or two on a GPU."""
 WATCH_SECONDS: float = 0.2
 """Time between two looks at the generation thread."""
-
-
-class Output(NamedTuple):
-    """What one step generated for one request.
-
-    id: of the request; tokens: all so far; error: why it failed, or None; last: whether it has finished
-    """
-
-    id: str
-    tokens: list[int]
-    error: str | None
-    last: bool
 
 
 class Engine:
@@ -71,7 +61,7 @@ class Engine:
     waiting: dict[str, Generation]
     """Accepted requests that have not started, in order of arrival."""
     running: dict[str, Generation]
-    """Requests in the batch."""
+    """Requests with a row: in the batch, or being scored."""
     draining: bool
     """Whether the server is shutting down: no new request is accepted."""
     failure: str | None
@@ -88,15 +78,14 @@ class Engine:
         self.model, self.bank, self.ends = model, model.t2_bank, list(ends) or [-1]
         self.max_running, self.max_waiting = max_running, max_waiting
         self.waiting, self.running = {}, {}
-        self.draining = False
-        self.failure = None
-        self._admitting = self._changed = False
-        self._reserved = False  # while true, nothing starts
+        self.failure, self.draining = None, False
+        self._admitting = self._changed = self._reserved = False  # while reserved, nothing starts
         self._alone = threading.Lock()
         self._ids = map(str, itertools.count())
         self._watch: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
+        self._scorer = Scorer(model, self.paused)
         self._stopping = asyncio.Lock()
         self._manager = make_manager(model, settings or BatchSettings(), self._sample, self._deliver)
         try:
@@ -134,11 +123,14 @@ class Engine:
         expert: Name = None,
         sampling: Sampling | None = None,
         on_end: Callable[[], None] = lambda: None,
+        ends: Sequence[int] | None = None,
+        score: bool = False,
     ) -> Generation:
         """Accept a request.
 
         prompt: token ids; max_tokens: most new tokens; expert: name in the bank, None for the base model, or a mixture
         sampling: greedy by default; on_end: called once, after the request has finished, failed or been cancelled
+        ends: tokens that end the text, the model's by default; score: whether to report log p of the prompt's tokens
         Raises APIError: 400 too long for the cache, 429 too many requests wait, 503 shutting down or dead.
         """
         self.check_open()
@@ -146,11 +138,14 @@ class Engine:
             raise APIError(
                 400,
                 f"{len(prompt)} tokens of prompt and up to {max_tokens} more do not fit into the KV cache, which holds "
-                f"{self.longest}; ask for fewer tokens, or start the server with a larger --kv-tokens",
+                f"{self.longest}, the maximum context length here; start the server with a larger --kv-tokens",
                 "context_length_exceeded",
             )
+        sampling, ends = sampling or Sampling(), self.ends if ends is None else list(ends) or [-1]
+        if sampling.adjustment is not None:
+            sampling.adjustment.prompt = prompt
         generation = Generation(
-            next(self._ids), list(prompt), expert, max_tokens, sampling or Sampling(), self.cancel, on_end
+            next(self._ids), list(prompt), expert, max_tokens, sampling, self.cancel, on_end, ends, score
         )
         self.waiting[generation.id] = generation
         self._idle.clear()
@@ -217,11 +212,9 @@ class Engine:
         timeout: seconds to wait; then the remaining requests fail. Returns whether all requests finished in time.
         """
         self.draining = True
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout)
-            done = True
-        except TimeoutError:
-            done = False
+        done = self._idle.is_set()
         message = f"the server shut down before this request had finished ({timeout:g} s were left)"
         self._fail_all(APIError(503, message, "draining"))
         if self._watch is not None:
@@ -235,10 +228,7 @@ class Engine:
     # --- on the event loop
 
     def _admit(self) -> None:
-        """Start every request that can start, the oldest first.
-
-        Re-entrant calls only set a flag: the outer loop runs again instead of recursing.
-        """
+        """Start every request that can start, the oldest first. A call within a call makes the outer one repeat."""
         self._changed = True
         if self._admitting:
             return
@@ -270,7 +260,7 @@ class Engine:
             self._run(generation)
 
     def _run(self, generation: Generation) -> None:
-        """Load the expert into a row and hand the request to the generation thread."""
+        """Load the expert into a row, and start."""
         del self.waiting[generation.id]
         try:
             with torch.no_grad():
@@ -280,21 +270,45 @@ class Engine:
             logger.exception("request %s: expert %r could not be loaded", generation.id, generation.expert)
             self._fail(generation, APIError(500, f"the expert could not be loaded: {error}", "expert_not_loaded"))
             return
+        generation.admitted = time.perf_counter()
         self.running[generation.id] = generation
+        if generation.score:
+            generation.scoring = asyncio.create_task(self._score(generation))
+        else:
+            self._generate(generation)
+
+    async def _score(self, generation: Generation) -> None:
+        try:
+            await self._scorer.score(generation)
+        except APIError as error:
+            self._fail(generation, error)
+        except Exception as error:
+            self._fail_with(generation, error)
+        else:
+            self._generate(generation)
+
+    def _generate(self, generation: Generation) -> None:
+        """Hand a request with its row to the generation thread."""
+        if generation.over:
+            return
+        if not generation.max_tokens:  # its prompt was all that is wanted
+            generation.finished("length")
+            self._end(generation)
+            return
         try:
             accepted = self._manager.add_request(
                 generation.prompt,
                 request_id=generation.id,
                 max_new_tokens=generation.max_tokens,
                 streaming=True,
-                eos_token_id=self.ends,
+                eos_token_id=list(generation.ends),
                 expert_row=generation.rows[0],
             )
         except Exception as error:
             self._fail_with(generation, error)
-            return
-        if accepted is None:
-            self._fail(generation, APIError(503, f"generation has ended: {self._why()}", "engine_dead"))
+        else:
+            if accepted is None:
+                self._fail(generation, APIError(503, f"generation has ended: {self._why()}", "engine_dead"))
 
     def settle(self) -> None:
         """Wait until this thread's writes to rows are done, because generation reads them on another CUDA stream."""
@@ -323,19 +337,15 @@ class Engine:
         generation.events.put_nowait(error)
         self._end(generation)
 
-    def _not_finite(self, generation: Generation) -> None:
-        if generation.over:
-            return
-        logger.error("request %s: expert %r gives outputs that are not finite", generation.id, generation.expert)
-        message = "the model's output is not finite with this expert: train it again, or remove it"
-        generation.events.put_nowait(APIError(500, message, "not_finite"))
-        self.cancel(generation)
-
     def _fail_with(self, generation: Generation, error: Exception) -> None:
         """Fail a request for a fault of this file. Call it where the error was caught."""
         logger.exception("request %s failed", generation.id)
-        generation.events.put_nowait(APIError(500, f"{type(error).__name__}: {error}", "internal_error"))
-        self.cancel(generation)
+        self._drop(generation, APIError(500, f"{type(error).__name__}: {error}", "internal_error"))
+
+    def _drop(self, generation: Generation, error: APIError) -> None:
+        if not generation.over:
+            generation.events.put_nowait(error)
+            self.cancel(generation)
 
     def _fail_all(self, error: APIError) -> None:
         # Waiting requests first, so that none of them starts when a running one ends.
@@ -343,10 +353,7 @@ class Engine:
             self._fail(generation, error)
 
     def _step(self, outputs: Sequence[Output]) -> None:
-        """Take the outputs of one step of generation. An error fails the request that it came from.
-
-        The event loop calls this and would only log an exception, while the request's client waits for ever.
-        """
+        """Take the outputs of one step. An error, which the loop would only log, fails the request it came from."""
         for output in outputs:
             generation = self.running.get(output.id)
             if generation is None:  # cancelled
@@ -360,14 +367,9 @@ class Engine:
         if output.error is not None:
             self._fail(generation, APIError(500, f"generation failed: {output.error}", "generation_failed"))
             return
-        new = output.tokens[generation.tokens :]
-        if new:
-            generation.started = generation.started or time.perf_counter()
-            generation.tokens = len(output.tokens)
-            generation.events.put_nowait(new)
+        generation.take(output.tokens)
         if output.last:
-            generation.finish = "stop" if output.tokens and output.tokens[-1] in self.ends else "length"
-            generation.events.put_nowait(None)
+            generation.finished("stop" if output.tokens and output.tokens[-1] in generation.ends else "length")
             self._end(generation)
 
     async def _watch_thread(self) -> None:
@@ -385,16 +387,8 @@ class Engine:
     # --- on the generation thread
 
     def _deliver(self, outputs: Sequence[Any]) -> None:
-        step = [Output(o.request_id, o.generated_tokens, o.error, o.is_finished()) for o in outputs]
-        self._loop.call_soon_threadsafe(self._step, step)
+        self._loop.call_soon_threadsafe(self._step, outputs_of(outputs))
 
     def _sample(self, logits: Tensor, names: Sequence[str]) -> Tensor:
-        # A request that was cancelled during this step gets a token that nobody reads.
-        running = [self.running.get(name) for name in names]
-        wrong = (~(logits.amax(-1) < float("inf"))).tolist()  # NaN or infinite: such a row has no next token
-        if any(wrong):
-            for generation in [g for g, bad in zip(running, wrong, strict=True) if bad and g is not None]:
-                self._loop.call_soon_threadsafe(self._not_finite, generation)
-            running = [None if bad else g for g, bad in zip(running, wrong, strict=True)]
-            logits = logits.masked_fill(torch.tensor(wrong, device=logits.device)[:, None], 0)
-        return draw(logits, [GREEDY if g is None else g.sampling for g in running])
+        running = [self.running.get(name) for name in names]  # None for one that was cancelled during this step
+        return choose(logits, running, lambda *a: self._loop.call_soon_threadsafe(self._drop, *a))

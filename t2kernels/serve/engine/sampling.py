@@ -1,6 +1,7 @@
 """The next token of each request of a batch, each with its own sampling.
 
-    kept = the top_k likeliest tokens, of these the fewest whose softmax(logits / temperature) sum up to top_p
+    kept = the top_k likeliest tokens, of these the fewest whose softmax(logits / temperature) sum up to top_p,
+           of these the ones with min_p of the likeliest token's share
     token = argmax over kept of logits / temperature - log E(token), with E exponential, from the request's own seed
 
 This is the Gumbel-max form of a draw from the softmax. The noise of a token depends on the seed, on the place in the
@@ -19,8 +20,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .adjusting import Adjustment, adjust
+
 Logprobs = tuple[float, list[tuple[int, float]]]
 """log p of a generated token, and (token, log p) of the likeliest tokens."""
+
+
+COLDEST: float = 1e-5
+"""Temperatures below this are greedy: dividing by them would overflow."""
 
 
 @dataclass
@@ -31,6 +38,10 @@ class Sampling:
     top_p, top_k: cut-offs; 1 and 0 keep every token
     seed: of the request's random numbers; None: a fresh one
     logprobs: how many of the likeliest tokens are reported with each token; None: no log-probability is reported
+    reported: one entry per token, under the model's own distribution: before temperature and adjustment. None stands
+        for the first token of a prompt.
+    min_p: cut-off, as a share of the likeliest token; 0 keeps every token
+    adjustment: of the logits, before temperature; None: there is none
     """
 
     temperature: float = 0.0
@@ -38,13 +49,18 @@ class Sampling:
     top_k: int = 0
     seed: int | str | None = None
     logprobs: int | None = None
-    reported: list[Logprobs] = field(default_factory=list)
-    """One entry per generated token, under the model's own distribution (before temperature)."""
+    reported: list[Logprobs | None] = field(default_factory=list)
+    min_p: float = 0.0
+    adjustment: Adjustment | None = None
     source: random.Random = field(init=False, repr=False)
     """Source of one 32-bit key per token."""
 
     def __post_init__(self) -> None:
         self.source = random.Random(self.seed)
+        if self.temperature < COLDEST:
+            self.temperature = 0.0
+        if self.adjustment is not None and self.adjustment.neutral:
+            self.adjustment = None
 
 
 LIKELIEST = 1024
@@ -58,14 +74,25 @@ def draw(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     logits: [B, V] fp32; samplings: one per row
     Returns tokens [B] int64.
     """
+    raw = logits
+    adjusted = [i for i, sampling in enumerate(samplings) if sampling.adjustment is not None]
+    if adjusted:
+        rows = torch.tensor(adjusted, device=logits.device)
+        logits = logits.float().index_copy(0, rows, adjust(logits[rows], [samplings[i].adjustment for i in adjusted]))
     tokens = logits.argmax(-1)
     warm = [i for i, sampling in enumerate(samplings) if sampling.temperature > 0]
     if warm:
         rows = torch.tensor(warm, device=logits.device)
         tokens[rows] = _sample(logits[rows], [samplings[i] for i in warm])
-    report = [i for i, sampling in enumerate(samplings) if sampling.logprobs is not None]
-    if report:
-        _report(logits, tokens, report, samplings)
+    if adjusted:
+        for i, token in zip(adjusted, tokens[torch.tensor(adjusted, device=tokens.device)].tolist(), strict=True):
+            samplings[i].adjustment.take(token)
+    reporting = [i for i, sampling in enumerate(samplings) if sampling.logprobs is not None]
+    if reporting:
+        rows = torch.tensor(reporting, device=logits.device)
+        found = report(raw[rows], tokens[rows], [samplings[i].logprobs or 0 for i in reporting])
+        for i, reported in zip(reporting, found, strict=True):
+            samplings[i].reported.append(reported)
     return tokens
 
 
@@ -75,6 +102,9 @@ def _sample(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
     scaled = logits.float() / column([s.temperature for s in samplings])
     chosen = scaled - exponential([s.source.getrandbits(32) for s in samplings], scaled).log_()
+    if any(s.min_p for s in samplings):  # p >= min_p of the likeliest: log(0) lets every token through
+        floor = scaled.amax(-1, keepdim=True) + column([s.min_p for s in samplings]).log_()
+        chosen = chosen.masked_fill_(scaled < floor, float("-inf"))
     cut = [i for i, s in enumerate(samplings) if s.top_p < 1 or s.top_k]
     if cut:
         rows = torch.tensor(cut, device=logits.device)
@@ -106,7 +136,7 @@ def _kept(scaled: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     V, device = scaled.shape[1], scaled.device
     top_p = [s.top_p if s.top_p < 1 else float("inf") for s in samplings]
     share = torch.tensor(top_p, dtype=torch.float64, device=device)[:, None]
-    most = torch.tensor([s.top_k or V for s in samplings], device=device)[:, None]
+    most = torch.tensor([min(s.top_k or V, V) for s in samplings], device=device)[:, None]
     total = scaled.double().logsumexp(-1, keepdim=True)
     count = min(V, max(s.top_k or LIKELIEST for s in samplings))
     while True:
@@ -119,12 +149,12 @@ def _kept(scaled: Tensor, samplings: Sequence[Sampling]) -> Tensor:
         count = V  # a flat distribution: more tokens than were looked at make up top_p
 
 
-def _report(logits: Tensor, tokens: Tensor, report: Sequence[int], samplings: Sequence[Sampling]) -> None:
-    rows = torch.tensor(report, device=logits.device)
-    log_p = torch.log_softmax(logits[rows].float(), -1)
-    own = log_p.gather(-1, tokens[rows, None])[:, 0].tolist()
-    counts = [samplings[i].logprobs or 0 for i in report]
-    most = min(max(counts), log_p.shape[1])
-    values, ids = (t.tolist() for t in log_p.topk(most, -1))
-    for j, (i, n) in enumerate(zip(report, counts, strict=True)):
-        samplings[i].reported.append((own[j], list(zip(ids[j][:n], values[j][:n], strict=True))))
+def report(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[Logprobs]:
+    """log p of one token for each row, and of the likeliest ones.
+
+    logits: [B, V]; tokens: [B] int64; counts: how many of the likeliest, one per row
+    """
+    log_p = torch.log_softmax(logits.float(), -1)
+    own = log_p.gather(-1, tokens[:, None])[:, 0].tolist()
+    values, ids = (t.tolist() for t in log_p.topk(min(max(counts), log_p.shape[1]), -1))
+    return [(own[j], list(zip(ids[j][:n], values[j][:n], strict=True))) for j, n in enumerate(counts)]

@@ -10,15 +10,13 @@ from starlette.exceptions import HTTPException
 from t2kernels import T2Error
 
 KINDS: dict[int, str] = {
-    400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
     409: "conflict_error",
-    413: "invalid_request_error",
-    422: "invalid_request_error",
     429: "rate_limit_error",
 }
-"""HTTP status -> `type` of the error in OpenAI's API. Any other status is a "server_error"."""
+"""HTTP status -> `type` of the error in OpenAI's API. Any other is an "invalid_request_error" below 500, else a
+"server_error"."""
 
 
 class EngineError(T2Error, RuntimeError):
@@ -60,7 +58,7 @@ class APIError(HTTPException):
 
     def body(self) -> dict[str, Any]:
         """{"error": {message, type, param, code}}"""
-        kind = KINDS.get(self.status_code, "server_error")
+        kind = KINDS.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 

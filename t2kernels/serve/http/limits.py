@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import time
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +16,9 @@ OPEN: tuple[str, ...] = ("/health", "/metrics")
 """Paths that need no key: monitoring has none."""
 LINGER_BYTES: int = 64 << 20
 """Bytes of a refused body that are still read, so that its sender receives the answer."""
+BODY_SECONDS: float = 30
+"""Seconds in which a body must arrive, and one more for each `BODY_RATE` bytes of it."""
+BODY_RATE: int = 16 << 10
 LINGER_SECONDS: float = 5
 """Seconds during which they are read."""
 
@@ -83,6 +87,8 @@ def _name(host: str) -> str:
 class LimitBody:
     """ASGI middleware: answers 413 if the body is too long, by its announced length or while it arrives.
 
+    It answers 408 if the body arrives too slowly.
+
     most: bytes of a body; uploads: bytes of an uploaded expert, which is larger than a prompt
     """
 
@@ -105,12 +111,20 @@ class LimitBody:
             error = _too_large(most)
             await JSONResponse(error.body(), error.status_code, {"Connection": "close"})(scope, receive, send)
             return
-        size = 0
+        size, whole, begun = 0, False, time.monotonic()
 
         async def counted() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, whole
+            if whole:  # what comes now is the end of the connection, at any time
+                return await receive()
+            try:
+                async with asyncio.timeout(begun + BODY_SECONDS + size / BODY_RATE - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                reason = f"the body did not arrive: {size} bytes in {time.monotonic() - begun:.0f} s"
+                raise APIError(408, reason, "body_too_slow", headers={"Connection": "close"}) from None
             if message["type"] == "http.request":
+                whole = not message.get("more_body", False)
                 size += len(message.get("body", b""))
                 if size > most:
                     if message.get("more_body"):

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from t2kernels.serve.engine.engine import Engine
-from t2kernels.serve.registry import MIXED, REMOVED, ExpertRegistry
+from t2kernels.serve.experts.registry import MIXED, REMOVED, ExpertRegistry
 
 SECONDS: tuple[float, ...] = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 """Buckets of the time to the first token."""

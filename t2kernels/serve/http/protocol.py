@@ -1,21 +1,21 @@
-"""Requests of OpenAI's API, and the JSON objects of its answers."""
+"""Requests of OpenAI's API, with the fields that vLLM adds to it."""
 
 from __future__ import annotations
 
-import time
-import uuid
+import json
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from t2kernels import InputError
-from t2kernels.serve.engine.sampling import Logprobs, Sampling
+from t2kernels.serve.engine.adjusting import Adjustment
+from t2kernels.serve.engine.grammar import Grammar
+from t2kernels.serve.engine.sampling import Sampling
 
 from .errors import bad
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from .refusals import shown, without_neutral
 
 MAX_LOGPROBS: int = 20
 MAX_STOPS: int = 16
@@ -26,20 +26,23 @@ MAX_COMPLETIONS: int = 128
 
 JSON = dict[str, Any]
 """A JSON object."""
+GUIDED: tuple[str, ...] = ("json", "regex", "choice", "grammar")
+"""Kinds of structure that `guided_KIND` and the keys of `structured_outputs` ask for."""
 
 
 class StreamOptions(BaseModel):
     """Options of a stream. include_usage: whether a last chunk holds the number of tokens."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
     include_obfuscation: bool | None = None  # accepted and ignored
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class Request(BaseModel):
     """The fields that both endpoints take.
 
     A field that would change the answer and is not supported is refused with an error.
-    A field that changes nothing is ignored.
+    A field that changes nothing is ignored (`refusals`).
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -47,34 +50,43 @@ class Request(BaseModel):
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    logit_bias: dict[int, float] = Field({}, max_length=1024)
     max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0)
     n: int = Field(1, ge=1, le=64)
     seed: int | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] = Field([], max_length=128)
+    ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: JSON | None = None
+    guided_json: str | JSON | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: JSON | None = None
 
-    # Ignored.
-    user: Any = None
-    metadata: Any = None
-    store: Literal[False] | None = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    # Not supported: only values that ask for nothing are accepted.
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    logit_bias: JSON | None = None
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, body: Any) -> Any:
+        return without_neutral(cls.model_fields, body)
 
     @model_validator(mode="after")
     def _check(self) -> Request:
-        if self.logit_bias:
-            raise InputError("logit_bias is not supported")
         if len(self.stops) > MAX_STOPS or not all(0 < len(s) <= MAX_STOP for s in self.stops):
             raise InputError(f"stop: expected at most {MAX_STOPS} texts of 1 to {MAX_STOP} characters")
         if self.stream_options is not None and not self.stream:
-            raise InputError("stream_options needs stream=true")
+            raise InputError("stream_options: expected null where stream is not true")
+        if not all(math.isfinite(b) and abs(b) <= 100 for b in self.logit_bias.values()):
+            raise InputError("logit_bias: expected token ids with numbers from -100 to 100")
+        if self.structure() is not None and self.ignore_eos:
+            raise InputError("ignore_eos: a text with a structure ends where the structure does; leave it out")
         return self
 
     @property
@@ -82,14 +94,77 @@ class Request(BaseModel):
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
+    @property
+    def limit(self) -> int | None:
+        """The requested number of new tokens, or None."""
+        raise NotImplementedError
+
     def wanted_logprobs(self) -> int | None:
         """How many of the likeliest tokens are reported with each token. None: no log-probability is reported."""
         raise NotImplementedError
 
-    def sampling(self, i: int) -> Sampling:
-        """The sampling of completion i. Each completion has its own seed, made from the request's seed."""
+    def structure(self) -> tuple[str, Any] | None:
+        """(kind, value) of the structure that the text must have, or None. Raises InputError.
+
+        kind: "json" with a schema, "regex", "choice" with texts, or "grammar" in Lark's form
+        """
+        asked = {f"guided_{kind}": (kind, getattr(self, f"guided_{kind}")) for kind in GUIDED}
+        for kind, value in (self.structured_outputs or {}).items():
+            if kind not in GUIDED and value not in (None, False):
+                raise InputError(f"structured_outputs: {kind} is not supported; there are {', '.join(GUIDED)}")
+            asked[f"structured_outputs.{kind}"] = (kind, value if kind in GUIDED else None)
+        if self.response_format is not None:
+            asked["response_format"] = ("json", _schema(self.response_format))
+        found = {name: value for name, value in asked.items() if value[1] is not None}
+        if len(found) > 1:
+            raise InputError(f"{', '.join(found)}: expected one of them at most")
+        return next(iter(found.values()), None)
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether the model is told of tools and its calls are read."""
+        return False
+
+    def sampling(self, i: int, ends: Sequence[int] = (), grammar: Grammar | None = None) -> Sampling:
+        """The sampling of completion i. Each completion has its own seed, made from the request's seed.
+
+        ends: tokens that end the text, which min_tokens holds back; grammar: of the text, for this completion alone
+        """
         seed = None if self.seed is None else f"{self.seed}/{i}"
-        return Sampling(self.temperature, self.top_p, self.top_k, seed, self.wanted_logprobs())
+        adjustment = Adjustment(
+            self.frequency_penalty,
+            self.presence_penalty,
+            self.repetition_penalty,
+            self.logit_bias,
+            self.min_tokens,
+            ends,
+            grammar,
+        )
+        top_k = max(0, self.top_k)
+        return Sampling(
+            self.temperature, self.top_p, top_k, seed, self.wanted_logprobs(), min_p=self.min_p, adjustment=adjustment
+        )
+
+
+def _schema(format: JSON) -> JSON | str | None:
+    """The schema that a `response_format` asks for; None for text."""
+    kind = format.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    schema = format.get("json_schema")
+    if kind == "json_schema" and isinstance(schema, dict):
+        return schema.get("schema") or {}
+    raise InputError(
+        f"response_format: expected {{'type': 'text'}}, 'json_object', or 'json_schema' with json_schema, "
+        f"not {shown(format)}"
+    )
 
 
 class ChatRequest(Request):
@@ -97,28 +172,33 @@ class ChatRequest(Request):
 
     messages: list[JSON] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = None
+    logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    # Not supported: only values that ask for nothing are accepted.
-    tools: list[Any] | None = Field(None, max_length=0)
-    functions: list[Any] | None = Field(None, max_length=0)
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: JSON | None = None
-    modalities: list[Literal["text"]] | None = None
+    tools: list[JSON] = Field([], max_length=128)
+    tool_choice: Literal["none", "auto"] = "auto"
+    chat_template_kwargs: JSON = {}
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
-        if self.response_format not in (None, {"type": "text"}):
-            raise InputError("response_format: only text is supported")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise InputError("top_logprobs needs logprobs=true")
+        if self.top_logprobs and not self.logprobs:
+            raise InputError(f"top_logprobs: {self.top_logprobs} needs logprobs=true")
+        for i, tool in enumerate(self.tools):
+            function = tool.get("function")
+            if tool.get("type") != "function" or not isinstance(function, dict) or not function.get("name"):
+                raise InputError(
+                    f"tools[{i}]: expected {{'type': 'function', 'function': {{'name': ...}}}}, not {shown(tool)}"
+                )
         return self
 
     @property
     def limit(self) -> int | None:
         """The requested number of new tokens, or None."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def uses_tools(self) -> bool:
+        """See `Request.uses_tools`."""
+        return bool(self.tools) and self.tool_choice != "none"
 
     def wanted_logprobs(self) -> int | None:
         """See `Request.wanted_logprobs`."""
@@ -128,40 +208,64 @@ class ChatRequest(Request):
         """The messages with plain text as content. Raises APIError 400 for images and other parts."""
         out = []
         for i, message in enumerate(self.messages):
-            content = message.get("content")
+            content, role = message.get("content"), message.get("role")
             if isinstance(content, list):
                 if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
                     raise bad(f"messages[{i}] has a part that is not text; this model reads text only", "messages")
                 content = "".join(str(part.get("text", "")) for part in content)
-            if not isinstance(content, str) or not isinstance(message.get("role"), str):
-                raise bad(f"messages[{i}]: expected a role and a content, both text", "messages")
-            out.append({**message, "content": content})
+            if content is None and role == "assistant":
+                content = ""  # as in a message that only calls tools
+            if not isinstance(content, str) or not isinstance(role, str):
+                given = f"role {shown(role)} and content {shown(message.get('content'))}"
+                raise bad(f"messages[{i}]: expected a role and a content, both text, not {given}", "messages")
+            out.append({k: v for k, v in message.items() if v is not None} | {"content": content} | _calls(message, i))
         return out
+
+
+def _calls(message: JSON, i: int) -> JSON:
+    """{"tool_calls": ...} of a message, with arguments as objects: templates write them as JSON themselves."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return {}
+    try:
+        functions = [dict(call["function"]) for call in calls]
+        for function in functions:
+            if isinstance(function.get("arguments"), str):
+                function["arguments"] = json.loads(function["arguments"] or "{}")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise bad(
+            f"messages[{i}].tool_calls: expected functions with a name and arguments in JSON", "messages"
+        ) from None
+    return {"tool_calls": [{**call, "function": f} for call, f in zip(calls, functions, strict=True)]}
 
 
 class CompletionRequest(Request):
     """The body of POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    # Not supported: only values that ask for nothing are accepted.
-    suffix: Literal[""] | None = None
-    echo: Literal[False] | None = None
+    echo: bool = False
     best_of: int | None = None
 
     @model_validator(mode="after")
     def _check_completion(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
-            raise InputError("best_of is not supported: it can only be n")
+            raise InputError(f"best_of: {self.best_of} is not supported; it can only be n, {self.n}")
         prompts = len(self.prompts())
         if not 1 <= prompts * self.n <= MAX_COMPLETIONS:
-            raise InputError(f"{prompts} prompts with n={self.n}: expected 1 to {MAX_COMPLETIONS} completions")
+            raise InputError(f"prompt: {prompts} prompts with n={self.n}; expected 1 to {MAX_COMPLETIONS} completions")
         return self
 
     @property
     def limit(self) -> int | None:
         """The requested number of new tokens; 16 by default, as in OpenAI's API."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    @property
+    def echoes(self) -> bool:
+        """See `Request.echoes`."""
+        return self.echo
 
     def wanted_logprobs(self) -> int | None:
         """See `Request.wanted_logprobs`."""
@@ -171,68 +275,3 @@ class CompletionRequest(Request):
         """The prompts as a list, each a text or token ids."""
         single = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
         return [self.prompt] if single else list(self.prompt)
-
-
-def envelope(chat: bool, model: str, fingerprint: str) -> JSON:
-    """The fields that every answer and every chunk of a stream begins with."""
-    return {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "",
-        "created": int(time.time()),
-        "model": model,
-        "system_fingerprint": fingerprint,
-    }
-
-
-def usage(prompt: int, completion: int) -> JSON:
-    """The `usage` object: numbers of tokens."""
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def whole_choice(chat: bool, index: int, text: str, finish: str, logprobs: JSON | None) -> JSON:
-    """One choice of a whole answer."""
-    content = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
-    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
-
-
-def part_choice(
-    chat: bool, index: int, text: str | None, finish: str | None, logprobs: JSON | None, first: bool = False
-) -> JSON:
-    """One choice of a chunk. text: the new text, or None; first: whether it is the first, which names the role."""
-    if chat:
-        content = {"delta": ({"role": "assistant"} if first else {}) | ({} if text is None else {"content": text})}
-    else:
-        content = {"text": text or ""}
-    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
-
-
-def logprobs_of(
-    chat: bool, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], reported: Sequence[Logprobs], offset: int
-) -> JSON:
-    """The `logprobs` object of a choice.
-
-    tokens: generated tokens; reported: their log-probabilities, one entry per token
-    offset: characters of text before these tokens
-    """
-
-    def word(token: int) -> str:
-        return tokenizer.decode([token])
-
-    def entry(token: int, value: float) -> JSON:
-        return {"token": word(token), "logprob": value, "bytes": list(word(token).encode())}
-
-    if chat:
-        return {
-            "content": [
-                {**entry(token, own), "top_logprobs": [entry(t, v) for t, v in top]}
-                for token, (own, top) in zip(tokens, reported, strict=True)
-            ],
-            "refusal": None,
-        }
-    words = [word(token) for token in tokens]
-    return {
-        "tokens": words,
-        "token_logprobs": [own for own, _ in reported],
-        "top_logprobs": [{word(t): v for t, v in top} for _, top in reported],
-        "text_offset": [offset + sum(map(len, words[:i])) for i in range(len(words))],
-    }

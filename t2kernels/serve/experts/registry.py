@@ -7,6 +7,7 @@ request uses it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,8 @@ from t2kernels.factors.identity import ExpertMismatch
 from t2kernels.serve.http.errors import APIError, bad
 
 from .counters import RowCounters
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 MIXED = "mix"
 REMOVED = "removed"
@@ -201,6 +204,8 @@ class ExpertRegistry:
     def publish(self, version: Version) -> None:
         """Let the name stand for this version from now on."""
         before = self.current.get(version.name)
+        replaced = "" if before is None else f" in place of {before.digest}"
+        logger.info("expert %s is %s, %d numbers%s", version.name, version.digest, version.numbers, replaced)
         version.users += 1
         self.current[version.name] = version
         self.counts.show(version.key)
@@ -212,6 +217,7 @@ class ExpertRegistry:
         """Stop serving a name. Requests that use it keep it to their end. Raises APIError 404."""
         version = self._find(name)
         del self.current[name]
+        logger.info("expert %s, %s, is removed", name, version.digest)
         self.epoch += 1
         self.counts.fold(name, REMOVED)
         self._drop(version)

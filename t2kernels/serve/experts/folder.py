@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.experts.names import same_file
+from t2kernels.factors.matrices import Targets, find_matrices
+from t2kernels.factors.store import Factors
 from t2kernels.serve.http.errors import APIError, SettingsError, bad
 
 from .registry import ExpertRegistry, differs_in_case
@@ -53,7 +58,7 @@ class ExpertFolder:
         """
         folder = self.home()
         path = folder / name
-        bare = bool(name) and Path(name).name == name and not name.startswith(".") and "\0" not in name
+        bare = 0 < len(name) < 128 and Path(name).name == name and not name.startswith(".") and "\0" not in name
         if not bare or not name.endswith(SUFFIX):
             message = f"file {name!r}: expected the bare name of a {SUFFIX} file inside the experts folder"
             raise bad(message, "file", "bad_file_name")
@@ -63,6 +68,25 @@ class ExpertFolder:
         if not path.is_file():
             raise APIError(404, f"there is no file {name!r} in the experts folder", "file_not_found", "file")
         return path
+
+    def check(self, model: nn.Module, name: str, targets: Targets = "all", factors: str | Path | None = None) -> None:
+        """Compare the files with a model that is not patched yet: patching and decomposing take minutes.
+
+        name: of the model; targets, factors: as in `patch_model`; only a folder of factors says more
+        Raises SettingsError, with the names of both models, for a file that is not an expert of this model.
+        """
+        ranks = {n: m.rank for n, m in find_matrices(model, targets).items()}
+        known = Factors.load(factors) if factors is not None and Path(factors).is_dir() else None
+        for path in sorted(self.home().glob(f"*{SUFFIX}")):
+            try:
+                expert = read(self.file(path.name))
+                expert.check({n: torch.ones(rank) for n, rank in ranks.items()})
+                if known is not None:
+                    expert.check(known)
+            except (APIError, ExpertError) as error:
+                said = error.message if isinstance(error, APIError) else str(error)
+                theirs = "" if isinstance(error, APIError) else f" (the model is {name!r})"
+                raise SettingsError(f"{path}: {said}{theirs}") from None
 
     def load_all(self, registry: ExpertRegistry) -> None:
         """Serve every .safetensors file of the folder under its own name.
