@@ -91,7 +91,7 @@ def test_it_gives_up_rather_than_answer_wrongly(A):
 
 
 def test_more_equal_values_than_a_block_has_columns_are_all_found_or_none():
-    """A block of 16 sees 16 copies at once, and rounding brings the others; a fresh block looks for those it did not."""
+    """A block of 16 sees 16 copies at once, and rounding brings more; a fresh block looks for the others."""
     A = with_spectrum(torch.where(i < 41, 1.0, 0.5 * i**-0.5), 512, 512)
     copy = torch.eye(512)  # exact copies: no rounding tells them apart
     copy[range(40, 512), range(40, 512)] = 0.5 * i[40:].float() ** -0.5
