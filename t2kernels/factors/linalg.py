@@ -33,8 +33,8 @@ __all__ = ["CHECKED", "PROBES", "SAFE", "SVD", "TOLERANCE", "matmul", "residual"
 #   scipy propack fp64                    4.4 s  1e-10     8.0 s  5e-11
 # propack is twice as fast at a small k, and slower at k = 1024 (18 s in fp32, 76 s in fp64).
 # Block Lanczos (`algorithms.lanczos`) answers where k <= R/5 and R >= 1024. CPU seconds of one thread on a shared
-# machine, 256 components, power law, with this beside it: 4096 x 4096 3.7 (18.5), 14336 x 4096 10.8 (25.8). Of flat 4096 x 4096
-# about 8.5 (20.7).
+# machine, 256 components, in brackets this one beside it: power law 4096 x 4096 3.7 (18.5), 14336 x 4096 10.8 (25.8);
+# flat 4096 x 4096 about 8.5 (20.7).
 
 TOLERANCE: float = 1e-7  # of residual and of orthogonality; fp32 rounds a component by as much
 CHECKED: int = 64  # the last columns: orthogonality is lost first among the smallest singular values
