@@ -173,9 +173,9 @@ def find_matrices(model: nn.Module, targets: Targets = "all") -> dict[str, Matri
 
 
 def usual_rank(shapes: Iterable[tuple[int, int]]) -> float | None:
-    """1/16 for a model with matrices of min(M, N) >= WIDE: the rank that `t2 decompose` keeps unless it is told; else
-    None (all): a sixteenth of smaller ones is a few components."""
-    return 1 / 16 if max(map(min, shapes)) >= WIDE else None
+    """1/16 for a model with matrices of min(M, N) >= WIDE: the rank of `patch_model` and `t2 decompose` unless they are
+    told; else None (all): a sixteenth of smaller ones is a few components."""
+    return 1 / 16 if max(map(min, shapes), default=0) >= WIDE else None
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, Matrix]]:

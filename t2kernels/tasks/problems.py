@@ -12,7 +12,7 @@ from .base import SPLITS, Task, split_of
 from .judging import CHECKS, CHOICE, MIXED, check_answer
 from .records import Raw, Row, json_lines, text, texts
 
-INSTRUCTION = "Classify the text. Answer with one of: {labels}."
+INSTRUCTION = "Which of these fits the text best: {labels}? Answer with one of them."
 
 
 def from_jsonl(path: str | Path, check: str | None = None, labels: Sequence[str] | None = None) -> Task:
