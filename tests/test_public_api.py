@@ -140,9 +140,9 @@ OPTIONS = {
     "": "--debug",
     "demo": "--quick",
     "train": (
-        "--task/-t=math --classes --out/-o --model/-m=tiny --chat/--no-chat --system --check --init --steps=150 "
-        "--batch=128 --samples=1 --advantage=none --loss-type=sum --policy-loss=expected --written=0.1 --lr=0.02 "
-        "--kl=0.05 --loss-batch=32 --temperature=1.0 --param=raw --seed=0 --max-new-tokens --eval-every=10 "
+        "--task/-t=math --classes --out/-o --model/-m=tiny --chat/--no-chat --system --check --init --steps "
+        "--batch --samples=1 --advantage=none --loss-type=sum --policy-loss=expected --written=0.1 --lr "
+        "--kl --loss-batch=32 --temperature=1.0 --param=raw --seed=0 --max-new-tokens --eval-every=10 "
         "--validation=128 --history --plot --report-to -n=1000 --checkpoints --targets=all --rank=auto --form=auto "
         "--factors --dtype --device"
     ),

@@ -13,8 +13,8 @@ from .judging import CHECKS, CHOICE, MIXED, check_answer
 from .records import Raw, Row, json_lines, text, texts
 
 INSTRUCTION = "Which of these fits the text best: {labels}? Answer with one"
-"""Ends in " word." or " of them.". SmolLM2-135M-Instruct chooses among the labels with it; asked to "classify the text",
-it gave one label to all of 80 texts of SST-2 and all of 32 tickets."""
+"""It ends in " word." or " of them.". SmolLM2-135M-Instruct uses all labels with it. Asked to "classify the text", it
+gave one label to all of 80 texts of SST-2, and to all of 32 support tickets."""
 
 
 def from_jsonl(path: str | Path, check: str | None = None, labels: Sequence[str] | None = None) -> Task:
@@ -127,7 +127,9 @@ def classification(
     if len(set(names.values())) < 2:
         raise InputError(f"{path} has the labels {found!r:.80}; a classification needs at least two")
     one_word = all(len(name.split()) == 1 for name in names.values())
-    ask = (instruction or INSTRUCTION + (" word." if one_word else " of them.")).replace("{labels}", ", ".join(dict.fromkeys(names.values())))
+    ask = (instruction or INSTRUCTION + (" word." if one_word else " of them.")).replace(
+        "{labels}", ", ".join(dict.fromkeys(names.values()))
+    )
     parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for where, said, label, split in read:
         if label not in names:
