@@ -11,6 +11,14 @@
 namespace t2cpu {
 namespace {
 
+// The first n < S::lanes numbers at p. Zeros stand for the memory behind them.
+template <class S, class W>
+typename S::Float copied_part(const W* p, int n) {
+  W part[S::lanes] = {};
+  std::memcpy(part, p, n * sizeof(W));
+  return S::load(part);
+}
+
 #define T2_UNROLL _Pragma("GCC unroll 32")  // sums stay in registers only if every loop over them is unrolled
 
 template <class S, class W, int R, int T>
@@ -20,19 +28,15 @@ template <class S, class W, int R, int T>
   T2_UNROLL for (auto& s : sum) s = S::zero();
   const auto step = [&](const auto& row, const float* xk) __attribute__((always_inline)) {
     typename S::Float v[R];
-    T2_UNROLL for (int r = 0; r < R; ++r) v[r] = S::load(row(r));
+    T2_UNROLL for (int r = 0; r < R; ++r) v[r] = row(r);
     T2_UNROLL for (int t = 0; t < T; ++t) {
       const auto xv = S::load(xk + t * stride_x);
       T2_UNROLL for (int r = 0; r < R; ++r) sum[r * T + t] = S::fma(v[r], xv, sum[r * T + t]);
     }
   };
   int64_t k = 0;
-  for (; k + S::lanes <= K; k += S::lanes) step([&](int r) { return w[r] + k; }, x + k);
-  if (k < K) {  // zeros stand for the memory behind the end of a row
-    W rest[R][S::lanes] = {};
-    for (int r = 0; r < R; ++r) std::memcpy(rest[r], w[r] + k, (K - k) * sizeof(W));
-    step([&](int r) { return rest[r]; }, x + k);
-  }
+  for (; k + S::lanes <= K; k += S::lanes) step([&](int r) { return S::load(w[r] + k); }, x + k);
+  if (k < K) step([&](int r) { return S::load_part(w[r] + k, int(K - k)); }, x + k);
   T2_UNROLL for (int i = 0; i < R * T; i += 4) S::sums(sum[i], sum[i + 1], sum[i + 2], sum[i + 3], out + i);
 }
 
@@ -81,9 +85,16 @@ void widen(int dtype, const void* in, int64_t n, float* out) {
   else widen_as<S>(static_cast<const Half*>(in), n, out);
 }
 
-template <class X>
+template <class S, class X>
 void narrow_as(const float* sum, int stride, int n, const X* base, const X* bias, X* y) {
-  for (int i = 0; i < n; ++i) {
+  int i = 0;
+  for (; i + S::lanes <= n; i += S::lanes) {
+    auto v = S::load(sum + i * stride, stride);
+    if (bias) v = S::add(v, S::load(bias + i));
+    if (base) v = S::add_to(S::load(base + i), v);
+    S::store(y + i, v);
+  }
+  for (; i < n; ++i) {
     float v = sum[i * stride];
     if (bias) v += widened(bias[i]);
     if (base) v = v == 0 ? widened(base[i]) : v + widened(base[i]);  // 0 added: the bits of base, -0 too
@@ -91,10 +102,11 @@ void narrow_as(const float* sum, int stride, int n, const X* base, const X* bias
   }
 }
 
+template <class S>
 void narrow(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y) {
   const auto as = [&](auto* out) {
     using X = std::remove_pointer_t<decltype(out)>;
-    narrow_as(sum, stride, n, static_cast<const X*>(base), static_cast<const X*>(bias), out);
+    narrow_as<S>(sum, stride, n, static_cast<const X*>(base), static_cast<const X*>(bias), out);
   };
   if (dtype == F32) as(static_cast<float*>(y));
   else if (dtype == BF16) as(static_cast<Bf16*>(y));
@@ -103,7 +115,7 @@ void narrow(int dtype, const float* sum, int stride, int n, const void* base, co
 
 template <class S>
 const Kernels* table() {
-  static constexpr Kernels all{S::name, widen<S>, dot<S>, narrow};
+  static constexpr Kernels all{S::name, widen<S>, dot<S>, narrow<S>};
   return &all;
 }
 

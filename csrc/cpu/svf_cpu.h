@@ -17,7 +17,8 @@ enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2, I8 = 3 };
 constexpr int64_t size_of(int dtype) { return dtype == F32 ? 4 : dtype == I8 ? 1 : 2; }
 
 constexpr int TILE = 8;    // tokens that use a weight while it is in a register
-constexpr int BLOCK = 24;  // rows that are finished together: a multiple of the rows that any kernel takes at once
+// rows that are finished together: a multiple of LANE, and of the rows that any kernel takes at once
+constexpr int BLOCK = 48;
 constexpr int SUMS = BLOCK * TILE + 4;
 // Tokens between two readings of the factors, which bounds the scratch. From 8 on arithmetic costs more than reading.
 constexpr int TOKENS = 64;

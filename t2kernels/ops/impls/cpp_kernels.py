@@ -20,7 +20,7 @@ from t2kernels.ops.device import Device
 from t2kernels.ops.planner import Call, Choice, Path
 
 from . import extension
-from .implementation import Added, Expansion, Implementation, Operands
+from .implementation import Added, Expansion, Implementation, InPlace, Operands
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 MEMBERS = 8
@@ -30,7 +30,7 @@ ISAS = ("portable", "avx2", "avx512")
 # before it multiplies. For bf16 alone torch has instructions of its own with AVX-512, and they win from 8 tokens on.
 TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
     ("avx512", torch.float32, torch.float32): 16,
-    ("avx512", torch.bfloat16, torch.bfloat16): 4,
+    ("avx512", torch.bfloat16, torch.bfloat16): 16,
     ("avx2", torch.float32, torch.float32): 4,
     ("avx2", torch.bfloat16, torch.bfloat16): 16,
     **{
@@ -117,6 +117,10 @@ class Cpp(Implementation):
         """See `Implementation`."""
         return expand(*given)
 
+    def prepare(self, V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
+        """See `Implementation`."""
+        return prepare(V, Us, scale)
+
 
 CPP = Cpp()
 
@@ -138,6 +142,27 @@ def forward(
     extension.load().cpu_svf_linear(first, second, torch.get_num_threads(), isa())
     del held, held_too  # their memory was read until here
     return ys
+
+
+def prepare(V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
+    """`forward` in place for one group. Its tensors must live as long as the result, and change in place only."""
+    if scale.stride(1) != 1:
+        return None
+    N, C = V.shape
+    first = V.data_ptr(), C, N, V.stride(1), DTYPES[V.dtype], scale.data_ptr(), scale.shape[0], scale.stride(0)
+    group = extension.load().CpuGroup(first, tuple((U.data_ptr(), *U.shape, U.stride(0)) for U in Us), isa())
+    add, threads, int64 = group.add, torch.get_num_threads, torch.int64
+
+    def run(x: Tensor, ids: Tensor, bases: list[Tensor]) -> bool:
+        if not (x.is_contiguous() and ids.is_contiguous() and all([y.is_contiguous() for y in bases])):
+            return False
+        add(
+            *(x.data_ptr(), x.numel() // N, DTYPES[x.dtype], ids.data_ptr(), ids.numel(), ids.dtype is int64),
+            *(threads(), [y.data_ptr() for y in bases]),
+        )
+        return True
+
+    return run
 
 
 def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
