@@ -10,6 +10,7 @@ namespace {
 
 struct Avx2 {
   static constexpr const char* name = "avx2";
+  static constexpr bool transposes = false;
   static constexpr int lanes = 8;
   static constexpr int rows[TILE] = {8, 4, 3, 3, 2, 2, 1, 1};  // sums, weights and one x in 16 registers
   using Float = __m256;

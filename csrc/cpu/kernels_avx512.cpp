@@ -10,6 +10,7 @@ namespace {
 
 struct Avx512 {
   static constexpr const char* name = "avx512";
+  static constexpr bool transposes = true;
   static constexpr int lanes = 16;
   static constexpr int rows[TILE] = {8, 8, 6, 6, 4, 4, 3, 3};  // sums, weights and one x in 32 registers
   using Float = __m512;
@@ -49,6 +50,29 @@ struct Avx512 {
   static void store(Half* p, Float f) {
     const __m256i out = _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), out);
+  }
+  static Float all(float f) { return _mm512_set1_ps(f); }
+  static void transpose(Float (&r)[16]) {  // in 4 x 4 numbers, then in 4 x 4 quarters of vectors
+    Float t[16];
+    T2_UNROLL for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    T2_UNROLL for (int i = 0; i < 16; i += 4) {
+      r[i] = pairs<0>(t[i], t[i + 2]), r[i + 1] = pairs<1>(t[i], t[i + 2]);
+      r[i + 2] = pairs<0>(t[i + 1], t[i + 3]), r[i + 3] = pairs<1>(t[i + 1], t[i + 3]);
+    }
+    T2_UNROLL for (int j = 0; j < 4; ++j) {
+      const Float a = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+      const Float c = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+      t[j] = _mm512_shuffle_f32x4(a, b, 0x88), t[8 + j] = _mm512_shuffle_f32x4(a, b, 0xdd);
+      t[4 + j] = _mm512_shuffle_f32x4(c, d, 0x88), t[12 + j] = _mm512_shuffle_f32x4(c, d, 0xdd);
+    }
+    T2_UNROLL for (int i = 0; i < 16; ++i) r[i] = t[i];
+  }
+  template <int high>
+  static Float pairs(Float a, Float b) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
   }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   // base + f; the bits of base where f is 0

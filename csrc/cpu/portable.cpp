@@ -6,6 +6,7 @@ namespace {
 
 struct Portable {
   static constexpr const char* name = "portable";
+  static constexpr bool transposes = false;
   static constexpr int lanes = 8;
   static constexpr int rows[TILE] = {2, 1, 1, 1, 1, 1, 1, 1};
   struct Float {

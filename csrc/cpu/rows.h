@@ -53,6 +53,57 @@ void rows_by(const W* w, int64_t stride, int rows, int64_t K, const float* x, in
 }
 
 template <class S, class W>
+void columns_of(const W* w, int64_t stride, int rows, int64_t K, float* out) {
+  for (int r = 0; r < rows; r += S::lanes) {
+    for (int64_t k = 0; k < K; k += S::lanes) {
+      const int n = int(K - k < S::lanes ? K - k : S::lanes);
+      typename S::Float v[S::lanes];
+      T2_UNROLL for (int i = 0; i < S::lanes; ++i) {
+        const W* row = w + (r + i < rows ? r + i : rows - 1) * stride + k;
+        v[i] = n == S::lanes ? S::load(row) : S::load_part(row, n);
+      }
+      S::transpose(v);
+      for (int j = 0; j < n; ++j) S::store(out + (k + j) * BLOCK + r, v[j]);
+    }
+  }
+}
+
+template <class S>
+void columns(int dtype, const void* w, int64_t stride, int rows, int64_t K, float* out) {
+  switch (dtype) {
+    case F32: return columns_of<S>(static_cast<const float*>(w), stride, rows, K, out);
+    case BF16: return columns_of<S>(static_cast<const Bf16*>(w), stride, rows, K, out);
+    case F16: return columns_of<S>(static_cast<const Half*>(w), stride, rows, K, out);
+    default: return columns_of<S>(static_cast<const int8_t*>(w), stride, rows, K, out);
+  }
+}
+
+template <class S, int T>
+void across_by(const float* w, int64_t K, const float* x, int64_t stride_x, float* out) {
+  constexpr int V = BLOCK / S::lanes;
+  typename S::Float sum[V][T];
+  T2_UNROLL for (int i = 0; i < V; ++i) T2_UNROLL for (int t = 0; t < T; ++t) sum[i][t] = S::zero();
+  for (int64_t k = 0; k < K; ++k, w += BLOCK) {
+    typename S::Float v[V];
+    T2_UNROLL for (int i = 0; i < V; ++i) v[i] = S::load(w + i * S::lanes);
+    T2_UNROLL for (int t = 0; t < T; ++t) {
+      const auto xv = S::all(x[t * stride_x + k]);
+      T2_UNROLL for (int i = 0; i < V; ++i) sum[i][t] = S::fma(v[i], xv, sum[i][t]);
+    }
+  }
+  T2_UNROLL for (int t = 0; t < T; ++t) T2_UNROLL for (int i = 0; i < V; ++i)
+    S::store(out + t * BLOCK + i * S::lanes, sum[i][t]);
+}
+
+template <class S>
+void across(const float* w, int64_t K, const float* x, int64_t stride_x, int T, float* out) {
+  using F = void (*)(const float*, int64_t, const float*, int64_t, float*);
+  static constexpr F by[TILE] = {across_by<S, 1>, across_by<S, 2>, across_by<S, 3>, across_by<S, 4>,
+                                 across_by<S, 5>, across_by<S, 6>, across_by<S, 7>, across_by<S, 8>};
+  by[T - 1](w, K, x, stride_x, out);
+}
+
+template <class S, class W>
 void rows_of(const void* w, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, int T, float* out) {
   using F = void (*)(const W*, int64_t, int, int64_t, const float*, int64_t, float*);
   static constexpr F by[TILE] = {rows_by<S, W, 1>, rows_by<S, W, 2>, rows_by<S, W, 3>, rows_by<S, W, 4>,
@@ -115,8 +166,13 @@ void narrow(int dtype, const float* sum, int stride, int n, const void* base, co
 
 template <class S>
 const Kernels* table() {
-  static constexpr Kernels all{S::name, widen<S>, dot<S>, narrow<S>};
-  return &all;
+  if constexpr (S::transposes) {
+    static constexpr Kernels all{S::name, widen<S>, dot<S>, columns<S>, across<S>, narrow<S>};
+    return &all;
+  } else {
+    static constexpr Kernels all{S::name, widen<S>, dot<S>, nullptr, nullptr, narrow<S>};
+    return &all;
+  }
 }
 
 }  // namespace

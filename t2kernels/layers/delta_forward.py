@@ -23,9 +23,10 @@ class DeltaForward(Mixin):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """y = x Wᵀ by the layer's own class, plus the change."""
         svf = self._modules.get("svf")
-        if svf is None or svf.routing.active is None:  # None: a copy of the class that outlived its child
+        route = None if svf is None else svf.routing.active  # None: a copy of the class that outlived its child
+        if route is None:
             return super().forward(x, *args, **kwargs)
-        if not args and not kwargs and (y := svf.together(x)) is not None:
+        if not args and not kwargs and (y := svf.together(x, route)) is not None:
             return y
         return svf.add_to(super().forward(x, *args, **kwargs), x)
 
@@ -61,3 +62,9 @@ def dense(module: Any, x: Tensor) -> Tensor:
 def makes_new(module: nn.Module) -> bool:
     """True if the output of a layer's own forward is a tensor that nobody else holds."""
     return dense_class(module) in (nn.Linear, Conv1D)
+
+
+def plain_parameters(module: nn.Module) -> dict[str, Any]:
+    """{"weight": ..., "bias": ...} of a layer that computes `linear(x, weight, bias)`, as it holds them; else {}."""
+    held: dict[str, Any] = module._parameters
+    return held if dense_class(module) is nn.Linear and {"weight", "bias"} <= held.keys() else {}

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from t2kernels.ops.dispatch import expand, fuses_swiglu, shrink, swiglu
 from t2kernels.ops.op import call, call_group
 from t2kernels.ops.prepared import Prepared
 
-from .delta_forward import DeltaForward, dense, makes_new
+from .delta_forward import DeltaForward, dense, makes_new, plain_parameters
 from .routing.active import Routing
 from .routing.route import Route
 
@@ -73,6 +74,8 @@ class Group:
         self.hits: int = 0
         self.wasted: int = 0
         self._op: Prepared | None = None  # with V and scale of all members
+        # each member with the parameters of its dense layer, if that is a plain one; None: no layer to compute y with
+        self._dense: list[tuple[Any, dict[str, Any]]] | None = None
         self._fresh: bool = False  # whether the outputs of all dense layers may be overwritten
         self._traced: tuple[Tensor, list[Tensor], list[Any]] | None = None  # `_Shared` of a forward that is compiled
         # the members' buffers when they were last found side by side: (where, name, tensor)
@@ -85,11 +88,29 @@ class Group:
         if torch.compiler.is_compiling():
             return self._compiled(layer, x, route)
 
-        def make(op: Prepared) -> list[Tensor]:
-            return self._outputs(op, x, route)
-
-        shared = self._take("changed", layer, x, route, make)
-        return None if shared is None else shared[self.layers.index(layer)]
+        cache = route.cache
+        shared = cache.pop(self, None)
+        if shared is not None:
+            if shared.kind == "changed" and shared.fits(x) and layer in shared.waiting:
+                shared.waiting.remove(layer)
+                self.hits += 1
+                if shared.waiting:
+                    cache[self] = shared
+                return shared.result[layer]
+            self.wasted += 1
+        if (self.wasted > 3 and self.wasted > self.hits) or torch.is_autocast_enabled(x.device.type):
+            return None
+        op = self.op()
+        if op is None or self._dense is None:
+            return None
+        if layer.routing.training:
+            for member in self.layers:
+                member.table()  # writes the rows of experts in training
+        ys = self._outputs(op, x, route)
+        if len(ys) > 1:
+            waiting = [m for m in self.layers if m is not layer]
+            cache[self] = _Shared("changed", dict(zip(self.layers, ys, strict=True)), x, waiting)
+        return ys[self.layers.index(layer)]
 
     def _compiled(self, layer: Member, x: Tensor, route: Route) -> Tensor | None:
         """`changed` for a compiler: without weak references, versions and locks, of a group that is laid already."""
@@ -109,7 +130,7 @@ class Group:
         return ys[self.layers.index(layer)]
 
     def _outputs(self, op: Prepared, x: Tensor, route: Route) -> list[Tensor]:
-        bases = [dense(m.base(), x) for m in self.layers]
+        bases = [linear(x, p["weight"], p["bias"]) if p else dense(m.base(), x) for m, p in self._dense or ()]
         ids = route.fit(x.shape[:-1])
         ids = ids if ids.device == x.device else ids.to(x.device)
         if any([y.dtype != x.dtype for y in bases]):
@@ -178,7 +199,7 @@ class Group:
 
     def scatter(self) -> None:
         """Forget where the members' tensors lie: they are about to move."""
-        self._op, self._seen, self._traced = None, [], None
+        self._op, self._dense, self._seen, self._traced = None, None, [], None
 
     def _take(
         self, kind: str, layer: Member, x: Tensor, route: Route | None, make: Callable[[Prepared], Any]
@@ -187,7 +208,7 @@ class Group:
         if not _usable() or (self.wasted > 3 and self.wasted > self.hits):
             return None
         cache = self._base_cache if route is None else route.cache
-        shared = cache.pop(self, None) if len(self.layers) > 1 else None
+        shared = cache.pop(self, None)
         if shared is not None and layer in shared.waiting and shared.kind == kind and shared.fits(x):
             shared.waiting.remove(layer)
             self.hits += 1
@@ -196,15 +217,13 @@ class Group:
             return shared.result
         self.wasted += shared is not None  # another x: an error in between, or a wrong guess
         op = self.op()
-        if op is None or (kind == "changed" and not all([isinstance(m.base(), DeltaForward) for m in self.layers])):
+        if op is None:
             return None
         if layer.routing.training:
             for member in self.layers:
                 member.table()  # writes the rows of experts in training
-        result = make(op)
-        if len(self.layers) > 1:
-            cache[self] = _Shared(kind, result, x, [m for m in self.layers if m is not layer])
-        return result
+        shared = cache[self] = _Shared(kind, make(op), x, [m for m in self.layers if m is not layer])
+        return shared.result
 
     def _ready(self) -> bool:
         """Lay V's and tables side by side, again after the model was moved. False if that is impossible."""
@@ -231,7 +250,10 @@ class Group:
             Vt = first.Vt.as_strided((C, first.Vt.shape[1]), first.Vt.stride())
             scale = first.scale.as_strided((first.scale.shape[0], C), first.scale.stride())
             self._op = Prepared(Vt.t(), [m.U for m in self.layers], scale)
-        self._fresh = all(makes_new(m.base()) for m in self.layers if m.form == "delta")
+        modules = [m.base() for m in self.layers]
+        if all(isinstance(d, DeltaForward) for d in modules):
+            self._dense = [(m, plain_parameters(d)) for m, d in zip(self.layers, modules, strict=True)]
+            self._fresh = all(makes_new(d) for d in modules)
         self._seen = [(m._buffers, name, m._buffers[name]) for m in self.layers for name in ("Vt", "U", "scale")]
         return True
 
@@ -245,7 +267,7 @@ class Group:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_op": None, "_traced": None, "_seen": [], "_base_cache": {}}
+        return {**self.__dict__, "_op": None, "_dense": None, "_traced": None, "_seen": [], "_base_cache": {}}
 
 
 def _usable() -> bool:

@@ -28,6 +28,7 @@ from .dense.probe import format_of, is_ordinary, unsupported_gradient
 from .forward_hooks import remove_hook
 from .groups import Group
 from .routing.active import Routing
+from .routing.route import Route
 from .scale import make_scale, z_from_logits
 
 
@@ -265,13 +266,10 @@ class DeltaLinear(SVFLinear):
         remove_hook(module, delta_hook)
         delta_forward.remove(module)
 
-    def together(self, x: Tensor) -> Tensor | None:
+    def together(self, x: Tensor, route: Route) -> Tensor | None:
         """The output [..., M] of the dense layer for x with the change of each token's expert, made for its group at
         once; None: it must be made the long way, by the dense layer and `add_to`."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return None
-        route = self.routing.active
-        if route is None:
+        if torch.is_grad_enabled():
             return None
         if self.group is not None and (y := self.group.changed(self, x, route)) is not None:
             return y
