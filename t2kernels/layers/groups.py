@@ -115,7 +115,7 @@ class Group:
     def _compiled(self, layer: Member, x: Tensor, route: Route) -> Tensor | None:
         """`changed` for a compiler: without weak references, versions and locks, of a group that is laid already."""
         op = self._op
-        if op is None or len(self.layers) == 1 or layer.routing.training:
+        if op is None or layer.routing.training:
             return None
         if self._traced is None or self._traced[0] is not x or layer not in self._traced[2]:
             ids = route.fit(x.shape[:-1]).to(x.device)
@@ -133,7 +133,7 @@ class Group:
         bases = [linear(x, p["weight"], p["bias"]) if p else dense(m.base(), x) for m, p in self._dense or ()]
         ids = route.fit(x.shape[:-1])
         ids = ids if ids.device == x.device else ids.to(x.device)
-        if any([y.dtype != x.dtype for y in bases]):
+        if any(y.dtype != x.dtype for y in bases):
             pairs = zip(self.layers, bases, strict=True)
             return [call(x.to(y.dtype), m.Vt.t(), m.U, m.table(), ids, y) for m, y in pairs]
         if self._fresh:
@@ -201,9 +201,7 @@ class Group:
         """Forget where the members' tensors lie: they are about to move."""
         self._op, self._dense, self._seen, self._traced = None, None, [], None
 
-    def _take(
-        self, kind: str, layer: Member, x: Tensor, route: Route | None, make: Callable[[Prepared], Any]
-    ) -> Any:
+    def _take(self, kind: str, layer: Member, x: Tensor, route: Route | None, make: Callable[[Prepared], Any]) -> Any:
         """The shared result for x: from the cache, or made now for all members; None if this layer must work alone."""
         if not _usable() or (self.wasted > 3 and self.wasted > self.hits):
             return None

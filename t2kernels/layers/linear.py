@@ -273,6 +273,8 @@ class DeltaLinear(SVFLinear):
             return None
         if self.group is not None and (y := self.group.changed(self, x, route)) is not None:
             return y
+        if torch.compiler.is_compiling():
+            return None  # alone it is one op either way
         if self._own is None:
             self._own = Group((self,))
         return self._own.changed(self, x, route)

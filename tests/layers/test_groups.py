@@ -227,7 +227,7 @@ def test_a_compiled_model_has_one_op_a_group(context):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_decoding_step_makes_one_call_a_group(context, monkeypatch):
-    model, bank = patched()
+    model, _ = patched()
     calls, add = [], Prepared.add
     monkeypatch.setattr(Prepared, "add", lambda op, *rest: calls.append(len(op.Us)) or add(op, *rest))
     with context():
@@ -254,7 +254,7 @@ def test_a_dense_layer_whose_output_is_another_tensor_is_not_written_into():
 
 
 def test_a_layer_that_was_dispatched_after_patching_can_be_unpatched():
-    model, bank = patched()
+    model, _ = patched()
     ids = torch.randint(0, 60, (2, 5))
     layer = model.model.layers[0].self_attn.q_proj
     with torch.no_grad():
