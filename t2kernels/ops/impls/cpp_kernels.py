@@ -56,8 +56,8 @@ TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
 
 
 # For bf16 alone torch has instructions of its own with AVX-512, twice as fast as widening; what it pays is fixed, about
-# 30 us a call of small products. Up to this many tokens times numbers in the factors C++ is ahead: at 0.15 M numbers up
-# to 16 tokens (0.56 of torch's time), at 0.7 M up to 8 (0.98), at 1.3 M up to 4 (0.79), at 2.6 M no longer at 4 (1.19).
+# 30 us a call of small products. Above 4 tokens C++ is ahead up to this many tokens times numbers in the factors: at
+# 0.15 M numbers up to 16 tokens (0.56 of torch's time), at 0.5 M up to 8 (0.86); at 0.7 M and 8 they are even.
 BF16_WORK, AVX512_BF16 = 5.6e6, ("avx512", torch.bfloat16, torch.bfloat16)
 
 
@@ -111,7 +111,7 @@ class Cpp(Implementation):
         most = TOKENS.get((device.isa, call.x, call.factors), 0) if here is None else here
         if 0 < call.T <= most:
             work = call.T * sum(C * (call.N + M) for M, C in zip(call.M, call.C, strict=True))
-            if here is None and work > BF16_WORK and (device.isa, call.x, call.factors) == AVX512_BF16:
+            if here is None and call.T > 4 and work > BF16_WORK and (device.isa, call.x, call.factors) == AVX512_BF16:
                 return f"in bfloat16 torch is ahead in calls as large as this ({call.T} tokens)"
             return None
         formats = f"{call.x} with {call.factors} factors on {device.isa}".replace("torch.", "")

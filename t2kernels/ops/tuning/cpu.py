@@ -1,8 +1,7 @@
-"""`t2 tune --device cpu`: up to how many tokens the C++ kernels are ahead of torch on this CPU. Nothing is timed while a
-model runs.
+"""`t2 tune --device cpu`: up to how many tokens the C++ kernels are ahead of torch on this CPU.
 
-Without a table `auto` uses numbers of one machine (`impls.cpp_kernels.TOKENS`). Another CPU has other instructions for
-bf16, and another memory.
+Nothing is timed while a model runs. Without a table `auto` uses the numbers of one machine (`TOKENS` of
+`impls.cpp_kernels`). Another CPU has other instructions for bf16, and another memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table files of `t2 tune`, one a kind of GPU or CPU: the checks that passed there, the fastest tiles and cut-overs."""
+"""The table files of `t2 tune`, one a kind of GPU or CPU: checks that passed there, the fastest tiles, cut-overs."""
 
 from __future__ import annotations
 
