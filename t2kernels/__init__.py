@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from t2kernels.experts.bank import ExpertBank
+    from t2kernels.experts.exchange.lora import LoraAdapter
     from t2kernels.experts.expert import Expert, ExpertError, ExpertMismatch
     from t2kernels.factors.decomposition import decompose
     from t2kernels.factors.factor import Factor
@@ -29,6 +30,7 @@ _HOME = {
     "ExpertMismatch": "experts.expert",
     "Factor": "factors.factor",
     "Factors": "factors.store",
+    "LoraAdapter": "experts.exchange.lora",
     "ParameterCount": "patching.counting",
     "count_parameters": "patching.counting",
     "decompose": "factors.decomposition",
@@ -96,6 +98,7 @@ __all__ = [
     "Explanation",
     "Factor",
     "Factors",
+    "LoraAdapter",
     "ParameterCount",
     "T2Error",
     "adapt",

@@ -6,16 +6,21 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from t2kernels.factors.factor import Factor
 from t2kernels.factors.identity import Compared, ExpertError, ExpertMismatch, check_components
+from t2kernels.factors.int8 import Int8Factor
 from t2kernels.factors.store import Factors
 
 from .files import read_file, require_file, write_file
 from .origin import Origin
+
+if TYPE_CHECKING:
+    from .exchange.lora import LoraAdapter
 
 __all__ = ["Expert", "ExpertError", "ExpertMismatch"]
 
@@ -111,6 +116,51 @@ class Expert:
 
         z, manifest = load_z(path, factors, base_model, mask)
         return cls.trained_on(factors, z, **manifest) if isinstance(factors, Factors) else cls(z, manifest)
+
+    def to_lora(
+        self,
+        factors: Mapping[str, Factor | Int8Factor],
+        rank: int | None = None,
+        max_error: float | None = None,
+        uniform: bool = False,
+    ) -> LoraAdapter:
+        """This expert as a LoRA adapter: W' - W = B A with B = U_k diag(sigma (z - 1)), A = V_kᵀ.
+
+        factors: that the expert belongs to, in floating point
+        rank: of each matrix, at most: the components with the largest |sigma (z - 1)|; None: all that change
+        max_error: keep as few components as leave a relative Frobenius error of at most this in each matrix,
+            sqrt(Σ over the others (sigma_i (z_i - 1))²) / ||sigma (z - 1)||
+        uniform: one rank for all matrices, and a pair for every matrix of a name ("q_proj"), with columns of zeros
+            where there is nothing to add. llama.cpp and SGLang read only such adapters right
+
+        Without rank and max_error the adapter is the expert, within rounding. `LoraAdapter.errors` has the errors.
+        Raises ExpertMismatch (other factors), InputError (int8 factors, mixture-of-experts stacks, no change at all).
+        """
+        from .exchange.lora import adapter_of
+
+        self.check(factors if isinstance(factors, Factors) else {n: f.sigma for n, f in factors.items()})
+        return adapter_of(self.z, factors, rank, max_error, uniform, self.manifest.get("base_model"))
+
+    @classmethod
+    def from_lora(
+        cls, adapter: LoraAdapter | str | Path, factors: Mapping[str, Factor | Int8Factor], **manifest: Any
+    ) -> Expert:
+        """The expert nearest to a LoRA adapter: z - 1 = diag(Uᵀ B A V) / sigma, least squares in the Frobenius norm.
+
+        adapter: or the folder where PEFT saved it
+        factors: of its base model
+        manifest: facts for the expert's manifest
+
+        Most of an adapter is lost: it may rotate singular vectors, an expert rescales them. The manifest states under
+        "kept" the share ||U diag(sigma (z - 1)) Vᵀ|| / ||B A|| of each matrix. `ExpertBank.add` runs an adapter exactly.
+        Raises MissingFileError, InputError (no LoRA adapter, or one of another model).
+        """
+        from .exchange.lora import LoraAdapter, project
+
+        found = adapter if isinstance(adapter, LoraAdapter) else LoraAdapter.load(adapter)
+        z, kept = project(found, factors)
+        facts = {"kept": {n: round(share, 6) for n, share in kept.items()}, **manifest}
+        return cls.trained_on(factors, z, **facts) if isinstance(factors, Factors) else cls(z, facts)
 
     @staticmethod
     def mix(weights: Mapping[Expert, float] | Iterable[tuple[Expert, float]]) -> Expert:
