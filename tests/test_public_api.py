@@ -24,6 +24,7 @@ NAMES = {
         "Explanation": "title, lines, advice=()",
         "Factor": "U, sigma, V",
         "Factors": "factors, manifest=None, sketches=None",
+        "LoraAdapter": "pairs, base_model=None, errors=None, whole=frozenset()",
         "ParameterCount": "matrices, dense, svf, lora, lora_rank",
         "T2Error": "",
         "evaluation": "",
@@ -149,12 +150,14 @@ OPTIONS = {
     ),
     "decompose": "model! --out/-o! --rank=all --targets=all --dtype --format --max-error --device --workers",
     "inspect": "path! --rows=0",
+    "export": ("expert! into! --to=lora --all --rank --error --uniform --model/-m=tiny --factors --dtype --device"),
     "serve": (
         "model! --experts --host=127.0.0.1 --port=8000 --api-key --name --rows --route --margin=0.0 "
         "--chat-template --engine=auto --option*=[] --kv-tokens=16384 --page-size=16 --batch-tokens=512 "
         "--max-running=64 --max-waiting=512 --max-upload=256 --drain=30.0 --targets=all --rank=all "
         "--form=auto --factors --dtype --device"
     ),
+    "push": "expert! repo! --file=expert.safetensors --private --model/-m=tiny",
     "tune": (
         "model! --ranks=128,256 --factored/--no-factored=True --dtype=bfloat16 --factors=same,int8 "
         "--tokens=1,8,32,128 --device=cuda --folder"

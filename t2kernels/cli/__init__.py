@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 
 from .console import Commands, verb
-from .verbs import decompose, demo, env, evaluate, generate, inspect, serve, train, tune
+from .verbs import decompose, demo, env, evaluate, export, generate, inspect, serve, train, tune
 
 app: typer.Typer = typer.Typer(
     cls=Commands,
@@ -27,6 +27,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate.generate,
     "decompose": decompose.decompose,
     "inspect": inspect.inspect,
+    "export": export.export,
+    "push": export.push,
     "serve": serve.serve,
     "tune": tune.tune,
     "env": env.env,

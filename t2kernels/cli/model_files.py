@@ -93,18 +93,13 @@ def _gguf(place: Path) -> ModelFiles:
 def _check_hub(name: str) -> None:
     """Check once, within seconds, that the hub answers. If it does not, a model from its cache is used as it is."""
     from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.utils import get_session
 
-    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if constants.is_offline_mode():
-        why = "HF_HUB_OFFLINE is set"
-    else:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=5)
-            return
-        except Exception as e:  # errors of httpx, or of the fork of it that newer versions of the hub's client use
-            why = f"{constants.ENDPOINT} cannot be reached ({one_line(e)})"
-    if not cached:
+    from t2kernels.experts.exchange.hub import unreachable
+
+    why = unreachable()
+    if why is None:
+        return
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
         raise HubError(
             f"{name}: there is no such directory, and it cannot be fetched: {why}. "
             "Give the directory of a checkpoint, or try again with a network"

@@ -161,21 +161,26 @@ def add_experts(bank: ExpertBank, text: str, model: str) -> list[str | None]:
 def add_expert(bank: ExpertBank, name: str, model: str) -> str | None:
     """Put an expert into the bank. Returns its name there, None for "base".
 
-    name: a path, or for the built-in model the name of an expert that comes with it
+    name: a path, "user/repo" or "user/repo:file" on the hub, or for the built-in model an expert that comes with it
     Raises FileNotFoundError, ExpertError or ExpertMismatch.
     """
     if name == BASE:
         return None
+    from t2kernels.experts.exchange import hub
+    from t2kernels.experts.files import find_file
+
     path = find_expert(name, model)
-    short = path.stem if bank.names.count(path.stem) == 0 or name == path.stem else name
+    stem = path.stem if find_file(name) or path.name != hub.FILE else name.rpartition("/")[2]
+    short = stem if bank.names.count(stem) == 0 or name == stem else name
     if short not in bank:
         bank.add(short, path)
     return short
 
 
 def find_expert(name: str, model: str) -> Path:
-    """The file of an expert: a path, with or without .safetensors, or the name of one that comes with the model."""
+    """The file of an expert: a path, with or without .safetensors, one of the hub, or one that comes with the model."""
     from t2kernels import tiny
+    from t2kernels.experts.exchange import hub
     from t2kernels.experts.files import find_file
 
     if (found := find_file(name)) is not None:
@@ -183,6 +188,8 @@ def find_expert(name: str, model: str) -> Path:
     shipped = tiny.experts()
     if model == TINY and name in shipped:
         return shipped[name]
+    if (place := hub.address(name)) is not None:
+        return hub.fetch(*place)
     known = f" nor one of {', '.join(shipped)}, which come with the built-in model" if model == TINY else ""
     raise MissingFileError(f"no expert {name!r}: it is not a file{known} ('base' is the model without an expert)")
 

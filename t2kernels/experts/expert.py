@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +17,8 @@ from t2kernels.factors.identity import Compared, ExpertError, ExpertMismatch, ch
 from t2kernels.factors.int8 import Int8Factor
 from t2kernels.factors.store import Factors
 
-from .files import read_file, require_file, write_file
+from .exchange import hub
+from .files import find_file, read_file, require_file, write_file
 from .origin import Origin
 
 if TYPE_CHECKING:
@@ -90,18 +92,40 @@ class Expert:
         return write_file(path, self.z, self.sketch, self.manifest)
 
     @classmethod
-    def load(cls, path: str | Path) -> Expert:
+    def load(cls, path: str | Path, revision: str | None = None) -> Expert:
         """Read an expert; "experts/math" finds "experts/math.safetensors".
 
+        path: a file; or, as a string, "user/repo" or "user/repo:file" on the hub, if there is no such file. The file in
+            a repository is "expert.safetensors" unless it is named. Without a network the hub's cache is used
+        revision: of the repository: a branch, a tag or a commit; None: the newest
+
         Raises ExpertError: no such file, a pickle (never loaded), a truncated file, another kind of file, a newer
-        format, a tensor that is not a finite fp32 vector.
+        format, a tensor that is not a finite fp32 vector. Raises HubError.
         """
-        file = require_file(path)
+        found = hub.address(path) if isinstance(path, str) and find_file(path) is None else None
+        file = require_file(path) if found is None else hub.fetch(*found, revision)
         z, sketch, manifest = read_file(file)
         try:
             return cls(z, manifest, sketch)
         except ExpertError as e:
             raise ExpertError(f"{file}: {e}") from None
+
+    def push_to_hub(self, repo: str, file: str = hub.FILE, private: bool = False) -> str:
+        """Upload the expert and a model card made of its manifest, in one commit.
+
+        repo: "user/name"; it is made if there is none
+        file: name of the file in it; several experts may be in one repository
+        private: whether a new repository is private
+
+        `Expert.load(repo)`, or `Expert.load("repo:file")`, reads it. The card is written with the default file, and
+        with another if the repository has none. Returns the address of the repository. Raises HubError.
+        """
+        target = hub.address(f"{repo}:{file}")
+        if target is None:
+            raise ExpertError(f'{repo!r} and {file!r}; wanted a repository "user/name" and the name of a file in it')
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.save(Path(folder) / hub.FILE)
+            return hub.upload(path, *target, hub.card(self.manifest, self.ranks, *target), private)
 
     @classmethod
     def from_sakana(
@@ -152,7 +176,8 @@ class Expert:
         manifest: facts for the expert's manifest
 
         Most of an adapter is lost: it may rotate singular vectors, an expert rescales them. The manifest states under
-        "kept" the share ||U diag(sigma (z - 1)) Vᵀ|| / ||B A|| of each matrix. `ExpertBank.add` runs an adapter exactly.
+        "kept" the share ||U diag(sigma (z - 1)) Vᵀ|| / ||B A|| of each matrix. `ExpertBank.add` runs an adapter as it
+        is.
         Raises MissingFileError, InputError (no LoRA adapter, or one of another model).
         """
         from .exchange.lora import LoraAdapter, project
