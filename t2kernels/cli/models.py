@@ -178,13 +178,17 @@ def add_expert(bank: ExpertBank, name: str, model: str) -> str | None:
 
 
 def find_expert(name: str, model: str) -> Path:
-    """The file of an expert: a path, with or without .safetensors, one of the hub, or one that comes with the model."""
+    """The file of an expert: a path, with or without .safetensors, one of the hub, or one that comes with the model.
+
+    Or the folder of a LoRA adapter.
+    """
     from t2kernels import tiny
     from t2kernels.experts.exchange import hub
+    from t2kernels.experts.exchange.peft_files import is_adapter
     from t2kernels.experts.files import find_file
 
-    if (found := find_file(name)) is not None:
-        return found
+    if (found := find_file(name)) is not None or is_adapter(name):
+        return found or Path(name).expanduser()
     shipped = tiny.experts()
     if model == TINY and name in shipped:
         return shipped[name]
