@@ -24,6 +24,7 @@ NAMES = {
         "Explanation": "title, lines, advice=()",
         "Factor": "U, sigma, V",
         "Factors": "factors, manifest=None, sketches=None",
+        "LoraAdapter": "pairs, base_model=None, errors=None, whole=frozenset()",
         "ParameterCount": "matrices, dense, svf, lora, lora_rank",
         "T2Error": "",
         "evaluation": "",
@@ -163,6 +164,7 @@ OPTIONS = {
         "model! --gpu=h200 --count=1 --experts=64 --rank=1/16 --form=auto --targets=all --context=8192 --batch=1 "
         "--dtype --json"
     ),
+    "export": ("expert! into! --to=lora --all --rank --error --uniform --model/-m=tiny --factors --dtype --device"),
     "serve": (
         "model! --experts --host=127.0.0.1 --port=8000 --api-key --name --rows --route --margin=0.0 "
         "--chat-template --engine=auto --option*=[] --kv-tokens=16384 --page-size=16 --batch-tokens=512 "
@@ -170,6 +172,7 @@ OPTIONS = {
         "--max-connections=1000 --allow-host*=[] --allow-origin*=[] --targets=all --rank=auto "
         "--form=auto --factors --dtype --device"
     ),
+    "push": "expert! repo! --file=expert.safetensors --private --model/-m=tiny",
     "tune": (
         "model! --ranks=128,256 --factored/--no-factored=True --dtype=bfloat16 --factors=same,int8 "
         "--tokens=1,8,32,128 --device=cuda --folder"

@@ -15,7 +15,7 @@ from t2kernels.cli.learning import learn
 from t2kernels.experts.names import BASE
 from t2kernels.rollout.chat import PromptForm, prompt_form
 
-from .train import compare
+from .verbs.train import compare
 
 LIVE = "tickets"
 QUESTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
