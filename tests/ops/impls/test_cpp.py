@@ -441,7 +441,7 @@ def test_an_extension_of_other_sources_is_not_used(monkeypatch):
     extension.load.cache_clear()
     dispatch.probe.cache_clear()
     try:
-        x, V, (U,), scale, ids, _, _ = problem((4,), 33, (7,), (50,))
+        x, V, (U,), _, ids, _, _ = problem((4,), 33, (7,), (50,))
         assert "t2kernels._C was built from other sources" in plan(x, V, [U], ids).why_impl
         assert plan(x, V, [U], ids).impl == "torch"
     finally:
