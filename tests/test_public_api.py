@@ -169,7 +169,7 @@ OPTIONS = {
         "model! --experts --host=127.0.0.1 --port=8000 --api-key --name --rows --route --margin=0.0 "
         "--chat-template --engine=auto --option*=[] --kv-tokens=16384 --page-size=16 --batch-tokens=512 "
         "--max-running=64 --max-waiting=512 --max-upload=256 --drain=30.0 --log-level=info --keep-alive=75 "
-        "--max-connections=1000 --allow-host*=[] --allow-origin*=[] --targets=all --rank=auto "
+        "--max-connections=1000 --allow-host*=[] --allow-origin*=[] --no-ui --targets=all --rank=auto "
         "--form=auto --factors --dtype --device"
     ),
     "push": "expert! repo! --file=expert.safetensors --private --model/-m=tiny",
