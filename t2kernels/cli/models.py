@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from .model_files import TINY, ModelFiles, locate, reading
 if TYPE_CHECKING:
     import torch
 
-    from t2kernels import ExpertBank
+    from t2kernels import Expert, ExpertBank, LoraAdapter
     from t2kernels.rollout.chat import PromptForm
 
 # Options that several verbs share.
@@ -196,7 +197,8 @@ def prompt_form(
     from t2kernels.rollout import chat as forms
 
     bank = getattr(loaded.model, "t2_bank", None)
-    manifests = {name: bank[name].manifest for name in names if name is not None and bank is not None}
+    experts = [] if bank is None else [name for name in names if name is not None and name not in bank.adapters]
+    manifests = {name: bank[name].manifest for name in experts}
     form = forms.prompt_form(loaded.tokenizer, chat, system, list(manifests.values()), task)
     for line in () if quiet else forms.other_forms(form, manifests):
         err.print(line, soft_wrap=True, markup=False)
@@ -216,19 +218,31 @@ def add_expert(bank: ExpertBank, name: str, model: str) -> str | None:
     """
     if name == BASE:
         return None
-    from t2kernels import Expert
+    from t2kernels import Expert, LoraAdapter
     from t2kernels.experts.exchange import hub
     from t2kernels.experts.exchange.peft_files import is_adapter
     from t2kernels.experts.files import find_file
 
     path = find_expert(name, model)
     stem = path.stem if find_file(name) or path.name != hub.FILE else name.rpartition("/")[2]
-    if stem in bank.names and not is_adapter(path) and bank[stem].digest() == Expert.load(path).digest():
-        return stem  # asked for before: by --expert and by a strategy
-    short = stem if bank.names.count(stem) == 0 or name == stem else name
-    if short not in bank:
-        bank.add(short, path)
+    found = LoraAdapter.load(path) if is_adapter(path) else Expert.load(path)
+    for number in itertools.count(1):
+        short = stem if number == 1 else f"{stem}-{number}"
+        if short not in bank:
+            bank.add(short, found)
+            break
+        if _same(bank, short, found):  # asked for before: by --expert and by a strategy
+            break
     return short
+
+
+def _same(bank: ExpertBank, name: str, other: Expert | LoraAdapter) -> bool:
+    """Whether the expert or adapter of a name has the numbers of another one."""
+    from t2kernels import LoraAdapter
+
+    if isinstance(other, LoraAdapter) or name in bank.adapters:
+        return isinstance(other, LoraAdapter) and name in bank.adapters and bank.adapter(name).equals(other)
+    return bank[name].digest() == other.digest()
 
 
 def find_expert(name: str, model: str) -> Path:

@@ -70,6 +70,11 @@ class ExpertBank(LoadedExperts):
             delta, manifest = self._experts[name]
         return self.from_vector(delta, **manifest)
 
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the LoRA adapters in the bank."""
+        return list(self.table.adapters)
+
     def adapter(self, name: str) -> LoraAdapter:
         """A LoRA adapter of the bank. Raises KeyError."""
         with self._lock:

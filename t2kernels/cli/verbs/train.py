@@ -23,6 +23,9 @@ from .evaluate import show_accuracies
 
 RECIPE = "\\[default: {}; {} with --check choice]"
 
+FEWEST = 16
+"""Least problems of a validation that is made of training problems: of fewer, chance would pick the best expert."""
+
 
 def train(
     task: str = typer.Option(
@@ -201,8 +204,12 @@ def _validated(task: Any, count: int) -> tuple[Any, list[Any]]:
     parts: dict[bool, list[Any]] = {True: [], False: []}
     for row in task.rows("train", None, 0):
         parts[bucket(str(row["prompt"])) == "validation"].append(row)
-    if not parts[True] or not parts[False]:
-        err.print("too few problems to keep some for validation: the last expert is kept, not the best")
+    if len(parts[True]) < FEWEST or not parts[False]:
+        err.print(
+            f"{len(parts[True])} problems would be kept for validation, {FEWEST} are needed to compare experts: all are "
+            "trained on, and the last expert is kept",
+            soft_wrap=True,
+        )
         return task, []
     err.print(f"{len(parts[True])} of the training problems are kept for validation")
     own = {"train": parts[False], "validation": parts[True]}

@@ -77,6 +77,12 @@ class LoraAdapter:
         """How many numbers A and B have, over all matrices."""
         return sum(t.numel() for pair in self.pairs.values() for t in pair)
 
+    def equals(self, other: LoraAdapter) -> bool:
+        """Whether another adapter has the same numbers for the same matrices."""
+        return self.pairs.keys() == other.pairs.keys() and all(
+            torch.equal(a, b) for name, pair in self.pairs.items() for a, b in zip(pair, other.pairs[name], strict=True)
+        )
+
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
         """Write PEFT's adapter_config.json and adapter_model.safetensors, each whole or not at all.
 
