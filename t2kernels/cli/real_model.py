@@ -21,7 +21,6 @@ LIVE = "tickets"
 TEXTS: dict[str, tuple[str, ...]] = {
     "questions": ("Which river runs through Vienna?", "How many bones are in a hand?"),
     "reviews": ("funny in the wrong places", "two hours that i would gladly spend again"),
-    "films": ("a clockmaker finds a letter from 1890 in an old clock .", "the ending feels rushed and a little cold ."),
 }
 """{expert that comes with the model: texts to ask it about}"""
 

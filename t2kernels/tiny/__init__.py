@@ -40,5 +40,5 @@ def experts(model: str = "tiny") -> dict[str, Path]:
 
     model: "tiny", or "smollm2", the model of `t2kernels.tiny.smollm2`
     """
-    folder = {"tiny": "experts", "smollm2": "smollm2"}.get(model)
+    folder = {"tiny": "experts", "smollm2": "smollm2_experts"}.get(model)
     return {} if folder is None else {f.stem: f for f in sorted((Path(__file__).parent / folder).glob("*.safetensors"))}

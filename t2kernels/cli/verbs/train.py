@@ -206,8 +206,8 @@ def _validated(task: Any, count: int) -> tuple[Any, list[Any]]:
         parts[bucket(str(row["prompt"])) == "validation"].append(row)
     if len(parts[True]) < FEWEST or not parts[False]:
         err.print(
-            f"{len(parts[True])} problems would be kept for validation, {FEWEST} are needed to compare experts: all are "
-            "trained on, and the last expert is kept",
+            f"{len(parts[True])} problems would be kept for validation, {FEWEST} are needed to compare experts: all "
+            "are trained on, and the last expert is kept",
             soft_wrap=True,
         )
         return task, []
