@@ -24,6 +24,7 @@ import torch
 import t2kernels as t2
 from t2kernels import tiny
 from t2kernels.adapt import Classifier, Question
+from t2kernels.storage import read_tensors, write_tensors
 from tests.vllm.worlds import NEW, answers_of, materialise
 
 PROMPTS = ["47+38+59?", "rsx(gcaf)?", "12+7?", "a"]
@@ -329,6 +330,9 @@ def test_a_full_disk_and_a_corrupt_file_change_nothing_for_the_others(server, wo
     that are cut, or no expert.
     """
     whole, new = world.experts[1].read_bytes(), server.folder / "unlucky.safetensors"
+    tensors, facts = read_tensors(world.experts[1])
+    write_tensors(new, {**tensors, (z := next(n for n in tensors if n.endswith(".z"))): tensors[z] * torch.nan}, facts)
+    not_finite = new.read_bytes()
 
     def load(content, **more):
         new.write_bytes(content)
@@ -363,8 +367,9 @@ def test_a_full_disk_and_a_corrupt_file_change_nothing_for_the_others(server, wo
 
     asked = [(m, p) for m in ("base", *NAMES) for p in PROMPTS] * 4
     said, answers = asyncio.run(many())
-    assert [status for status, _ in said] == [507, 400, 400, 400, 400], said
+    assert [status for status, _ in said] == [507, *[400] * 5], said
     assert "could not be copied" in said[0][1]
+    assert "is damaged" in said[-2][1]
     assert "not finite" in said[-1][1]
     assert [(m, p) for (m, p), text in zip(asked, answers, strict=True) if text != texts[m, p]] == []
     assert server.ask("unlucky", PROMPTS[0])[0] == 404
