@@ -355,8 +355,9 @@ def test_a_full_disk_and_a_corrupt_file_change_nothing_for_the_others(server, wo
             whole[: len(whole) // 2],
             b"",
             b"\x80\x02}q\x00.",
-            whole[:-4] + b"\xff\xff\xff\x7f",
-        ):  # the last is a NaN
+            whole[:-4] + b"\xff\xff\xff\x7f",  # not what its digest says
+            not_finite,
+        ):
             out.append(await asyncio.to_thread(load, content))
         return out
 
@@ -384,6 +385,10 @@ def test_a_process_that_is_killed_fails_every_request_and_hangs_none(world, tmp_
 
     The server ends by itself, for whoever starts it again.
     """
+
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    said = ["ngine", *([EngineDeadError.CLIENT_MESSAGE] if hasattr(EngineDeadError, "CLIENT_MESSAGE") else [])]
 
     async def stream(client):
         out = await client.completions.create(
@@ -420,7 +425,7 @@ def test_a_process_that_is_killed_fails_every_request_and_hangs_none(world, tmp_
         assert all(isinstance(e, openai.APIError) for e in streams), streams
         for answer in answers[:-1]:
             assert answer[0] in (500, 503), answers
-            assert "ngine" in answer[1]  # what has happened is said
+            assert any(words in answer[1] for words in said), answers  # what has happened is said
         assert isinstance(answers[-1], OSError) or answers[-1][0] in (500, 503), (
             answers
         )  # the last one may find the server gone
