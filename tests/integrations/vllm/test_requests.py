@@ -252,11 +252,17 @@ def test_arguments_of_an_engine(installed, factors):
             engine_args(**bad)
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", "0.9.2", "0.33.0rc1"])
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.32.0", "0.9.2", "0.34.0rc1"])
 def test_versions_that_were_not_tested(installed, factors, version):
     installed(version)
-    with pytest.raises(UnsupportedVllm, match=f"vLLM {re.escape(version)} was not tested"):
+    with pytest.raises(UnsupportedVllm, match=f"vLLM {re.escape(version)} was not tested .* 0.32 or 0.33"):
         engine_args(factors=factors)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0", "0.33.0rc1"])
+def test_versions_that_were_tested(installed, factors, version):
+    installed(version)
+    assert engine_args(factors=factors)["enable_lora"]
 
 
 def test_a_plugin_that_would_not_be_loaded(installed, factors, monkeypatch):

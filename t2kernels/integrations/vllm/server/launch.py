@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from t2kernels.integrations.vllm.api import engine_args
 from t2kernels.integrations.vllm.constants import FACTS, GROUP
 from t2kernels.integrations.vllm.engine.check import origin_of
 from t2kernels.integrations.vllm.engine.model_folder import is_factored
-from t2kernels.integrations.vllm.support import check_version
+from t2kernels.integrations.vllm.support import release
 
 
 def serve(
@@ -49,18 +49,18 @@ def serve(
         command line
     Raises, before the engine is started, UnsupportedVllm, or ValueError or ExpertError for what it could not serve.
     """
-    check_version()
+    vllm = release()
     roots = check_experts(model, experts, factors)
     arguments = command(model, host, port, api_key, rows, factors, options)
     allow_plugins()
 
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
-    validate_parsed_serve_args(args)
+    line: Any = import_module(vllm.command_line)
+    args: Any = line.make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    line.validate_parsed_serve_args(args)
     # `front.FrontEnd.init_state` gets these arguments, and reads these two.
     args.t2kernels_roots, args.t2kernels_experts = roots, {n: str(p) for n, p in experts.items()}
     uvloop.run(run_server(args))
