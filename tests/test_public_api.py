@@ -95,6 +95,8 @@ NAMES = {
             "model, args=None, train_dataset=None, eval_dataset=None, reward=None, experts=None, "
             "reward_weights=None, init=None, processing_class=None, **kwargs"
         ),
+        "TrainedExperts": "model, bank, order, parametrisation",
+        "experts": "model, names, init=None, parametrisation='raw'",
     },
     "t2kernels.tasks": {
         "Task": (

@@ -17,7 +17,7 @@ from t2kernels import InputError
 from t2kernels.experts.expert import Expert
 from t2kernels.rollout.chat import AnyPrompt
 from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
-from t2kernels.rollout.modes import eval_mode
+from t2kernels.rollout.modes import eval_mode, frozen
 
 from .examples import Examples, encode_completions
 
@@ -52,21 +52,17 @@ def refine(
         )
     model, bank = examples.model, examples.bank
     count = {i: len(texts) for i, texts in enumerate(completions)}
-    frozen = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(False)
-    parameters = bank.start_training(name, init=start)
-    try:
-        row = bank.ids(name)
-        work = [(examples.prompts[i], text, 1 / count[i]) for i, text in pairs]
-        supervise(model, examples.sampler, parameters, work, steps, lr, batch, seed, expert_ids=row)
-        del row
-    except BaseException:
-        bank.stop_training(name)
-        bank.remove(name)
-        raise
-    finally:
-        for p, needed in frozen.items():
-            p.requires_grad_(needed)
+    with frozen(model):
+        parameters = bank.start_training(name, init=start)
+        try:
+            row = bank.ids(name)
+            work = [(examples.prompts[i], text, 1 / count[i]) for i, text in pairs]
+            supervise(model, examples.sampler, parameters, work, steps, lr, batch, seed, expert_ids=row)
+            del row
+        except BaseException:
+            bank.stop_training(name)
+            bank.remove(name)
+            raise
     made = bank.stop_training(
         name, name=name, refined={"steps": steps, "learning_rate": lr, "completions": len(pairs), "seed": seed}
     )

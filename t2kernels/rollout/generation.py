@@ -69,6 +69,11 @@ class Rollout:
         """[B, C] int64, the completions."""
         return self.ids[:, -self.completion.shape[1] :]
 
+    def completion_ids(self) -> list[list[int]]:
+        """[B] lists, the tokens of each completion without padding."""
+        lengths = self.completion.sum(1).tolist()
+        return [row[:n] for row, n in zip(self.tokens.tolist(), lengths, strict=True)]
+
     def split(self, size: int | None) -> list[Rollout]:
         """Pieces of at most `size` rows (None: all), shortest rows first, without columns that are all padding."""
         order = self.mask.sum(1).argsort(stable=True)
@@ -206,8 +211,7 @@ class Sampler:
 
     def decode(self, rollout: Rollout, prompts: Sequence[AnyPrompt]) -> list[Any]:
         """The completions as text without special tokens; as a chat message where the prompt is a chat."""
-        lengths = rollout.completion.sum(1).tolist()
-        return self.read([row[:n] for row, n in zip(rollout.tokens.tolist(), lengths, strict=True)], prompts)
+        return self.read(rollout.completion_ids(), prompts)
 
     def read(self, ids: Sequence[Sequence[int]], prompts: Sequence[AnyPrompt]) -> list[Any]:
         """`decode` for the token ids of each completion."""

@@ -1,4 +1,4 @@
-"""Run a model in eval mode, and leave it as it was. Several threads may do so with one model."""
+"""Run a model in eval mode, or frozen, and leave it as it was. Several threads may do the first with one model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -57,6 +58,28 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
                 if not run.count:
                     del _running[model]
                     _restore(run.before)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Freeze every weight. After the block requires_grad, the modes and gradient checkpointing are as before."""
+    grads = {p: p.requires_grad for p in model.parameters()}
+    checkpointing = _checkpoints(model)
+    model.requires_grad_(False)
+    try:
+        with restored_mode(model):
+            yield
+    finally:
+        for p, grad in grads.items():
+            p.requires_grad_(grad)
+        if _checkpoints(model) and not checkpointing:
+            # transformers 5.23 renamed it.
+            stop: Any = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+            stop()
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _modes(model: nn.Module) -> dict[nn.Module, bool]:

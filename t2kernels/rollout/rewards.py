@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import inspect
 import math
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +16,39 @@ from torch import Tensor
 
 from t2kernels import InputError
 
-Reward = Callable[..., Sequence[float]]
-"""reward(prompts=[...], completions=[...], **columns) -> one number for each completion: the form that TRL calls."""
+Reward = Callable[..., Any]
+"""reward(prompts=[...], completions=[...], **columns) -> for each completion a number, or None where the reward does
+not apply: the form that TRL calls. It may be async. A trainer also passes the fields of a `RewardContext` that the
+function names, or all if it takes **kwargs."""
+
+
+def _nowhere(name: str, value: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """What a reward may ask for beside the columns, under TRL's names.
+
+    completion_ids: [B] lists of token ids, the end token among them
+    trainer_state: transformers' TrainerState
+    log_metric: log_metric(name, number) adds to a mean that is logged
+    log_extra: log_extra(column, values) keeps a value for each completion
+    """
+
+    completion_ids: Sequence[Sequence[int]]
+    trainer_state: Any = None
+    log_metric: Callable[[str, float], None] = field(default=_nowhere)
+    log_extra: Callable[[str, Sequence[Any]], None] = field(default=_nowhere)
+
+    def accepted(self, reward: Reward) -> dict[str, Any]:
+        """Those fields that a reward takes."""
+        try:
+            parameters = inspect.signature(reward).parameters
+        except (TypeError, ValueError):  # a builtin
+            return {}
+        every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return {name: value for name, value in vars(self).items() if every or name in parameters}
 
 
 def is_task(data: object) -> bool:
@@ -52,24 +87,63 @@ class Scorer:
         """The names of the reward functions."""
         return " + ".join(getattr(r, "__qualname__", type(r).__name__) for r in self.rewards)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Any]) -> Tensor:
-        """The reward of each completion.
+    def __call__(
+        self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Any], context: RewardContext | None = None
+    ) -> Tensor:
+        """The reward of each completion: the weighted sum over the rewards that apply to it, those that are not None.
 
         rows: [B] dicts with a prompt and the columns of the reward; completions: [B] texts or chats
-        Returns [B] fp32 on the CPU. Raises ValueError if a reward returns another count, or something that is not a
-        finite number.
+        context: for rewards that ask for more; with it a completion to which no reward applies has the reward NaN
+        Async rewards run at the same time, after the others.
+
+        Returns [B] fp32 on the CPU. Raises ValueError if a reward returns another count, or something that is neither
+        a finite number nor None; and without context, if no reward applies to a completion.
         """
         prompts = [row["prompt"] for row in rows]
         columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "prompt"}
+        found: list[Any] = []
+        for reward in self.rewards:
+            more = {} if context is None else context.accepted(reward)
+            found.append(reward(prompts=prompts, completions=list(completions), **{**columns, **more}))
+        waiting = [i for i, values in enumerate(found) if inspect.isawaitable(values)]
+        for i, values in zip(waiting, _awaited([found[i] for i in waiting]), strict=True):
+            found[i] = values
+        each = torch.stack(
+            [_numbers(values, len(rows), reward) for values, reward in zip(found, self.rewards, strict=True)]
+        )
         total = torch.zeros(len(rows), dtype=torch.float32)
-        for reward, weight in zip(self.rewards, self.weights, strict=True):
-            values = reward(prompts=prompts, completions=list(completions), **columns)
-            total += weight * _numbers(values, len(rows), reward)
-        return total
+        for weight, numbers in zip(self.weights, each, strict=True):
+            total += weight * numbers.nan_to_num()
+        nothing = each.isnan().all(0)
+        if context is None and nothing.any():
+            raise InputError(
+                f"no reward applies to completion {int(nothing.nonzero()[0])} of {len(rows)}: {self.name} returned "
+                "None for it; wanted a number from at least one reward"
+            )
+        return total.masked_fill(nothing, math.nan)
+
+
+def _awaited(waiting: Sequence[Any]) -> list[Any]:
+    """The results of awaitables that run at the same time. The thread that calls may have an event loop of its own."""
+    if not waiting:
+        return []
+
+    async def everything() -> list[Any]:
+        return list(await asyncio.gather(*waiting))
+
+    return asyncio.run_coroutine_threadsafe(everything(), _loop()).result()
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One loop for all calls: what a reward keeps open, such as a connection, belongs to its loop."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True, name="rewards").start()
+    return loop
 
 
 def _numbers(values: object, count: int, reward: Reward) -> Tensor:
-    """What a reward returned as [B] fp32, after checks."""
+    """What a reward returned as [B] fp32, after checks; NaN for None."""
     who = f"the reward {getattr(reward, '__qualname__', reward)!s}"
     if isinstance(values, Tensor):
         values = values.detach().reshape(-1).tolist()
@@ -77,13 +151,16 @@ def _numbers(values: object, count: int, reward: Reward) -> Tensor:
         got = f"{len(values)} values" if hasattr(values, "__len__") else repr(values)
         raise InputError(f"{who} returned {got} for {count} completions; wanted one number for each")
     try:
-        numbers = [float(v) for v in values]
+        numbers = [None if v is None else float(v) for v in values]
     except (TypeError, ValueError) as e:
         raise InputError(f"{who} returned something that is not a number: {e}") from None
     for i, number in enumerate(numbers):
-        if not math.isfinite(number):
-            raise InputError(f"{who} returned {number} for completion {i} of {count}; wanted finite numbers")
-    return torch.tensor(numbers, dtype=torch.float32)
+        if number is not None and not math.isfinite(number):
+            raise InputError(
+                f"{who} returned {number} for completion {i} of {count}; wanted finite numbers, or None where the "
+                "reward does not apply"
+            )
+    return torch.tensor([math.nan if n is None else n for n in numbers], dtype=torch.float32)
 
 
 def advantages(
@@ -91,7 +168,8 @@ def advantages(
 ) -> Tensor:
     """The weight A of each completion's log-probability.
 
-    rewards: [B] fp32, the `samples` completions of a prompt side by side
+    rewards: [B] fp32, the `samples` completions of a prompt side by side; NaN for one that no reward applies to: its A
+        is 0, and it is in no mean
     groups: [B], whose completions "batch" takes mean and deviation over (an expert's)
     kind:
         "none"           A = r
@@ -108,14 +186,19 @@ def advantages(
         for group in dict.fromkeys(groups):
             at = torch.tensor([g == group for g in groups])
             r = rewards[at]
-            std = r.std(unbiased=False)
-            out[at] = (r - r.mean()) / std if std > 1e-8 else torch.zeros_like(r)
+            there = r[~r.isnan()]
+            std = there.std(unbiased=False) if len(there) else r.new_zeros(())
+            out[at] = (r - there.mean()) / std if std > 1e-8 else torch.zeros_like(r)
     elif kind in ("group", "grpo", "leave_one_out"):
         r = rewards.reshape(-1, samples)
-        out = r - r.mean(1, keepdim=True)
-        out = (out / (r.std(1, keepdim=True) + 1e-4) if kind == "grpo" else out).reshape(-1)
+        n = (~r.isnan()).sum(1, keepdim=True)
+        out = r - r.nansum(1, keepdim=True) / n
+        if kind == "grpo":
+            out = out / ((out.square().nansum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + 1e-4)
         if kind == "leave_one_out":
-            out = out * (samples / (samples - 1))  # r - (S - r) / (G - 1) = G / (G - 1) (r - S / G)
+            out = out * (n / (n - 1).clamp(min=1))  # r - (S - r) / (n - 1) = n / (n - 1) (r - S / n)
+        out = out.reshape(-1)
     else:
         out = rewards.clone()
+    out = out.nan_to_num()
     return out if clip is None else out.clamp(-clip, clip)

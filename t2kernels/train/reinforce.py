@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -195,8 +196,9 @@ class ReinforceTrainer(ChoiceTrainer):
         rows = [row for row in rows for _ in range(samples)]
         out.experts = [row.get("expert") for row in rows]
         prompts = [row["prompt"] for row in rows]
-        texts, lengths = self.sampler.decode(out, prompts), out.completion.sum(1)
-        rewards = self.score(rows, texts)
+        lengths, tokens = out.completion.sum(1), out.completion_ids()
+        texts = self.sampler.read(tokens, prompts)
+        rewards = self.score(rows, texts, tokens)
         cut = rewards if args.reward_range is None else rewards.clamp(*args.reward_range)
         parts = gather(
             list(zip(out.experts, rewards.tolist(), cut.tolist(), lengths.tolist(), strict=True)),
@@ -205,7 +207,7 @@ class ReinforceTrainer(ChoiceTrainer):
         everyone = [one for part in parts for one in part]
         names = [name for name, *_ in everyone]
         scored = [(name, reward, value) for name, reward, value, _ in everyone]
-        self.measures.watch.rewards(scored, args.reward_range)
+        self.measures.watch.rewards([one for one in scored if not math.isnan(one[1])], args.reward_range)
         start = sum(map(len, parts[: self.accelerator.process_index]))
         out.advantages = self._advantages(cut, out.experts, scored, start).to(ids.device)
         # A mean for each expert, not over the batch: its gradient must not depend on the other rows of the batch.
@@ -215,7 +217,9 @@ class ReinforceTrainer(ChoiceTrainer):
         )
         out.weights = torch.tensor(weights[start : start + len(out)], dtype=torch.float32, device=ids.device)
         out.weights *= self.accelerator.num_processes
-        self.measures.note(out.experts, reward=rewards, accuracy=rewards > 0, completion_length=lengths)
+        there = (~rewards.isnan()).nonzero()[:, 0]  # NaN: no reward applies
+        self.measures.note([out.experts[i] for i in there.tolist()], reward=rewards[there], accuracy=rewards[there] > 0)
+        self.measures.note(out.experts, completion_length=lengths)
         self.measures.answers(out.experts, prompts, texts, rewards > 0)
         return out
 
@@ -287,7 +291,9 @@ class ReinforceTrainer(ChoiceTrainer):
             raise InputError("evaluate() needs problems: pass eval_dataset here or to the trainer")
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = [data[i] for i in range(rank, len(data), world)]
-        results = [one for part in gather(self._answer(rows), world) for one in part]
+        with self.measures.apart():
+            results = [one for part in gather(self._answer(rows), world) for one in part]
+            noted = self.measures.means(world)
         by_expert: dict[str | None, list] = defaultdict(list)
         for expert, *values in results:
             by_expert[expert].append(values)
@@ -295,6 +301,7 @@ class ReinforceTrainer(ChoiceTrainer):
         if len(by_expert) > 1:
             for expert, values in by_expert.items():
                 metrics |= statistics(values, f"{metric_key_prefix}_{expert}")
+        metrics |= {f"{metric_key_prefix}_{name}": mean for name, mean in noted.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -313,7 +320,8 @@ class ReinforceTrainer(ChoiceTrainer):
                 continue
             ids, mask = self.sampler.encode(prompts, self.args.device)
             drawn = self.sampler.draw(model, ids, mask, 0.0, **routing)
-            rewards = self.score(batch, self.sampler.decode(drawn, prompts))
+            tokens = drawn.completion_ids()
+            rewards = self.score(batch, self.sampler.read(tokens, prompts), tokens)
             out += zip(experts, rewards.tolist(), drawn.completion.sum(1).tolist(), strict=True)
         return out
 
@@ -337,7 +345,7 @@ class ReinforceTrainer(ChoiceTrainer):
                     raise InputError(
                         f"no reward for rows of expert {row.get('expert')!r}; there are some for {list(self.scorers)}"
                     )
-            self.score(rows, [as_completion("", row["prompt"]) for row in rows])
+            self.score(rows, [as_completion("", row["prompt"]) for row in rows], [[]] * len(rows))
 
 
 class _Begin(TrainerCallback):

@@ -25,7 +25,7 @@ from t2kernels.experts.expert import Expert
 from t2kernels.experts.names import check_files
 from t2kernels.layers.dense.head import head_of
 from t2kernels.layers.routing.route import Route
-from t2kernels.rollout.modes import restored_mode
+from t2kernels.rollout.modes import frozen
 from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.rewards import Reward, Scorer
 from t2kernels.storage import temporary_beside, write_json
@@ -183,18 +183,10 @@ class SVFTrainer(ReinforceTrainer):
     def _only_experts_train(self) -> Iterator[None]:
         """Freeze every weight, and restore the model afterwards."""
         model = self.model
-        grads = {p: p.requires_grad for p in model.parameters()}
-        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-        model.requires_grad_(False)
         try:
-            with restored_mode(model):
+            with frozen(model):
                 yield
         finally:
-            for p, grad in grads.items():
-                p.requires_grad_(grad)
-            if self.args.gradient_checkpointing and not checkpointing:
-                # transformers 5.23 renamed it.
-                getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             vars(model).pop("_is_accelerate_prepared", None)
             self.model_wrapped = self.model = model

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
+from t2kernels import InputError
 from t2kernels.rollout.chat import as_completion
 from t2kernels.rollout.generation import Sampler
 from t2kernels.rollout.labels import normalised, option_log_likelihoods
-from t2kernels.rollout.rewards import Scorer
+from t2kernels.rollout.rewards import RewardContext, Scorer
 from t2kernels.train.config import SVFConfig
 from t2kernels.train.processes import gather
 from t2kernels.train.steering.measures import Measures
@@ -52,13 +53,31 @@ class ChoiceTrainer(Trainer):
         position what it does in a forward with `routing(experts)`; rows None: in a forward of the reference."""
         return lambda rows: contextlib.nullcontext()
 
-    def score(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Any]) -> Tensor:
-        """The reward of each completion, by the scorer of its row's expert. Returns [B] fp32 on the CPU."""
+    def score(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
+        """The reward of each completion, by the scorer of its row's expert; NaN where no reward applies.
+
+        completion_ids: their tokens; None: what the tokenizer makes of the texts
+        Returns [B] fp32 on the CPU.
+        """
+        if completion_ids is None:
+            texts = [c if isinstance(c, str) else str(c[-1].get("content")) for c in completions]
+            completion_ids = self.sampler.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rewards = torch.zeros(len(rows), dtype=torch.float32)
         for expert in dict.fromkeys(row.get("expert") for row in rows):
             at = [i for i, row in enumerate(rows) if row.get("expert") == expert]
-            rewards[at] = self.scorers[expert]([rows[i] for i in at], [completions[i] for i in at])
+            context = self._context([completion_ids[i] for i in at])
+            rewards[at] = self.scorers[expert]([rows[i] for i in at], [completions[i] for i in at], context)
         return rewards
+
+    def _context(self, completion_ids: Sequence[Sequence[int]]) -> RewardContext:
+        if not hasattr(self, "state"):  # the first try of the rewards, before there is a trainer
+            return RewardContext(completion_ids, TrainerState())
+        return RewardContext(completion_ids, self.state, self.measures.metric, self.measures.keep)
 
     def _counts(self, experts: Sequence[str | None]) -> Counter[str | None]:
         """How many rows each expert has in the batch of all processes."""
@@ -73,6 +92,10 @@ class ChoiceTrainer(Trainer):
         prompts, texts = [row["prompt"] for row in rows], [self._options(row) for row in rows]
         each = [(row, text) for row, some in zip(rows, texts, strict=True) for text in some]
         rewards = self.score([row for row, _ in each], [as_completion(text, row["prompt"]) for row, text in each])
+        if rewards.isnan().any():
+            raise InputError(
+                "no reward applies to an option: where options are compared, each needs a number, not None"
+            )
         counts = self._counts([e for part in gather(experts, self.accelerator.num_processes) for e in part])
         return list(
             pieces(

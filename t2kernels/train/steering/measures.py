@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Measures:
         self.watch: Watch = watch
         self.several: bool = several
         self.since_log: dict[str, list[float]] = defaultdict(list)
+        self.extra: dict[str, list[Any]] = {}
         self._batch: dict[str | None, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._answers: list[tuple[str | None, object, str, bool]] = []
 
@@ -33,6 +35,23 @@ class Measures:
                 self._batch[e][key].append(one)
                 if self.several:
                     self.since_log[f"{e}_{key}"].append(one)
+
+    def metric(self, name: str, value: float) -> None:
+        """Take a number of a reward, for the mean of this name."""
+        self.since_log[name].append(float(value))
+
+    def keep(self, column: str, values: Sequence[Any]) -> None:
+        """Take a value of a reward for each completion. `extra` has those of the newest call for each column."""
+        self.extra[column] = list(values)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """In the block numbers are collected apart from those of the training."""
+        kept, self.since_log = self.since_log, defaultdict(list)
+        try:
+            yield
+        finally:
+            self.since_log = kept
 
     def answers(
         self, experts: Sequence[str | None], prompts: Sequence[object], texts: Sequence[Any], right: Tensor
@@ -62,14 +81,15 @@ class Measures:
 
 
 def statistics(values: Sequence[Any], prefix: str) -> dict[str, float]:
-    """Means and standard errors of (reward, length) pairs."""
+    """Means and standard errors of (reward, length) pairs. A reward of NaN is left out."""
     rewards, lengths = (torch.tensor(column, dtype=torch.float64) for column in zip(*values, strict=True))
-    n = len(rewards)
+    rewards = rewards[~rewards.isnan()]
+    n = max(len(rewards), 1)
     accuracy = (rewards > 0).double().mean().item()
     return {
         f"{prefix}_accuracy": accuracy,
         f"{prefix}_accuracy_se": (accuracy * (1 - accuracy) / n) ** 0.5,
         f"{prefix}_reward": rewards.mean().item(),
-        f"{prefix}_reward_se": (rewards.var(unbiased=False) / n).sqrt().item(),
+        f"{prefix}_reward_se": ((rewards - rewards.mean()).square().mean() / n).sqrt().item(),
         f"{prefix}_completion_length": lengths.mean().item(),
     }
