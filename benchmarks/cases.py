@@ -13,7 +13,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -125,6 +124,8 @@ def _lora(W: Tensor, count: int) -> nn.Module:
 
 @functools.cache
 def _lora_layer(M: int, N: int, count: int) -> nn.Module:
+    import peft
+
     holder = nn.ModuleDict({"m": nn.utils.skip_init(nn.Linear, N, M, bias=False)})
     config = peft.LoraConfig(r=LORA_RANK, target_modules=["m"], init_lora_weights=False)
     model = peft.LoraModel(holder, {"1": config}, "1")
