@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from t2kernels.factors.int8 import round_columns
 from t2kernels.ops import planner, svf_linear_group
 from t2kernels.ops.dispatch import shrink
+from t2kernels.ops.tuning import sizes
 
-# hidden, intermediate, width of k and v. Mistral-7B has the shapes of Llama-3-8B.
+# hidden, intermediate, width of k and v
 MODELS = {
-    "llama-3-8b": (4096, 14336, 1024),
-    "llama-3-70b": (8192, 28672, 1024),
-    "qwen2.5-7b": (3584, 18944, 512),
-    "mistral-7b": (4096, 14336, 1024),
+    **{n: (hidden, inner, hidden // heads * kv) for n, (hidden, inner, _, heads, kv, _) in sizes.MODELS.items()},
     "small": (1024, 2816, 256),
     "nano": (128, 320, 64),
 }

@@ -164,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", nargs="+", choices=list(BATCH))
     parser.add_argument("--one", nargs=2, metavar=("SUBJECT", "ARM"), help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="what `make bench` runs")
     parser.add_argument("--seconds", type=float, default=10.0, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS / "training.jsonl")
     a = parser.parse_args()
@@ -173,7 +174,7 @@ def main() -> None:
         print(json.dumps(one(*a.one, dtype, device, a.seconds)))
         return
     facts, rows = machine(("torch", "transformers", "peft")), []
-    for found in run(device, False, a.subjects):
+    for found in run(device, a.quick, a.subjects):
         append(a.out, found | facts)
         rows.append(found)
     show(table(rows))

@@ -11,7 +11,7 @@ import torch
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the current stream of a GPU has done what it was given. Nothing on a CPU, where writes are in order."""
+    """Wait until the current stream of a GPU has done what it was given. Nothing on a CPU: its writes are in order."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
