@@ -13,7 +13,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,13 +20,11 @@ from torch import Tensor, nn
 from t2kernels.factors.int8 import round_columns
 from t2kernels.ops import planner, svf_linear_group
 from t2kernels.ops.dispatch import shrink
+from t2kernels.ops.tuning import sizes
 
-# hidden, intermediate, width of k and v. Mistral-7B has the shapes of Llama-3-8B.
+# hidden, intermediate, width of k and v
 MODELS = {
-    "llama-3-8b": (4096, 14336, 1024),
-    "llama-3-70b": (8192, 28672, 1024),
-    "qwen2.5-7b": (3584, 18944, 512),
-    "mistral-7b": (4096, 14336, 1024),
+    **{n: (hidden, inner, hidden // heads * kv) for n, (hidden, inner, _, heads, kv, _) in sizes.MODELS.items()},
     "small": (1024, 2816, 256),
     "nano": (128, 320, 64),
 }
@@ -125,6 +122,8 @@ def _lora(W: Tensor, count: int) -> nn.Module:
 
 @functools.cache
 def _lora_layer(M: int, N: int, count: int) -> nn.Module:
+    import peft
+
     holder = nn.ModuleDict({"m": nn.utils.skip_init(nn.Linear, N, M, bias=False)})
     config = peft.LoraConfig(r=LORA_RANK, target_modules=["m"], init_lora_weights=False)
     model = peft.LoraModel(holder, {"1": config}, "1")

@@ -22,26 +22,35 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import peft
 import psutil
 import subjects
 import torch
 from generation import rebuild
-from measure import RESULTS, append, interleaved, machine, require, show, wait
+from measure import RESULTS, able, append, interleaved, machine, require, show, wait
 from rich.table import Table
 
 import t2kernels as t2
+
+PEFT = "PEFT, adapter from a file"
+
+
+def adapters(model):
+    """A copy of a model with two adapters of PEFT."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=16, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    lora = peft.get_peft_model(copy.deepcopy(model), config, adapter_name="first").eval()
+    lora.add_adapter("second", config)
+    return lora
 
 
 def switching(name: str, dtype, device, repeats: int = 9) -> Iterator[dict]:
     """Seconds until the model answers with another expert, by ways to switch."""
     s = subjects.load(name, 1, 8, None, dtype, device)
     spare = copy.deepcopy(s.model)
-    config = peft.LoraConfig(
-        r=16, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM", init_lora_weights=False
-    )
-    lora = peft.get_peft_model(copy.deepcopy(s.model), config, adapter_name="first").eval()
-    lora.add_adapter("second", config)
+    lora = adapters(s.model) if able([PEFT]) else None
     bank = t2.patch_model(
         s.model, form="delta", rows=3, factors=s.factors
     )  # two rows for four experts: each use is a load
@@ -58,26 +67,29 @@ def switching(name: str, dtype, device, repeats: int = 9) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         ours = experts[0].save(where / "one")
-        lora.save_pretrained(where / "lora", selected_adapters=["first"])
-        found = interleaved(
-            {
-                "rebuild dense weights": lambda: rebuild(spare, s.factors, experts[next(other)]),
-                "row write, from memory": lambda: bank.ids(next(turn)),
-                "row write, from a file": lambda: (bank.add(names[0], ours, replace=True), bank.ids(names[0])),
-                "name a row that is there": lambda: bank.ids(names[3]),
-                "PEFT, adapter from a file": lambda: (
-                    lora.delete_adapter("first"),
-                    lora.load_adapter(str(where / "lora" / "first"), "first"),
-                    lora.set_adapter("first"),
-                ),
-                "PEFT, adapter that is there": lambda: lora.set_adapter("second" if next(other) % 2 else "first"),
-            },
-            repeats,
-        )
+        ways = {
+            "rebuild dense weights": lambda: rebuild(spare, s.factors, experts[next(other)]),
+            "row write, from memory": lambda: bank.ids(next(turn)),
+            "row write, from a file": lambda: (bank.add(names[0], ours, replace=True), bank.ids(names[0])),
+            "name a row that is there": lambda: bank.ids(names[3]),
+        }
+        if lora is not None:
+            lora.save_pretrained(where / "lora", selected_adapters=["first"])
+            ways[PEFT] = lambda: (
+                lora.delete_adapter("first"),
+                lora.load_adapter(str(where / "lora" / "first"), "first"),
+                lora.set_adapter("first"),
+            )
+            ways["PEFT, adapter that is there"] = lambda: lora.set_adapter("second" if next(other) % 2 else "first")
+        found = interleaved(ways, repeats)
         if bank.loads - loads < 2 * repeats or int(there) != int(bank.ids(names[3])):
             raise AssertionError("some uses loaded nothing: these are not the times of loads")
-        size = ours.stat().st_size, sum(f.stat().st_size for f in (where / "lora").rglob("*.safetensors"))
-    numbers = sum(bank.matrices.values()), sum(p.numel() for n, p in lora.named_parameters() if ".first." in n)
+        size = (
+            ours.stat().st_size,
+            0 if lora is None else sum(f.stat().st_size for f in (where / "lora").rglob("*.safetensors")),
+        )
+    parameters = () if lora is None else lora.named_parameters()
+    numbers = sum(bank.matrices.values()), sum(p.numel() for n, p in parameters if ".first." in n)
     for way, t in found.items():
         peer = way.startswith("PEFT")
         yield {

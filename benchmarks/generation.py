@@ -21,10 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import peft
 import subjects
 import torch
-from measure import RESULTS, append, machine, require, show, wait
+from measure import RESULTS, able, append, machine, require, show, wait
 from rich.table import Table
 from torch import nn
 from transformers import LogitsProcessor
@@ -104,6 +103,8 @@ class Field:
 
     def _lora(self, count: int) -> nn.Module:
         """Like every adapter that has been trained, these change something: B is not left at zero."""
+        import peft
+
         config = peft.LoraConfig(
             r=16,
             lora_alpha=32,
@@ -311,6 +312,7 @@ def run(
         if only and what["name"] not in only:
             continue
         report(f"generate: {what['name']}, batch {what['batch']}")
+        arms = able(arms, report)
         yield from measure(Field(**what, arms=arms, most=max(counts)), arms, counts, repeats, slow)
 
 

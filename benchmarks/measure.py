@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -116,10 +117,27 @@ def machine(packages: Sequence[str] = ("torch", "transformers")) -> dict:
     return {
         "machine": f"{gpu}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"load {os.getloadavg()[0]:.1f}",
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {name: version(name) for name in packages},
         "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
         "command": shlex.join(["python", *_without_places(sys.argv)]),
     }
+
+
+def version(name: str) -> str | None:
+    """The version of a package, or None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def able(arms: Sequence[str], report: Callable[[str], object] = print) -> list[str]:
+    """The arms that can run here: those of PEFT need the package. What is left out is said."""
+    if importlib.util.find_spec("peft") is not None:
+        return list(arms)
+    if left := [a for a in arms if a.startswith("PEFT")]:
+        report(f"{', '.join(left)}: not run, peft is not installed")
+    return [a for a in arms if a not in left]
 
 
 def _without_places(arguments: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import vllm_lora
 from cases import Arm, Weights
 from graphs import ceilings, last_level_cache, per_call
-from measure import RESULTS, WrongResult, append, machine, require, show
+from measure import RESULTS, WrongResult, able, append, machine, require, show
 from rich.table import Table
 
 from t2kernels.ops import ImplUnavailableError, plan
@@ -34,6 +34,7 @@ from t2kernels.ops.planner import Call, bytes_moved, operations
 ROOM = 1.1  # over the error of plain torch
 PEER_ROOM = 4.0  # peers round at other places: W' itself, once more
 KEPT_BYTES = 2 * 10**9
+PEFT = "PEFT LoRA r=16"
 KEEPING = ("W' kept an expert", "dense int8, same kernel", "vLLM LoRA r=16")
 
 
@@ -55,7 +56,7 @@ def arms(
         report(f"W' of {len(rows)} experts kept: not run, {kept / 1e9:.0f} GB for this group alone")
     if adapters and form == "delta":
         names = cases.lora_names(ids, adapters)
-        found["PEFT LoRA r=16"] = cases.peft_lora(names), cases.exact_lora(names)
+        found[PEFT] = cases.peft_lora(names), cases.exact_lora(names)
         if why := vllm_lora.why_not(ids.device):
             report(f"vLLM's LoRA kernels: not run, {why}")
         else:
@@ -103,7 +104,7 @@ def one_case(
     """All arms on the same work, in turn."""
     N, Ms = cases.shapes(model, group)
     ids = cases.mixed(mix, T, device)
-    adapters = min(8, int(ids.max())) if peers else 0
+    adapters = min(8, int(ids.max())) if peers and able([PEFT], report) else 0
     make = partial(cases.weights, N, Ms, form, k, format, dtype, device, adapters)
     copies = [make()]
     size = sum(
@@ -201,13 +202,13 @@ def backward_case(model: str, group: str, T: int, mix: str, form: str, k, dtype,
     x (dense)."""
     N, Ms = cases.shapes(model, group)
     ids = cases.mixed(mix, T, device)
-    w = cases.weights(N, Ms, form, k, dtype, dtype, device, lora=1)
+    w = cases.weights(N, Ms, form, k, dtype, dtype, device, lora=len(able([PEFT], lambda said: None)))
     x, dy = (
         torch.randn(T, N, device=device).to(dtype).requires_grad_(),
         [torch.randn(T, M, device=device).to(dtype) for M in Ms],
     )
     scale = w.scale.clone().requires_grad_()
-    for layer in w.lora:
+    for layer in w.lora or ():
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
     some = sampled(T)
@@ -220,9 +221,9 @@ def backward_case(model: str, group: str, T: int, mix: str, form: str, k, dtype,
         "t2 auto": step(cases.ours("auto"), [x, scale], w._replace(scale=scale)),
         "two matmuls, eager": step(cases.two_matmuls, [x, scale], w._replace(scale=scale)),
     }
-    if form == "delta":
+    if form == "delta" and w.lora:
         A_B = [p for layer in w.lora for p in layer.parameters() if p.requires_grad]
-        arms_["PEFT LoRA r=16"] = step(lambda x, ids, w: [layer(x) for layer in w.lora], [x, *A_B])
+        arms_[PEFT] = step(lambda x, ids, w: [layer(x) for layer in w.lora], [x, *A_B])
     grads = [(dx[some].double(), ds.double()) for dx, ds in (arms_[n](w) for n in ("t2 auto", "two matmuls, eager"))]
     dx, dscale = exact_grads(x.detach(), dy, ids, w)
     far = [

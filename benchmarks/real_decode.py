@@ -75,7 +75,8 @@ def arms(dense: nn.Module, delta: nn.Module, names: list[str], B: int) -> dict[s
 
 def check(dense: nn.Module, delta: nn.Module, name: str) -> float:
     """The relative error of an expert's logits against the merged model's, in the model's own dtype."""
-    ids, merged = torch.randint(10, 1000, (2, 16)), copy.deepcopy(delta)
+    device, most = next(delta.parameters()).device, min(1000, delta.config.vocab_size)
+    ids, merged = torch.randint(10, most, (2, 16), device=device), copy.deepcopy(delta)
     t2.unpatch_model(merged, expert=name)
     want, got = merged(ids).logits.double(), delta(ids, experts=name).logits.double()
     return require("one expert", ((got - want).norm() / want.norm()).item(), ALLOWED[dense.dtype])

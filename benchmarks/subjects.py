@@ -19,13 +19,14 @@ from t2kernels import tasks, tiny
 from t2kernels.factors.factor import Factor, resolve_rank
 from t2kernels.factors.matrices import find_matrices
 from t2kernels.factors.store import Factors
+from t2kernels.ops.tuning.sizes import MODELS
 
 SIZES = {
     # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "nano": (64, 192, 2, 4, 2, 256),  # for trying a benchmark out
     "mid": (1024, 2816, 8, 16, 4, 8192),
-    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256),
-    "llama-3-70b": (8192, 28672, 80, 64, 8, 128256),
+    "llama-3-8b": MODELS["llama-3-8b"],
+    "llama-3-70b": MODELS["llama-3-70b"],
 }
 NAMES = ("tiny", *SIZES)
 

@@ -20,10 +20,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import peft
 import subjects
 import torch
-from measure import RESULTS, append, machine, peak, require, reset_peak, show, wait
+from measure import RESULTS, able, append, machine, peak, require, reset_peak, show, wait
 from rich.table import Table
 
 import t2kernels as t2
@@ -55,6 +54,8 @@ def one(name: str, arm: str, dtype, device, seconds: float) -> dict:
         if dtype == torch.float32:
             error = gradient_error(bank, model, parameters, ids)
     else:
+        import peft
+
         config = peft.LoraConfig(
             r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
         )
@@ -122,7 +123,7 @@ def run(
     device: torch.device, quick: bool = False, only: list[str] | None = None, report: Callable[[str], None] = print
 ) -> Iterator[dict]:
     for name in only or (["llama-3-8b"] if device.type == "cuda" else ["tiny", "mid"]):
-        for arm in [a for a in ARMS if not quick or a != "SVF factored"]:
+        for arm in [a for a in able(list(ARMS), report) if not quick or a != "SVF factored"]:
             report(f"training: {name}, {arm}")
             done = subprocess.run(
                 [sys.executable, __file__, "--one", name, arm, "--seconds", "3" if quick else "10"],
@@ -163,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", nargs="+", choices=list(BATCH))
     parser.add_argument("--one", nargs=2, metavar=("SUBJECT", "ARM"), help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="what `make bench` runs")
     parser.add_argument("--seconds", type=float, default=10.0, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS / "training.jsonl")
     a = parser.parse_args()
@@ -172,7 +174,7 @@ def main() -> None:
         print(json.dumps(one(*a.one, dtype, device, a.seconds)))
         return
     facts, rows = machine(("torch", "transformers", "peft")), []
-    for found in run(device, False, a.subjects):
+    for found in run(device, a.quick, a.subjects):
         append(a.out, found | facts)
         rows.append(found)
     show(table(rows))

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from t2kernels.ops.dispatch import expand, fuses_swiglu, shrink, swiglu
 from t2kernels.ops.op import call, call_group
 from t2kernels.ops.prepared import Prepared
+from t2kernels.ops.stream_order import capturing, finish
 
 from .delta_forward import DeltaForward, dense, makes_new, plain_parameters
 from .routing.active import Routing
@@ -241,9 +242,12 @@ class Group:
                     for m, c in zip(self.layers, self.columns, strict=True)
                 ):
                     return False
+                if capturing(first.Vt.device):
+                    return False  # the copy would be a part of the graph: nothing is in it before the first replay
                 Vt = torch.cat([m.Vt for m in self.layers])
                 for m, c in zip(self.layers, self.columns, strict=True):
                     m.Vt = Vt[c]
+                finish(Vt.device)
             C = self.columns[-1].stop
             Vt = first.Vt.as_strided((C, first.Vt.shape[1]), first.Vt.stride())
             scale = first.scale.as_strided((first.scale.shape[0], C), first.scale.stride())

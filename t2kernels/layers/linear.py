@@ -21,6 +21,7 @@ from t2kernels.factors.int8 import Int8Factor, spread
 from t2kernels.factors.linalg import matmul
 from t2kernels.factors.matrices import Matrix, is_quantised
 from t2kernels.ops.op import call
+from t2kernels.ops.stream_order import finish
 
 from . import delta_forward
 from .dense.link import Link
@@ -226,6 +227,7 @@ class SVFLinear(nn.Module):
             self.dtype = like.dtype
             if like.device != self.scale.device:
                 self._buffers.update({name: t if t is None else t.to(like.device) for name, t in kept.items()})
+        finish(self.Vt.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -4,10 +4,9 @@ import asyncio
 import json
 import logging
 
-import httpx2 as httpx
 import pytest
 
-from tests.helpers.serving import served, wait_until
+from tests.helpers.serving import httpx, served, wait_until
 
 pytest.importorskip("fastapi")
 

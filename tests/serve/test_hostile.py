@@ -11,14 +11,14 @@ import torch
 
 import t2kernels as t2
 from t2kernels.experts.expert import ExpertError
-from t2kernels.serve import server as process
-from t2kernels.serve.engine import steps
-from t2kernels.serve.http import limits
-from t2kernels.serve.http.text import Decoder
 from tests.helpers.families import build
 from tests.helpers.serving import served, wait_until
 
 pytest.importorskip("fastapi")
+process = pytest.importorskip("t2kernels.serve.server")
+steps = pytest.importorskip("t2kernels.serve.engine.steps")
+limits = pytest.importorskip("t2kernels.serve.http.limits")
+Decoder = pytest.importorskip("t2kernels.serve.http.text").Decoder
 
 PROMPTS = ["47+38+59?", "1+2+3?", "9+9+9?"]
 

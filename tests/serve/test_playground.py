@@ -5,10 +5,9 @@ import hashlib
 import re
 import threading
 
-import httpx2 as httpx
 import pytest
 
-from tests.helpers.serving import KEY, Process, served, wait_until
+from tests.helpers.serving import KEY, Process, httpx, served, wait_until
 
 pytest.importorskip("fastapi")
 

@@ -10,13 +10,12 @@ import socket
 import threading
 from types import SimpleNamespace
 
-import httpx2 as httpx
 import pytest
 import torch
 
 import t2kernels as t2
 from t2kernels import tiny
-from tests.helpers.serving import KEY, Process, wait_until
+from tests.helpers.serving import KEY, Process, httpx, wait_until
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")

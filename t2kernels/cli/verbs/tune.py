@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 def tune(
     model: str = typer.Argument(
-        help="The directory of a checkpoint or the id of a model on the hub; only its config is read."
+        help="The directory of a checkpoint, the id of a model on the hub (only its config is read), or a size that "
+        "needs no config: llama-3-8b, llama-3-70b, qwen2.5-7b, mistral-7b."
     ),
     ranks: str = typer.Option(
         "128,256", help="Components of the delta form to tune for, comma-separated; '' for none."
@@ -34,6 +36,15 @@ def tune(
     tokens: str = typer.Option(
         "1,8,32,128", help="Tokens of a forward to tune for, comma-separated. On a CPU they are fixed."
     ),
+    only: str = typer.Option(
+        "", help="Matrices to tune for, comma-separated, such as q_proj,down_proj; with each, those of the same input."
+    ),
+    minutes: float = typer.Option(
+        None,
+        min=0,
+        help="Stop after so many minutes; the most valuable comes first, another run goes on.  \\[default: until done]",
+        show_default=False,
+    ),
     device: str = typer.Option("cuda", help="Which GPU, or 'cpu': the C++ kernels."),
     folder: Path = typer.Option(
         None, help="Directory for the tables.  \\[default: the user's cache directory]", show_default=False
@@ -41,16 +52,19 @@ def tune(
 ) -> None:
     """Check the Triton and CUDA kernels on this GPU against fp64, then time them for a model's shapes. Takes minutes.
 
+    The table is written after each job: a run that was stopped goes on when it is started again.
+
     With --device cpu: the C++ kernels, beside torch. Then `auto` knows up to how many tokens they are faster here.
 
     [dim]$[/] t2 tune meta-llama/Llama-3.1-8B
+
+    [dim]$[/] t2 tune llama-3-8b --only q_proj,gate_proj --minutes 3
 
     [dim]$[/] t2 tune ./checkpoint --ranks 64 --no-factored --factors same
 
     [dim]$[/] t2 tune ./checkpoint --device cpu --ranks 36 --no-factored
     """
     import torch
-    from transformers import AutoConfig
 
     from t2kernels.ops.dispatch import device_of
     from t2kernels.ops.tuning.cpu import tune_cpu
@@ -66,11 +80,9 @@ def tune(
         )
     x = parse_dtype(dtype)
     formats = [x if f == "same" else torch.int8 if f == "int8" else parse_dtype(f) for f in comma_list(factors)]
-    files, counts = locate(model), _numbers("--ranks", ranks)
-    at = _numbers("--tokens", tokens)
-    with reading(model):
-        config = AutoConfig.from_pretrained(files.source, **files.arguments)
-    wanted = shapes(config, counts, factored, x, formats)
+    counts, at = _numbers("--ranks", ranks), _numbers("--tokens", tokens)
+    wanted = shapes(_config(model), counts, factored, x, formats, comma_list(only))
+    seconds = None if minutes is None else 60 * minutes
     if on_cpu:
         with bar("[dim]{task.fields[name]}[/]") as progress:
             task = progress.add_task("checking, then timing", total=None, name="")
@@ -90,13 +102,31 @@ def tune(
                     at,
                     folder,
                     progress=lambda name, done, total: progress.update(task, completed=done, total=total, name=name),
+                    seconds=seconds if seconds is None or not cuda else 0.8 * seconds,
                 )
             )
         if cuda:
             progress.update(task, total=None, name="the CUDA kernel")
-            paths.append(tune_cuda(wanted, device, folder))
+            paths.append(tune_cuda(wanted, device, folder, seconds=seconds if seconds is None else 0.2 * seconds))
+    from t2kernels.storage import read_json
+
     for path in paths:
-        out.print(f"checked and tuned: {path}", soft_wrap=True)
+        done, of = read_json(path, "a table of `t2 tune`").get("jobs", (0, 0))
+        left = f" ({done} of {of} jobs; run it again to go on)" if done < of else ""
+        out.print(f"checked and tuned: {path}{left}", soft_wrap=True)
+
+
+def _config(model: str) -> Any:
+    """The config of a checkpoint, or one with the sizes of a known model."""
+    from transformers import AutoConfig, LlamaConfig
+
+    from t2kernels.ops.tuning.sizes import MODELS, fields
+
+    if model.lower() in MODELS and not Path(model).exists():
+        return LlamaConfig(**fields(model.lower()))
+    files = locate(model)
+    with reading(model):
+        return AutoConfig.from_pretrained(files.source, **files.arguments)
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -107,8 +137,19 @@ def _numbers(option: str, text: str) -> list[int]:
         raise InputError(f"{option} {text}: expected whole numbers, comma-separated") from None
 
 
-def shapes(config: Any, ranks: list[int], factored: bool, x: torch.dtype, formats: list[torch.dtype]) -> list[Shape]:
-    """The distinct calls of a patched model of this config, in both forms. Matrices of one input are one call."""
+def shapes(
+    config: Any,
+    ranks: list[int],
+    factored: bool,
+    x: torch.dtype,
+    formats: list[torch.dtype],
+    only: Sequence[str] = (),
+) -> list[Shape]:
+    """The distinct calls of a patched model of this config, in both forms. Matrices of one input are one call.
+
+    only: last parts of names of matrices; the calls that none of them is in are left out. Raises InputError for one
+        that the model does not have
+    """
     from t2kernels.factors.checkpoint import meta_model
     from t2kernels.factors.matrices import find_matrices
     from t2kernels.layers.groups import shared_input
@@ -116,8 +157,13 @@ def shapes(config: Any, ranks: list[int], factored: bool, x: torch.dtype, format
 
     found: dict[Shape, None] = {}
     matrices = [m for m in find_matrices(meta_model(config)).values() if m.index is None]
+    leaves = dict.fromkeys(m.name.rpartition(".")[2] for m in matrices)
+    if unknown := [name for name in only if name not in leaves]:
+        raise InputError(f"--only {','.join(unknown)}: the model has no such matrix; it has {', '.join(leaves)}")
     for _, run in groupby(matrices, lambda m: (shared_input(m.name) or m.name, m.shape[1])):
         members = list(run)
+        if only and not any(m.name.rpartition(".")[2] in only for m in members):
+            continue
         N, M = members[0].shape[1], tuple(m.shape[0] for m in members)
         for f in formats:
             if factored:

@@ -14,7 +14,7 @@ import torch
 from t2kernels import InputError
 from t2kernels.storage import read_json, write_json
 
-from .tiles import KERNELS, Tiles, key
+from .tiles import KERNELS, Tiles, dtype_of, key
 
 TABLES = Path(__file__).parent / "tuned"
 Timed = tuple[str, int, int, int, torch.dtype, torch.dtype]
@@ -85,6 +85,16 @@ def write_table(
         found.setdefault(key(kernel, rows, K, x_dtype, w_dtype), {})[str(T)] = astuple(t)
     path = table_path(device_name, triton_version, folder)
     return write_json(path, {"device": device_name, "triton": triton_version, **facts, "tiles": found})
+
+
+def timed(table: Mapping[str, Any]) -> dict[Timed, Tiles]:
+    """The tiles of a table, as `write_table` takes them."""
+    found: dict[Timed, Tiles] = {}
+    for shape, by_tokens in table["tiles"].items():
+        kernel, x, w, size = shape.split("/")
+        rows, K = map(int, size.split("x"))
+        found |= {(kernel, int(T), rows, K, dtype_of(x), dtype_of(w)): Tiles(*t) for T, t in by_tokens.items()}
+    return found
 
 
 def write_cuda_table(device_name: str, decode_tokens: tuple[int, int], folder: Path = TABLES, **facts: Any) -> Path:

@@ -22,7 +22,6 @@ SMS = {8: 108, 9: 132, 10: 148}
 # KB of shared memory that a block may have, by capability; 99 for others, such as (8, 9).
 _SHARED_KB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
-MAX_CANDIDATES = 40
 MEMBERS = 4  # matrices of one launch of the skinny expand: q, k, v and one more
 
 
@@ -124,11 +123,10 @@ def _skinny(
     return made
 
 
-def candidates(
+def choices(
     kernel: str, T: int, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dtype, capability: tuple[int, int]
 ) -> list[Tiles]:
-    """The tiles that an offline tuner should time: at most MAX_CANDIDATES, the rule's choice first, others by their
-    distance from it."""
+    """Every tile that fits and does not spill: the rule's choice first, others by their distance from it."""
     first = tiles(kernel, T, rows, K, x_dtype, w_dtype, capability)
     if kernel in ("scale_rows", "backward"):
         found = [
@@ -154,7 +152,7 @@ def candidates(
     def distance(t: Tiles) -> float:
         return sum(abs(log2(a / b)) for a, b in zip(astuple(t), astuple(first), strict=True))
 
-    return [first, *sorted((t for t in found if t != first), key=lambda t: (distance(t), astuple(t)))][:MAX_CANDIDATES]
+    return [first, *sorted((t for t in found if t != first), key=lambda t: (distance(t), astuple(t)))]
 
 
 def _sensible(
@@ -176,8 +174,13 @@ def _sensible(
 
 def _fits(t: Tiles, kernel: str, x_dtype: torch.dtype, w_dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     """True if shared memory holds the stages, and on sm_90 and later one more step, which is loaded by hand."""
-    step = (2 if kernel == "swiglu" else 1) * t.BK * (t.BR * w_dtype.itemsize + t.BT * max(2, x_dtype.itemsize))
-    return (t.stages + (capability[0] >= 9)) * step <= shared_bytes(capability)
+    held = t.stages + (capability[0] >= 9)
+    return held * step_bytes(t, kernel, x_dtype, w_dtype) <= shared_bytes(capability)
+
+
+def step_bytes(t: Tiles, kernel: str, x_dtype: torch.dtype, w_dtype: torch.dtype) -> int:
+    """Bytes of shared memory that one step of the sum takes."""
+    return (2 if kernel == "swiglu" else 1) * t.BK * (t.BR * w_dtype.itemsize + t.BT * max(2, x_dtype.itemsize))
 
 
 def shared_bytes(capability: tuple[int, int]) -> int:
@@ -193,3 +196,8 @@ def cdiv(a: int, b: int) -> int:
 def key(kernel: str, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dtype) -> str:
     """The key of a shape in a table: the arguments of `tiles` but T and the capability."""
     return f"{kernel}/{_NAMES[x_dtype]}/{_NAMES[w_dtype]}/{rows}x{K}"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name in a key. Raises KeyError."""
+    return {short: dtype for dtype, short in _NAMES.items()}[name]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from t2kernels.ops.tuning.predict import KEEP, candidates
 from t2kernels.ops.tuning.tables import read_table, table_path, write_table
-from t2kernels.ops.tuning.tiles import KERNELS, MAX_CANDIDATES, Tiles, candidates, shared_bytes, tiles
+from t2kernels.ops.tuning.tiles import KERNELS, Tiles, shared_bytes, tiles
 
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 ARCHS = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -67,7 +68,7 @@ def test_candidates_are_few_and_fit(kernel, T):
         for rows, K in SHAPES:
             found = candidates(kernel, T, rows, K, BF16, w_dtype, (9, 0))
             assert found[0] == tiles(kernel, T, rows, K, BF16, w_dtype, (9, 0))
-            assert len(set(found)) == len(found) <= MAX_CANDIDATES
+            assert len(set(found)) == len(found) <= KEEP
             if (rows, K) == (4096, 4096):
                 assert len(found) >= 8
 

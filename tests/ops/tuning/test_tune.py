@@ -14,6 +14,8 @@ from t2kernels.ops.impls import cuda_kernels
 from t2kernels.ops.impls.cuda_kernels import CUDA
 from t2kernels.ops.impls.triton import TRITON
 from t2kernels.ops.planner import Call
+from t2kernels.ops.tuning import sizes
+from t2kernels.ops.tuning.predict import candidates, resident, seconds
 from t2kernels.ops.tuning.selfcheck import Case, E, selfcheck
 from t2kernels.ops.tuning.tables import (
     read_cuda_table,
@@ -23,8 +25,8 @@ from t2kernels.ops.tuning.tables import (
     write_cuda_table,
     write_table,
 )
-from t2kernels.ops.tuning.tiles import Tiles, tiles
-from t2kernels.ops.tuning.tuner import CROSSOVER, Shape, WrongResultError, crossover, tune, tune_cuda
+from t2kernels.ops.tuning.tiles import Tiles, choices, tiles
+from t2kernels.ops.tuning.tuner import CROSSOVER, Shape, WrongResultError, crossover, jobs, tune, tune_cuda
 
 CPU = torch.device("cpu")
 MISSING = device_of(CPU).unsupported("triton")
@@ -311,3 +313,120 @@ def test_the_shapes_of_a_model_are_its_calls():
     assert (64, (32,), (16,)) in delta
     assert (96, (64,), (16,)) in delta
     assert len(found) == len(set(found))
+
+
+def few(kernel, *a):
+    return [tiles(kernel, *a), Tiles(16, 16, 32, 1, 4, 2), Tiles(32, 16, 32, 1, 4, 2)]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr("t2kernels.ops.tuning.tuner.CROSSOVER", (4,))
+    monkeypatch.setattr("t2kernels.ops.tuning.tuner.candidates", few)
+
+
+def stopping(after):
+    """A timer that is interrupted at a call, and the number of calls of it."""
+    calls = []
+
+    def timer(f):
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        calls.append(f)
+        return 1.0 + len(calls) % 3
+
+    return timer, calls
+
+
+@needs_triton
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, small):
+    checks = []
+
+    def check():
+        checks.append(1)
+        return GOOD
+
+    whole, calls = stopping(None)
+    assert json.loads(tune(SHAPES, "cpu", (1, 2), tmp_path / "whole", whole, check=check).read_text())["jobs"] == [5, 5]
+    first, _ = stopping(9)
+    with pytest.raises(KeyboardInterrupt):
+        tune(SHAPES, "cpu", (1, 2), tmp_path, first, check=check)
+    (path,) = tmp_path.glob("*.json")
+    half = json.loads(path.read_text())
+    assert half["jobs"] == [1, 5]
+    assert half["checked"]["cases"] == 1
+    assert sum(len(v) for v in half["tiles"].values()) == 2
+    rest, more = stopping(None)
+    tune(SHAPES, "cpu", (1, 2), tmp_path, rest, check=check)
+    assert len(checks) == 2  # checked once a table
+    assert len(more) == len(calls) - 6  # what the first job timed is not timed again
+    table = json.loads(path.read_text())
+    assert table["jobs"] == [5, 5]
+    assert table["tiles"].keys() == json.loads(next((tmp_path / "whole").iterdir()).read_text())["tiles"].keys()
+    again, repeated = stopping(None)
+    tune(SHAPES, "cpu", (1, 2), tmp_path, again, check=check)
+    assert (len(repeated), len(checks)) == (len(calls), 3)  # a table that is finished is made anew
+
+
+@needs_triton
+def test_other_shapes_stay_in_the_table(tmp_path, small):
+    for shape in SHAPES:
+        path = tune([shape], "cpu", (1,), tmp_path, stopping(None)[0], check=lambda: GOOD)
+    assert len(json.loads(path.read_text())["tiles"]) == 4
+
+
+@needs_triton
+def test_a_time_limit_leaves_a_table_of_what_was_done(tmp_path, small, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("t2kernels.ops.tuning.tuner.time.monotonic", lambda: now[0])
+
+    def timer(f):
+        now[0] += 1
+        return 1.0
+
+    path = tune(SHAPES, "cpu", (1, 2), tmp_path, timer, check=lambda: GOOD, seconds=13)
+    table = json.loads(path.read_text())
+    assert table["jobs"] == [3, 5]  # two jobs of six timings, then the cut-over; the other two jobs are left
+    assert table["pair_tokens"] == 4
+    assert read_table("Triton's interpreter", table["triton"], tmp_path)
+
+
+def test_members_of_a_group_come_last_and_nothing_twice():
+    base = (True, torch.bfloat16, torch.bfloat16)
+    group, k, o = Shape(64, (64, 16), (8, 8), *base), Shape(64, (16,), (8,), *base), Shape(64, (64,), (8,), *base)
+    found = jobs([k, group, o, k, o], (1, 2))
+    assert [(j.shape, j.T) for j in found] == [(group, 1), (group, 2), (k, 1), (o, 1), (k, 2), (o, 2)]
+    assert [(j.shape, j.T) for j in jobs([k, o, o._replace(N=8)], (1,))] == [(k, 1), (o, 1), (o._replace(N=8), 1)]
+    assert len(jobs([k, k._replace(base=False)], (1,))) == 1  # a base changes no tile
+
+
+def test_candidates_are_a_tenth_of_what_there_is_for_llama_3_8b():
+    config = transformers.LlamaConfig(**sizes.fields("llama-3-8b"))
+    formats = [torch.bfloat16, torch.int8]
+    every = jobs(shapes(config, [128, 256], True, torch.bfloat16, formats))
+    launches = {job.timed(k): (k, job.T, *job.launches[k], job.shape) for job in every for k in job.launches}
+    found = [candidates(k, T, rows, K, s.x, s.factors, (9, 0)) for k, T, rows, K, s in launches.values()]
+    there = [choices(k, T, rows, K, s.x, s.factors, (9, 0)) for k, T, rows, K, s in launches.values()]
+    assert sum(map(len, found)) < 1600
+    assert sum(map(len, found)) < sum(map(len, there)) / 10
+    assert all(f[0] == t[0] for f, t in zip(found, there, strict=True))  # the rule's
+
+
+def test_a_tile_that_leaves_the_memory_idle_is_predicted_to_be_slow():
+    given = ("shrink", 8, 512, 4096, torch.bfloat16, torch.bfloat16, (9, 0))
+    one, eight = Tiles(64, 16, 128, 1, 4, 4), Tiles(64, 16, 128, 8, 4, 4)  # 8 and 64 blocks on 132 multiprocessors
+    assert seconds(eight, *given) < seconds(one, *given) / 2
+    least = 512 * 4096 * 2 / 3.35e12
+    assert all(seconds(t, *given) > least for t in (one, eight))
+    assert resident(one, "shrink", torch.bfloat16, torch.bfloat16, (9, 0)) >= 2
+    assert resident(Tiles(128, 128, 64, 1, 8, 4), "shrink", torch.bfloat16, torch.bfloat16, (9, 0)) == 1
+
+
+def test_only_some_matrices_of_a_model():
+    config = transformers.LlamaConfig(**sizes.fields("llama-3-8b"))
+    given = (config, [256], False, torch.bfloat16, [torch.bfloat16])
+    found = shapes(*given, ["k_proj"])
+    assert {s.M for s in found} == {(4096, 1024, 1024), (4096,), (1024,)}
+    assert set(found) < set(shapes(*given))
+    with pytest.raises(InputError, match=r"--only w9: .* it has q_proj, k_proj"):
+        shapes(*given, ["w9"])
