@@ -140,9 +140,9 @@ OPTIONS = {
     "": "--debug",
     "demo": "--quick",
     "train": (
-        "--task/-t=math --classes --out/-o --model/-m=tiny --chat/--no-chat --system --check --init --steps=150 "
-        "--batch=128 --samples=1 --advantage=none --loss-type=sum --policy-loss=expected --written=0.1 --lr=0.02 "
-        "--kl=0.05 --loss-batch=32 --temperature=1.0 --param=raw --seed=0 --max-new-tokens --eval-every=10 "
+        "--task/-t=math --classes --out/-o --model/-m=tiny --chat/--no-chat --system --check --init --steps "
+        "--batch --samples=1 --advantage=none --loss-type=sum --policy-loss=expected --written=0.1 --lr "
+        "--kl --loss-batch=32 --temperature=1.0 --param=raw --seed=0 --max-new-tokens --eval-every=10 "
         "--validation=128 --history --plot --report-to -n=1000 --checkpoints --targets=all --rank=auto --form=auto "
         "--factors --dtype --device"
     ),
@@ -157,8 +157,12 @@ OPTIONS = {
         "--model/-m=tiny --max-new-tokens=64 --temperature=0.0 --chat/--no-chat --system "
         "--json --targets=all --rank=auto --form=auto --factors --dtype --device"
     ),
-    "decompose": "model! --out/-o! --rank=all --targets=all --dtype --format --max-error --device --workers",
+    "decompose": "model! --out/-o! --rank --targets=all --dtype --format --max-error --device --workers",
     "inspect": "path! --rows=0",
+    "plan": (
+        "model! --gpu=h200 --count=1 --experts=64 --rank=1/16 --form=auto --targets=all --context=8192 --batch=1 "
+        "--dtype --json"
+    ),
     "serve": (
         "model! --experts --host=127.0.0.1 --port=8000 --api-key --name --rows --route --margin=0.0 "
         "--chat-template --engine=auto --option*=[] --kv-tokens=16384 --page-size=16 --batch-tokens=512 "

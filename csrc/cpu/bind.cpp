@@ -1,9 +1,11 @@
 // The bindings of the C++ kernels. ops/impls/cpp_kernels.py checks shapes and dtypes and passes addresses, sizes and
 // strides. This file checks that no row outside of a tensor is read or written.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "svf_cpu.h"
 
@@ -34,6 +36,21 @@ struct Reader {
   }
 };
 
+// Sets `repeat`. Throws unless `count` ids fit the tokens and are rows of the table.
+void check_ids(Shrink& s, int64_t count) {
+  if (count == 0 ? s.T != 0 : s.T % count != 0) {
+    throw std::invalid_argument(std::to_string(count) + " ids for " + std::to_string(s.T) + " tokens");
+  }
+  s.repeat = count ? s.T / count : 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t e = s.ids64 ? static_cast<const int64_t*>(s.ids)[i] : static_cast<const int32_t*>(s.ids)[i];
+    if (e < 0 || e >= s.E) {
+      throw py::index_error("svf_linear: expert_ids holds " + std::to_string(e) + "; scale has rows 0 to " +
+                            std::to_string(s.E - 1));
+    }
+  }
+}
+
 // x, T, stride, dtype; Vt, C, N, stride, dtype; scale, E, stride; ids, count, whether they have 64 bits
 Shrink shrink_of(const py::tuple& numbers) {
   Reader r{numbers};
@@ -49,22 +66,12 @@ Shrink shrink_of(const py::tuple& numbers) {
   s.ids = r.address();
   const int64_t count = r.next<int64_t>();
   s.ids64 = r.next<bool>();
-  if (count == 0 ? s.T != 0 : s.T % count != 0) {
-    throw std::invalid_argument(std::to_string(count) + " ids for " + std::to_string(s.T) + " tokens");
-  }
-  s.repeat = count ? s.T / count : 1;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t e = s.ids64 ? static_cast<const int64_t*>(s.ids)[i] : static_cast<const int32_t*>(s.ids)[i];
-    if (e < 0 || e >= s.E) {
-      throw py::index_error("svf_linear: expert_ids holds " + std::to_string(e) + "; scale has rows 0 to " +
-                            std::to_string(s.E - 1));
-    }
-  }
+  check_ids(s, count);
   return s;
 }
 
-// A member: U, M, C, stride; base, stride; bias; y
-int expand_of(const py::tuple& members, int64_t C, Expand* out) {
+// A member: U, M, C, stride; and, with `outputs`: base, stride; bias; y
+int members_of(const py::tuple& members, int64_t C, Expand* out, bool outputs) {
   const int count = int(members.size());
   if (count < 1 || count > MEMBERS) throw std::invalid_argument("1 to " + std::to_string(MEMBERS) + " members");
   int64_t column = 0;
@@ -74,10 +81,12 @@ int expand_of(const py::tuple& members, int64_t C, Expand* out) {
     Expand& e = out[i];
     e.U.data = r.address();
     e.U.rows = r.next<int64_t>(), e.U.K = r.next<int64_t>(), e.U.stride = r.next<int64_t>();
-    e.base = r.address();
-    e.stride_base = r.next<int64_t>();
-    e.bias = r.address();
-    e.y = r.address();
+    if (outputs) {
+      e.base = r.address();
+      e.stride_base = r.next<int64_t>();
+      e.bias = r.address();
+      e.y = r.address();
+    }
     e.column = column;
     column += e.U.K;
   }
@@ -93,9 +102,48 @@ const Kernels& named(const char* name) {
   return *k;
 }
 
+// A group whose factors and table stay where they are.
+struct Group {
+  const Kernels* kernels;
+  Shrink in{};
+  Expand out[MEMBERS]{};
+  int count;
+
+  // Vt, C, N, stride, dtype; scale, E, stride. A member: U, M, C, stride
+  Group(const py::tuple& numbers, const py::tuple& members, const char* isa) : kernels(&named(isa)) {
+    Reader r{numbers};
+    in.Vt.data = r.address();
+    in.Vt.rows = r.next<int64_t>(), in.Vt.K = r.next<int64_t>(), in.Vt.stride = r.next<int64_t>();
+    in.dtype = dtype_of(r.next<int>(), true);
+    in.scale = r.address<const float>();
+    in.E = r.next<int64_t>(), in.stride_scale = r.next<int64_t>();
+    count = members_of(members, in.Vt.rows, out, false);
+  }
+
+  // x: [T, N] contiguous. ys: [T, M] contiguous of each member, to which its change is added.
+  void add(uintptr_t x, int64_t T, int x_dtype, uintptr_t ids, int64_t ids_count, bool ids64, int threads,
+           const std::vector<uintptr_t>& ys) const {
+    if (int(ys.size()) != count) throw std::invalid_argument("one base a member");
+    Shrink s = in;
+    s.x = reinterpret_cast<const void*>(x), s.T = T, s.stride_x = s.Vt.K, s.x_dtype = dtype_of(x_dtype, false);
+    s.ids = reinterpret_cast<const void*>(ids), s.ids64 = ids64;
+    check_ids(s, ids_count);
+    Expand e[MEMBERS];
+    for (int i = 0; i < count; ++i) {
+      e[i] = out[i];
+      e[i].y = reinterpret_cast<void*>(ys[i]), e[i].base = e[i].y, e[i].stride_base = e[i].U.rows;
+    }
+    py::gil_scoped_release free;
+    svf_linear(*kernels, s, e, count, threads);
+  }
+};
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
+  py::class_<Group>(m, "CpuGroup")
+      .def(py::init<const py::tuple&, const py::tuple&, const char*>())
+      .def("add", &Group::add);
   // isa: None for the widest that this CPU has, or "portable", "avx2", "avx512"
   m.def("cpu_isa", [](const char* isa) { return named(isa).name; }, py::arg("isa") = py::none());
   m.def("cpu_find_threads", &find_threads);
@@ -103,7 +151,7 @@ void bind_cpu(py::module_& m) {
     const Kernels& k = named(isa);
     const Shrink s = shrink_of(first);
     Expand e[MEMBERS];
-    const int count = expand_of(members, s.Vt.rows, e);
+    const int count = members_of(members, s.Vt.rows, e, true);
     py::gil_scoped_release free;
     svf_linear(k, s, e, count, threads);
   });
@@ -122,7 +170,7 @@ void bind_cpu(py::module_& m) {
     const int64_t T = r.next<int64_t>(), C = r.next<int64_t>(), stride = r.next<int64_t>();
     const int dtype = dtype_of(r.next<int>(), true), x_dtype = dtype_of(r.next<int>(), false);
     Expand e[MEMBERS];
-    const int count = expand_of(members, C, e);
+    const int count = members_of(members, C, e, true);
     py::gil_scoped_release free;
     expand(k, g, stride, T, e, count, dtype, x_dtype, threads);
   });

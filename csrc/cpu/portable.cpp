@@ -6,6 +6,7 @@ namespace {
 
 struct Portable {
   static constexpr const char* name = "portable";
+  static constexpr bool transposes = false;
   static constexpr int lanes = 8;
   static constexpr int rows[TILE] = {2, 1, 1, 1, 1, 1, 1, 1};
   struct Float {
@@ -18,7 +19,28 @@ struct Portable {
     for (int i = 0; i < lanes; ++i) f.v[i] = widened(p[i]);
     return f;
   }
-  static void store(float* p, const Float& f) { std::memcpy(p, f.v, sizeof f.v); }
+  static Float load(const float* p, int stride) {
+    Float f;
+    for (int i = 0; i < lanes; ++i) f.v[i] = p[i * stride];
+    return f;
+  }
+  template <class W>
+  static Float load_part(const W* p, int n) {
+    return copied_part<Portable>(p, n);
+  }
+  template <class X>
+  static void store(X* p, const Float& f) {
+    for (int i = 0; i < lanes; ++i) p[i] = narrowed<X>(f.v[i]);
+  }
+  static Float add(Float a, const Float& b) {
+    for (int i = 0; i < lanes; ++i) a.v[i] += b.v[i];
+    return a;
+  }
+  // base + f; the bits of base where f is 0
+  static Float add_to(Float base, const Float& f) {
+    for (int i = 0; i < lanes; ++i) base.v[i] = f.v[i] == 0 ? base.v[i] : base.v[i] + f.v[i];
+    return base;
+  }
   static Float fma(const Float& a, const Float& b, Float c) {
     for (int i = 0; i < lanes; ++i) c.v[i] += a.v[i] * b.v[i];
     return c;

@@ -11,6 +11,14 @@
 namespace t2cpu {
 namespace {
 
+// The first n < S::lanes numbers at p. Zeros stand for the memory behind them.
+template <class S, class W>
+typename S::Float copied_part(const W* p, int n) {
+  W part[S::lanes] = {};
+  std::memcpy(part, p, n * sizeof(W));
+  return S::load(part);
+}
+
 #define T2_UNROLL _Pragma("GCC unroll 32")  // sums stay in registers only if every loop over them is unrolled
 
 template <class S, class W, int R, int T>
@@ -20,19 +28,15 @@ template <class S, class W, int R, int T>
   T2_UNROLL for (auto& s : sum) s = S::zero();
   const auto step = [&](const auto& row, const float* xk) __attribute__((always_inline)) {
     typename S::Float v[R];
-    T2_UNROLL for (int r = 0; r < R; ++r) v[r] = S::load(row(r));
+    T2_UNROLL for (int r = 0; r < R; ++r) v[r] = row(r);
     T2_UNROLL for (int t = 0; t < T; ++t) {
       const auto xv = S::load(xk + t * stride_x);
       T2_UNROLL for (int r = 0; r < R; ++r) sum[r * T + t] = S::fma(v[r], xv, sum[r * T + t]);
     }
   };
   int64_t k = 0;
-  for (; k + S::lanes <= K; k += S::lanes) step([&](int r) { return w[r] + k; }, x + k);
-  if (k < K) {  // zeros stand for the memory behind the end of a row
-    W rest[R][S::lanes] = {};
-    for (int r = 0; r < R; ++r) std::memcpy(rest[r], w[r] + k, (K - k) * sizeof(W));
-    step([&](int r) { return rest[r]; }, x + k);
-  }
+  for (; k + S::lanes <= K; k += S::lanes) step([&](int r) { return S::load(w[r] + k); }, x + k);
+  if (k < K) step([&](int r) { return S::load_part(w[r] + k, int(K - k)); }, x + k);
   T2_UNROLL for (int i = 0; i < R * T; i += 4) S::sums(sum[i], sum[i + 1], sum[i + 2], sum[i + 3], out + i);
 }
 
@@ -46,6 +50,57 @@ void rows_by(const W* w, int64_t stride, int rows, int64_t K, const float* x, in
     for (int i = 0; i < R; ++i) row[i] = w + (r + i < rows ? r + i : rows - 1) * stride;
     tile<S, W, R, T>(row, K, x, stride_x, out + r * T);
   }
+}
+
+template <class S, class W>
+void columns_of(const W* w, int64_t stride, int rows, int64_t K, float* out) {
+  for (int r = 0; r < rows; r += S::lanes) {
+    for (int64_t k = 0; k < K; k += S::lanes) {
+      const int n = int(K - k < S::lanes ? K - k : S::lanes);
+      typename S::Float v[S::lanes];
+      T2_UNROLL for (int i = 0; i < S::lanes; ++i) {
+        const W* row = w + (r + i < rows ? r + i : rows - 1) * stride + k;
+        v[i] = n == S::lanes ? S::load(row) : S::load_part(row, n);
+      }
+      S::transpose(v);
+      for (int j = 0; j < n; ++j) S::store(out + (k + j) * BLOCK + r, v[j]);
+    }
+  }
+}
+
+template <class S>
+void columns(int dtype, const void* w, int64_t stride, int rows, int64_t K, float* out) {
+  switch (dtype) {
+    case F32: return columns_of<S>(static_cast<const float*>(w), stride, rows, K, out);
+    case BF16: return columns_of<S>(static_cast<const Bf16*>(w), stride, rows, K, out);
+    case F16: return columns_of<S>(static_cast<const Half*>(w), stride, rows, K, out);
+    default: return columns_of<S>(static_cast<const int8_t*>(w), stride, rows, K, out);
+  }
+}
+
+template <class S, int T>
+void across_by(const float* w, int64_t K, const float* x, int64_t stride_x, float* out) {
+  constexpr int V = BLOCK / S::lanes;
+  typename S::Float sum[V][T];
+  T2_UNROLL for (int i = 0; i < V; ++i) T2_UNROLL for (int t = 0; t < T; ++t) sum[i][t] = S::zero();
+  for (int64_t k = 0; k < K; ++k, w += BLOCK) {
+    typename S::Float v[V];
+    T2_UNROLL for (int i = 0; i < V; ++i) v[i] = S::load(w + i * S::lanes);
+    T2_UNROLL for (int t = 0; t < T; ++t) {
+      const auto xv = S::all(x[t * stride_x + k]);
+      T2_UNROLL for (int i = 0; i < V; ++i) sum[i][t] = S::fma(v[i], xv, sum[i][t]);
+    }
+  }
+  T2_UNROLL for (int t = 0; t < T; ++t) T2_UNROLL for (int i = 0; i < V; ++i)
+    S::store(out + t * BLOCK + i * S::lanes, sum[i][t]);
+}
+
+template <class S>
+void across(const float* w, int64_t K, const float* x, int64_t stride_x, int T, float* out) {
+  using F = void (*)(const float*, int64_t, const float*, int64_t, float*);
+  static constexpr F by[TILE] = {across_by<S, 1>, across_by<S, 2>, across_by<S, 3>, across_by<S, 4>,
+                                 across_by<S, 5>, across_by<S, 6>, across_by<S, 7>, across_by<S, 8>};
+  by[T - 1](w, K, x, stride_x, out);
 }
 
 template <class S, class W>
@@ -81,9 +136,16 @@ void widen(int dtype, const void* in, int64_t n, float* out) {
   else widen_as<S>(static_cast<const Half*>(in), n, out);
 }
 
-template <class X>
+template <class S, class X>
 void narrow_as(const float* sum, int stride, int n, const X* base, const X* bias, X* y) {
-  for (int i = 0; i < n; ++i) {
+  int i = 0;
+  for (; i + S::lanes <= n; i += S::lanes) {
+    auto v = S::load(sum + i * stride, stride);
+    if (bias) v = S::add(v, S::load(bias + i));
+    if (base) v = S::add_to(S::load(base + i), v);
+    S::store(y + i, v);
+  }
+  for (; i < n; ++i) {
     float v = sum[i * stride];
     if (bias) v += widened(bias[i]);
     if (base) v = v == 0 ? widened(base[i]) : v + widened(base[i]);  // 0 added: the bits of base, -0 too
@@ -91,10 +153,11 @@ void narrow_as(const float* sum, int stride, int n, const X* base, const X* bias
   }
 }
 
+template <class S>
 void narrow(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y) {
   const auto as = [&](auto* out) {
     using X = std::remove_pointer_t<decltype(out)>;
-    narrow_as(sum, stride, n, static_cast<const X*>(base), static_cast<const X*>(bias), out);
+    narrow_as<S>(sum, stride, n, static_cast<const X*>(base), static_cast<const X*>(bias), out);
   };
   if (dtype == F32) as(static_cast<float*>(y));
   else if (dtype == BF16) as(static_cast<Bf16*>(y));
@@ -103,8 +166,13 @@ void narrow(int dtype, const float* sum, int stride, int n, const void* base, co
 
 template <class S>
 const Kernels* table() {
-  static constexpr Kernels all{S::name, widen<S>, dot<S>, narrow};
-  return &all;
+  if constexpr (S::transposes) {
+    static constexpr Kernels all{S::name, widen<S>, dot<S>, columns<S>, across<S>, narrow<S>};
+    return &all;
+  } else {
+    static constexpr Kernels all{S::name, widen<S>, dot<S>, nullptr, nullptr, narrow<S>};
+    return &all;
+  }
 }
 
 }  // namespace

@@ -17,7 +17,9 @@ enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2, I8 = 3 };
 constexpr int64_t size_of(int dtype) { return dtype == F32 ? 4 : dtype == I8 ? 1 : 2; }
 
 constexpr int TILE = 8;    // tokens that use a weight while it is in a register
-constexpr int BLOCK = 24;  // rows that are finished together: a multiple of the rows that any kernel takes at once
+// rows that are finished together: a multiple of LANE, and of the rows that any kernel takes at once
+constexpr int BLOCK = 48;
+constexpr int SHORT = 128;  // the columns of a block, in fp32, take 24 KB of the first cache
 constexpr int SUMS = BLOCK * TILE + 4;
 // Tokens between two readings of the factors, which bounds the scratch. From 8 on arithmetic costs more than reading.
 constexpr int TOKENS = 64;
@@ -58,6 +60,11 @@ struct Kernels {
   // of LANE. out: SUMS numbers; those behind the last sum are undefined afterwards
   void (*dot)(int dtype, const void* W, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, int T,
               float* out);
+  // The same sums for short rows, K <= SHORT: a whole block at once, without adding up the lanes of a vector. Null if
+  // the instruction set has no use for it. `columns`: out[k * BLOCK + r] = W[r, k] as fp32, once for all tokens.
+  // `across`: out[t * BLOCK + r] = sum_k columns[k * BLOCK + r] x[t, k] for T <= TILE
+  void (*columns)(int dtype, const void* W, int64_t stride, int rows, int64_t K, float* out);
+  void (*across)(const float* columns, int64_t K, const float* x, int64_t stride_x, int T, float* out);
   // y[n] = base[n] + sum[n * stride] + bias[n], rounded once to dtype
   void (*narrow)(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y);
 };

@@ -122,16 +122,23 @@ void shrink_rows(Round& r, bool wait) {
 void expand_rows(Round& r) {
   r.expanding.each(r.members, [&](int i) { return r.out[i].U.rows; }, false, [&](int i, int64_t m, int rows) {
     const Expand& e = r.out[i];
+    const Rows& g = r.g[i];
+    const char* U = at(e.U.data, m * e.U.stride, r.dtype);
+    const bool is_short = r.k.columns && e.U.K <= SHORT;  // by K alone: T must not change the order of a sum
+    alignas(64) float columns[SHORT * BLOCK];
+    if (is_short) r.k.columns(r.dtype, U, e.U.stride, rows, e.U.K, columns);
     by_tiles(r.T, [&](int64_t t0, int T) {
-      float sums[SUMS];
-      const Rows& g = r.g[i];
-      const char* U = at(e.U.data, m * e.U.stride, r.dtype);
-      r.k.dot(r.dtype, U, e.U.stride, rows, e.U.K, g.data + t0 * g.stride, g.stride, T, sums);
+      alignas(64) float sums[SUMS];
+      const float* x = g.data + t0 * g.stride;
+      if (is_short) r.k.across(columns, e.U.K, x, g.stride, T, sums);
+      else r.k.dot(r.dtype, U, e.U.stride, rows, e.U.K, x, g.stride, T, sums);
       for (int t = 0; t < T; ++t) {
         const int64_t row = r.first + t0 + t;
         const void* base = e.base ? at(e.base, row * e.stride_base + m, r.x_dtype) : nullptr;
         const void* bias = e.bias ? at(e.bias, m, r.x_dtype) : nullptr;
-        r.k.narrow(r.x_dtype, sums + t, T, rows, base, bias, const_cast<char*>(at(e.y, row * e.U.rows + m, r.x_dtype)));
+        const float* mine = is_short ? sums + t * BLOCK : sums + t;
+        void* y = const_cast<char*>(at(e.y, row * e.U.rows + m, r.x_dtype));
+        r.k.narrow(r.x_dtype, mine, is_short ? 1 : T, rows, base, bias, y);
       }
     });
   });

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 
 from .console import Commands, verb
-from .verbs import decompose, demo, env, evaluate, generate, inspect, serve, train, tune
+from .verbs import decompose, demo, env, evaluate, generate, inspect, plan, serve, train, tune
 
 app: typer.Typer = typer.Typer(
     cls=Commands,
@@ -27,6 +27,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate.generate,
     "decompose": decompose.decompose,
     "inspect": inspect.inspect,
+    "plan": plan.plan,
     "serve": serve.serve,
     "tune": tune.tune,
     "env": env.env,

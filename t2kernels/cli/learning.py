@@ -8,16 +8,21 @@ from typing import Any
 
 from t2kernels.cli import models
 from t2kernels.cli.console import bar, err
+from t2kernels.tasks.judging import CHOICE
 
 SHOWN: dict[str, str] = {"reward": "reward {:+.2f}", "accuracy": "right {:.0%}", "kl": "KL {:.2f}"}
 """{number of a log: how it is shown}."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was stopped from the keyboard. expert: as far as it got, or the best of its evaluations; step: the last"""
+    """A run was stopped from the keyboard.
 
-    def __init__(self, expert: Any, step: int) -> None:
+    expert: as far as it got, or the best of its evaluations; step: the last; of: how many there were to be
+    """
+
+    def __init__(self, expert: Any, step: int, of: int) -> None:
         super().__init__()
+        self.of: int = of
         self.expert: Any = expert
         self.step: int = step
 
@@ -33,7 +38,8 @@ def learn(
     """Train an expert of a patched model on a task. Returns the expert, which is in the bank too.
 
     A terminal shows a progress bar; any other output gets a line a step.
-    init: the Expert to start from; settings: fields of `SVFConfig`
+    init: the Expert to start from; settings: fields of `SVFConfig`, or of
+        `SVFConfig.choices` for a task of choices
     validation: held-out problems, for evaluations; None: those of the task
     Raises Stopped if the user stops it.
     """
@@ -42,7 +48,8 @@ def learn(
     from t2kernels.train import SVFConfig, SVFTrainer
 
     settings = {"report_to": "none", "logging_steps": 1, "use_cpu": loaded.model.device.type == "cpu", **settings}
-    config = SVFConfig(**settings)
+    make = SVFConfig.choices if getattr(task, "check", None) == CHOICE else SVFConfig
+    config = make(**settings)
     resume = (
         get_last_checkpoint(config.output_dir)
         if config.save_strategy != "no" and Path(config.output_dir).is_dir()
@@ -59,7 +66,7 @@ def learn(
         except KeyboardInterrupt:
             if name not in trainer.experts:
                 raise
-            raise Stopped(trainer.experts[name], trainer.state.global_step) from None
+            raise Stopped(trainer.experts[name], trainer.state.global_step, config.max_steps) from None
     return trainer.experts[name]
 
 

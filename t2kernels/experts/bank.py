@@ -55,6 +55,7 @@ class ExpertBank(LoadedExperts):
         for group in find_groups(layers):
             for layer in group.layers:
                 layer.group = group
+            group.op()  # side by side from the start: a compiled model cannot lay them so
 
     def __getitem__(self, name: str) -> Expert:
         """The expert on this model's supports; one in training with its current values. Raises KeyError."""

@@ -37,6 +37,8 @@ SKIP_PART: frozenset[str] = frozenset(
 # The stacks of a mixture-of-experts layer: [experts, M, N], or [experts, N, M] if the class says is_transposed.
 STACKS: tuple[str, ...] = ("gate_up_proj", "up_proj", "down_proj")
 
+WIDE: int = 512  # of min(M, N): below, the factors of all components are small, and a sixteenth is few
+
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
@@ -168,6 +170,12 @@ def find_matrices(model: nn.Module, targets: Targets = "all") -> dict[str, Matri
                 "the two. Leave it out"
             )
     return chosen
+
+
+def usual_rank(shapes: Iterable[tuple[int, int]]) -> float | None:
+    """1/16 for a model with matrices of min(M, N) >= WIDE: the rank of `patch_model` and `t2 decompose` unless they are
+    told; else None (all): a sixteenth of smaller ones is a few components."""
+    return 1 / 16 if max(map(min, shapes), default=0) >= WIDE else None
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, Matrix]]:

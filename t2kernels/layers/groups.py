@@ -14,10 +14,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from t2kernels.ops.dispatch import expand, fuses_swiglu, shrink, swiglu
-from t2kernels.ops.op import call_group
+from t2kernels.ops.op import call, call_group
+from t2kernels.ops.prepared import Prepared
 
+from .delta_forward import DeltaForward, dense, makes_new, plain_parameters
 from .routing.active import Routing
 from .routing.route import Route
 
@@ -42,10 +45,7 @@ class Member(Protocol):
     Vt: Tensor
     U: Tensor
     scale: Tensor
-
-    def laid(self) -> tuple[Tensor, Tensor]:
-        """(Vt, scale)."""
-        ...
+    base: Any
 
     def table(self) -> Tensor:
         """scale with the rows of experts in training up to date."""
@@ -55,9 +55,9 @@ class Member(Protocol):
 class Group:
     """Layers of one form, dtype and input width that are neighbours in the bank's table.
 
-    `expanded()` (delta form) and `output()` (factored form) return None if the shared result cannot be used; the layer
-    then computes its own. That is so with gradients, under torch.compile, after the factors of a member were changed,
-    and for groups whose members got different inputs several times.
+    `changed()` and `expanded()` (delta form) and `output()` (factored form) return None if the shared result cannot be
+    used; the layer then computes its own. That is so with gradients, after the factors of a member were changed, and
+    for groups whose members got different inputs several times. Under torch.compile only `changed()` shares.
 
     layers: the members, in the order of the bank
     columns: the columns of each in V and scale of the group
@@ -73,18 +73,80 @@ class Group:
             start += layer.Vt.shape[0]
         self.hits: int = 0
         self.wasted: int = 0
-        self._tensors: tuple[Tensor, Tensor] | None = None
-        self._seen: list[Tensor] = []  # the members' buffers when they were last found side by side
+        self._op: Prepared | None = None  # with V and scale of all members
+        # each member with the parameters of its dense layer, if that is a plain one; None: no layer to compute y with
+        self._dense: list[tuple[Any, dict[str, Any]]] | None = None
+        self._fresh: bool = False  # whether the outputs of all dense layers may be overwritten
+        self._traced: tuple[Tensor, list[Tensor], list[Any]] | None = None  # `_Shared` of a forward that is compiled
+        # the members' buffers when they were last found side by side: (where, name, tensor)
+        self._seen: list[tuple[dict[str, Any], str, Tensor]] = []
         # The cache of forwards without a route. A route has a cache of its own, which ends with its forward.
         self._base_cache: dict[Group, _Shared] = {}
+
+    def changed(self, layer: Member, x: Tensor, route: Route) -> Tensor | None:
+        """x Wᵀ + ((x V) * scale[ids]) Uᵀ of one member. The first member's call computes it for all, in one op."""
+        if torch.compiler.is_compiling():
+            return self._compiled(layer, x, route)
+
+        cache = route.cache
+        shared = cache.pop(self, None)
+        if shared is not None:
+            if shared.kind == "changed" and shared.fits(x) and layer in shared.waiting:
+                shared.waiting.remove(layer)
+                self.hits += 1
+                if shared.waiting:
+                    cache[self] = shared
+                return shared.result[layer]
+            self.wasted += 1
+        if (self.wasted > 3 and self.wasted > self.hits) or torch.is_autocast_enabled(x.device.type):
+            return None
+        op = self.op()
+        if op is None or self._dense is None:
+            return None
+        if layer.routing.training:
+            for member in self.layers:
+                member.table()  # writes the rows of experts in training
+        ys = self._outputs(op, x, route)
+        if len(ys) > 1:
+            waiting = [m for m in self.layers if m is not layer]
+            cache[self] = _Shared("changed", dict(zip(self.layers, ys, strict=True)), x, waiting)
+        return ys[self.layers.index(layer)]
+
+    def _compiled(self, layer: Member, x: Tensor, route: Route) -> Tensor | None:
+        """`changed` for a compiler: without weak references, versions and locks, of a group that is laid already."""
+        op = self._op
+        if op is None or layer.routing.training:
+            return None
+        if self._traced is None or self._traced[0] is not x or layer not in self._traced[2]:
+            ids = route.fit(x.shape[:-1]).to(x.device)
+            bases = [dense(m.base(), x) for m in self.layers]
+            if any(y.dtype != x.dtype for y in bases):
+                return None
+            self._traced = x, call_group(x, op.V, op.Us, op.scale, ids, bases, []), list(self.layers)
+        _, ys, waiting = self._traced
+        waiting.remove(layer)
+        if not waiting:
+            self._traced = None
+        return ys[self.layers.index(layer)]
+
+    def _outputs(self, op: Prepared, x: Tensor, route: Route) -> list[Tensor]:
+        bases = [linear(x, p["weight"], p["bias"]) if p else dense(m.base(), x) for m, p in self._dense or ()]
+        ids = route.fit(x.shape[:-1])
+        ids = ids if ids.device == x.device else ids.to(x.device)
+        if any(y.dtype != x.dtype for y in bases):
+            pairs = zip(self.layers, bases, strict=True)
+            return [call(x.to(y.dtype), m.Vt.t(), m.U, m.table(), ids, y) for m, y in pairs]
+        if self._fresh:
+            return op.add(x, ids, bases)
+        return call_group(x, op.V, op.Us, op.scale, ids, bases, [])
 
     def expanded(self, layer: Member, y: Tensor, x: Tensor, route: Route) -> Tensor | None:
         """y + ((x V) * scale[ids]) Uᵀ of one member. The first member's call computes x V for all."""
 
-        def make(V: Tensor, scale: Tensor) -> Tensor:
-            return shrink(x, V, scale, route.fit(x.shape[:-1]).to(x.device))
+        def make(op: Prepared) -> Tensor:
+            return shrink(x, op.V, op.scale, route.fit(x.shape[:-1]).to(x.device))
 
-        shared = self._take(layer, x, route, make)
+        shared = self._take("expanded", layer, x, route, make)
         if shared is None:
             return None
         g = shared[:, self.columns[self.layers.index(layer)]]
@@ -93,16 +155,16 @@ class Group:
     def output(self, layer: Member, x: Tensor, route: Route | None, ids: Tensor) -> Tensor | None:
         """((x V) * scale[ids]) Uᵀ + bias of one member. The first member's call computes it for all."""
 
-        def make(V: Tensor, scale: Tensor) -> list[Tensor]:
+        def make(op: Prepared) -> list[Tensor]:
             biases = [_bias(m, x.dtype) for m in self.layers]
             if any(b is not None for b in biases):
                 sizes = [m.U.shape[0] for m in self.layers]
                 biases = [x.new_zeros(M) if b is None else b for M, b in zip(sizes, biases, strict=True)]
             else:
                 biases = []
-            return call_group(x, V, [m.U for m in self.layers], scale, ids, [], biases)
+            return call_group(x, op.V, op.Us, op.scale, ids, [], biases)
 
-        shared = self._take(layer, x, route, make)
+        shared = self._take("output", layer, x, route, make)
         return None if shared is None else shared[self.layers.index(layer)]
 
     def swiglu(self, x: Tensor, ids: Tensor, bases: Callable[[], list[Tensor]] | None) -> Tensor | None:
@@ -111,11 +173,10 @@ class Group:
         x: [..., N]; ids: as in `svf_linear`
         bases: computes the base outputs of the two (delta form), or None (factored form)
         """
-        found = self.tensors() if _usable() else None
-        if found is None:
+        op = self.op() if _usable() else None
+        if op is None:
             return None
-        V, scale = found
-        Us = [m.U for m in self.layers]
+        V, Us, scale = op.V, op.Us, op.scale
         if not fuses_swiglu(x, V, Us, ids, bases is not None):
             return None
         for member in self.layers:
@@ -126,40 +187,50 @@ class Group:
         biases = [None, None] if bases is not None else [_bias(m, x.dtype) for m in self.layers]
         return swiglu(x, V, Us, scale, ids, made, biases)
 
-    def tensors(self) -> tuple[Tensor, Tensor] | None:
-        """V [N, C] and scale [E, C] of all members, laid side by side; None if their dtypes or devices differ."""
-        if not self._ready() or self._tensors is None:
-            return None
-        Vt, scale = self._tensors
-        return Vt.t(), scale
+    def op(self) -> Prepared | None:
+        """The op with V [N, C], U and scale [E, C] of all members, which are laid side by side if they are not; None if
+        their dtypes or devices differ."""
+        return self._op if self._ready() else None
 
-    def _take(self, layer: Member, x: Tensor, route: Route | None, make: Callable[[Tensor, Tensor], Any]) -> Any:
+    def tensors(self) -> tuple[Tensor, Tensor] | None:
+        """V and scale of `op`."""
+        op = self.op()
+        return None if op is None else (op.V, op.scale)
+
+    def scatter(self) -> None:
+        """Forget where the members' tensors lie: they are about to move."""
+        self._op, self._dense, self._seen, self._traced = None, None, [], None
+
+    def _take(self, kind: str, layer: Member, x: Tensor, route: Route | None, make: Callable[[Prepared], Any]) -> Any:
         """The shared result for x: from the cache, or made now for all members; None if this layer must work alone."""
         if not _usable() or (self.wasted > 3 and self.wasted > self.hits):
             return None
         cache = self._base_cache if route is None else route.cache
         shared = cache.pop(self, None)
-        if shared is not None and layer in shared.waiting and shared.fits(x):
+        if shared is not None and layer in shared.waiting and shared.kind == kind and shared.fits(x):
             shared.waiting.remove(layer)
             self.hits += 1
             if shared.waiting:
                 cache[self] = shared
             return shared.result
         self.wasted += shared is not None  # another x: an error in between, or a wrong guess
-        found = self.tensors()
-        if found is None:
+        op = self.op()
+        if op is None:
             return None
         if layer.routing.training:
             for member in self.layers:
                 member.table()  # writes the rows of experts in training
-        shared = cache[self] = _Shared(make(*found), x, [m for m in self.layers if m is not layer])
+        shared = cache[self] = _Shared(kind, make(op), x, [m for m in self.layers if m is not layer])
         return shared.result
 
     def _ready(self) -> bool:
         """Lay V's and tables side by side, again after the model was moved. False if that is impossible."""
-        buffers = self._buffers()
-        if len(buffers) == len(self._seen) and all(a is b for a, b in zip(buffers, self._seen, strict=True)):
-            return True  # moving a module would have given it other tensors
+        for where, name, tensor in self._seen:
+            if where[name] is not tensor:  # moving a module would have given it other tensors
+                break
+        else:
+            if self._seen:
+                return True
         first = self.layers[0]
         with torch.inference_mode(False), torch.no_grad():  # buffers must not become inference tensors
             if not self._side_by_side():
@@ -175,12 +246,14 @@ class Group:
                     m.Vt = Vt[c]
             C = self.columns[-1].stop
             Vt = first.Vt.as_strided((C, first.Vt.shape[1]), first.Vt.stride())
-            self._tensors = Vt, first.scale.as_strided((first.scale.shape[0], C), first.scale.stride())
-        self._seen = self._buffers()
+            scale = first.scale.as_strided((first.scale.shape[0], C), first.scale.stride())
+            self._op = Prepared(Vt.t(), [m.U for m in self.layers], scale)
+        modules = [m.base() for m in self.layers]
+        if all(isinstance(d, DeltaForward) for d in modules):
+            self._dense = [(m, plain_parameters(d)) for m, d in zip(self.layers, modules, strict=True)]
+            self._fresh = all(makes_new(d) for d in modules)
+        self._seen = [(m._buffers, name, m._buffers[name]) for m in self.layers for name in ("Vt", "U", "scale")]
         return True
-
-    def _buffers(self) -> list[Tensor]:
-        return [t for m in self.layers for t in m.laid()]
 
     def _side_by_side(self) -> bool:
         first = self.layers[0]
@@ -192,7 +265,7 @@ class Group:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tensors": None, "_seen": [], "_base_cache": {}}
+        return {**self.__dict__, "_op": None, "_dense": None, "_traced": None, "_seen": [], "_base_cache": {}}
 
 
 def _usable() -> bool:
@@ -202,8 +275,8 @@ def _usable() -> bool:
 class _Shared:
     """A result computed for all members from one x, and the members that have not used it yet."""
 
-    def __init__(self, result: Any, x: Tensor, waiting: list[Member]) -> None:
-        self.result, self.waiting = result, waiting
+    def __init__(self, kind: str, result: Any, x: Tensor, waiting: list[Member]) -> None:
+        self.kind, self.result, self.waiting = kind, result, waiting
         self._x, self._version = weakref.ref(x), _version(x)
 
     def fits(self, x: Tensor) -> bool:

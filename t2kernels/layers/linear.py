@@ -22,11 +22,13 @@ from t2kernels.factors.linalg import matmul
 from t2kernels.factors.matrices import Matrix, is_quantised
 from t2kernels.ops.op import call
 
+from . import delta_forward
 from .dense.link import Link
 from .dense.probe import format_of, is_ordinary, unsupported_gradient
 from .forward_hooks import remove_hook
 from .groups import Group
 from .routing.active import Routing
+from .routing.route import Route
 from .scale import make_scale, z_from_logits
 
 
@@ -97,6 +99,7 @@ class SVFLinear(nn.Module):
         self.support: int = support
         self.routing: Routing = routing
         self.group: Group | None = None  # of layers with the same input; set by the bank
+        self._own: Group | None = None  # of this layer alone
         self.logits: nn.ParameterDict = Trained()  # experts in training: key -> p [k]
         # key -> (row, parametrisation); replaced, never changed: another thread may read it. Each forward looks p up,
         # because FSDP puts another tensor into its place.
@@ -142,10 +145,6 @@ class SVFLinear(nn.Module):
     def unsupported_merge(self, model: nn.Module) -> str | None:
         """Why no expert can be merged into the dense layer; None if it is possible."""
         return None
-
-    def laid(self) -> tuple[Tensor, Tensor]:
-        """(Vt, scale), without `nn.Module.__getattr__`, which is slow: a group asks for them at every forward."""
-        return self._buffers["Vt"], self._buffers["scale"]  # type: ignore[return-value]
 
     @property
     def V(self) -> Tensor:
@@ -215,6 +214,9 @@ class SVFLinear(nn.Module):
         # Casting a model to bf16 must not round sigma and the table: kept buffers follow the device, not the dtype.
         # A cast in inference mode must not leave tensors that cannot be trained on.
         kept = {name: self._buffers.pop(name) for name in self._kept}
+        for group in (self.group, self._own):
+            if group is not None:
+                group.scatter()
         with torch.inference_mode(False):
             try:
                 super()._apply(fn, recurse)
@@ -244,26 +246,45 @@ class SVFLinear(nn.Module):
 class DeltaLinear(SVFLinear):
     """y + ((x V) * scale[expert_ids]) Uᵀ with scale = sigma * (z - 1) and y = x Wᵀ, the output of the dense layer.
 
-    The layer is a child, named "svf", of the dense layer, which stays as it is in any format.
+    The layer is a child, named "svf", of the dense layer, which keeps its weight as it is in any format, and gets the
+    class `DeltaForward` in front of its own.
     """
 
     form = "delta"
 
     def install(self, model: nn.Module, matrix: Matrix) -> None:
-        """Make the layer a child of the dense layer, with a hook that adds to the dense layer's output."""
+        """Make the layer a child of the dense layer, whose forward then adds the change.
+
+        A dense layer whose forward was replaced (by accelerate, which moves its input) gets a hook instead.
+        """
         self.place_at(matrix)
         self.base = Link(matrix.module)
         matrix.module.add_module("svf", self)
-        matrix.module.register_forward_hook(delta_hook)
+        if not delta_forward.install(matrix.module):
+            matrix.module.register_forward_hook(delta_hook)
 
     def remove(self, model: nn.Module, row: int = 0) -> None:
-        """Take child and hook off the dense layer; add the change of the expert in `row` to its weight."""
+        """Take the layer off the dense layer; add the change of the expert in `row` to its weight."""
         module = self.dense_module(model)
         if row:
             change = matmul(self.U.float() * self.table()[row], self.Vt.float())  # [M, N]
             module.weight.add_((change.t() if self.transposed else change).to(module.weight.device))
         del module.svf
         remove_hook(module, delta_hook)
+        delta_forward.remove(module)
+
+    def together(self, x: Tensor, route: Route) -> Tensor | None:
+        """The output [..., M] of the dense layer for x with the change of each token's expert, made for its group at
+        once; None: it must be made the long way, by the dense layer and `add_to`."""
+        if torch.is_grad_enabled():
+            return None
+        if self.group is not None and (y := self.group.changed(self, x, route)) is not None:
+            return y
+        if torch.compiler.is_compiling():
+            return None  # alone it is one op either way
+        if self._own is None:
+            self._own = Group((self,))
+        return self._own.changed(self, x, route)
 
     def probe_kind(self) -> object:
         """Type and format of the dense layer; None if it is a plain one of torch or transformers."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from t2kernels.ops.dispatch import may_fuse_swiglu
 
 from . import subclass
+from .delta_forward import dense
 from .factored_linear import FactoredLinear
 from .forward_hooks import has_other_hooks
 from .linear import DeltaLinear, delta_hook
@@ -98,4 +99,4 @@ def _inner(m: Any, x: Tensor) -> Tensor | None:
     if route is None:
         return None
     ids = route.fit(x.shape[:-1]).to(x.device)
-    return gate.group.swiglu(x, ids, lambda: [type(p).forward(p, x) for p in projections])
+    return gate.group.swiglu(x, ids, lambda: [dense(p, x) for p in projections])

@@ -22,6 +22,7 @@ class Device(NamedTuple):
     unchecked: ((implementation, why `auto` does not trust it here yet), ...)
     pair_tokens, decode_tokens: cut-overs of the Triton and CUDA kernels
     isa: instruction set of the C++ kernels on a CPU
+    stream_tokens: (("DTYPE_OF_X DTYPE_OF_FACTORS", cut-over of the C++ kernels), ...) as `t2 tune` measured it here
     """
 
     kind: str = "cpu"
@@ -31,6 +32,7 @@ class Device(NamedTuple):
     pair_tokens: int = PAIR_TOKENS
     decode_tokens: tuple[int, int] = DECODE_TOKENS
     isa: str = ""
+    stream_tokens: tuple[tuple[str, int], ...] = ()
 
     def unsupported(self, impl: str) -> str | None:
         """Why an implementation cannot run on this device, or None."""

@@ -13,7 +13,7 @@ from t2kernels import T2Error
 from .device import Device
 from .impls.cpp_kernels import CPP
 from .impls.cuda_kernels import CUDA
-from .impls.implementation import Added, Expansion, Implementation, Operands
+from .impls.implementation import Added, Expansion, Implementation, InPlace, Operands
 from .impls.torch_kernels import TORCH, tokens_per_id
 from .impls.triton import TRITON
 from .planner import Call, Choice, could_be_dense
@@ -142,6 +142,11 @@ def run(
     added, bias = bases or [None] * len(Us), biases or [None] * len(Us)
     choice = plan(x, V, Us, expert_ids, added[0] is not None, impl)
     return _implementation(choice).forward(choice, Operands(x, V, Us, scale, expert_ids, added, bias))
+
+
+def prepare(x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor) -> InPlace | None:
+    """What adds the change of a group to bases in place, for calls of these sizes; None: `run` is all there is."""
+    return _implementation(plan(x, V, Us, expert_ids, base=True)).prepare(V, Us, scale)
 
 
 def run_saving(

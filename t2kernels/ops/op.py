@@ -98,7 +98,7 @@ def call(
         # the block.
         op = torch.ops.t2kernels.svf_linear_saving
         return op(x, V, [U], scale, expert_ids, _listed(base), _listed(bias), impl)[0]
-    if _unobserved(x, V, U, scale, expert_ids):
+    if unobserved(x, V, U, scale, expert_ids):
         return run(x, V, [U], scale, expert_ids, _listed(base), _listed(bias), impl)[0]
     return torch.ops.t2kernels.svf_linear(x, V, U, scale, expert_ids, base, bias, impl)
 
@@ -116,7 +116,7 @@ def call_group(
     """`svf_linear_group` without its checks. base, bias: one a member, or []."""
     if _differentiated(x, scale):
         return torch.ops.t2kernels.svf_linear_saving(x, V, U, scale, expert_ids, base, bias, impl)[:-1]
-    if _unobserved(x, V, U[0], scale, expert_ids):
+    if unobserved(x, V, U[0], scale, expert_ids):
         return run(x, V, U, scale, expert_ids, base, bias, impl)
     return torch.ops.t2kernels.svf_linear_group(x, V, U, scale, expert_ids, base, bias, impl)
 
@@ -137,7 +137,7 @@ _profiling = _torch_private("_autograd._profiler_enabled")
 _CAN_TELL = None not in (_dispatch_modes, _transform, _tracing, _profiling)
 
 
-def _unobserved(x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> bool:
+def unobserved(x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> bool:
     """True if we can skip torch's dispatcher: plain CPU tensors, no grad, no torch.compile, tracing, transform,
     dispatch mode or profiler.
 

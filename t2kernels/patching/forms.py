@@ -8,16 +8,10 @@ import torch
 
 from t2kernels import InputError
 from t2kernels.factors.factor import resolve_rank
-from t2kernels.factors.matrices import Matrix, is_quantised
+from t2kernels.factors.matrices import Matrix, is_quantised, usual_rank
 from t2kernels.ops.planner import cheaper_form
 
 FORMS: tuple[str, ...] = ("auto", "factored", "delta")
-
-SHARE = 1 / 16
-"""The share of a large model's components that an expert may rescale by default."""
-SMALL = 256
-"""Up to this min(M, N) of the largest matrix an expert may rescale every component by default: such a model is read
-from the processor's cache."""
 
 
 def choose_supports(
@@ -26,7 +20,7 @@ def choose_supports(
     """{matrix: k}, how many leading components an expert may rescale.
 
     rank: as in `resolve_rank`, or "auto": as many as the given factors hold, if that is not all; else every component
-        in factored form and in a small model (`SMALL`); else a 16th of them (`SHARE`)
+        in factored form; else `usual_rank`, a 16th of them in a model that is not small
     form: as in `choose_form`
     held: {matrix: components of the given factors}, without matrices that have none
     Raises ValueError for another rank.
@@ -36,8 +30,8 @@ def choose_supports(
             raise InputError(f"rank={rank!r}: wanted 'auto', a number of components, a fraction of them, or None (all)")
         resolve_rank(rank, 1)  # also refused where no matrix is selected
         return {name: resolve_rank(rank, m.rank) for name, m in matrices.items()}
-    whole = form == "factored" or max((m.rank for m in matrices.values()), default=0) <= SMALL
-    usual = {name: resolve_rank(None if whole else SHARE, m.rank) for name, m in matrices.items()}
+    share = usual_rank(m.shape for m in matrices.values()) if form != "factored" else None
+    usual = {name: resolve_rank(share, m.rank) for name, m in matrices.items()}
     if form == "factored":
         return usual
     return {name: held[name] if held.get(name, m.rank) < m.rank else usual[name] for name, m in matrices.items()}

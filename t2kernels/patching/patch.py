@@ -52,7 +52,7 @@ def patch_model(
         callable(name, module)
     rank: how many leading components an expert may rescale: None (all), a number, or a fraction of min(M, N). "auto":
         as many as the given factors hold; without factors a 16th, but all of them in factored form (the method exactly)
-        and in a model whose largest min(M, N) is at most 256
+        and in a model whose largest min(M, N) is below 512
     form: "factored": W is dropped, reads (M + N) R numbers. "delta": the layer stays as it is, in any format; reads
         k (M + N) numbers more. "auto": for each matrix the one that reads less; `bank.describe()` gives the reasons
     factors: None: computed now, in the layer's dtype. "fp32", "bf16", "fp16" or "int8": computed now, in that format

@@ -9,7 +9,7 @@ from typing import Any
 
 from t2kernels import InputError, PackageError
 from t2kernels.experts.names import AUTO
-from t2kernels.rollout.chat import encode, has_template
+from t2kernels.rollout.chat import encode, has_template, recorded_form
 from t2kernels.serve.engine.grammar import Grammar
 from t2kernels.serve.http.errors import bad
 from t2kernels.serve.http.protocol import GUIDED, ChatRequest, CompletionRequest
@@ -57,7 +57,7 @@ def prepare(service: Service, request: ChatRequest | CompletionRequest) -> Prepa
 
 
 def _chat(service: Service, request: ChatRequest) -> Prepared:
-    messages = request.chat()
+    messages = _in_form(service, request.model, request.chat())
     check_length(service, sum(len(message["content"]) for message in messages))
     about = messages if service.tokenizer.chat_template else messages[-1]["content"]
     options = request.chat_template_kwargs
@@ -66,6 +66,13 @@ def _chat(service: Service, request: ChatRequest) -> Prepared:
     if request.uses_tools:
         options = {**options, "tools": request.tools}
     return Prepared([encode_chat(service, messages, **options)], [""], about)
+
+
+def _in_form(service: Service, model: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, with the system message of the expert's training if it had one and the request has none."""
+    version = service.experts.current.get(model)
+    form = recorded_form(version.manifest) if version is not None and has_template(service.tokenizer) else None
+    return messages if form is None else [dict(message) for message in form.apply(messages)]
 
 
 def _text(service: Service, request: CompletionRequest) -> Prepared:

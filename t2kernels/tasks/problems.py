@@ -12,7 +12,9 @@ from .base import SPLITS, Task, split_of
 from .judging import CHECKS, CHOICE, MIXED, check_answer
 from .records import Raw, Row, json_lines, text, texts
 
-INSTRUCTION = "Classify the text. Answer with one of: {labels}."
+INSTRUCTION = "Which of these fits the text best: {labels}? Answer with one"
+"""It ends in " word." or " of them.". SmolLM2-135M-Instruct uses all labels with it. Asked to "classify the text", it
+gave one label to all of 80 texts of SST-2, and to all of 32 support tickets."""
 
 
 def from_jsonl(path: str | Path, check: str | None = None, labels: Sequence[str] | None = None) -> Task:
@@ -108,7 +110,8 @@ def classification(
     The prompt is the instruction, the text, and "Label:"; a chat has no "Label:". A column `split` sets the split of a
     row; without it the hash of the text decides.
 
-    instruction: {labels} in it becomes the list of labels; None: "Classify the text. Answer with one of: {labels}."
+    instruction: {labels} in it becomes the list of labels; None: "Which of these fits the text
+        best: {labels}? Answer with one word.", or "with one of them" if a label has several
     labels: the labels in the order of the prompt, or {label in the file: word for it in the prompt and the answer};
         None: those of the file, sorted. A word that the model would say itself is learned faster than "LABEL_2".
     check: "choice", the likeliest label, with nothing written; "label", the one label that a completion names; "exact"
@@ -123,7 +126,10 @@ def classification(
     names = dict(labels) if isinstance(labels, Mapping) else {name: name for name in labels or found}
     if len(set(names.values())) < 2:
         raise InputError(f"{path} has the labels {found!r:.80}; a classification needs at least two")
-    ask = (instruction or INSTRUCTION).replace("{labels}", ", ".join(dict.fromkeys(names.values())))
+    one_word = all(len(name.split()) == 1 for name in names.values())
+    ask = (instruction or INSTRUCTION + (" word." if one_word else " of them.")).replace(
+        "{labels}", ", ".join(dict.fromkeys(names.values()))
+    )
     parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for where, said, label, split in read:
         if label not in names:

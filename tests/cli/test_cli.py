@@ -16,7 +16,7 @@ from t2kernels.cli.models import parse_rank
 from t2kernels.evaluation import Score, answers, scores
 from tests.helpers.commandline import t2_, wide  # noqa: F401
 
-VERBS = ("demo", "train", "eval", "generate", "decompose", "inspect", "tune", "env")
+VERBS = ("demo", "train", "eval", "generate", "decompose", "inspect", "plan", "tune", "env")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,30 @@ def test_decompose(checkpoint, tmp_path):
     W = LlamaForCausalLM.from_pretrained(checkpoint).get_submodule("model.layers.1.mlp.down_proj").weight.double()
     kept = torch.linalg.svdvals(W)[:8].square().sum() / W.square().sum()
     assert float(re.search(r"([\d.]+)%", row)[1]) / 100 == pytest.approx(kept.item(), abs=2e-3)
+
+
+def test_decompose_keeps_a_sixteenth_of_a_wide_model_in_its_dtype(tmp_path):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=520, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "wide")
+    t2_("decompose", tmp_path / "wide", "--out", tmp_path / "few", "--targets", "mlp")
+    wanted = t2.decompose(tmp_path / "wide", rank=1 / 16, targets="mlp", dtype=torch.bfloat16)
+    assert t2.Factors.load(tmp_path / "few").fingerprint == wanted.fingerprint
+    t2_("decompose", tmp_path / "wide", "--out", tmp_path / "all", "--targets", "up_proj", "--rank", "all")
+    every = t2.Factors.load(tmp_path / "all")
+    assert set(every.ranks.values()) == {512}
+    assert every.manifest["dtype"] == "float32"
+
+
+def test_plan(checkpoint):
+    found = json.loads(t2_("plan", checkpoint, "--json", "--experts", "10", "--rank", "all", "--dtype", "float32"))
+    assert found["experts"] == 10
+    assert found["expert_file"] == 4 * t2.count_parameters(LlamaForCausalLM.from_pretrained(checkpoint)).svf
+    text = t2_("plan", checkpoint / "config.json", "--gpu", "l40s", "--count", "2")
+    assert "on 2 l40s" in text
+    assert "it fits" in text
+    assert "predicted by arithmetic" in text
 
 
 def test_decompose_to_int8(checkpoint, tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 import t2kernels as t2
 from t2kernels.layers.groups import Group
+from t2kernels.ops.prepared import Prepared
 from tests.helpers.families import build
 
 FORMS = [("delta", 6), ("factored", None)]
@@ -201,3 +202,66 @@ def test_layers_on_several_devices_or_of_several_dtypes_stay_alone():
     layers = [layer for layer, _ in bank.layers[:3]]
     layers[1].Vt = layers[1].Vt.double()
     assert Group(layers).tensors() is None
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_compiled_model_has_one_op_a_group(context):
+    model, bank = patched()
+    ids, rows, ops = torch.randint(0, 60, (2, 5)), bank.ids(["a", None]), []
+
+    def backend(graph, inputs):
+        ops.extend(n.target for n in graph.graph.nodes if "t2kernels" in str(n.target))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with context():
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(ids, expert_ids=rows).logits, model(ids, expert_ids=rows).logits)
+        assert len(ops) == 8  # two blocks of q k v, o, gate up, down
+        swapped = bank.ids(["b", "a"])
+        torch.testing.assert_close(compiled(ids, expert_ids=swapped).logits, model(ids, expert_ids=swapped).logits)
+        assert len(ops) == 8
+    assert not any(layer.group._traced for layer, _ in bank.layers if layer.group)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_decoding_step_makes_one_call_a_group(context, monkeypatch):
+    model, _ = patched()
+    calls, add = [], Prepared.add
+    monkeypatch.setattr(Prepared, "add", lambda op, *rest: calls.append(len(op.Us)) or add(op, *rest))
+    with context():
+        model(torch.randint(0, 60, (3, 1)), experts=["a", None, "b"])
+    assert calls == [3, 1, 2, 1] * 2
+
+
+def test_a_dense_layer_whose_output_is_another_tensor_is_not_written_into():
+    class Slice(torch.nn.Linear):
+        def forward(self, x):
+            return x[..., :16]
+
+    model = build("llama")
+    model.model.layers[0].self_attn.k_proj.__class__ = Slice
+    bank = t2.patch_model(model, form="delta", rank=6)
+    bank.add("a", bank.expert({n: torch.rand(k) * 2 for n, k in bank.matrices.items()}))
+    attention, x = model.model.layers[0].self_attn, torch.randn(2, 4, 32)
+    with torch.no_grad(), bank.use("a"):
+        kept = x.clone()
+        attention.q_proj(x)
+        y = attention.k_proj(x)
+        assert torch.equal(x, kept)
+        torch.testing.assert_close(y, _alone(attention.k_proj, x, bank))
+
+
+def test_a_layer_that_was_dispatched_after_patching_can_be_unpatched():
+    model, _ = patched()
+    ids = torch.randint(0, 60, (2, 5))
+    layer = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        want, base = model(ids, experts="a").logits, model(ids).logits
+        layer._old_forward = layer.forward  # as accelerate does
+        layer.forward = lambda x: layer._old_forward(x)
+        torch.testing.assert_close(model(ids, experts="a").logits, want)
+        t2.unpatch_model(model)
+        assert torch.equal(model(ids).logits, base)
+    assert type(layer) is torch.nn.Linear

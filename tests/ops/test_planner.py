@@ -13,6 +13,7 @@ CPP = Device("cpu", "a CPU with AVX-512", (("triton", "needs a GPU"), NO_CUDA), 
 CHECKED = Device("cuda", "a checked GPU", (NO_CUDA,))
 UNCHECKED = Device("cuda", "another GPU", (NO_CUDA,), (("triton", "not checked on this GPU"),))
 CUDA = Device("cuda", "a GPU with everything")
+BF16 = "bfloat16 bfloat16"  # x and factors, as a table of `t2 tune` names them
 HIDDEN, MLP, KV = 4096, 14336, 1024  # Llama-3-8B
 
 
@@ -71,6 +72,10 @@ def call(T, M=HIDDEN, N=HIDDEN, C=None, **more):
         (call(1, grad=True), CPP, "torch", "mm"),
         (call(1, layout=(("cpp", "V lies badly"),)), CPP, "torch", "mm"),
         (call(5), CPP, "torch", "mm"),  # bf16 factors
+        (Call(16, 576, (1536,) * 2, (36,) * 2, base=True), CPP, "cpp", "stream"),  # bf16 too, but a small call
+        (Call(17, 576, (1536,) * 2, (36,) * 2, base=True), CPP, "torch", "mm"),
+        (Call(5, 576, (1536,) * 2, (36,) * 2, base=True), CPP._replace(stream_tokens=((BF16, 4),)), "torch", "mm"),
+        (call(9), CPP._replace(stream_tokens=((BF16, 9),)), "cpp", "stream"),
         (call(16, x=torch.float32, factors=torch.float32), CPP, "cpp", "stream"),
         (call(17, x=torch.float32, factors=torch.float32), CPP, "torch", "mm"),
         (call(16), CPP._replace(isa="avx2"), "cpp", "stream"),

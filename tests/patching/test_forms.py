@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import t2kernels as t2
-from t2kernels.patching.forms import SHARE, SMALL
+from t2kernels.factors.matrices import WIDE
 
 
 def llama(width: int) -> LlamaForCausalLM:
@@ -21,25 +21,23 @@ def llama(width: int) -> LlamaForCausalLM:
 
 
 def test_a_large_model_gets_a_sixteenth_in_delta_form():
-    model = llama(320)
+    model = llama(WIDE)
     ids = torch.randint(50, (2, 5))
     before = model(ids).logits
     bank = t2.patch_model(model)
-    assert bank.matrices == {
-        name: int(SHARE * min(layer.U.shape[0], layer.Vt.shape[1])) for layer, (name,) in bank.layers
-    }
-    assert set(bank.matrices.values()) == {10, 20}  # the key and value projections are 160 wide
+    assert bank.matrices == {name: min(layer.U.shape[0], layer.Vt.shape[1]) // 16 for layer, (name,) in bank.layers}
+    assert set(bank.matrices.values()) == {16, 32}  # the key and value projections are 256 wide
     assert {layer.form for layer, _ in bank.layers} == {"delta"}
     assert torch.equal(model(ids).logits, before)
 
 
 def test_a_small_model_and_the_factored_form_get_every_component():
-    assert set(t2.patch_model(llama(SMALL)).matrices.values()) == {SMALL // 2, SMALL}
-    bank = t2.patch_model(llama(320), form="factored")
-    assert set(bank.matrices.values()) == {160, 320}
+    assert set(t2.patch_model(llama(WIDE - 8)).matrices.values()) == {WIDE // 2 - 4, WIDE - 8}
+    bank = t2.patch_model(llama(WIDE), form="factored")
+    assert set(bank.matrices.values()) == {WIDE // 2, WIDE}
 
 
-@pytest.mark.parametrize("width", [64, 320])
+@pytest.mark.parametrize("width", [64, WIDE])
 def test_given_factors_decide(width, tmp_path):
     model = llama(width)
     t2.decompose(model, tmp_path / "f", rank=24)
@@ -49,13 +47,13 @@ def test_given_factors_decide(width, tmp_path):
 
 
 def test_whole_factors_of_a_large_model_are_cut(tmp_path):
-    model = llama(320)
+    model = llama(WIDE)
     t2.decompose(model, tmp_path / "f")
-    assert set(t2.patch_model(model, factors=tmp_path / "f").matrices.values()) == {10, 20}
+    assert set(t2.patch_model(model, factors=tmp_path / "f").matrices.values()) == {16, 32}
 
 
 def test_an_expert_with_more_components_is_refused_with_the_way_out():
-    model = llama(320)
+    model = llama(WIDE)
     bank = t2.patch_model(model, rank=None, form="delta")
     for p in bank.start_training("whole"):
         p.data.add_(torch.rand_like(p))

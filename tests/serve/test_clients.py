@@ -247,6 +247,21 @@ def test_messages_of_tools_and_variables_of_the_template_reach_the_template(chat
     assert "messages[0].tool_calls" in refused(chatting, CHAT, messages=broken)["message"]
 
 
+def test_the_system_message_of_an_experts_training_is_used(chatting, monkeypatch):
+    client, service = chatting
+    monkeypatch.setitem(service.experts.current["math"].manifest, "prompt", {"chat": True, "system": "12+"})
+
+    def tokens(**fields):
+        response = client.post(CHAT, json={**body(CHAT), "max_tokens": 1, **fields})
+        assert response.status_code == 200, response.text
+        return response.json()["usage"]["prompt_tokens"]
+
+    more = len(service.tokenizer("12+", add_special_tokens=False)["input_ids"])
+    assert tokens() == tokens(model="base") + more == tokens(model="code") + more
+    own = [{"role": "system", "content": "1"}, *USER]
+    assert tokens(messages=own) == tokens(messages=own, model="base")
+
+
 def test_tools_without_a_template_are_refused(server):
     tool = {"type": "function", "function": {"name": "plus"}}
     assert "with tools" in refused(server, CHAT, tools=[tool])["message"]

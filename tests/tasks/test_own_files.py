@@ -142,7 +142,7 @@ def test_texts_with_labels(tmp_path, name):
     task = tasks.load(file)
     assert (task.name, task.check, task.labels) == ("films", "choice", ("neg", "pos"))
     first, second = task.split("test")
-    ask = "Classify the text. Answer with one of: neg, pos."
+    ask = "Which of these fits the text best: neg, pos? Answer with one word."
     assert first["prompt"] == f'{ask}\n\nText: So "bad"\nindeed\nLabel:'
     assert (first["answer"], first["target"], second["answer"]) == ("neg", " neg", "pos")
     assert task.options(first) == ("neg", "pos")

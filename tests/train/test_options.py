@@ -172,3 +172,9 @@ def test_choices_and_written_answers_do_not_train_together(tmp_path):
             model, SVFConfig(str(tmp_path), use_cpu=True), experts={"kinds": task(ROWS), "words": written},
             processing_class=TOKENIZER,
         )  # fmt: skip
+
+
+def test_the_recipe_for_choices(tmp_path):
+    config = SVFConfig.choices(str(tmp_path), max_steps=7)
+    found = (config.max_steps, config.per_device_train_batch_size, config.learning_rate, config.kl_coef)
+    assert found == (7, 32, 0.01, 0.0)

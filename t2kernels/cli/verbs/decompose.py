@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from t2kernels import InputError, MissingFileError
 from t2kernels.cli.console import bar, is_missing, out
-from t2kernels.cli.model_files import locate
+from t2kernels.cli.model_files import locate, reading
 from t2kernels.cli.models import load, parse_device, parse_dtype, parse_rank
 
 if TYPE_CHECKING:
@@ -25,7 +25,12 @@ def decompose(
     into: Path = typer.Option(
         ..., "--out", "-o", help="Directory to write to. A run that was interrupted continues there."
     ),
-    rank: str = typer.Option("all", help="Leading components to keep: 'all', a number, or a fraction of min(M, N)."),
+    rank: str = typer.Option(
+        None,
+        help="Leading components to keep: 'all', a number, or a fraction of min(M, N).  \\[default: 1/16 in the "
+        "checkpoint's dtype for models of 512 and wider; else, and for int8 and vllm, all]",
+        show_default=False,
+    ),
     targets: str = typer.Option("all", help="'all', 'mlp', 'attention', or a regular expression on matrix names."),
     dtype: str = typer.Option(
         None,
@@ -67,6 +72,9 @@ def decompose(
     wanted = {"rank": parse_rank(rank), "targets": targets, "device": parse_device(device), "workers": workers}
     wanted |= {"dtype": None if dtype is None else parse_dtype(dtype), "format": format, "max_error": max_error}
     files = locate(model)  # after the options, which are looked at first
+    source = load(model).model if files.gguf else files.source  # transformers makes tensors of its own of a GGUF file
+    if rank is None and format is None:
+        wanted |= _budget(model, source, targets, wanted["dtype"])
     if format == "vllm":
         from t2kernels.integrations.vllm.engine.model_folder import write_checkpoint
 
@@ -79,8 +87,7 @@ def decompose(
     with bar("[dim]{task.fields[name]}[/]") as progress:
         task = progress.add_task("decomposing", total=None, name="reading the checkpoint")
         factors = make(
-            # transformers turns the tensors of a GGUF file into those of its model.
-            load(model).model if files.gguf else files.source,
+            source,
             into,
             **wanted,
             progress=lambda name, done, total: progress.update(task, completed=done, total=total, name=name),
@@ -95,6 +102,29 @@ def decompose(
     )
     if format == "int8":
         out.print(int8_facts(factors))
+
+
+def _budget(name: str, source: Any, targets: str, dtype: Any) -> dict[str, Any]:
+    """{rank, dtype} that keep the factors of a wide model far below the size of its checkpoint; {} for a small one.
+
+    A layer casts the factors to the dtype of its weight, so factors in the checkpoint's dtype lose nothing there.
+    """
+    from transformers import AutoConfig
+
+    from t2kernels.factors.checkpoint import meta_model
+    from t2kernels.factors.matrices import find_matrices, usual_rank
+
+    if isinstance(source, str):
+        if not Path(source, "config.json").is_file():
+            return {}  # `decompose` says what is missing
+        with reading(name):
+            config = AutoConfig.from_pretrained(source)
+            source = meta_model(config)
+            stored = getattr(config, "dtype", None)
+    else:
+        stored = source.dtype
+    rank = usual_rank(m.shape for m in find_matrices(source, targets).values())
+    return {} if rank is None else {"rank": rank, "dtype": dtype or stored}
 
 
 def int8_facts(factors: Factors) -> str:

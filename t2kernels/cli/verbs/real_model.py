@@ -86,7 +86,7 @@ def live(loaded: models.Loaded, steps: int) -> None:
     task: Any = tasks.classification(tiny.tickets())
     task = prompt_form(loaded.tokenizer, task=task).of_task(task)
     start = time.perf_counter()
-    expert = learn(loaded, task, LIVE, max_steps=steps, per_device_train_batch_size=16, learning_rate=0.01, kl_coef=0.0)
+    expert = learn(loaded, task, LIVE, max_steps=steps, per_device_train_batch_size=16)
     seconds = time.perf_counter() - start
     compare(loaded, task, task.split("test"), LIVE)
     out.print(

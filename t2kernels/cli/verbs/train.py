@@ -21,6 +21,8 @@ from t2kernels.tasks.base import bucket
 
 from .evaluate import show_accuracies
 
+RECIPE = "\\[default: {}; {} with --check choice]"
+
 
 def train(
     task: str = typer.Option(
@@ -43,8 +45,8 @@ def train(
     system: str = models.SystemOption,
     check: str = models.CheckOption,
     init: str = typer.Option(None, help="Start from this expert, not from the base model.", show_default=False),
-    steps: int = typer.Option(150, min=1, help="Optimiser steps."),
-    batch: int = typer.Option(128, min=1, help="Prompts a step."),
+    steps: int = typer.Option(None, min=1, help=f"Optimiser steps.  {RECIPE.format(150, 60)}", show_default=False),
+    batch: int = typer.Option(None, min=1, help=f"Prompts a step.  {RECIPE.format(128, 32)}", show_default=False),
     samples: int = typer.Option(1, help="Completions of each prompt."),
     advantage: str = typer.Option(
         "none",
@@ -53,8 +55,10 @@ def train(
     loss_type: str = typer.Option("sum", help="What a token counts: sum, grpo, dapo or dr_grpo."),
     policy_loss: str = typer.Option("expected", help="With --check choice: expected, -E[r], or log, -log E[r]."),
     written: float = typer.Option(0.1, help="With --check choice: weight of -log P(any option is written)."),
-    lr: float = typer.Option(0.02, help="Adam's learning rate."),
-    kl: float = typer.Option(0.05, help="Weight of the KL to the base model."),
+    lr: float = typer.Option(None, help=f"Adam's learning rate.  {RECIPE.format('.02', '.01')}", show_default=False),
+    kl: float = typer.Option(
+        None, help=f"Weight of the KL to the base model.  {RECIPE.format('.05', '0')}", show_default=False
+    ),
     loss_batch: int = typer.Option(32, min=1, help="Rows of one forward and backward; fewer take less memory."),
     temperature: float = typer.Option(1.0, help="Sampling temperature of the completions; 0 is greedy."),
     param: str = typer.Option("raw", help="'raw': z = 1 + p; 'sigmoid': as the authors (needs --form factored)."),
@@ -131,9 +135,10 @@ def train(
     bank = models.patch(loaded, targets, rank, form, factors)
     out.print(f"[dim]{bank.describe()}[/]")
     start, log = time.perf_counter(), history or into.parent / f"{into.stem}.history.jsonl"
-    settings: dict[str, Any] = {}
+    own = {"max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": lr, "kl_coef": kl}
+    settings: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
     if report_to is not None:
-        settings = {"report_to": comma_list(report_to), "output_dir": str(into.parent / f"{into.stem}.runs")}
+        settings |= {"report_to": comma_list(report_to), "output_dir": str(into.parent / f"{into.stem}.runs")}
     if checkpoints is not None:
         settings |= {"output_dir": str(checkpoints), "save_strategy": "steps", "save_steps": 25}
     if rows:
@@ -147,12 +152,8 @@ def train(
             init=start_from,
             validation=rows or None,
             history=str(log),
-            max_steps=steps,
-            per_device_train_batch_size=batch,
             num_generations=samples,
             advantage=advantage,
-            learning_rate=lr,
-            kl_coef=kl,
             loss_type=loss_type,
             policy_loss=policy_loss,
             written_coef=written,
@@ -174,11 +175,11 @@ def train(
         out.print(f"curve in {curve.plot(steps_seen, plot, f'{into.stem}: {chosen.name}')}")
     if stopped is not None:
         out.print(
-            f"stopped at step {stopped.step} of {steps}; the expert of step {expert.manifest['steps']} is saved to "
-            f"{expert.save(into)}"
+            f"stopped at step {stopped.step} of {stopped.of}; the expert of step {expert.manifest['steps']} is "
+            f"saved to {expert.save(into)}"
         )
         raise typer.Exit(130)
-    _say_best(expert.manifest, steps)
+    _say_best(expert.manifest, max(row.get("step", 0) for row in steps_seen))
     seconds = time.perf_counter() - start
     before, after = compare(loaded, chosen, held_out, into.stem)
     expert.manifest["test"] = {

@@ -1,4 +1,4 @@
-"""`t2 tune`: check the kernels on this GPU and time them for a model's shapes, once, so that `auto` may use them."""
+"""`t2 tune`: check the kernels on this GPU or CPU and time them for a model's shapes, once, for `auto`."""
 
 from __future__ import annotations
 
@@ -31,29 +31,39 @@ def tune(
     factors: str = typer.Option(
         "same,int8", help="Formats of the factors, comma-separated: 'same' as the model, 'int8', or a dtype."
     ),
-    tokens: str = typer.Option("1,8,32,128", help="Tokens of a forward to tune for, comma-separated."),
-    device: str = typer.Option("cuda", help="Which GPU."),
+    tokens: str = typer.Option(
+        "1,8,32,128", help="Tokens of a forward to tune for, comma-separated. On a CPU they are fixed."
+    ),
+    device: str = typer.Option("cuda", help="Which GPU, or 'cpu': the C++ kernels."),
     folder: Path = typer.Option(
         None, help="Directory for the tables.  \\[default: the user's cache directory]", show_default=False
     ),
 ) -> None:
     """Check the Triton and CUDA kernels on this GPU against fp64, then time them for a model's shapes. Takes minutes.
 
+    With --device cpu: the C++ kernels, beside torch. Then `auto` knows up to how many tokens they are faster here.
+
     [dim]$[/] t2 tune meta-llama/Llama-3.1-8B
 
     [dim]$[/] t2 tune ./checkpoint --ranks 64 --no-factored --factors same
+
+    [dim]$[/] t2 tune ./checkpoint --device cpu --ranks 36 --no-factored
     """
     import torch
     from transformers import AutoConfig
 
     from t2kernels.ops.dispatch import device_of
+    from t2kernels.ops.tuning.cpu import tune_cpu
     from t2kernels.ops.tuning.tuner import tune as run
     from t2kernels.ops.tuning.tuner import tune_cuda
 
     if is_missing(model):
         raise MissingFileError(f"{model}: no such directory")
-    if not torch.cuda.is_available():
-        raise StateError(f"t2 tune measures a GPU, and torch {torch.__version__} finds none here")
+    on_cpu = torch.device(device).type == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
+        raise StateError(
+            f"t2 tune measures a GPU, and torch {torch.__version__} finds none here; --device cpu measures the CPU"
+        )
     x = parse_dtype(dtype)
     formats = [x if f == "same" else torch.int8 if f == "int8" else parse_dtype(f) for f in comma_list(factors)]
     files, counts = locate(model), _numbers("--ranks", ranks)
@@ -61,6 +71,13 @@ def tune(
     with reading(model):
         config = AutoConfig.from_pretrained(files.source, **files.arguments)
     wanted = shapes(config, counts, factored, x, formats)
+    if on_cpu:
+        with bar("[dim]{task.fields[name]}[/]") as progress:
+            task = progress.add_task("checking, then timing", total=None, name="")
+            told = lambda name, done, total: progress.update(task, completed=done, total=total, name=name)  # noqa: E731
+            path = tune_cpu(wanted, folder=folder, progress=told)
+        out.print(f"checked and tuned: {path}", soft_wrap=True)
+        return
     triton, cuda = (device_of(torch.device(device)).unsupported(impl) is None for impl in ("triton", "cuda"))
     paths = []
     with bar("[dim]{task.fields[name]}[/]") as progress:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from t2kernels.factors.matrices import is_plain
+from t2kernels.layers.delta_forward import dense_class
 
 DIRECTIONS = 24
 CORRELATION = 0.9
@@ -23,7 +24,7 @@ one gives 0 within .2."""
 
 def is_ordinary(module: nn.Module) -> bool:
     """True for a layer of torch or transformers with a floating-point weight and its own forward: nothing to probe."""
-    return type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module) and is_plain(module.weight)
+    return dense_class(module) in (nn.Linear, Conv1D) and "forward" not in vars(module) and is_plain(module.weight)
 
 
 def format_of(module: nn.Module) -> tuple[Any, ...]:
@@ -32,7 +33,7 @@ def format_of(module: nn.Module) -> tuple[Any, ...]:
     names = ("dtype", "quant_type", "act_quant_kwargs", "tensor_impl")
     details = [str(getattr(weight, name, "")).partition("(")[0] for name in names]
     forward = getattr(vars(module).get("forward"), "__qualname__", None)  # of this module alone, as accelerate sets it
-    return type(module), forward, type(weight), type(getattr(weight, "original_weight_tensor", None)), *details
+    return dense_class(module), forward, type(weight), type(getattr(weight, "original_weight_tensor", None)), *details
 
 
 def unsupported_gradient(module: nn.Module, in_features: int, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -11,26 +11,30 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from collections.abc import Sequence
+from pathlib import Path as Files
 
 import torch
 from torch import Tensor
 
 from t2kernels.ops.device import Device
 from t2kernels.ops.planner import Call, Choice, Path
+from t2kernels.ops.tuning.tables import read_cpu_table
 
 from . import extension
-from .implementation import Added, Expansion, Implementation, Operands
+from .implementation import Added, Expansion, Implementation, InPlace, Operands
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 MEMBERS = 8
 ISAS = ("portable", "avx2", "avx512")
 # Up to this many tokens it is ahead of torch by 5 % or more on every shape of benchmarks/cpp.py, for an instruction set
 # and the dtypes of x and of the factors; for other dtypes it never is. torch converts factors of another dtype whole
-# before it multiplies. For bf16 alone torch has instructions of its own with AVX-512, and they win from 8 tokens on.
+# before it multiplies. Measured on an AMD EPYC; `t2 tune --device cpu` writes this machine's own numbers into a table,
+# which is read instead.
 TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
     ("avx512", torch.float32, torch.float32): 16,
-    ("avx512", torch.bfloat16, torch.bfloat16): 4,
+    ("avx512", torch.bfloat16, torch.bfloat16): 16,
     ("avx2", torch.float32, torch.float32): 4,
     ("avx2", torch.bfloat16, torch.bfloat16): 16,
     **{
@@ -51,6 +55,12 @@ TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
 }
 
 
+# For bf16 alone torch has instructions of its own with AVX-512, twice as fast as widening; what it pays is fixed, about
+# 30 us a call of small products. Above 4 tokens C++ is ahead up to this many tokens times numbers in the factors: at
+# 0.15 M numbers up to 16 tokens (0.56 of torch's time), at 0.5 M up to 8 (0.86); at 0.7 M and 8 they are even.
+BF16_WORK, AVX512_BF16 = 5.6e6, ("avx512", torch.bfloat16, torch.bfloat16)
+
+
 class Cpp(Implementation):
     """The C++ kernels as an implementation."""
 
@@ -69,7 +79,9 @@ class Cpp(Implementation):
         """See `Implementation`."""
         if reason := self.unsupported_device(device):
             return found.without(self.name, reason)
-        found = found._replace(name=f"{found.name} ({isa()})", isa=isa())
+        table = read_cpu_table(cpu_name()) or {"stream_tokens": {}}
+        measured = tuple(sorted(table["stream_tokens"].items()))
+        found = found._replace(name=f"{found.name} ({isa()})", isa=isa(), stream_tokens=measured)
         return found.distrusting(self.name, "without AVX2 it is slower than torch") if isa() == "portable" else found
 
     def unsupported(self, call: Call) -> str | None:
@@ -95,8 +107,12 @@ class Cpp(Implementation):
         """See `Implementation`."""
         if device.kind != "cpu":
             return "it is for CPUs"
-        most = TOKENS.get((device.isa, call.x, call.factors), 0)
+        here = dict(device.stream_tokens).get(f"{call.x} {call.factors}".replace("torch.", ""))
+        most = TOKENS.get((device.isa, call.x, call.factors), 0) if here is None else here
         if 0 < call.T <= most:
+            work = call.T * sum(C * (call.N + M) for M, C in zip(call.M, call.C, strict=True))
+            if here is None and call.T > 4 and work > BF16_WORK and (device.isa, call.x, call.factors) == AVX512_BF16:
+                return f"in bfloat16 torch is ahead in calls as large as this ({call.T} tokens)"
             return None
         formats = f"{call.x} with {call.factors} factors on {device.isa}".replace("torch.", "")
         return f"faster up to {most} tokens only ({formats})" if most else f"not measured to be faster ({formats})"
@@ -117,6 +133,10 @@ class Cpp(Implementation):
         """See `Implementation`."""
         return expand(*given)
 
+    def prepare(self, V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
+        """See `Implementation`."""
+        return prepare(V, Us, scale)
+
 
 CPP = Cpp()
 
@@ -125,6 +145,16 @@ CPP = Cpp()
 def isa() -> str:
     """The instruction set that runs: the widest of this CPU, or the one of `ISAS` that T2KERNELS_CPU_ISA names."""
     return extension.load().cpu_isa(os.environ.get("T2KERNELS_CPU_ISA") or None)
+
+
+def cpu_name() -> str:
+    """The name of this CPU and of the instruction set that runs."""
+    try:
+        lines = Files("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.machine()} {isa()}"
 
 
 def forward(
@@ -138,6 +168,27 @@ def forward(
     extension.load().cpu_svf_linear(first, second, torch.get_num_threads(), isa())
     del held, held_too  # their memory was read until here
     return ys
+
+
+def prepare(V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
+    """`forward` in place for one group. Its tensors must live as long as the result, and change in place only."""
+    if scale.stride(1) != 1:
+        return None
+    N, C = V.shape
+    first = V.data_ptr(), C, N, V.stride(1), DTYPES[V.dtype], scale.data_ptr(), scale.shape[0], scale.stride(0)
+    group = extension.load().CpuGroup(first, tuple((U.data_ptr(), *U.shape, U.stride(0)) for U in Us), isa())
+    add, threads, int64 = group.add, torch.get_num_threads, torch.int64
+
+    def run(x: Tensor, ids: Tensor, bases: list[Tensor]) -> bool:
+        if not (x.is_contiguous() and ids.is_contiguous() and all(map(Tensor.is_contiguous, bases))):
+            return False
+        add(
+            *(x.data_ptr(), x.numel() // N, DTYPES[x.dtype], ids.data_ptr(), ids.numel(), ids.dtype is int64),
+            *(threads(), [y.data_ptr() for y in bases]),
+        )
+        return True
+
+    return run
 
 
 def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:

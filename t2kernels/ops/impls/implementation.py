@@ -10,7 +10,7 @@ return the reason in words, or None if there is none. `slower` does the same for
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -21,6 +21,11 @@ from t2kernels.ops.planner import Call, Choice, Path
 
 Added = Sequence[Tensor | None]
 """Bases or biases of the members; None for members without."""
+
+
+InPlace = Callable[[Tensor, Tensor, list[Tensor]], bool]
+"""(x, expert_ids, bases): adds the change of each member to its base, in place. False: these tensors lie in memory as
+it cannot take them, and nothing was done."""
 
 
 class Operands(NamedTuple):
@@ -110,6 +115,13 @@ class Implementation(ABC):
     @abstractmethod
     def expand(self, choice: Choice, given: Expansion) -> list[Tensor]:
         """y_i = base_i + g_i U_iᵀ + bias_i, [*lead, M_i] in dtype: the second half."""
+
+    def prepare(self, V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
+        """The op for a group whose tensors change in place only, with all that can be known before a call looked up.
+
+        None: this implementation has nothing to look up.
+        """
+        return None
 
     def swiglu(self, given: Operands) -> Tensor:
         """silu(y_0) * y_1 [..., M] of two members, without writing either to memory. Exists on `fused_paths`."""

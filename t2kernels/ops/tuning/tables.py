@@ -1,4 +1,4 @@
-"""The table files of `t2 tune`, one a kind of GPU: the checks that passed there, the fastest tiles and cut-overs."""
+"""The table files of `t2 tune`, one a kind of GPU or CPU: checks that passed there, the fastest tiles, cut-overs."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def cuda_table_path(device_name: str, folder: Path = TABLES) -> Path:
     return Path(folder) / f"{_file_name(device_name)}-cuda.json"
 
 
+def cpu_table_path(device_name: str, folder: Path = TABLES) -> Path:
+    """The file of the C++ kernels' table on a CPU."""
+    return Path(folder) / f"{_file_name(device_name)}-cpu.json"
+
+
 def read_table(device_name: str, triton_version: str, folder: Path | None = None) -> dict[str, Any] | None:
     """The table of a GPU and a Triton: the user's own, else the package's; None if there is none.
 
@@ -52,6 +57,20 @@ def read_table(device_name: str, triton_version: str, folder: Path | None = None
 def read_cuda_table(device_name: str, folder: Path | None = None) -> dict[str, Any] | None:
     """{"checked": {...}, "decode_tokens": [int, int], ...} of the CUDA kernel on a GPU, as `read_table` finds it."""
     return _read((cuda_table_path(device_name, f) for f in _folders(folder)), "decode_tokens")
+
+
+def read_cpu_table(device_name: str, folder: Path | None = None) -> dict[str, Any] | None:
+    """{"stream_tokens": {"DTYPE_OF_X DTYPE_OF_FACTORS": int}, ...} of the C++ kernels, as `read_table` finds it."""
+    return _read((cpu_table_path(device_name, f) for f in _folders(folder)), "stream_tokens", dict)
+
+
+def write_cpu_table(device_name: str, stream_tokens: Mapping[str, int], folder: Path = TABLES, **facts: Any) -> Path:
+    """Write the C++ kernels' table of a CPU; returns its path.
+
+    stream_tokens: {"float32 int8": up to how many tokens they are the fastest}; facts: the checks and the times
+    """
+    path = cpu_table_path(device_name, folder)
+    return write_json(path, {"device": device_name, **facts, "stream_tokens": dict(stream_tokens)})
 
 
 def write_table(

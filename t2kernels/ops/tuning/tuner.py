@@ -84,7 +84,7 @@ def tune(
         raise ImplUnavailableError(f"there is nothing to tune on {device}: {reason}")
     import triton
 
-    cases = _checked(check() if check else selfcheck(device, "triton"))
+    cases = checked(check() if check else selfcheck(device, "triton"))
     timer, best = timer or _cold, {}
     seconds = {}
     jobs = [(shape, T) for shape in dict.fromkeys(shapes) for T in tokens]
@@ -97,7 +97,7 @@ def tune(
             sum(pair) for pair in zip(*(_pair_and_mm(s, T, device, timer) for s in dict.fromkeys(shapes)), strict=True)
         ]
     facts = {
-        "checked": _verdict(cases),
+        "checked": verdict(cases),
         "pair_tokens": crossover(seconds),
         "pair_and_mm_us": {T: [round(s * 1e6, 2) for s in both] for T, both in seconds.items()},
     }
@@ -116,7 +116,7 @@ def tune_cuda(
     device = torch.device(device)
     if reason := CUDA.unsupported_device(device):
         raise ImplUnavailableError(f"there is nothing to tune on {device}: {reason}")
-    cases = _checked(check() if check else selfcheck(device, "cuda"))
+    cases = checked(check() if check else selfcheck(device, "cuda"))
     seconds: dict[int, dict[int, list[float]]] = {}
     if TRITON.unsupported_device(device) is None:
         for bytes_, T in ((b, T) for b in (2, 1) for T in DECODE):
@@ -133,11 +133,11 @@ def tune_cuda(
     )
     us = {b: {T: [round(s * 1e6, 2) for s in both] for T, both in found.items()} for b, found in seconds.items()}
     return write_cuda_table(
-        _name(device), (wide, narrow), folder or user_folder(), checked=_verdict(cases), decode_and_pair_us=us
+        _name(device), (wide, narrow), folder or user_folder(), checked=verdict(cases), decode_and_pair_us=us
     )
 
 
-def _checked(cases: Iterable[Case]) -> list[Case]:
+def checked(cases: Iterable[Case]) -> list[Case]:
     """The cases. Raises WrongResultError unless there are some and all are right."""
     cases = list(cases)
     wrong = [c for c in cases if not c.right]
@@ -149,7 +149,8 @@ def _checked(cases: Iterable[Case]) -> list[Case]:
     return cases
 
 
-def _verdict(cases: list[Case]) -> dict[str, Any]:
+def verdict(cases: list[Case]) -> dict[str, Any]:
+    """What a table says of its checks."""
     return {"cases": len(cases), "worst": max(c.error for c in cases), "torch": torch.__version__}
 
 
@@ -172,7 +173,7 @@ def _best_tiles(shape: Shape, T: int, device: torch.device, timer: Timer) -> dic
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     from t2kernels.ops.impls.triton import launch_pair as launch
 
-    operands = _operands(shape, T, device)
+    given = operands(shape, T, device)
     kinds = {"shrink": (sum(shape.C), shape.N), "expand": (sum(shape.M), max(shape.C))}
     found = {}
     chosen = {k: tiles(k, T, rows, K, shape.x, shape.factors, capability) for k, (rows, K) in kinds.items()}
@@ -181,7 +182,7 @@ def _best_tiles(shape: Shape, T: int, device: torch.device, timer: Timer) -> dic
         for t in candidates(kernel, T, rows, K, shape.x, shape.factors, capability):
             pair = {**chosen, kernel: t}
             try:
-                seconds = timer(lambda pair=pair: launch.forward_pair(*operands, (pair["shrink"], pair["expand"])))
+                seconds = timer(lambda pair=pair: launch.forward_pair(*given, (pair["shrink"], pair["expand"])))
             except Exception as e:  # this tile does not compile or fit; the class of the error depends on Triton
                 if not timed:
                     raise StateError(f"{kernel} with the tiles of the rule, {t}, does not run: {e}") from e
@@ -195,18 +196,20 @@ def _best_tiles(shape: Shape, T: int, device: torch.device, timer: Timer) -> dic
 def _pair_and_mm(shape: Shape, T: int, device: torch.device, timer: Timer) -> tuple[float, float]:
     from t2kernels.ops.impls.triton import launch_pair as launch
 
-    operands = _operands(shape, T, device)
-    return timer(lambda: launch.forward_pair(*operands)), timer(lambda: forward_mm(*operands, TRITON.row_scaling))
+    given = operands(shape, T, device)
+    return timer(lambda: launch.forward_pair(*given)), timer(lambda: forward_mm(*given, TRITON.row_scaling))
 
 
 def _decode_and_pair(call: Call, device: torch.device, timer: Timer) -> tuple[float, float]:
     from t2kernels.ops.impls.triton import launch_pair as launch
 
-    operands = _operands(Shape(call.N, call.M, call.C, call.base, call.x, call.factors), call.T, device)
-    return timer(lambda: cuda_kernels.forward(*operands)), timer(lambda: launch.forward_pair(*operands))
+    given = operands(Shape(call.N, call.M, call.C, call.base, call.x, call.factors), call.T, device)
+    return timer(lambda: cuda_kernels.forward(*given)), timer(lambda: launch.forward_pair(*given))
 
 
-def _operands(shape: Shape, T: int, device: torch.device) -> Operands:
+def operands(shape: Shape, T: int, device: torch.device) -> Operands:
+    """A random problem of a shape, with an expert for each token."""
+
     def factor(rows: int, columns: int) -> Tensor:
         w = torch.randn(rows, columns, device=device)
         return (

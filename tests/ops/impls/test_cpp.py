@@ -411,7 +411,7 @@ def test_a_patched_model_decodes_as_with_torch(form, factors, monkeypatch):
     for name in ("a", "b"):
         bank.add(name, bank.expert({n: torch.rand(k) + 0.5 for n, k in bank.matrices.items()}))
     ids, counted = torch.randint(0, model.config.vocab_size, (3, 2)), []
-    for name in ("forward", "shrink", "expand"):
+    for name in ("forward", "shrink", "expand", "prepare"):
         monkeypatch.setattr(cpp_kernels, name, lambda *a, f=getattr(cpp_kernels, name): counted.append(1) or f(*a))
     run = lambda: model(ids, experts=["a", None, "b"]).logits  # noqa: E731
     with torch.no_grad():

@@ -10,6 +10,7 @@ from tests.helpers.triton_cases import DEVICE, MIXES, PAIRS, E, check, draw_ids,
 triton = pytest.importorskip("triton")
 import triton.language as tl
 
+from t2kernels.ops.impls.triton import backward
 from t2kernels.ops.impls.triton import common as triton_common
 from t2kernels.ops.impls.triton import launch_pair as launch
 from t2kernels.ops.impls.triton.common import cast, int8_as_bf16
@@ -60,6 +61,21 @@ def test_empty_sizes(T, N, Rs, Ms):
     args = problem(T, N, Rs, Ms, torch.float32, torch.float32)
     args = *args[:4], draw_ids("uniform", T), *args[4:]
     check(launch.forward_pair(*args), eager(*args), exact(*args), torch.float32)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("bad", [E, -1, 2**40])
+def test_a_row_that_is_not_there_gives_nan_and_reads_nothing(split, bad):
+    x, V, Us, scale, bases, _ = problem(4, 128, [32, 32], [40, 40], torch.bfloat16, torch.bfloat16)
+    ids = torch.tensor([0, bad, 1, 2], device=DEVICE)
+    pair = Tiles(16, 16, 32, split, 4, 2), Tiles(32, 16, 32, 1, 4, 2)
+    ys = launch.forward_pair(x, V, Us, scale, ids, bases, [None] * 2, tile_pair=pair)
+    for y in (*ys, launch.forward_swiglu(x, V, Us, scale, ids, bases, [None] * 2, tile_pair=pair)):
+        assert y[1].isnan().all()
+        assert y[[0, 2, 3]].isfinite().all()
+    g = backward.scale_rows(torch.randn(4, 64, device=DEVICE), scale, ids, 1)
+    assert g[1].isnan().all()
+    assert g[[0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("w_dtype", [torch.bfloat16, torch.int8, torch.float16])

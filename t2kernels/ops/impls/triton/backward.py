@@ -24,14 +24,14 @@ from torch import Tensor
 from t2kernels import InputError
 from t2kernels.ops.tuning.tiles import Tiles, cdiv, tiles
 
-from .common import INTERPRETED, Launch, capability, options, put
+from .common import INTERPRETED, Launch, capability, options, put, table_row
 
 NO_EXPERT = tl.constexpr(2**31 - 1)
 
 
-@triton.jit(do_not_specialize=["T", "repeat"])
+@triton.jit(do_not_specialize=["T", "E", "repeat"])
 def scale_rows_kernel(
-    h_ptr, scale_ptr, ids_ptr, out_ptr, T, C, h_row, scale_row, out_row, repeat,
+    h_ptr, scale_ptr, ids_ptr, out_ptr, T, C, E, h_row, scale_row, out_row, repeat,
     BR: tl.constexpr, BT: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
     """out[t] = h[t] * scale[ids[t // repeat]]. out may be h."""
@@ -39,7 +39,8 @@ def scale_rows_kernel(
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     inside = (t < T)[:, None] & (r < C)[None, :]
     h = tl.load(h_ptr + t[:, None].to(tl.int64) * h_row + r[None, :], mask=inside, other=0.0).to(tl.float32)
-    e = tl.load(ids_ptr + tl.minimum(t, T - 1) // repeat).to(tl.int32)
+    e, known = table_row(ids_ptr + tl.minimum(t, T - 1) // repeat, t >= 0, E)
+    e = e.to(tl.int32)
     g = h
     now = tl.min(e, 0)
     last = tl.max(e, 0)
@@ -47,6 +48,7 @@ def scale_rows_kernel(
         row = tl.load(scale_ptr + now.to(tl.int64) * scale_row + r, mask=r < C, other=0.0)
         g = tl.where((e == now)[:, None], h * row[None, :], g)
         now = tl.min(tl.where(e > now, e, NO_EXPERT), 0)
+    g = tl.where(known[:, None], g, float("nan"))
     put(out_ptr + t[:, None].to(tl.int64) * out_row + r[None, :], g, inside, INTERPRETED)
 
 
@@ -143,7 +145,7 @@ def scale_rows_launch(
         scale_rows_kernel,
         (cdiv(T, tile.BT), cdiv(C, tile.BR)),
         dict(
-            h_ptr=h, scale_ptr=scale, ids_ptr=ids, out_ptr=out, T=T, C=C, h_row=h.stride(0),
+            h_ptr=h, scale_ptr=scale, ids_ptr=ids, out_ptr=out, T=T, C=C, E=scale.shape[0], h_row=h.stride(0),
             scale_row=scale.stride(0), out_row=out.stride(0), repeat=repeat,
         ),
         dict(BR=tile.BR, BT=tile.BT, INTERPRETED=INTERPRETED),

@@ -133,6 +133,15 @@ def put(ptrs, a, mask, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def table_row(ptrs, live, E):
+    """(row of the table, whether there is one) of each token: an id outside of [0, E) reads row 0, and its token gets
+    NaN. Nobody looks at the ids of a GPU before a launch."""
+    e = tl.load(ptrs, mask=live, other=0).to(tl.int64)
+    known = (e >= 0) & (e < E)
+    return tl.where(known, e, 0), known
+
+
+@triton.jit
 def choose(i, a0, a1, a2, a3, MEMBERS: tl.constexpr):
     """Member i of up to four: pointers or sizes."""
     a = a0

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import cast, choose, put
+from .common import cast, choose, put, table_row
 
 
 @triton.jit
@@ -55,9 +55,10 @@ def _dot(w, a, acc, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _plus_base(acc, base):
-    # A row of zeros must return the base model exactly. -0.0 + base is base bit for bit; +0.0 + base is not, for
-    # base = -0.0.
-    return tl.where(acc == 0.0, -0.0, acc) + base.to(tl.float32)
+    # A row of zeros must return the base model exactly: +0.0 + base is not base for base = -0.0. A literal -0.0 would
+    # not do: Triton 3.6 compiles it to +0.0.
+    base = base.to(tl.float32)
+    return tl.where(acc == 0.0, base, acc + base)
 
 
 @triton.jit
@@ -72,9 +73,9 @@ def _finish(acc, base_ptr, bias_ptr, at, r, M, inside, BASE: tl.constexpr, BIAS:
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "repeat"])
+@triton.jit(do_not_specialize=["T", "E", "repeat"])
 def shrink_kernel(
-    x_ptr, vt_ptr, scale_ptr, ids_ptr, out_ptr, T, C, N, x_row, scale_row, repeat,
+    x_ptr, vt_ptr, scale_ptr, ids_ptr, out_ptr, T, C, N, E, x_row, scale_row, repeat,
     BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     HEADROOM: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr
 ):  # fmt: skip
@@ -98,7 +99,7 @@ def shrink_kernel(
         tl.extra.cuda.gdc_wait()
     inside = (r < C)[:, None] & live[None, :]
     if SPLIT == 1:
-        e = tl.load(ids_ptr + t // repeat, mask=live, other=0).to(tl.int64)
+        e, known = table_row(ids_ptr + t // repeat, live, E)
         s = tl.load(scale_ptr + e[None, :] * scale_row + r[:, None], mask=inside, other=0.0)
     acc = tl.zeros((BR, BT), tl.float32)
     if AHEAD > 0:
@@ -123,14 +124,14 @@ def shrink_kernel(
         x_ptrs += BK
         k += BK
     if SPLIT == 1:
-        acc *= s
+        acc = tl.where(known[None, :], acc * s, float("nan"))
     put(out_ptr + (part.to(tl.int64) * T + t[None, :]) * C + r[:, None], acc, inside, INTERPRETED)
 
 
-@triton.jit(do_not_specialize=["T", "repeat"])
+@triton.jit(do_not_specialize=["T", "E", "repeat"])
 def expand_kernel(
     g_ptr, scale_ptr, ids_ptr, u0, u1, u2, u3, base0, base1, base2, base3, bias0, bias1, bias2, bias3, y0, y1, y2, y3,
-    M0, M1, M2, M3, K0, K1, K2, K3, c1, c2, c3, T, C, scale_row, repeat,
+    M0, M1, M2, M3, K0, K1, K2, K3, c1, c2, c3, T, C, E, scale_row, repeat,
     MEMBERS: tl.constexpr, BASES: tl.constexpr, BIASES: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
     BK: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, HEADROOM: tl.constexpr,
     DTYPE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr
@@ -182,7 +183,7 @@ def expand_kernel(
     part = T.to(tl.int64) * C
     s_ptrs = g_ptrs
     if SPLIT > 1:
-        e = tl.load(ids_ptr + t // repeat, mask=live, other=0).to(tl.int64)
+        e, known = table_row(ids_ptr + t // repeat, live, E)
         s_ptrs = scale_ptr + e[None, :] * scale_row + column + k[:, None]
     acc = tl.zeros((BR, BT), tl.float32)
     if AHEAD > 0:
@@ -208,6 +209,8 @@ def expand_kernel(
         g_ptrs += BK
         s_ptrs += BK
         k += BK
+    if SPLIT > 1:
+        acc = tl.where(known[None, :], acc, float("nan"))
     if HEADROOM != 1.0:
         acc *= 1.0 / HEADROOM
     if BASES:
@@ -217,9 +220,9 @@ def expand_kernel(
     put(y_ptr + at, acc, inside, INTERPRETED)
 
 
-@triton.jit(do_not_specialize=["T", "repeat"])
+@triton.jit(do_not_specialize=["T", "E", "repeat"])
 def swiglu_kernel(
-    g_ptr, scale_ptr, ids_ptr, u0, u1, base0, base1, bias0, bias1, y_ptr, M, K0, K1, T, C, scale_row, repeat,
+    g_ptr, scale_ptr, ids_ptr, u0, u1, base0, base1, bias0, bias1, y_ptr, M, K0, K1, T, C, E, scale_row, repeat,
     BASES: tl.constexpr, BIASES: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, HEADROOM: tl.constexpr, DTYPE: tl.constexpr,
     PDL: tl.constexpr, INTERPRETED: tl.constexpr
@@ -245,7 +248,7 @@ def swiglu_kernel(
     part = T.to(tl.int64) * C
     s_ptrs = g_ptrs
     if SPLIT > 1:
-        e = tl.load(ids_ptr + t // repeat, mask=live, other=0).to(tl.int64)
+        e, known = table_row(ids_ptr + t // repeat, live, E)
         s_ptrs = scale_ptr + e[None, :] * scale_row + k[:, None]
     gate = tl.zeros((BR, BT), tl.float32)
     up = tl.zeros((BR, BT), tl.float32)
@@ -269,6 +272,8 @@ def swiglu_kernel(
             g_ptrs + K0 + at_k, s_ptrs + K0 + at_k, part, k + at_k, K1, live, EVEN, SPLIT, 1.0, DTYPE, INTERPRETED
         )
         up = _dot(w, a, up, DTYPE, INTERPRETED)
+    if SPLIT > 1:
+        gate = tl.where(known[None, :], gate, float("nan"))
     gate = _finish(gate, base0, bias0, at, r, M, inside, BASES & 1, BIASES & 1, HEADROOM)
     up = _finish(up, base1, bias1, at, r, M, inside, BASES & 2, BIASES & 2, HEADROOM)
     gate = cast(gate, y_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)

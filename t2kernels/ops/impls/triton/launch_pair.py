@@ -170,8 +170,8 @@ def shrink_launch(
         shrink_kernel,
         (cdiv(T, tile.BT), cdiv(C, tile.BR), tile.split),
         dict(
-            x_ptr=x, vt_ptr=Vt, scale_ptr=scale, ids_ptr=ids, out_ptr=out, T=T, C=C, N=N, x_row=x.stride(0),
-            scale_row=scale.stride(0), repeat=repeat,
+            x_ptr=x, vt_ptr=Vt, scale_ptr=scale, ids_ptr=ids, out_ptr=out, T=T, C=C, N=N, E=scale.shape[0],
+            x_row=x.stride(0), scale_row=scale.stride(0), repeat=repeat,
         ),
         dict(
             BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=tile.split, AHEAD=_ahead(N, tile, Vt.dtype, split=tile.split),
@@ -209,7 +209,8 @@ def expand_launch(
             **four("bias", present(biases)), **four("y", ys),
             **four("M", [U.shape[0] for U in Us]), **four("K", [U.shape[1] for U in Us]),
             **{f"c{i}": columns[i] if i < len(Us) else 0 for i in range(1, MEMBERS)},
-            T=T, C=C, scale_row=0 if scale is None else scale.stride(0), repeat=repeat,
+            T=T, C=C, E=0 if scale is None else scale.shape[0],
+            scale_row=0 if scale is None else scale.stride(0), repeat=repeat,
         ),
         dict(
             MEMBERS=len(Us), BASES=_bits(bases), BIASES=_bits(biases), BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=split,
@@ -238,7 +239,7 @@ def swiglu_launch(
         dict(
             g_ptr=g, scale_ptr=scale, ids_ptr=ids, u0=Us[0], u1=Us[1], base0=bases[0], base1=bases[1],
             bias0=biases[0], bias1=biases[1], y_ptr=y, M=y.shape[1], K0=K0, K1=K1, T=T, C=C,
-            scale_row=0 if scale is None else scale.stride(0), repeat=repeat,
+            E=0 if scale is None else scale.shape[0], scale_row=0 if scale is None else scale.stride(0), repeat=repeat,
         ),
         dict(
             BASES=_bits(bases), BIASES=_bits(biases), BR=tile.BR, BT=tile.BT, BK=tile.BK, SPLIT=split,
