@@ -61,7 +61,7 @@ def read_cuda_table(device_name: str, folder: Path | None = None) -> dict[str, A
 
 def read_cpu_table(device_name: str, folder: Path | None = None) -> dict[str, Any] | None:
     """{"stream_tokens": {"DTYPE_OF_X DTYPE_OF_FACTORS": int}, ...} of the C++ kernels, as `read_table` finds it."""
-    return _read((cpu_table_path(device_name, f) for f in _folders(folder)), "stream_tokens", dict)
+    return _read((cpu_table_path(device_name, f) for f in _folders(folder)), "stream_tokens")
 
 
 def write_cpu_table(device_name: str, stream_tokens: Mapping[str, int], folder: Path = TABLES, **facts: Any) -> Path:
@@ -128,6 +128,10 @@ def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool, str]]:
         yield "pair_tokens", table["pair_tokens"], _are_integers([table["pair_tokens"]], 1), "an integer from 0"
     if "decode_tokens" in table:
         yield "decode_tokens", table["decode_tokens"], _are_integers(table["decode_tokens"], 2), "two integers from 0"
+    for name in {"stream_tokens"} & table.keys():
+        yield name, table[name], isinstance(table[name], dict), "an object"
+        for formats, T in table[name].items():
+            yield f"{name}[{formats[:60]!r}]", T, _are_integers([T], 1), "an integer from 0"
     for shape, by_tokens in table.get("tiles", {}).items():
         fits = bool(_SHAPE.fullmatch(shape)) and isinstance(by_tokens, dict) and bool(by_tokens)
         yield f"tiles[{shape[:60]!r}]", by_tokens, fits, "KERNEL/TYPE/TYPE/ROWSxK with {T: tiles}"
