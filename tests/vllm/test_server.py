@@ -24,6 +24,7 @@ import torch
 import t2kernels as t2
 from t2kernels import tiny
 from t2kernels.adapt import Classifier, Question
+from t2kernels.storage import read_tensors, write_tensors
 from tests.vllm.worlds import NEW, answers_of, materialise
 
 PROMPTS = ["47+38+59?", "rsx(gcaf)?", "12+7?", "a"]
@@ -329,6 +330,9 @@ def test_a_full_disk_and_a_corrupt_file_change_nothing_for_the_others(server, wo
     that are cut, or no expert.
     """
     whole, new = world.experts[1].read_bytes(), server.folder / "unlucky.safetensors"
+    tensors, facts = read_tensors(world.experts[1])
+    write_tensors(new, {**tensors, (z := next(n for n in tensors if n.endswith(".z"))): tensors[z] * torch.nan}, facts)
+    not_finite = new.read_bytes()
 
     def load(content, **more):
         new.write_bytes(content)
@@ -351,8 +355,9 @@ def test_a_full_disk_and_a_corrupt_file_change_nothing_for_the_others(server, wo
             whole[: len(whole) // 2],
             b"",
             b"\x80\x02}q\x00.",
-            whole[:-4] + b"\xff\xff\xff\x7f",
-        ):  # the last is a NaN
+            whole[:-4] + b"\xff\xff\xff\x7f",  # not what its digest says
+            not_finite,
+        ):
             out.append(await asyncio.to_thread(load, content))
         return out
 
@@ -363,8 +368,9 @@ def test_a_full_disk_and_a_corrupt_file_change_nothing_for_the_others(server, wo
 
     asked = [(m, p) for m in ("base", *NAMES) for p in PROMPTS] * 4
     said, answers = asyncio.run(many())
-    assert [status for status, _ in said] == [507, 400, 400, 400, 400], said
+    assert [status for status, _ in said] == [507, *[400] * 5], said
     assert "could not be copied" in said[0][1]
+    assert "is damaged" in said[-2][1]
     assert "not finite" in said[-1][1]
     assert [(m, p) for (m, p), text in zip(asked, answers, strict=True) if text != texts[m, p]] == []
     assert server.ask("unlucky", PROMPTS[0])[0] == 404
@@ -379,6 +385,10 @@ def test_a_process_that_is_killed_fails_every_request_and_hangs_none(world, tmp_
 
     The server ends by itself, for whoever starts it again.
     """
+
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    said = ["ngine", *([EngineDeadError.CLIENT_MESSAGE] if hasattr(EngineDeadError, "CLIENT_MESSAGE") else [])]
 
     async def stream(client):
         out = await client.completions.create(
@@ -415,7 +425,7 @@ def test_a_process_that_is_killed_fails_every_request_and_hangs_none(world, tmp_
         assert all(isinstance(e, openai.APIError) for e in streams), streams
         for answer in answers[:-1]:
             assert answer[0] in (500, 503), answers
-            assert "ngine" in answer[1]  # what has happened is said
+            assert any(words in answer[1] for words in said), answers  # what has happened is said
         assert isinstance(answers[-1], OSError) or answers[-1][0] in (500, 503), (
             answers
         )  # the last one may find the server gone
