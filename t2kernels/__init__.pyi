@@ -1,5 +1,6 @@
 # What `import t2kernels` offers, for type checkers: at run time each name is imported when it is first used.
 from t2kernels.experts.bank import ExpertBank as ExpertBank
+from t2kernels.experts.exchange.lora import LoraAdapter as LoraAdapter
 from t2kernels.experts.expert import Expert as Expert
 from t2kernels.experts.expert import ExpertError as ExpertError
 from t2kernels.experts.expert import ExpertMismatch as ExpertMismatch

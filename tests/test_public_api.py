@@ -24,6 +24,7 @@ NAMES = {
         "Explanation": "title, lines, advice=()",
         "Factor": "U, sigma, V",
         "Factors": "factors, manifest=None, sketches=None",
+        "LoraAdapter": "pairs, base_model=None, errors=None, whole=frozenset()",
         "ParameterCount": "matrices, dense, svf, lora, lora_rank",
         "T2Error": "",
         "evaluation": "",
@@ -87,7 +88,7 @@ NAMES = {
             "output_dir=None, parametrisation='raw', max_new_tokens=None, num_generations=1, temperature=1.0, "
             "reward_range=<factory>, advantage='none', advantage_clip=None, kl_coef=0.05, "
             "kl_direction='reverse', loss_type='sum', num_iterations=1, clip=None, policy_loss='expected', "
-            "written_coef=0.1, loss_batch_size=32, loss_memory=None, logits_memory=268435456, keep_best=False, "
+            "written_coef=0.02, loss_batch_size=32, loss_memory=None, logits_memory=268435456, keep_best=False, "
             "history=None"
         ),
         "SVFTrainer": (
@@ -141,7 +142,7 @@ OPTIONS = {
     "demo": "--quick",
     "train": (
         "--task/-t=math --classes --out/-o --model/-m=tiny --chat/--no-chat --system --check --init --steps "
-        "--batch --samples=1 --advantage=none --loss-type=sum --policy-loss=expected --written=0.1 --lr "
+        "--batch --samples=1 --advantage=none --loss-type=sum --policy-loss=expected --written=0.02 --lr "
         "--kl --loss-batch=32 --temperature=1.0 --param=raw --seed=0 --max-new-tokens --eval-every=10 "
         "--validation=128 --history --plot --report-to -n=1000 --checkpoints --targets=all --rank=auto --form=auto "
         "--factors --dtype --device"
@@ -163,13 +164,15 @@ OPTIONS = {
         "model! --gpu=h200 --count=1 --experts=64 --rank=1/16 --form=auto --targets=all --context=8192 --batch=1 "
         "--dtype --json"
     ),
+    "export": ("expert! into! --to=lora --all --rank --error --uniform --model/-m=tiny --factors --dtype --device"),
     "serve": (
         "model! --experts --host=127.0.0.1 --port=8000 --api-key --name --rows --route --margin=0.0 "
         "--chat-template --engine=auto --option*=[] --kv-tokens=16384 --page-size=16 --batch-tokens=512 "
         "--max-running=64 --max-waiting=512 --max-upload=256 --drain=30.0 --log-level=info --keep-alive=75 "
-        "--max-connections=1000 --allow-host*=[] --allow-origin*=[] --targets=all --rank=auto "
+        "--max-connections=1000 --allow-host*=[] --allow-origin*=[] --no-ui --targets=all --rank=auto "
         "--form=auto --factors --dtype --device"
     ),
+    "push": "expert! repo! --file=expert.safetensors --private --model/-m=tiny",
     "tune": (
         "model! --ranks=128,256 --factored/--no-factored=True --dtype=bfloat16 --factors=same,int8 "
         "--tokens=1,8,32,128 --device=cuda --folder"

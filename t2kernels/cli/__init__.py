@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 
 from .console import Commands, verb
-from .verbs import decompose, demo, env, evaluate, generate, inspect, plan, serve, train, tune
+from .verbs import decompose, demo, env, evaluate, export, generate, inspect, plan, serve, train, tune
 
 app: typer.Typer = typer.Typer(
     cls=Commands,
@@ -28,6 +28,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "decompose": decompose.decompose,
     "inspect": inspect.inspect,
     "plan": plan.plan,
+    "export": export.export,
+    "push": export.push,
     "serve": serve.serve,
     "tune": tune.tune,
     "env": env.env,

@@ -211,32 +211,43 @@ def add_experts(bank: ExpertBank, text: str, model: str) -> list[str | None]:
 def add_expert(bank: ExpertBank, name: str, model: str) -> str | None:
     """Put an expert into the bank. Returns its name there, None for "base".
 
-    name: a path, or the name of an expert that comes with the model
+    name: a path, "user/repo" or "user/repo:file" on the hub, or the name of an expert that comes with the model
     Raises FileNotFoundError, ExpertError or ExpertMismatch.
     """
     if name == BASE:
         return None
     from t2kernels import Expert
+    from t2kernels.experts.exchange import hub
+    from t2kernels.experts.exchange.peft_files import is_adapter
+    from t2kernels.experts.files import find_file
 
     path = find_expert(name, model)
-    if path.stem in bank and bank[path.stem].digest() == Expert.load(path).digest():
-        return path.stem  # asked for before: by --expert and by a strategy
-    short = path.stem if bank.names.count(path.stem) == 0 or name == path.stem else name
+    stem = path.stem if find_file(name) or path.name != hub.FILE else name.rpartition("/")[2]
+    if stem in bank.names and not is_adapter(path) and bank[stem].digest() == Expert.load(path).digest():
+        return stem  # asked for before: by --expert and by a strategy
+    short = stem if bank.names.count(stem) == 0 or name == stem else name
     if short not in bank:
         bank.add(short, path)
     return short
 
 
 def find_expert(name: str, model: str) -> Path:
-    """The file of an expert: a path, with or without .safetensors, or the name of one that comes with the model."""
+    """The file of an expert: a path, with or without .safetensors, one of the hub, or one that comes with the model.
+
+    Or the folder of a LoRA adapter.
+    """
     from t2kernels import tiny
+    from t2kernels.experts.exchange import hub
+    from t2kernels.experts.exchange.peft_files import is_adapter
     from t2kernels.experts.files import find_file
 
-    if (found := find_file(name)) is not None:
-        return found
+    if (found := find_file(name)) is not None or is_adapter(name):
+        return found or Path(name).expanduser()
     shipped = tiny.experts(model)
     if name in shipped:
         return shipped[name]
+    if (place := hub.address(name)) is not None:
+        return hub.fetch(*place)
     known = f" nor one of {', '.join(shipped)}, which come with {model}" if shipped else ""
     raise MissingFileError(f"no expert {name!r}: it is not a file{known} ('base' is the model without an expert)")
 

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2kernels import InputError, UnknownNameError
+from t2kernels import InputError, StateError, UnknownNameError
 from t2kernels.layers.dense.link import Link
 from t2kernels.layers.groups import find_groups
 from t2kernels.layers.linear import SVFLinear
 from t2kernels.layers.routing.active import Routing
 
+from .exchange.lora import LoraAdapter
+from .exchange.peft_files import is_adapter
 from .expert import Expert, ExpertError
 from .loading import LoadedExperts
 from .names import check_files, check_name
@@ -61,10 +63,20 @@ class ExpertBank(LoadedExperts):
         """The expert on this model's supports; one in training with its current values. Raises KeyError."""
         with self._lock:
             self._require(name)
+            if name in self.table.adapters:
+                raise InputError(f"{name!r} is a LoRA adapter, not an expert; bank.adapter({name!r}) returns it")
             if name in self._training:
                 return self.expert(self._training.z(name))
             delta, manifest = self._experts[name]
         return self.from_vector(delta, **manifest)
+
+    def adapter(self, name: str) -> LoraAdapter:
+        """A LoRA adapter of the bank. Raises KeyError."""
+        with self._lock:
+            if name not in self.table.adapters:
+                known = ", ".join(map(repr, self.table.adapters)) or "none yet"
+                raise UnknownNameError(f"no adapter named {name!r} in the bank; it has {known}")
+            return self.table.adapters[name]
 
     def __repr__(self) -> str:
         return f"ExpertBank({len(self.matrices)} matrices, {len(self)} experts, {self.rows} rows: {self.describe()})"
@@ -82,9 +94,16 @@ class ExpertBank(LoadedExperts):
         return f"{forms}; reads {reads / dense:.2f}x the dense layers{factors}"
 
     def add(
-        self, name: str, expert: Expert | str | os.PathLike[str], max_error: float = 0.1, replace: bool = False
+        self,
+        name: str,
+        expert: Expert | LoraAdapter | str | os.PathLike[str],
+        max_error: float = 0.1,
+        replace: bool = False,
     ) -> None:
-        """Add an expert, from memory or from a file.
+        """Add an expert, from memory or from a file; or a LoRA adapter, from memory or from the folder of PEFT.
+
+        A row of a batch uses the one or the other, or a mixture of both: an adapter runs exactly, as A and B beside the
+        layers. Every token pays for the columns of all adapters of the bank, Σ r at each layer.
 
         max_error: the largest loss that is accepted if the expert rescales components outside a layer's support:
             ||dW - dW_k|| / ||dW|| in the spectral norm, which is max sigma_i |z_i - 1| over the components left out,
@@ -92,13 +111,17 @@ class ExpertBank(LoadedExperts):
         replace: whether `name` may be taken. The new values then go into the row of the old ones, unless a live tensor
             of `ids` uses it.
 
+        A string may also be "user/repo" or "user/repo:file" on the hub (`Expert.load`).
         Raises ExpertError or ExpertMismatch (file, values, other factors), NameRefused (a ValueError: `check_name`),
-        ValueError (name taken, too much lost).
+        ValueError (name taken, too much lost, an adapter of another model), RuntimeError (an adapter that is in use).
         """
         check_name(name, version=True)
         self._check_free(name, replace)
+        if isinstance(expert, LoraAdapter) or (not isinstance(expert, Expert) and is_adapter(expert)):
+            self._add_adapter(name, expert if isinstance(expert, LoraAdapter) else LoraAdapter.load(expert), replace)
+            return
         if not isinstance(expert, Expert):
-            expert = Expert.load(Path(expert))
+            expert = Expert.load(expert if isinstance(expert, str) else Path(expert))
         self.check(expert)
         delta, lost = self.flatten(expert, max_error, name)
         if reason := self.table.unsupported(delta):
@@ -107,6 +130,7 @@ class ExpertBank(LoadedExperts):
         with self._lock:
             self._check_free(name, replace)  # again: another thread may have added it while the file was read
             if name in self._experts:
+                self._drop_adapter(name)
                 self._drop_mixtures_of(name)
             self._experts[name] = (delta, manifest)
             row = self._rows.find(name)
@@ -120,27 +144,32 @@ class ExpertBank(LoadedExperts):
     def remove(self, name: str) -> None:
         """Forget an expert. A running forward that uses it finishes with it; then its row is free.
 
-        Raises KeyError for an unknown name, ValueError for an expert in training.
+        Raises KeyError for an unknown name, ValueError for an expert in training, RuntimeError for an adapter that a
+        forward or live ids use.
         """
         with self._lock:
             self._require(name)
             if name in self._training:
                 raise InputError(f"{name!r} is in training; stop_training({name!r}) first")
+            self._drop_adapter(name)
             del self._experts[name]
             self._drop_mixtures_of(name)
             self._rows.drop(name)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write every expert to `folder`/NAME.safetensors. Returns the paths.
+        """Write every expert to `folder`/NAME.safetensors, and every adapter to a folder NAME. Returns the paths.
 
         Raises NameRefused for two names that differ only in case, before anything is written; OSError.
         """
         with self._lock:
             check_files(self.names)
-            kept, training = dict(self._experts), {name: self[name] for name in self._training}
+            adapters = dict(self.table.adapters)
+            kept = {name: e for name, e in self._experts.items() if name not in adapters}
+            training = {name: self[name] for name in self._training}
         made = ((name, self.from_vector(delta, **manifest)) for name, (delta, manifest) in kept.items())
         experts = (pair for part in (made, training.items()) for pair in part)
-        return [expert.save(Path(folder) / f"{name}.safetensors") for name, expert in experts]
+        paths = [expert.save(Path(folder) / f"{name}.safetensors") for name, expert in experts]
+        return paths + [adapter.save(Path(folder) / name) for name, adapter in adapters.items()]
 
     def vector(self, expert: Expert | str) -> Tensor:
         """z - 1 of all matrices as one row, [C] fp32 on the CPU.
@@ -160,6 +189,24 @@ class ExpertBank(LoadedExperts):
                 raise InputError(f"the bank has an expert named {name!r}; remove it first, or pass replace=True")
             if name in self._training:
                 raise InputError(f"{name!r} is in training and cannot be replaced; stop_training({name!r}) first")
+
+    def _add_adapter(self, name: str, adapter: LoraAdapter, replace: bool) -> None:
+        with self._lock:
+            self._check_free(name, replace)
+            self.table.adapters.check(name, adapter)
+            self._drop_adapter(name)
+            self._drop_mixtures_of(name)
+            self._rows.drop(name)
+            self.table.adapters.add(name, adapter)
+            self._experts[name] = (torch.zeros(self.width, dtype=torch.float32, device="cpu"), {})
+            if self._rows.has_free():
+                self._load(name)
+
+    def _drop_adapter(self, name: str) -> None:
+        """Remove the columns of an adapter, if it is one. Raises StateError if a row that is in use needs them."""
+        if any(self._rows.is_pinned(row) for row in self.table.adapters.rows_of(name)):
+            raise StateError(f"the adapter {name!r} is in use; end the forwards, and delete the ids, that name it")
+        self.table.adapters.remove(name)
 
     # --- training
 
@@ -187,6 +234,7 @@ class ExpertBank(LoadedExperts):
                     f"the bank has an expert named {name!r}; choose another name, or remove it and pass it as init"
                 )
             parameters = self._training.start(self._rows, name, parametrisation, start)
+            self.table.adapters.clear(self._rows.find(name) or 0)
             self.routing.training = len(self._training)
             return parameters
 

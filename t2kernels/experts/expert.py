@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import math
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from t2kernels.factors.factor import Factor
 from t2kernels.factors.identity import Compared, ExpertError, ExpertMismatch, check_components
+from t2kernels.factors.int8 import Int8Factor
 from t2kernels.factors.store import Factors
 
-from .files import read_file, require_file, write_file
+from .exchange import hub
+from .files import find_file, read_file, require_file, write_file
 from .origin import Origin
+
+if TYPE_CHECKING:
+    from .exchange.lora import LoraAdapter
 
 __all__ = ["Expert", "ExpertError", "ExpertMismatch"]
 
@@ -85,18 +92,40 @@ class Expert:
         return write_file(path, self.z, self.sketch, self.manifest)
 
     @classmethod
-    def load(cls, path: str | Path) -> Expert:
+    def load(cls, path: str | Path, revision: str | None = None) -> Expert:
         """Read an expert; "experts/math" finds "experts/math.safetensors".
 
+        path: a file; or, as a string, "user/repo" or "user/repo:file" on the hub, if there is no such file. The file in
+            a repository is "expert.safetensors" unless it is named. Without a network the hub's cache is used
+        revision: of the repository: a branch, a tag or a commit; None: the newest
+
         Raises ExpertError: no such file, a pickle (never loaded), a truncated file, another kind of file, a newer
-        format, a tensor that is not a finite fp32 vector.
+        format, a tensor that is not a finite fp32 vector. Raises HubError.
         """
-        file = require_file(path)
+        found = hub.address(path) if isinstance(path, str) and find_file(path) is None else None
+        file = require_file(path) if found is None else hub.fetch(*found, revision)
         z, sketch, manifest = read_file(file)
         try:
             return cls(z, manifest, sketch)
         except ExpertError as e:
             raise ExpertError(f"{file}: {e}") from None
+
+    def push_to_hub(self, repo: str, file: str = hub.FILE, private: bool = False) -> str:
+        """Upload the expert and a model card made of its manifest, in one commit.
+
+        repo: "user/name"; it is made if there is none
+        file: name of the file in it; several experts may be in one repository
+        private: whether a new repository is private
+
+        `Expert.load(repo)`, or `Expert.load("repo:file")`, reads it. The card is written with the default file, and
+        with another if the repository has none. Returns the address of the repository. Raises HubError.
+        """
+        target = hub.address(f"{repo}:{file}")
+        if target is None:
+            raise ExpertError(f'{repo!r} and {file!r}; wanted a repository "user/name" and the name of a file in it')
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.save(Path(folder) / hub.FILE)
+            return hub.upload(path, *target, hub.card(self.manifest, self.ranks, *target), private)
 
     @classmethod
     def from_sakana(
@@ -111,6 +140,52 @@ class Expert:
 
         z, manifest = load_z(path, factors, base_model, mask)
         return cls.trained_on(factors, z, **manifest) if isinstance(factors, Factors) else cls(z, manifest)
+
+    def to_lora(
+        self,
+        factors: Mapping[str, Factor | Int8Factor],
+        rank: int | None = None,
+        max_error: float | None = None,
+        uniform: bool = False,
+    ) -> LoraAdapter:
+        """This expert as a LoRA adapter: W' - W = B A with B = U_k diag(sigma (z - 1)), A = V_kᵀ.
+
+        factors: that the expert belongs to, in floating point
+        rank: of each matrix, at most: the components with the largest |sigma (z - 1)|; None: all that change
+        max_error: keep as few components as leave a relative Frobenius error of at most this in each matrix,
+            sqrt(Σ over the others (sigma_i (z_i - 1))²) / ||sigma (z - 1)||
+        uniform: one rank for all matrices, and a pair for every matrix of a name ("q_proj"), with columns of zeros
+            where there is nothing to add. llama.cpp and SGLang read only such adapters right
+
+        Without rank and max_error the adapter is the expert, within rounding. `LoraAdapter.errors` has the errors.
+        Raises ExpertMismatch (other factors), InputError (int8 factors, mixture-of-experts stacks, no change at all).
+        """
+        from .exchange.lora import adapter_of
+
+        self.check(factors if isinstance(factors, Factors) else {n: f.sigma for n, f in factors.items()})
+        return adapter_of(self.z, factors, rank, max_error, uniform, self.manifest.get("base_model"))
+
+    @classmethod
+    def from_lora(
+        cls, adapter: LoraAdapter | str | Path, factors: Mapping[str, Factor | Int8Factor], **manifest: Any
+    ) -> Expert:
+        """The expert nearest to a LoRA adapter: z - 1 = diag(Uᵀ B A V) / sigma, least squares in the Frobenius norm.
+
+        adapter: or the folder where PEFT saved it
+        factors: of its base model
+        manifest: facts for the expert's manifest
+
+        Most of an adapter is lost: it may rotate singular vectors, an expert rescales them. The manifest states under
+        "kept" the share ||U diag(sigma (z - 1)) Vᵀ|| / ||B A|| of each matrix. `ExpertBank.add` runs an adapter as it
+        is.
+        Raises MissingFileError, InputError (no LoRA adapter, or one of another model).
+        """
+        from .exchange.lora import LoraAdapter, project
+
+        found = adapter if isinstance(adapter, LoraAdapter) else LoraAdapter.load(adapter)
+        z, kept = project(found, factors)
+        facts = {"kept": {n: round(share, 6) for n, share in kept.items()}, **manifest}
+        return cls.trained_on(factors, z, **facts) if isinstance(factors, Factors) else cls(z, facts)
 
     @staticmethod
     def mix(weights: Mapping[Expert, float] | Iterable[tuple[Expert, float]]) -> Expert:

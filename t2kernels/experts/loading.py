@@ -201,6 +201,7 @@ class LoadedExperts(Columns):
             delta = self._experts[key][0]
         row = self._rows.take(key)
         self.table.write(row, delta)
+        self.table.adapters.set(row, dict(key) if isinstance(key, tuple) else {key: 1.0})
         self._counts.loaded(key)
         return row
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from t2kernels.layers.linear import SVFLinear
 
+from .exchange.adapters import Adapters
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -59,6 +61,7 @@ class ScaleTable:
     rows: rows of every layer's table, row 0 (the base model) included
     slots: the place of each layer in an expert's row
     width: C, numbers in an expert's row
+    adapters: LoRA adapters, which rows may use instead
     """
 
     def __init__(self, layers: Sequence[tuple[SVFLinear, tuple[str, ...]]], rows: int):
@@ -68,6 +71,7 @@ class ScaleTable:
         for layer, names in layers:
             self.slots.append(Slot(layer, names, self.width))
             self.width = self.slots[-1].stop
+        self.adapters: Adapters = Adapters({n[0]: layer for layer, n in layers if layer.sigma.dim() == 1}, rows)
         self._bind()
 
     def unsupported(self, delta: Tensor) -> str | None:
@@ -89,6 +93,7 @@ class ScaleTable:
         rows: one row, or [P] rows
         delta: [C] for one row, [P, C] for P rows; z - 1 of all layers
         """
+        self.adapters.clear(rows)
         if not self._is_bound():
             self._bind()
         for device, (table, sigma, base, columns) in self._arrays.items():

@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
-from t2kernels.layers import head, subclass
+from t2kernels.layers import subclass
+from t2kernels.layers.dense import head
 from t2kernels.layers.dense.link import Link
 from t2kernels.layers.forward_hooks import check_hooks, remove_hook
 from t2kernels.layers.private import require

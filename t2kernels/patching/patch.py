@@ -142,6 +142,7 @@ def unpatch_model(model: nn.Module, expert: str | Expert | None = None) -> nn.Mo
     swiglu.remove(root)
     for layer, _ in bank.layers:
         layer.remove(root, row)
+    bank.table.adapters.take_off(root, row)
     model_hooks.remove(root, bank)
     return model
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from t2kernels import InputError
-from t2kernels.layers.head import contiguous_head
+from t2kernels.layers.dense.head import contiguous_head
 
 from .chat import AnyPrompt, as_completion, encode, end_tokens
 from .modes import eval_mode

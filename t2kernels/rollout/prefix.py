@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2kernels.layers.head import contiguous_head
+from t2kernels.layers.dense.head import contiguous_head
 
 from .generation import cache_argument, forward_inputs
 from .modes import eval_mode

@@ -20,6 +20,7 @@ from t2kernels.serve.http.refusals import refusal
 
 from .admin import add_routes
 from .completions import answer
+from .playground import add_page
 from .service import Service
 from .tokenizing import add_tokenizing
 
@@ -67,6 +68,7 @@ def make_app(service: Service) -> FastAPI:
         engine = service.engine
         state = "dead" if engine.failure and not engine.draining else "draining" if engine.draining else "ready"
         body = {"status": state, "running": len(engine.running), "waiting": len(engine.waiting)}
+        body |= {"rows": engine.bank.rows, "rows_in_use": engine.bank.rows_in_use, "generated": engine.generated}
         reason = {"reason": engine.failure} if engine.failure else {}
         return JSONResponse({**body, **reason}, 200 if state == "ready" else 503)
 
@@ -76,6 +78,8 @@ def make_app(service: Service) -> FastAPI:
 
     add_routes(app, service)
     add_tokenizing(app, service)
+    if settings.ui:
+        add_page(app)
     return app
 
 

@@ -40,6 +40,7 @@ class Settings:
     search_seconds: most seconds of a few-shot search, in which nothing is generated
     hosts: names that a request may have in its Host header; (): any
     origins: other origins than the server's own whose web pages may send requests
+    ui: whether there is a playground at /
     """
 
     name: str
@@ -56,6 +57,7 @@ class Settings:
     search_seconds: float = 60.0
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    ui: bool = True
 
 
 class Service:

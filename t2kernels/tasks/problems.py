@@ -99,6 +99,12 @@ def _prompt(raw: Row) -> str | list[Mapping[str, Any]]:
     return prompt
 
 
+def question(labels: Sequence[str], instruction: str | None = None) -> str:
+    """The instruction of a classification with its labels in it, as `classification` puts it before the text."""
+    one_word = all(len(label.split()) == 1 for label in labels)
+    return (instruction or INSTRUCTION + (" word." if one_word else " of them.")).replace("{labels}", ", ".join(labels))
+
+
 def classification(
     path: str | Path,
     instruction: str | None = None,
@@ -126,10 +132,7 @@ def classification(
     names = dict(labels) if isinstance(labels, Mapping) else {name: name for name in labels or found}
     if len(set(names.values())) < 2:
         raise InputError(f"{path} has the labels {found!r:.80}; a classification needs at least two")
-    one_word = all(len(name.split()) == 1 for name in names.values())
-    ask = (instruction or INSTRUCTION + (" word." if one_word else " of them.")).replace(
-        "{labels}", ", ".join(dict.fromkeys(names.values()))
-    )
+    ask = question(list(dict.fromkeys(names.values())), instruction)
     parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for where, said, label, split in read:
         if label not in names:

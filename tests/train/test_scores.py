@@ -10,7 +10,7 @@ import transformers as tf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import t2kernels as t2
-from t2kernels.layers.head import head_of
+from t2kernels.layers.dense.head import head_of
 from t2kernels.layers.routing.route import Route
 from t2kernels.rollout.generation import Rollout, completion_logits
 from t2kernels.train.policy.scores import TokenScorer, _Read, finish_of, hidden_states

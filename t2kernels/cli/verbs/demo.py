@@ -20,10 +20,10 @@ from t2kernels.cli import models
 from t2kernels.cli.console import bar, out, show, table
 from t2kernels.cli.learning import learn
 from t2kernels.cli.race import race
+from t2kernels.cli.real_model import real_model
 from t2kernels.evaluation import Score, answers, scores
 from t2kernels.experts.names import BASE
 
-from .real_model import real_model
 from .train import compare
 
 LIVE, TASK = "yours", "math"

@@ -82,6 +82,7 @@ def serve(
     allow_origin: list[str] = typer.Option(
         [], help="Origin such as https://chat.example whose web pages may use the server.", show_default=False
     ),
+    no_ui: bool = typer.Option(False, "--no-ui", help="Serve no playground at /."),
     targets: str = models.TargetsOption,
     rank: str = models.RankOption,
     form: str = models.FormOption,
@@ -149,11 +150,14 @@ def serve(
         upload=max_upload << 20,
         hosts=_hosts(host, api_key, allow_host),
         origins=tuple(allow_origin),
+        ui=not no_ui,
     )
     service = Service(loaded.model, loaded.tokenizer, settings, _shipped(model) if experts is None else None)
     names = ", ".join(service.experts.current) or "none yet"
     row = sum(layer.scale[0].numel() * layer.scale.element_size() for layer, _ in bank.layers)
     err.print(f"{settings.name} on http://{host}:{port}/v1, experts: {names}", soft_wrap=True)
+    if settings.ui:
+        err.print(f"playground: http://{host}:{port}/", soft_wrap=True)
     err.print(f"{bank.rows} rows of {row / 1e3:,.0f} kB; {bank.describe()}", soft_wrap=True)
     run(service, at, drain, keep_alive, max_connections, log_level)
 

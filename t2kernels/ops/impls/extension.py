@@ -10,6 +10,9 @@ import torch
 
 from t2kernels import PackageError
 
+INTERFACE = 2
+"""The number of what Python calls in the extension, in csrc/bindings.cpp as well. A change of it changes both."""
+
 
 @functools.cache
 def load() -> Any:
@@ -22,6 +25,10 @@ def load() -> Any:
         ) from None
     except ImportError as e:
         raise PackageError(f"t2kernels._C cannot be loaded: {e}") from e
+    if getattr(extension, "interface", None) != INTERFACE:
+        raise PackageError(
+            "t2kernels._C was built from other sources than this package: install t2kernels again (docs/howto/build.md)"
+        )
     extension.cpu_find_threads(torch._C.__file__)
     return extension
 

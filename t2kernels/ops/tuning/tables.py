@@ -122,16 +122,14 @@ def _read(paths: Iterable[Path], needed: str) -> dict[str, Any] | None:
 
 def _entries(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool, str]]:
     """(where, value, whether it can be used, what can) of each entry that is read. Stop at the first that cannot."""
-    for name in {"checked", "tiles"} & table.keys():
+    for name in {"checked", "tiles", "stream_tokens"} & table.keys():
         yield name, table[name], isinstance(table[name], dict), "an object"
     if "pair_tokens" in table:
         yield "pair_tokens", table["pair_tokens"], _are_integers([table["pair_tokens"]], 1), "an integer from 0"
     if "decode_tokens" in table:
         yield "decode_tokens", table["decode_tokens"], _are_integers(table["decode_tokens"], 2), "two integers from 0"
-    for name in {"stream_tokens"} & table.keys():
-        yield name, table[name], isinstance(table[name], dict), "an object"
-        for formats, T in table[name].items():
-            yield f"{name}[{formats[:60]!r}]", T, _are_integers([T], 1), "an integer from 0"
+    for types, tokens in table.get("stream_tokens", {}).items():
+        yield f"stream_tokens[{types[:40]!r}]", tokens, _are_integers([tokens], 1), "an integer from 0"
     for shape, by_tokens in table.get("tiles", {}).items():
         fits = bool(_SHAPE.fullmatch(shape)) and isinstance(by_tokens, dict) and bool(by_tokens)
         yield f"tiles[{shape[:60]!r}]", by_tokens, fits, "KERNEL/TYPE/TYPE/ROWSxK with {T: tiles}"

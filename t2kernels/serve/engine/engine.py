@@ -66,6 +66,8 @@ class Engine:
     """Whether the server is shutting down: no new request is accepted."""
     failure: str | None
     """Why nothing can run any more."""
+    generated: int
+    """Tokens generated since the start, over all requests."""
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class Engine:
         self.model, self.bank, self.ends = model, model.t2_bank, list(ends) or [-1]
         self.max_running, self.max_waiting = max_running, max_waiting
         self.waiting, self.running = {}, {}
-        self.failure, self.draining = None, False
+        self.failure, self.draining, self.generated = None, False, 0
         self._admitting = self._changed = self._reserved = False  # while reserved, nothing starts
         self._alone = threading.Lock()
         self._ids = map(str, itertools.count())
@@ -367,7 +369,9 @@ class Engine:
         if output.error is not None:
             self._fail(generation, APIError(500, f"generation failed: {output.error}", "generation_failed"))
             return
+        before = generation.tokens
         generation.take(output.tokens)
+        self.generated += generation.tokens - before
         if output.last:
             generation.finished("stop" if output.tokens and output.tokens[-1] in generation.ends else "length")
             self._end(generation)

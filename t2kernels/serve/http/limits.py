@@ -14,6 +14,8 @@ from .errors import APIError
 
 OPEN: tuple[str, ...] = ("/health", "/metrics")
 """Paths that need no key: monitoring has none."""
+PAGE: str = "/"
+"""The playground needs none either: a browser cannot send one for a page. The page asks for it."""
 LINGER_BYTES: int = 64 << 20
 """Bytes of a refused body that are still read, so that its sender receives the answer."""
 BODY_SECONDS: float = 30
@@ -37,7 +39,7 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the key, then pass the request on."""
-        if scope["type"] == "http" and scope["path"] not in OPEN:
+        if scope["type"] == "http" and scope["path"] not in (*OPEN, PAGE):
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             scheme, _, key = given.partition(b" ")
             if not hmac.compare_digest(key.strip(), self.key) or scheme.lower() != b"bearer":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from t2kernels.layers.head import head_of
+from t2kernels.layers.dense.head import head_of
 from t2kernels.rollout.generation import Rollout, completion_logits, log_probs
 from t2kernels.train.loss import kl_divergence
 

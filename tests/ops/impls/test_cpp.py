@@ -4,6 +4,8 @@ import itertools
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -432,3 +434,22 @@ def test_the_environment_report_names_it():
     assert report()["svf_linear"]["cpp"].startswith(
         "runs on" if not torch.cuda.is_available() else "impl='cpp' cannot run"
     )
+
+
+def test_an_extension_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "t2kernels._C", ModuleType("t2kernels._C"))
+    extension.load.cache_clear()
+    dispatch.probe.cache_clear()
+    try:
+        x, V, (U,), _, ids, _, _ = problem((4,), 33, (7,), (50,))
+        assert "t2kernels._C was built from other sources" in plan(x, V, [U], ids).why_impl
+        assert plan(x, V, [U], ids).impl == "torch"
+    finally:
+        monkeypatch.undo()
+        extension.load.cache_clear()
+        dispatch.probe.cache_clear()
+
+
+def test_the_interface_has_one_number():
+    source = (Path(__file__).parents[3] / "csrc" / "bindings.cpp").read_text()
+    assert f'm.attr("interface") = {extension.INTERFACE};' in source

@@ -83,7 +83,7 @@ def check_experts(model: str, experts: Mapping[str, Path], factors: str | Path |
         )
     origin = origin_of(Factors.load(place))
     for path in experts.values():
-        Expert.load(path).check(origin)
+        Expert.load(Path(path)).check(origin)
     return sorted({Path(p).expanduser().resolve().parent for p in experts.values()})
 
 

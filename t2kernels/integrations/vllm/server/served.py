@@ -212,7 +212,7 @@ class ServedExperts:
 
     def _manifest(self, name: str) -> dict:
         (file,) = requests.files(self.models.lora_requests[name].lora_path)
-        return Expert.load(file).manifest
+        return Expert.load(Path(file)).manifest
 
     async def log_likelihoods(self, asked: Any, labels: Sequence[str], judge: str | None) -> list[float]:
         """log p(label | asked) of each label by requests to the engine; 0 and -inf where one token decides, and only

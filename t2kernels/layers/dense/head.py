@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from t2kernels.factors.matrices import unwrapped
-
-from .forward_hooks import remove_hook
+from t2kernels.layers.forward_hooks import remove_hook
 
 HALF: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 

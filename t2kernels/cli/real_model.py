@@ -15,22 +15,15 @@ from t2kernels.cli.learning import learn
 from t2kernels.experts.names import BASE
 from t2kernels.rollout.chat import PromptForm, prompt_form
 
-from .train import compare
+from .verbs.train import compare
 
 LIVE = "tickets"
-QUESTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "reviews": (
-        "Is this review positive or negative? Answer with one word.",
-        ("positive", "negative"),
-        ("funny in the wrong places", "two hours that I would gladly spend again"),
-    ),
-    "questions": (
-        "What does this question ask for? Answer with one word: person, place, number, thing or description.",
-        ("person", "place", "number", "thing", "description"),
-        ("Which river runs through Vienna?", "How many bones does a hand have?"),
-    ),
+TEXTS: dict[str, tuple[str, ...]] = {
+    "questions": ("Which river runs through Vienna?", "How many bones are in a hand?"),
+    "reviews": ("funny in the wrong places", "two hours that i would gladly spend again"),
+    "films": ("a clockmaker finds a letter from 1890 in an old clock .", "the ending feels rushed and a little cold ."),
 }
-"""{expert: (its question, its labels, texts to ask about)}."""
+"""{expert that comes with the model: texts to ask it about}"""
 
 
 def real_model(quick: bool) -> None:
@@ -57,25 +50,21 @@ def real_model(quick: bool) -> None:
 
 
 def mixed(loaded: models.Loaded) -> None:
-    """Ask each question of the base model and of its expert, all in one batch, and print what they write."""
+    """Ask each text's question of the base model and of its expert, all in one batch, and print what they write."""
     from t2kernels import tiny
     from t2kernels.evaluation import answers
+    from t2kernels.tiny import smollm2
 
     shipped = tiny.experts(loaded.name)
-    rows: list[tuple[str, str | None]] = []
-    form = PromptForm(chat=True)
-    for name, (question, _, texts) in QUESTIONS.items():
-        if name not in shipped:
-            continue
+    rows: list[tuple[str, str, str | None]] = []
+    for name in (name for name in TEXTS if name in shipped):
         loaded.model.t2_bank.add(name, shipped[name])
-        rows += [(f"{text}\n{question}", expert) for text in texts for expert in (None, name)]
-    if not rows:
-        return
-    chats = [form.apply(text) for text, _ in rows]
-    written = answers(loaded.model, loaded.tokenizer, chats, [expert for _, expert in rows], 12)
-    shown = Table("prompt", "expert", "answer", box=None, pad_edge=False)
-    for (text, expert), said in zip(rows, written, strict=True):
-        shown.add_row(escape(text.split("\n")[0]), expert or BASE, escape(" ".join(said.split())))
+        rows += [(text, smollm2.ask(name, text), expert) for text in TEXTS[name] for expert in (None, name)]
+    chats = [PromptForm(chat=True).apply(asked) for _, asked, _ in rows]
+    written = answers(loaded.model, loaded.tokenizer, chats, [expert for _, _, expert in rows], 12)
+    shown = Table("text", "expert", "answer", box=None, pad_edge=False)
+    for (text, _, expert), said in zip(rows, written, strict=True):
+        shown.add_row(escape(text), expert or BASE, escape(" ".join(said.split())))
     out.print(shown)
 
 
