@@ -101,9 +101,10 @@ class Arm:
         return answers
 
     def close(self) -> None:
-        self.connection.close()
-        self.process.terminate()
-        self.process.wait(60)
+        every = [self.process, *self.process.children(recursive=True)]
+        self.connection.close()  # the engine then ends its processes
+        for process in psutil.wait_procs(every, 30)[1]:
+            process.kill()
 
 
 # --- what is compared
@@ -119,7 +120,7 @@ def expert_files(folder: Path, factors: t2.Factors, rank: int) -> None:
 
 
 def exact(model: str, factors: t2.Factors, expert: t2.Expert | None) -> torch.Tensor:
-    """log p of each token of the first prompt after its first, by the model in fp32 with W + U diag(sigma (z - 1)) Vᵀ."""
+    """log p of each token of the first prompt but the first, by the model in fp32, its W + U diag(sigma (z - 1)) Vᵀ."""
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     ids = torch.tensor([[*PROMPT, 400]])
     with torch.no_grad():

@@ -154,7 +154,7 @@ class ExpertPath(nn.Module):
         self.count = len(layers)
         for i, layer in enumerate(layers):
             self.register_buffer(f"U{i}", layer.U, persistent=False)
-        # The layer's output in pieces: those that a member computes (`places`), in the order of the members, and others.
+        # The layer's output in pieces: those of the members (`places`), and others.
         first = {m.parts[0]: m.parts for m in members}
         inner = {p for parts in first.values() for p in parts[1:]}
         pieces = [first.get(p, (p,)) for p in range(len(sizes)) if p not in inner]
