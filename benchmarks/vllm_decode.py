@@ -120,7 +120,7 @@ def expert_files(folder: Path, factors: t2.Factors, rank: int) -> None:
 
 
 def exact(model: str, factors: t2.Factors, expert: t2.Expert | None) -> torch.Tensor:
-    """log p of each token of the first prompt but the first, by the model in fp32, its W + U diag(sigma (z - 1)) Vᵀ."""
+    """log p of each token of the first prompt but the first, in fp32 with W + U diag(sigma (z - 1)) Vᵀ."""
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     ids = torch.tensor([[*PROMPT, 400]])
     with torch.no_grad():
