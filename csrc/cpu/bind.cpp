@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -86,6 +87,7 @@ int members_of(const py::tuple& members, int64_t C, Expand* out, bool outputs) {
       e.stride_base = r.next<int64_t>();
       e.bias = r.address();
       e.y = r.address();
+      e.stride_y = e.U.rows;
     }
     e.column = column;
     column += e.U.K;
@@ -120,9 +122,13 @@ struct Group {
     count = members_of(members, in.Vt.rows, out, false);
   }
 
-  // x: [T, N] contiguous. ys: [T, M] contiguous of each member, to which its change is added.
+  // x: [T, N] contiguous. ys: [T, M] of each member, to which its change is added: rows are `stride_y` apart, or M if
+  // that is 0.
   void add(uintptr_t x, int64_t T, int x_dtype, uintptr_t ids, int64_t ids_count, bool ids64, int threads,
-           const std::vector<uintptr_t>& ys) const {
+           const std::vector<uintptr_t>& ys, int64_t stride_y) const {
+    int64_t widest = 0;
+    for (int i = 0; i < count; ++i) widest = std::max(widest, out[i].U.rows);
+    if (stride_y && stride_y < widest) throw std::invalid_argument("rows of y that overlap");
     if (int(ys.size()) != count) throw std::invalid_argument("one base a member");
     Shrink s = in;
     s.x = reinterpret_cast<const void*>(x), s.T = T, s.stride_x = s.Vt.K, s.x_dtype = dtype_of(x_dtype, false);
@@ -131,7 +137,8 @@ struct Group {
     Expand e[MEMBERS];
     for (int i = 0; i < count; ++i) {
       e[i] = out[i];
-      e[i].y = reinterpret_cast<void*>(ys[i]), e[i].base = e[i].y, e[i].stride_base = e[i].U.rows;
+      e[i].y = reinterpret_cast<void*>(ys[i]), e[i].base = e[i].y;
+      e[i].stride_y = e[i].stride_base = stride_y ? stride_y : e[i].U.rows;
     }
     py::gil_scoped_release free;
     svf_linear(*kernels, s, e, count, threads);

@@ -49,7 +49,8 @@ struct Expand {
   const void* base;  // may be null, as bias may
   int64_t stride_base;
   const void* bias;
-  void* y;           // [T, rows], contiguous
+  void* y;           // [T, rows]; rows are contiguous
+  int64_t stride_y;
 };
 
 struct Kernels {

@@ -137,7 +137,7 @@ void expand_rows(Round& r) {
         const void* base = e.base ? at(e.base, row * e.stride_base + m, r.x_dtype) : nullptr;
         const void* bias = e.bias ? at(e.bias, m, r.x_dtype) : nullptr;
         const float* mine = is_short ? sums + t * BLOCK : sums + t;
-        void* y = const_cast<char*>(at(e.y, row * e.U.rows + m, r.x_dtype));
+        void* y = const_cast<char*>(at(e.y, row * e.stride_y + m, r.x_dtype));
         r.k.narrow(r.x_dtype, mine, is_short ? 1 : T, rows, base, bias, y);
       }
     });
@@ -179,7 +179,7 @@ void svf_linear(const Kernels& k, const Shrink& in, const Expand* out, int membe
 
 void shrink(const Kernels& k, const Shrink& in, float* g, int threads) {
   threads = worth(threads, &in, nullptr, 0, in.dtype, in.T);
-  const Expand all{{nullptr, 0, in.Vt.rows, 0}, 0, nullptr, 0, nullptr, nullptr};
+  const Expand all{{nullptr, 0, in.Vt.rows, 0}, 0, nullptr, 0, nullptr, nullptr, 0};
   float* room = scratch(std::min<int64_t>(in.T, TOKENS) * padded(in.Vt.K));
   for (int64_t first = 0; first < in.T; first += TOKENS) {
     const int64_t T = std::min<int64_t>(TOKENS, in.T - first);

@@ -6,6 +6,8 @@ op looks it up again: about 20 us, five times the work of a small layer's delta 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,15 +37,27 @@ class Prepared:
 
         x: [..., N]; expert_ids: as in `svf_linear`; bases: base_i [..., M_i] in x's dtype
         """
-        if unobserved(x, self.V, self.Us[0], self.scale, expert_ids):
-            device = dispatch.device_of(x.device)
-            if device is not self._device or len(self._runs) >= KEPT:
-                self._device, self._runs = device, {}
-            key = x.shape, x.dtype, expert_ids.numel() == 1
-            if key in self._runs:
-                run = self._runs[key]
-            else:
-                run = self._runs[key] = dispatch.prepare(x, self.V, self.Us, self.scale, expert_ids)
-            if run is not None and run(x, expert_ids, bases):
-                return bases
+        run = self._prepared(x, expert_ids)
+        if run is not None and run(x, expert_ids, bases, None):
+            return bases
         return call_group(x, self.V, self.Us, self.scale, expert_ids, bases, [])
+
+    def add_within(self, x: Tensor, expert_ids: Tensor, y: Tensor, starts: Sequence[int]) -> bool:
+        """Add the change of each member to its columns of y, in place. False: that cannot be, and nothing was done.
+
+        x: [..., N]; expert_ids: as in `svf_linear`; y: [..., M] in x's dtype; starts: the first column of each member,
+            rising; their M_i columns must not overlap, nor pass M
+        """
+        run = self._prepared(x, expert_ids)
+        return run is not None and run(x, expert_ids, [y], starts)
+
+    def _prepared(self, x: Tensor, expert_ids: Tensor) -> InPlace | None:
+        if not unobserved(x, self.V, self.Us[0], self.scale, expert_ids):
+            return None
+        device = dispatch.device_of(x.device)
+        if device is not self._device or len(self._runs) >= KEPT:
+            self._device, self._runs = device, {}
+        key = x.shape, x.dtype, expert_ids.numel() == 1
+        if key not in self._runs:
+            self._runs[key] = dispatch.prepare(x, self.V, self.Us, self.scale, expert_ids)
+        return self._runs[key]

@@ -82,6 +82,27 @@ def test_the_memory_of_the_bases_is_used_and_nothing_around_it():
         assert room[-32:].isnan().all()
 
 
+@NO_CPP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 5, 9])
+def test_outputs_that_lie_in_the_rows_of_one_tensor(T, dtype):
+    V, Us, scale, x, bases = problem((T,), dtype)
+    ids, gap = torch.randint(0, E, (T,), dtype=torch.int32), 3
+    with torch.inference_mode():
+        want = Prepared(V, Us, scale).add(x, ids, [b.clone() for b in bases])
+        nans = torch.full((T, gap), torch.nan, dtype=dtype)
+        y = torch.cat([bases[0], nans, bases[1], bases[2], nans], -1)
+        starts = [0, Ms[0] + gap, Ms[0] + gap + Ms[1]]
+        assert Prepared(V, Us, scale).add_within(x, ids, y, starts)
+        for start, M, w in zip(starts, Ms, want, strict=True):
+            assert torch.equal(y[:, start : start + M], w)
+            y[:, start : start + M] = 0
+        assert int(y.isnan().sum()) == 2 * T * gap
+        assert int((y == 0).sum()) == T * sum(Ms)
+    given = torch.cat(bases, -1).requires_grad_()
+    assert not Prepared(V, Us, scale).add_within(x, ids, given, [0, Ms[0], Ms[0] + Ms[1]])
+
+
 def test_tensors_that_lie_otherwise_and_ids_that_are_no_rows():
     V, Us, scale, x, bases = problem((4, 1), torch.float32)
     ids, op = torch.tensor([1, 2, 3, 0]), Prepared(V, Us, scale)

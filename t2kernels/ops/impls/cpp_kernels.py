@@ -179,12 +179,18 @@ def prepare(V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
     group = extension.load().CpuGroup(first, tuple((U.data_ptr(), *U.shape, U.stride(0)) for U in Us), isa())
     add, threads, int64 = group.add, torch.get_num_threads, torch.int64
 
-    def run(x: Tensor, ids: Tensor, bases: list[Tensor]) -> bool:
+    def run(x: Tensor, ids: Tensor, bases: list[Tensor], starts: Sequence[int] | None = None) -> bool:
         if not (x.is_contiguous() and ids.is_contiguous() and all(map(Tensor.is_contiguous, bases))):
             return False
+        if starts is None:
+            ys, stride = [y.data_ptr() for y in bases], 0
+        else:
+            (y,) = bases
+            first, size, stride = y.data_ptr(), y.element_size(), y.shape[-1]
+            ys = [first + size * s for s in starts]
         add(
             *(x.data_ptr(), x.numel() // N, DTYPES[x.dtype], ids.data_ptr(), ids.numel(), ids.dtype is int64),
-            *(threads(), [y.data_ptr() for y in bases]),
+            *(threads(), ys, stride),
         )
         return True
 

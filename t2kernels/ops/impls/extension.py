@@ -10,7 +10,7 @@ import torch
 
 from t2kernels import PackageError
 
-INTERFACE = 2
+INTERFACE = 3
 """The number of what Python calls in the extension, in csrc/bindings.cpp as well. A change of it changes both."""
 
 

@@ -23,9 +23,10 @@ Added = Sequence[Tensor | None]
 """Bases or biases of the members; None for members without."""
 
 
-InPlace = Callable[[Tensor, Tensor, list[Tensor]], bool]
-"""(x, expert_ids, bases): adds the change of each member to its base, in place. False: these tensors lie in memory as
-it cannot take them, and nothing was done."""
+InPlace = Callable[[Tensor, Tensor, list[Tensor], Sequence[int] | None], bool]
+"""(x, expert_ids, bases, starts): adds the change of each member to its base, in place. starts: None; or the columns at
+which the members' bases begin in the only tensor of `bases`. False: these tensors lie in memory as it cannot take them,
+and nothing was done."""
 
 
 class Operands(NamedTuple):

@@ -310,7 +310,7 @@ def test_a_layer_that_sees_other_tokens_than_the_step():
     made = [DeltaLinear(factors[0], 5, E, torch.float32, Routing())]
     tables(made, zs)
     path = ExpertPath(members, made, [72], torch.zeros(8, dtype=torch.int32))
-    path.step = SimpleNamespace(tokens=4)
+    path.step = SimpleNamespace(tokens=4, rows=path.token_rows[:4])
     path.add(torch.zeros(6, 72), torch.randn(6, N))  # padded
     for count in (3, 9):
         with pytest.raises(RuntimeError, match="other tokens than the step's"):

@@ -28,6 +28,7 @@ from t2kernels.layers.linear import DeltaLinear, SVFLinear
 from t2kernels.layers.routing.active import Routing
 from t2kernels.ops.dispatch import expand, shrink
 from t2kernels.ops.op import call, call_group
+from t2kernels.ops.prepared import Prepared
 
 SHARD_BYTES = 64 << 20
 """Factors of at least this size are sharded by layout="auto".
@@ -133,9 +134,9 @@ class ExpertPath(nn.Module):
     token_rows: Tensor
     U0: Tensor
     count: int
-    sizes: list[int]
-    parts: list[tuple[int, ...]]
-    whole: bool
+    widths: list[int]
+    places: list[int]
+    starts: list[int]
 
     def __init__(
         self, members: Sequence[Member], layers: Sequence[SVFLinear], sizes: Sequence[int], token_rows: Tensor
@@ -153,9 +154,15 @@ class ExpertPath(nn.Module):
         self.count = len(layers)
         for i, layer in enumerate(layers):
             self.register_buffer(f"U{i}", layer.U, persistent=False)
-        self.sizes, self.parts = list(sizes), [m.parts for m in members]
-        self.whole = [p for parts in self.parts for p in parts] == list(range(len(self.sizes)))
+        # The layer's output in pieces: those of the members (`places`), and others.
+        first = {m.parts[0]: m.parts for m in members}
+        inner = {p for parts in first.values() for p in parts[1:]}
+        pieces = [first.get(p, (p,)) for p in range(len(sizes)) if p not in inner]
+        self.widths = [sum(sizes[p] for p in piece) for piece in pieces]
+        self.places = [pieces.index(m.parts) for m in members]
+        self.starts = [sum(self.widths[:i]) for i in self.places]
         self.step: Any | None = None  # the manager: `step.tokens` is the number of tokens of the running step
+        self._op: Prepared = Prepared(Vt.t(), self.Us, scale)  # on a CPU factors and tables stay where they are
 
     @property
     def Us(self) -> list[Tensor]:
@@ -164,40 +171,51 @@ class ExpertPath(nn.Module):
 
     def rows_of(self, x: Tensor) -> Tensor:
         """The row of each token of x [T, N], [T] int32. Raises RuntimeError if x cannot be the tokens of this step."""
-        T = x.shape[0]
-        if not torch.compiler.is_compiling() and not (0 if self.step is None else self.step.tokens) <= T <= len(
-            self.token_rows
-        ):
+        T, step = x.shape[0], self.step
+        if torch.compiler.is_compiling():
+            return self.token_rows[:T]
+        if step is not None and step.tokens == T:
+            return step.rows
+        if not (0 if step is None else step.tokens) <= T <= len(self.token_rows):
             raise StateError(
-                f"a layer got {T} tokens in a step of {self.step.tokens}: it sees other tokens than the step's, and "
+                f"a layer got {T} tokens in a step of {step.tokens}: it sees other tokens than the step's, and "
                 "their experts are not known; leave its matrices out of the factors"
             )
         return self.token_rows[:T]
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + ((x V) * scale[rows]) Uᵀ of y [..., sum of sizes] and x [..., N]."""
-        x, y2 = x.reshape(-1, x.shape[-1]).to(y.dtype), y.reshape(-1, y.shape[-1])
-        rows, V = self.rows_of(x), self.Vt.t()
-        if self.count == 1 and self.whole:
-            return call(x, V, self.U0, self.scale, rows, y2).reshape(y.shape)
-        outputs = list(y2.split(self.sizes, -1))
-        bases = [outputs[p[0]] if len(p) == 1 else torch.cat([outputs[i] for i in p], -1) for p in self.parts]
-        made = call_group(x, V, self.Us, self.scale, rows, bases, [])
-        for parts, new in zip(self.parts, made, strict=True):
-            for i, piece in zip(parts, new.split([self.sizes[i] for i in parts], -1), strict=True):
-                outputs[i] = piece
-        return torch.cat(outputs, -1).reshape(y.shape)
+        """y + ((x V) * scale[rows]) Uᵀ of y [..., sum of sizes] and x [..., N]. The memory of y may be used for it:
+        nobody else may hold y."""
+        if x.dtype is not y.dtype:
+            x = x.to(y.dtype)
+        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        rows = self.rows_of(x2)
+        if y.is_cpu and y.is_contiguous() and self._op.add_within(x2, rows, y, self.starts):
+            return y
+        pieces = list(y.reshape(-1, y.shape[-1]).split(self.widths, -1))
+        made = self._new(x2, rows, [pieces[i] for i in self.places], None)
+        if len(pieces) == 1:
+            return made[0].reshape(y.shape)
+        for i, new in zip(self.places, made, strict=True):
+            pieces[i] = new
+        return torch.cat(pieces, -1).reshape(y.shape)
 
     def make(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """((x V) * scale[rows]) Uᵀ + bias, [..., sum of sizes]."""
         lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        rows, V = self.rows_of(x), self.Vt.t()
         if self.count == 1:
-            y = call(x, V, self.U0, self.scale, rows, None, bias)
+            y = self._new(x, self.rows_of(x), [], bias)[0]
         else:
-            y = torch.cat(call_group(x, V, self.Us, self.scale, rows, [], []), -1)
+            y = torch.cat(self._new(x, self.rows_of(x), [], None), -1)
             y = y if bias is None else y.add_(bias)
         return y.reshape(*lead, y.shape[-1])
+
+    def _new(self, x: Tensor, rows: Tensor, bases: list[Tensor], bias: Tensor | None) -> list[Tensor]:
+        """base + ((x V) * scale[rows]) Uᵀ of each member in new memory; bias: of a single member."""
+        V = self.Vt.t()
+        if self.count == 1:
+            return [call(x, V, self.U0, self.scale, rows, bases[0] if bases else None, bias)]
+        return call_group(x, V, self.Us, self.scale, rows, bases, [])
 
 
 class ShardedPath(ExpertPath):

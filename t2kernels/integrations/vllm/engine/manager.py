@@ -49,6 +49,7 @@ class ExpertManager:
         self._dummies: set[int] = set()  # ids of warm-up requests
         self._warm_up: set[str] = set()  # addresses of warm-up requests
         self.tokens: int = 0  # of the last step
+        self.rows: Tensor = token_rows[:0]  # of its tokens
 
     # --- before each step
 
@@ -107,7 +108,7 @@ class ExpertManager:
         self.token_rows[:count].copy_(new, non_blocking=True)
         if count < before:
             self.token_rows[count:before].zero_()  # a graph's padding uses the base model
-        self.tokens = count
+        self.tokens, self.rows = count, self.token_rows[:count]
 
     # --- experts
 
