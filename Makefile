@@ -1,17 +1,18 @@
 # Two commands on a fresh machine with Python 3.11+ and make:
 #   make demo    a virtual environment in .venv, the package, and five minutes of what it does
 #   make test    every test that needs no GPU, the type check and the linter
-# Also: make types, lint, docs, bench, test-real, test-vllm, test-gpu, check-gpu, bench-gpu, clean. Everything is installed into .venv
+# Also: make types, lint, docs, bench, test-real, test-vllm, test-gpu, check-gpu, bench-gpu, check-low, clean. Everything is installed into .venv
 # (vLLM into .venv-vllm) and nothing outside it.
 
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+LOW := .venv-low
 PYTHON ?= python3
 # What counts as a change that must be installed again; the package itself is installed in place.
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: help demo test types lint docs bench test-real test-vllm test-gpu check-gpu bench-gpu clean
+.PHONY: help demo test types lint docs bench test-real test-vllm test-gpu check-gpu bench-gpu check-low clean
 .DELETE_ON_ERROR:
 
 help:
@@ -56,18 +57,33 @@ $(VLLM)/.installed: $(SOURCES) scripts/install-vllm $(VLLM)/.created
 	@./scripts/install-vllm $(VLLM)/bin/python
 	@touch $@
 
-# The kernels' small tests run natively where there is a GPU. Most of the time is a compiler's: several processes.
-test-gpu: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m gpu
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal tests/ops/impls/test_triton_forward.py tests/ops/impls/test_triton_backward.py
+# The targets for a GPU install nothing and need no network: they run in .venv if torch is in it, else in PYTHON as it is. What
+# optional packages are for is skipped, with a line each. The kernels' small tests run natively where there is a GPU; most of the
+# time is a compiler's, so several processes take part where pytest-xdist is there.
+test-gpu: WORKERS = $(shell ./scripts/gpu-python -c "import xdist; print('-n logical --maxprocesses 8 --dist worksteal')" 2>/dev/null)
+test-gpu:
+	@./scripts/gpu-python -m pytest $(WORKERS) -m gpu
+	@./scripts/gpu-python -m pytest $(WORKERS) tests/ops/impls/test_triton_forward.py tests/ops/impls/test_triton_backward.py
 
 # Ten minutes: environment, correctness, compute-sanitizer, decode timings; logs and rows in gpu-check-results.
-check-gpu: $(VENV)/.installed-test
-	PYTHON=$(BIN)/python ./scripts/gpu-check
+check-gpu:
+	@./scripts/gpu-check
 
-# Under ten minutes on two cores, under eight on a GPU: rows are appended to benchmarks/results, and one table of verdicts is printed last.
-bench bench-gpu: $(VENV)/.installed-test
+# Under eight minutes: rows are appended to benchmarks/results, and one table of verdicts is printed last.
+bench-gpu:
+	@./scripts/gpu-python benchmarks/suite.py
+
+# Under ten minutes on two cores: the same.
+bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/suite.py
+
+# The lowest versions that are supported, in an environment of their own (.venv-low), through every step of the GPU scripts.
+check-low: $(LOW)/.installed
+	@for script in check measure profile; do PYTHON=$(LOW)/bin/python ./scripts/gpu-$$script --dry-run $(LOW)/results/$$script || exit 1; done
+
+$(LOW)/.installed: pyproject.toml scripts/lowest $(LOW)/.created
+	@$(LOW)/bin/python -m pip install --quiet --disable-pip-version-check $$($(LOW)/bin/python scripts/lowest)
+	@touch $@
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.created
 	@./scripts/install $(BIN)/python
@@ -81,10 +97,10 @@ $(VENV)/.installed-docs: $(SOURCES) $(VENV)/.created
 	@./scripts/install $(BIN)/python docs
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.created $(VLLM)/.created: %/.created:
+$(VENV)/.created $(VLLM)/.created $(LOW)/.created: %/.created:
 	@./scripts/make-venv $(PYTHON) $*
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist site *.egg-info t2kernels/_C.*.so .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(VLLM) $(LOW) .gpu build dist site *.egg-info t2kernels/_C.*.so .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
