@@ -10,8 +10,10 @@ from t2kernels.cli import models
 from t2kernels.cli.console import bar, err
 from t2kernels.tasks.judging import CHOICE
 
-SHOWN: dict[str, str] = {"reward": "reward {:+.2f}", "accuracy": "right {:.0%}", "kl": "KL {:.2f}"}
-"""{number of a log: how it is shown}."""
+SHOWN: dict[str, str] = {
+    "reward": "reward {:+.2f}", "accuracy": "right {:.0%}", "kl": "KL {:.2f}", "loss": "loss {:.3f}"
+}  # fmt: skip
+"""{number of a log: how it is shown}. The loss says something where there is no reward."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -39,7 +41,7 @@ def learn(
 
     A terminal shows a progress bar; any other output gets a line a step.
     init: the Expert to start from; settings: fields of `SVFConfig`, or of
-        `SVFConfig.choices` for a task of choices
+        `SVFConfig.choices` for a task of choices, or of `SVFConfig.sft` with supervised=True
     validation: held-out problems, for evaluations; None: those of the task
     Raises Stopped if the user stops it.
     """
@@ -49,6 +51,7 @@ def learn(
 
     settings = {"report_to": "none", "logging_steps": 1, "use_cpu": loaded.model.device.type == "cpu", **settings}
     make = SVFConfig.choices if getattr(task, "check", None) == CHOICE else SVFConfig
+    make = SVFConfig.sft if settings.get("supervised") else make
     config = make(**settings)
     resume = (
         get_last_checkpoint(config.output_dir)
@@ -86,9 +89,9 @@ def _watcher(progress: Any, row: Any) -> Any:
                 what = "base model" if not state.global_step else f"step {state.global_step}"
                 err.print(f"{what}: {logs['eval_accuracy']:.1%} ± {logs['eval_accuracy_se']:.1%} of held-out problems")
             elif live:
-                recent = [entry for entry in state.log_history[-5:] if "reward" in entry]
+                recent = [entry for entry in state.log_history[-5:] if "loss" in entry]
                 progress.update(row, **shown(recent))
-            elif "reward" in logs:
+            elif "loss" in logs:
                 err.print(f"step {state.global_step} of {state.max_steps}: {', '.join(shown([logs]).values())}")
 
     return Watch()
@@ -99,5 +102,5 @@ def shown(logs: Sequence[Mapping[str, float]]) -> dict[str, str]:
     return {
         key: text.format(sum(entry[key] for entry in logs) / len(logs))
         for key, text in SHOWN.items()
-        if logs and all(key in entry for entry in logs)
+        if logs and all(key in entry for entry in logs) and not (key == "loss" and "reward" in logs[0])
     }

@@ -60,6 +60,9 @@ class SVFConfig(TrainingArguments):
         "expected", -E_pi[r]; "log", -log E_pi[r]
     written_coef: for the same tasks, weight of -log of the probability that the model writes any of the options. It
         teaches the expert to answer with an option when it is asked to write; 0: only the choice is learned
+    supervised: train on the right answers, the column "answer", instead of on rewards of completions: the cross-entropy
+        of the answer's tokens and the end token. loss_type says what a token counts. Evaluations are as always. For
+        tasks with check="choice" it is policy_loss="log" with written_coef=1, the same cross-entropy
     loss_batch_size: rows of one forward and backward, of similar length; None: all at once. It does not change
         gradients. Smaller pieces take less memory, and the longest row of a piece pads only that piece.
 
@@ -104,6 +107,7 @@ class SVFConfig(TrainingArguments):
     clip: float | None = field(default=None, metadata={"help": "Ratios count up to 1 - clip and 1 + clip."})
     policy_loss: str = field(default="expected", metadata={"help": "For choices: expected or log"})
     written_coef: float = field(default=0.02, metadata={"help": "For choices: weight of -log P(an option is written)"})
+    supervised: bool = field(default=False, metadata={"help": "Train on the column answer, not on rewards."})
     loss_batch_size: int | None = field(default=32, metadata={"help": "Rows of one forward and backward."})
     loss_memory: int | None = field(default=None, metadata={"help": "Bytes of the activations of one piece."})
     logits_memory: int = field(default=2**28, metadata={"help": "Bytes of all logits of the loss at once."})
@@ -196,6 +200,11 @@ class SVFConfig(TrainingArguments):
                 raise InputError(
                     f"advantage={self.advantage!r} compares samples of a prompt, and at temperature=0 all are the same"
                 )
+        if self.supervised and self.num_generations > 1:
+            raise InputError(
+                f"num_generations={self.num_generations} with supervised=True: a prompt has one right answer, so leave it "
+                "out"
+            )
         if self.keep_best and self.eval_strategy == "no":
             raise InputError('keep_best=True compares evaluations: set eval_strategy="steps" and eval_steps')
         metric = self.metric_for_best_model
@@ -240,6 +249,12 @@ class SVFConfig(TrainingArguments):
         """
         settings = {"max_steps": 60, "per_device_train_batch_size": 32, "learning_rate": 0.01, "kl_coef": 0.0}
         return cls(output_dir, **{**settings, **changes})
+
+    @classmethod
+    def sft(cls, output_dir: str | None = None, **changes: Any) -> SVFConfig:
+        """The settings for supervised training: `supervised` with those of `choices`, whose gradient is as exact.
+        `changes` replace single settings."""
+        return cls.choices(output_dir, **{"supervised": True, **changes})
 
     @classmethod
     def paper(cls, output_dir: str | None = None, **changes: Any) -> SVFConfig:

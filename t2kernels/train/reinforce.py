@@ -24,6 +24,7 @@ from .arguments import UnsupportedSettingError, refused_method, unsupported, uns
 from .config import SVFConfig
 from .data import Problems
 from .loss import reinforce_loss, row_weights
+from .policy.answers import right_answers
 from .policy.choosing import ChoiceTrainer
 from .policy.options import Choices
 from .policy.scores import TokenScorer
@@ -92,6 +93,8 @@ class ReinforceTrainer(ChoiceTrainer):
         self.sampler: Sampler = Sampler(model, processing_class, args.max_new_tokens or 64)
         for part in (train_dataset, eval_dataset):
             self._probe(part)
+        if args.supervised and not self.choosers:
+            right_answers(self.sampler, [train_dataset[0]], torch.device("cpu"))
         # Trainer writes its use_cache into the model's config. Let it write the value that is there: another thread may
         # be generating.
         args.use_cache, use_cache = getattr(getattr(model, "config", None), "use_cache", True), args.use_cache
@@ -118,7 +121,8 @@ class ReinforceTrainer(ChoiceTrainer):
         sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None  # the head has no weights by itself
         self.scorer: TokenScorer = TokenScorer(args.logits_memory, args.temperature, args.kl_direction, whole=sharded)
         self.option_scorer: TokenScorer = TokenScorer(args.logits_memory, 1.0, args.kl_direction, whole=sharded)
-        self.measures: Measures = Measures(Watch(self.is_world_process_zero()), len(self.scorers) > 1)
+        speaks = self.is_world_process_zero() and not args.supervised  # a sure policy is what right answers ask for
+        self.measures: Measures = Measures(Watch(speaks), len(self.scorers) > 1)
         self._kept: list[list[Rollout]] = []  # of the steps since the last rollout, for num_iterations
         self._micro: tuple[int, int] = (-1, 0)  # (step, batches of it so far)
 
@@ -160,7 +164,7 @@ class ReinforceTrainer(ChoiceTrainer):
             self._kept.clear()
         if self._micro[1] < len(self._kept):
             return self._kept[self._micro[1]]
-        rollout = self.rollout(rows)
+        rollout = self.answers(rows) if self.args.supervised else self.rollout(rows)
         if not self.args.kl_coef and rollout.advantages is not None:
             # No work for rows that teach nothing; one of each expert, so that each gets a gradient.
             first = [rollout.experts.index(e) for e in dict.fromkeys(rollout.experts)]
@@ -210,18 +214,33 @@ class ReinforceTrainer(ChoiceTrainer):
         self.measures.watch.rewards([one for one in scored if not math.isnan(one[1])], args.reward_range)
         start = sum(map(len, parts[: self.accelerator.process_index]))
         out.advantages = self._advantages(cut, out.experts, scored, start).to(ids.device)
-        # A mean for each expert, not over the batch: its gradient must not depend on the other rows of the batch.
-        self._counts(names)
-        weights = row_weights(
-            args.loss_type, [max(1, length) for *_, length in everyone], names, self.sampler.max_new_tokens
-        )
-        out.weights = torch.tensor(weights[start : start + len(out)], dtype=torch.float32, device=ids.device)
-        out.weights *= self.accelerator.num_processes
+        self._weigh(out, names, [length for *_, length in everyone], start)
         there = (~rewards.isnan()).nonzero()[:, 0]  # NaN: no reward applies
         self.measures.note([out.experts[i] for i in there.tolist()], reward=rewards[there], accuracy=rewards[there] > 0)
         self.measures.note(out.experts, completion_length=lengths)
         self.measures.answers(out.experts, prompts, texts, rewards > 0)
         return out
+
+    def answers(self, rows: Sequence[Mapping[str, Any]]) -> Rollout:
+        """The right answers of the rows, in the place of completions."""
+        out = right_answers(self.sampler, rows, self.args.device)
+        lengths = out.completion.sum(1)
+        parts = gather(list(zip(out.experts, lengths.tolist(), strict=True)), self.accelerator.num_processes)
+        names, everyone = zip(*(one for part in parts for one in part), strict=True)
+        self._weigh(out, names, everyone, sum(map(len, parts[: self.accelerator.process_index])))
+        self.measures.note(out.experts, completion_length=lengths)
+        return out
+
+    def _weigh(self, out: Rollout, names: Sequence[str | None], lengths: Sequence[int], start: int) -> None:
+        """Set the weights of the rows, which begin at `start` among those of all processes.
+
+        A mean for each expert, not over the batch: its gradient must not depend on the other rows of the batch.
+        """
+        self._counts(names)
+        limit = self.sampler.max_new_tokens
+        weights = row_weights(self.args.loss_type, [max(1, length) for length in lengths], names, limit)
+        own = weights[start : start + len(out)]
+        out.weights = torch.tensor(own, dtype=torch.float32, device=out.ids.device) * self.accelerator.num_processes
 
     def compute_loss(
         self, model: nn.Module, inputs: Rollout | Choices, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -288,6 +288,7 @@ class SVFTrainer(ReinforceTrainer):
             "task": self.tasks.get(name),
             "reward": self.scorers[name].name,
             "parametrisation": args.parametrisation,
+            "supervised": args.supervised or None,
             "steps": step,
             "batch": args.per_device_train_batch_size
             * args.num_generations

@@ -21,7 +21,7 @@ from t2kernels.tasks.base import bucket
 
 from .evaluate import show_accuracies
 
-RECIPE = "\\[default: {}; {} with --check choice]"
+RECIPE = "\\[default: {}; {} with --check choice or --sft]"
 
 FEWEST = 16
 """Least problems of a validation that is made of training problems: of fewer, chance would pick the best expert."""
@@ -47,6 +47,9 @@ def train(
     chat: bool = models.ChatOption,
     system: str = models.SystemOption,
     check: str = models.CheckOption,
+    sft: bool = typer.Option(
+        False, "--sft", help="Supervised: train on the right answers, by cross-entropy, not on rewards."
+    ),
     init: str = typer.Option(None, help="Start from this expert, not from the base model.", show_default=False),
     steps: int = typer.Option(None, min=1, help=f"Optimiser steps.  {RECIPE.format(150, 60)}", show_default=False),
     batch: int = typer.Option(None, min=1, help=f"Prompts a step.  {RECIPE.format(128, 32)}", show_default=False),
@@ -92,6 +95,7 @@ def train(
     device: str = models.DeviceOption,
 ) -> None:
     """Train an expert by REINFORCE on the reward of a task: it takes prompts and a check of answers, no solutions.
+    With --sft it learns the right answers themselves.
 
     [dim]$[/] t2 train --task math --out experts/math
 
@@ -100,6 +104,8 @@ def train(
     [dim]$[/] t2 train --task classify --classes gsm8k.jsonl,code.jsonl --model ./checkpoint
 
     [dim]$[/] t2 train --task problems.jsonl --model ./checkpoint --samples 8 --advantage group --batch 16
+
+    [dim]$[/] t2 train --task problems.jsonl --model ./checkpoint --sft
 
     [dim]$[/] t2 train --task reviews.csv --check choice --model ./checkpoint --form delta --rank 1/16 --plot run.svg
     """
@@ -163,6 +169,7 @@ def train(
             loss_batch_size=loss_batch,
             temperature=temperature,
             parametrisation=param,
+            supervised=sft,
             seed=seed,
             max_new_tokens=max_new_tokens,
             **settings,

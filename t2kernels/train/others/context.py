@@ -19,6 +19,7 @@ from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.experts.names import check_files
 from t2kernels.rollout.modes import frozen
 from t2kernels.rollout.patched import bank_of
+from t2kernels.train.processes import alone_by_mistake
 
 from .packed import pack, unpack
 
@@ -71,6 +72,8 @@ def experts(
             "experts that train together in one train.experts(model, [...])"
         )
     check_files(given)
+    if reason := alone_by_mistake(int(os.environ.get("WORLD_SIZE") or 1)):
+        logger.warning("this process trains alone, but %s: start it with torchrun --nproc_per_node N", reason)
     trained = TrainedExperts(model, bank, given, parametrisation)
     finished = False
     with contextlib.ExitStack() as stack:

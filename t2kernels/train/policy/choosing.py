@@ -136,10 +136,10 @@ class ChoiceTrainer(Trainer):
             inputs.weights,
             log_base,
             args.kl_coef,
-            args.policy_loss,
+            "log" if args.supervised else args.policy_loss,
             args.kl_direction,
             log_written,
-            args.written_coef,
+            1.0 if args.supervised else args.written_coef,
         )
         p = log_pi.detach().exp()
         texts, best = inputs.chosen(log_pi)
