@@ -202,8 +202,8 @@ class SVFConfig(TrainingArguments):
                 )
         if self.supervised and self.num_generations > 1:
             raise InputError(
-                f"num_generations={self.num_generations} with supervised=True: a prompt has one right answer, so leave it "
-                "out"
+                f"num_generations={self.num_generations} with supervised=True: a prompt has one right answer, so "
+                "leave it out"
             )
         if self.keep_best and self.eval_strategy == "no":
             raise InputError('keep_best=True compares evaluations: set eval_strategy="steps" and eval_steps')

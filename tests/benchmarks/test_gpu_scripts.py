@@ -1,4 +1,4 @@
-"""What runs first on a GPU, without one: scripts/gpu-*, the cache of compiled kernels, and what they do without packages."""
+"""What runs first on a GPU, without one: scripts/gpu-*, the cache of compiled kernels, and missing packages."""
 
 import os
 import subprocess
@@ -81,7 +81,8 @@ print(len(seen), len(set(seen)), len({k.split(",")[0] for k in seen}))
 
 def test_gpu_tests_are_collected_without_optional_packages():
     """Where they are missing, files that need them are skipped with a reason, and none is an error."""
-    code = f"{BLOCKED}\nimport pytest\nsys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-q', '-p', 'no:cacheprovider']))"
+    options = ["-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    code = f"{BLOCKED}\nimport pytest\nsys.exit(pytest.main({options!r}))"
     done = python(code, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "test_cuda_gpu.py" in done.stdout
@@ -107,7 +108,7 @@ print(suite.machine(("torch", "peft"))["versions"])
 
 SCRIPT = """NAME=try
 . {steps}
-step good 20 sh -c 'i=0; while [ $i -lt 4000 ]; do echo "line $i of a long log, with many characters"; i=$((i + 1)); done'
+step good 20 sh -c 'i=0; while [ $i -lt 4000 ]; do echo "line $i of a long log"; i=$((i + 1)); done'
 show good
 show good 'line 39'
 step bad 20 sh -c 'echo the reason; exit 3'
