@@ -202,7 +202,7 @@ class SVFConfig(TrainingArguments):
                 )
         if self.supervised and self.num_generations > 1:
             raise InputError(
-                f"num_generations={self.num_generations} with supervised=True: a prompt has one right answer, so leave it "
+                f"num_generations={self.num_generations} with supervised=True: a prompt has one right answer, leave it "
                 "out"
             )
         if self.keep_best and self.eval_strategy == "no":
