@@ -59,7 +59,7 @@ def block(folder: str, settings: dict) -> dict:
     model, tokenizer = t2.tiny.load()
     bank = t2.patch_model(model, form="delta", rank=8)
     texts = [tokenizer(r["prompt"] + "=" + r["answer"]) for r in t2.tasks.load("math").split("train", 400)]
-    rows = [row for row in texts if len(row["input_ids"]) == 13][:40]  # one length: a mean over tokens is one over rows
+    rows = [row for row in texts if len(row["input_ids"]) == 13][:40]  # one length: means over tokens are over rows
     assert len(rows) == 40
     args = TrainingArguments(
         f"{folder}/run", use_cpu=True, report_to="none", logging_steps=1, max_grad_norm=0.0, lr_scheduler_type="constant",
