@@ -19,6 +19,9 @@ GREEDY = {
     "temperature": 0.0, "max_steps": 5, "advantage": "batch", "kl_coef": 0.1, "warmup_steps": 0, "learning_rate": 0.006
 }  # fmt: skip
 SAMPLED = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
+BLOCK = {"block": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.006}
+# Not Adam, whose first steps have the size of the rate where the gradient is nothing but rounding.
+SGD = {"block": True, "max_steps": 5, "save_strategy": "no", "optim": "sgd", "learning_rate": 0.05}
 WORLD = 2
 
 
@@ -52,9 +55,13 @@ def two(tmp_path_factory):
         "one_prompt": {**SAMPLED, "max_steps": 1, "one_prompt": True, "save_strategy": "no"},
         "straight": SAMPLED,
         "cut": {**SAMPLED, "max_steps": 2},
+        "block": {**BLOCK, "per_device_train_batch_size": 4},
+        "sgd": {**SGD, "per_device_train_batch_size": 4},
+        "block_cut": {**BLOCK, "per_device_train_batch_size": 4, "max_steps": 2},
     }
     first, printed = start(folder, runs)
-    again, _ = start(folder, {"cut": {**SAMPLED, "resume": True}})
+    resumed = {**BLOCK, "per_device_train_batch_size": 4, "resume": str(folder / "block_cut/run/checkpoint-2")}
+    again, _ = start(folder, {"cut": {**SAMPLED, "resume": True}, "block_cut": resumed})
     return first, again, printed
 
 
@@ -74,7 +81,8 @@ def one(tmp_path_factory):
             "gradient_accumulation_steps": 2,
         },
     }
-    return {key: two_processes.run(f"{folder}/{key}", settings) for key, settings in runs.items()}
+    runs["sgd"] = {**SGD, "per_device_train_batch_size": 8}
+    return {key: two_processes.start(f"{folder}/{key}", settings) for key, settings in runs.items()}
 
 
 def apart(a: dict, b: dict) -> float:
@@ -125,6 +133,20 @@ def test_a_resumed_run_of_two_processes_gives_the_same_bits(two):
         assert straight["straight"]["batches"][2:] == resumed["cut"]["batches"]
         assert apart(straight["straight"]["z"], resumed["cut"]["z"]) == 0
         assert straight["straight"]["logs"] == resumed["cut"]["logs"]
+
+
+def test_any_trainer_trains_with_two_processes(two, one):
+    """transformers' Trainer in `train.experts`: z as one process, checkpoints of experts only, the same bits after."""
+    (first, second), again, _ = two
+    assert [rank["sgd"]["world"] for rank in (first, second)] == [2, 2]
+    assert apart(first["sgd"]["z"], second["sgd"]["z"]) == 0
+    assert max((z - 1).abs().max() for z in one["sgd"]["z"]["mine"].values()) > 0.01
+    assert apart(first["sgd"]["z"], one["sgd"]["z"]) < 1e-6
+    for mine, wanted in zip(first["sgd"]["logs"], one["sgd"]["logs"], strict=True):
+        assert mine["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    for straight, resumed in zip((first, second), again, strict=True):
+        assert apart(straight["block"]["z"], resumed["block_cut"]["z"]) == 0
+        assert straight["block"]["left"] == resumed["block_cut"]["left"] == []
 
 
 def test_nothing_is_said_about_unused_parameters(two):
