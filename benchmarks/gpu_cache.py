@@ -238,10 +238,8 @@ def main() -> int:
     rows = [json.loads(text.splitlines()[-1]) for text in texts]
     kernels, compiled = (sum(r[key] for r in rows) for key in ("kernels", "compiled"))
     what = f"{', '.join(f'sm_{arch}' for arch in a.archs)} ({', '.join(a.sets)})"
-    print(
-        f"{kernels} kernels for {what}: {compiled} compiled, {kernels - compiled} were there, "
-        f"in {time.monotonic() - begun:.0f} s"
-    )
+    spent = time.monotonic() - begun
+    print(f"{kernels} kernels for {what}: {compiled} compiled, {kernels - compiled} were there, in {spent:.0f} s")
     for why in sorted({r["launchers"] for r in rows if r["launchers"]}):
         print(f"without the C code that calls them: {why}")
     for failed in sorted({f for r in rows for f in r["failed"]})[:5]:

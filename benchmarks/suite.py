@@ -1,4 +1,4 @@
-"""Every claim beside a peer, in one run: what `make bench` and `make bench-suite-gpu` start.
+"""Every claim beside a peer, in one run: what `make bench` and `make bench-gpu` start.
 
     python benchmarks/suite.py                 this machine, on a CPU in less than ten minutes
     python benchmarks/suite.py --only ops training
@@ -28,6 +28,8 @@ from measure import RESULTS, append, machine, show
 from paper_setup import Setup
 from paper_speed import DTYPES, speed
 from rich.table import Table
+
+from t2kernels.ops.dispatch import device_of
 
 
 class Part(NamedTuple):
@@ -214,6 +216,8 @@ def main() -> int:
     begun, rows, broken, spent = time.monotonic(), {}, [], {}
     if (load := os.getloadavg()[0]) > 1.5 and device.type == "cpu":
         print(f"the load of this machine is {load:.1f}: what else runs here will show in the figures")
+    for impl, why in dict(device_of(device).unchecked).items() if device.type == "cuda" else ():
+        print(f"auto runs without {impl}: {why}")
     for name in a.only:
         part, start = PARTS[name], time.monotonic()
         facts = machine(part.packages)
