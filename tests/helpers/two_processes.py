@@ -62,8 +62,8 @@ def block(folder: str, settings: dict) -> dict:
     rows = [row for row in texts if len(row["input_ids"]) == 13][:40]  # one length: means over tokens are over rows
     assert len(rows) == 40
     args = TrainingArguments(
-        f"{folder}/run", use_cpu=True, report_to="none", logging_steps=1, max_grad_norm=0.0, lr_scheduler_type="constant",
-        disable_tqdm=True, average_tokens_across_devices=True, ddp_find_unused_parameters=False, **settings,
+        f"{folder}/run", use_cpu=True, report_to="none", logging_steps=1, max_grad_norm=0.0,
+        lr_scheduler_type="constant", disable_tqdm=True, average_tokens_across_devices=True, ddp_find_unused_parameters=False, **settings,
     )  # fmt: skip
     with train.experts(model, "mine") as trained:
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
