@@ -63,7 +63,8 @@ def block(folder: str, settings: dict) -> dict:
     assert len(rows) == 40
     args = TrainingArguments(
         f"{folder}/run", use_cpu=True, report_to="none", logging_steps=1, max_grad_norm=0.0,
-        lr_scheduler_type="constant", disable_tqdm=True, average_tokens_across_devices=True, ddp_find_unused_parameters=False, **settings,
+        lr_scheduler_type="constant", disable_tqdm=True, average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False, **settings,
     )  # fmt: skip
     with train.experts(model, "mine") as trained:
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
