@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from t2kernels import InputError
+from t2kernels import InputError, InputTypeError
 from t2kernels.storage import FileError, header, verify
 
 from . import linalg, schema
@@ -72,6 +72,10 @@ def decompose(
             f"max_error={max_error}: it limits what a format loses; pass it with format='int8', 'fp16' or 'bf16'"
         )
     dtype = dtype or torch.float32
+    if not isinstance(dtype, torch.dtype):
+        raise InputTypeError(
+            f"dtype={dtype!r}: wanted a dtype of torch, such as torch.bfloat16; format= takes names, such as 'bf16'"
+        )
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise InputError(
             f"dtype={dtype}: factors are kept in torch.float32, bfloat16, float16 or float64, or in format='int8'"

@@ -335,3 +335,8 @@ def test_names_are_hub_ids_or_last_parts_of_paths(tmp_path):
     assert name_of(model) == ("Linear", None)
     model.config = transformers.LlamaConfig(name_or_path=str(tmp_path))
     assert name_of(model) == (tmp_path.name, None)
+
+
+def test_the_name_of_a_dtype_is_refused_with_what_is_wanted():
+    with pytest.raises(TypeError, match=r"wanted a dtype of torch, such as torch\.bfloat16"):
+        decompose(torch.nn.Linear(4, 4), dtype="bfloat16")
