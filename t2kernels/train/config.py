@@ -73,7 +73,7 @@ class SVFConfig(TrainingArguments):
 
     What is kept
     keep_best: end with the expert that was best in an evaluation, by metric_for_best_model, not with the last. Needs
-        evaluations (eval_strategy) and no checkpoints; a run that resumes looks at its own evaluations only
+        evaluations (eval_strategy) and no checkpoints; where there are some, each holds the best so far
     history: a JSONL file that every log is written to; None: none
 
     Arguments of transformers with another default here: learning_rate .02, 150 steps of 128 prompts, warm-up over 7 %

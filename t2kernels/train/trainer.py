@@ -319,6 +319,7 @@ class SVFTrainer(ReinforceTrainer):
         checkpoint.save(
             folder, {n: self._expert(n) for n in training or self.experts}, parameters, self.args.parametrisation
         )
+        self.best.save(folder)
         write_json(folder / ARGUMENTS, self.args.to_dict())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -366,6 +367,7 @@ class SVFTrainer(ReinforceTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         for name in self._names:
             self._load_expert(resume_from_checkpoint, name)
+        self.best = BestExperts.load(resume_from_checkpoint)
 
     def _load_expert(self, folder: str | os.PathLike[str], name: str) -> None:
         checkpoint.load(folder, name, self.bank.trained_parameters(name), self.args.parametrisation, self.bank.check)

@@ -156,3 +156,21 @@ def test_without_matplotlib_the_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(t2.T2Error, match="pip install matplotlib"):
         curve.check(tmp_path / "run.svg")
+
+
+def test_the_best_experts_go_through_a_checkpoint(tmp_path):
+    best, p = BestExperts(), torch.nn.Parameter(torch.randn(5))
+    best.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    wanted = p.detach().clone()
+    best.offer("a", 0.25, 7, {"m": p})
+    best.save(tmp_path)
+    found = BestExperts.load(tmp_path)
+    found.offer("a", 0.25, 9, {"m": torch.nn.Parameter(torch.zeros(5))})
+    p.data.zero_()
+    assert found.restore("a", {"m": p}) == 7
+    assert torch.equal(p, wanted)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-3] + b"abc")
+    with pytest.raises(ValueError, match="is damaged"):
+        BestExperts.load(tmp_path)

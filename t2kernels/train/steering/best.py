@@ -1,11 +1,18 @@
-"""The best experts of a run so far, in memory: an expert is small."""
+"""The best experts of a run so far: in memory, since an expert is small, and in a file of each checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from t2kernels import InputError
+from t2kernels.storage import FileError, read_tensors, write_tensors
+
+FILE = "best.safetensors"
 
 
 class BestExperts:
@@ -28,3 +35,25 @@ class BestExperts:
         for key, p in parameters.items():
             p.copy_(values[key])
         return step
+
+    def save(self, folder: str | Path) -> None:
+        """Write folder/best.safetensors, unless nothing was offered yet. Raises OSError."""
+        if self._kept:
+            tensors = {f"{name}/{key}": p for name, (_, _, part) in self._kept.items() for key, p in part.items()}
+            found = {name: [value, step] for name, (value, step, _) in self._kept.items()}
+            write_tensors(Path(folder) / FILE, tensors, {"best": found})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> BestExperts:
+        """What `save` wrote into a checkpoint; nothing if it wrote nothing. Raises InputError for a damaged file."""
+        best, path = cls(), Path(folder) / FILE
+        if not path.is_file():
+            return best
+        try:
+            tensors, facts = read_tensors(path)
+            for name, (value, step) in (facts or {})["best"].items():
+                own = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+                best._kept[name] = float(value), int(step), own
+        except (FileError, SafetensorError, KeyError, TypeError, ValueError) as e:
+            raise InputError(f"{path} is damaged: {e}; resume from an older checkpoint") from None
+        return best
