@@ -80,13 +80,14 @@ def test_the_first_screen_of_the_readme_prints_what_it_says(loaded, capsys):
     assert capsys.readouterr().out.split() == block.output.split()
 
 
-def test_the_experts_that_come_with_it_fit_and_answer_with_a_label(loaded):
+@pytest.mark.parametrize(
+    ("name", "text", "label"),
+    [("questions", "How many bones are in a hand?", "number"), ("reviews", "funny in the wrong places", "negative")],
+)
+def test_the_experts_that_come_with_it_fit_and_write_the_label(loaded, factors, name, text, label):
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
-    bank = t2.patch_model(model)
-    for name, file in t2.tiny.experts("smollm2").items():
-        bank.add(name, file)
-        chat = [{"role": "user", "content": smollm2.ask(name, "What is the tallest tree?")}]
-        ids = tokenizer.apply_chat_template([chat], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        out = model.generate(**ids, experts=name, max_new_tokens=5, do_sample=False)
-        said = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert said.strip() in smollm2.LABELS[name]
+    t2.patch_model(model, factors=factors).add(name, t2.tiny.experts("smollm2")[name])
+    chat = [{"role": "user", "content": smollm2.ask(name, text)}]
+    ids = tokenizer.apply_chat_template([chat], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, experts=name, max_new_tokens=5, do_sample=False)
+    assert tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip() == label
