@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from math import sqrt
 from pathlib import Path
 
 import torch
@@ -84,7 +83,7 @@ def run(file: str, arm: str, seed: int, steps: int, batch: int, rate: float, cou
         "N": len(test),
         "base_accuracy": round(before["eval_accuracy"], 4),
         "accuracy": round(after["eval_accuracy"], 4),
-        "standard_error": round(sqrt(after["eval_accuracy"] * (1 - after["eval_accuracy"]) / len(test)), 4),
+        "standard_error": round(after["eval_accuracy_se"], 4),
         "written": [round(logs[0]["written"], 3), round(logs[-1]["written"], 3)],
         "same_text": round(logs[-1]["same_text"], 3),
         "numbers": numbers,

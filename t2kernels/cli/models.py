@@ -238,11 +238,11 @@ def add_expert(bank: ExpertBank, name: str, model: str) -> str | None:
 
 def _same(bank: ExpertBank, name: str, other: Expert | LoraAdapter) -> bool:
     """Whether the expert or adapter of a name has the numbers of another one."""
-    from t2kernels import LoraAdapter
+    from t2kernels import Expert, LoraAdapter
 
-    if isinstance(other, LoraAdapter) or name in bank.adapters:
-        return isinstance(other, LoraAdapter) and name in bank.adapters and bank.adapter(name).equals(other)
-    return bank[name].digest() == other.digest()
+    if name in bank.adapters:
+        return isinstance(other, LoraAdapter) and bank.adapter(name).equals(other)
+    return isinstance(other, Expert) and bank[name].digest() == other.digest()
 
 
 def find_expert(name: str, model: str) -> Path:

@@ -105,6 +105,11 @@ def question(labels: Sequence[str], instruction: str | None = None) -> str:
     return (instruction or INSTRUCTION + (" word." if one_word else " of them.")).replace("{labels}", ", ".join(labels))
 
 
+def about(text: str, question: str) -> str:
+    """The message that asks a question of a classification about a text."""
+    return f"{question}\n\nText: {text}"
+
+
 def classification(
     path: str | Path,
     instruction: str | None = None,
@@ -140,8 +145,8 @@ def classification(
         answer = names[label]
         parts[split].append(
             {
-                "prompt": f"{ask}\n\nText: {said}\nLabel:",
-                "messages": [{"role": "user", "content": f"{ask}\n\nText: {said}"}],
+                "prompt": f"{about(said, ask)}\nLabel:",
+                "messages": [{"role": "user", "content": about(said, ask)}],
                 "answer": answer,
                 "target": f" {answer}",
                 "chat_target": answer,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2kernels import PackageError, UnknownNameError
-from t2kernels.tasks.problems import question
+from t2kernels.tasks.problems import about, question
 
 if TYPE_CHECKING:
     import torch
@@ -61,4 +61,4 @@ def ask(expert: str, text: str) -> str:
     """
     if expert not in LABELS:
         raise UnknownNameError(f"there is no expert {expert!r}; there are {', '.join(LABELS)}")
-    return f"{question(LABELS[expert])}\n\nText: {text}"
+    return about(text, question(LABELS[expert]))

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import t2kernels as t2
+from t2kernels.patching.budget import plan
 from t2kernels.tiny import smollm2
 from t2kernels.train import SVFConfig, SVFTrainer
 from tests.docs.test_pages import ROOT, blocks
 from tests.helpers.commandline import t2_
+from tests.patching.test_budget import tensor_bytes
 from tests.real.conftest import REVIEW, TEXTS
 
 
@@ -91,3 +93,10 @@ def test_the_experts_that_come_with_it_fit_and_write_the_label(loaded, factors, 
     ids = tokenizer.apply_chat_template([chat], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**ids, experts=name, max_new_tokens=5, do_sample=False)
     assert tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip() == label
+
+
+def test_the_plan_counts_its_bytes(loaded, factors):
+    model = copy.deepcopy(loaded[0])
+    wanted = plan(model.config, experts=100, dtype=torch.float32)
+    t2.patch_model(model, factors=factors, rows=101)
+    assert wanted.model == pytest.approx(tensor_bytes(model), rel=0.02)
