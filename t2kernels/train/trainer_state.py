@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -46,6 +47,22 @@ def save(
         )
 
 
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a file of a checkpoint. Raises CheckpointError for one that is damaged."""
+    try:
+        saved, found = read_tensors(path)
+    except SafetensorError as e:
+        raise CheckpointError(f"{path}: {why_unreadable(path)} ({e}); {OLDER}") from None
+    except FileError as e:
+        raise CheckpointError(f"{path} is damaged: {e}; {OLDER}") from None
+    return saved, found or {}
+
+
+def of_expert(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """{matrix: tensor} of one expert, from {"expert/matrix": tensor}."""
+    return {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+
+
 @torch.no_grad()
 def load(
     folder: str | Path,
@@ -64,13 +81,8 @@ def load(
     path = folder / PARAMETERS
     if not path.is_file():
         raise CheckpointError(f"{folder} is no checkpoint of SVFTrainer: it has no {PARAMETERS}")
-    try:
-        saved, found = read_tensors(path)
-    except SafetensorError as e:
-        raise CheckpointError(f"{path}: {why_unreadable(path)} ({e}); {OLDER}") from None
-    except FileError as e:
-        raise CheckpointError(f"{path} is damaged: {e}; {OLDER}") from None
-    facts = schema.check(found or {}, MANIFEST, path, CheckpointError, OLDER)
+    saved, found = read(path)
+    facts = schema.check(found, MANIFEST, path, CheckpointError, OLDER)
     if name not in facts["experts"]:
         raise ExpertMismatch(f"{folder} holds the experts {', '.join(facts['experts']) or 'none'}, not {name!r}")
     if facts["parametrisation"] != parametrisation:
@@ -78,7 +90,7 @@ def load(
             f"{folder} was trained with parametrisation={facts['parametrisation']!r}, not {parametrisation!r}"
         )
     check(Expert.load(folder / FOLDER / f"{name}.safetensors"))
-    mine = {key.removeprefix(f"{name}/"): t for key, t in saved.items() if key.startswith(f"{name}/")}
+    mine = of_expert(saved, name)
     for key in {**mine, **parameters}:
         if key not in mine or key not in parameters or mine[key].shape != parameters[key].shape:
             raise ExpertMismatch(f"{folder} was trained with other targets or another rank: {key} differs")

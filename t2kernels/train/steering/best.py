@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from t2kernels import InputError
-from t2kernels.storage import FileError, read_tensors, write_tensors
+from t2kernels.storage import write_tensors
+from t2kernels.train.trainer_state import OLDER, CheckpointError, of_expert, read
 
 FILE = "best.safetensors"
 
@@ -45,15 +44,14 @@ class BestExperts:
 
     @classmethod
     def load(cls, folder: str | Path) -> BestExperts:
-        """What `save` wrote into a checkpoint; nothing if it wrote nothing. Raises InputError for a damaged file."""
+        """What `save` wrote into a checkpoint, or nothing. Raises CheckpointError for a damaged file."""
         best, path = cls(), Path(folder) / FILE
         if not path.is_file():
             return best
+        tensors, facts = read(path)
         try:
-            tensors, facts = read_tensors(path)
-            for name, (value, step) in (facts or {})["best"].items():
-                own = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
-                best._kept[name] = float(value), int(step), own
-        except (FileError, SafetensorError, KeyError, TypeError, ValueError) as e:
-            raise InputError(f"{path} is damaged: {e}; resume from an older checkpoint") from None
+            for name, (value, step) in facts["best"].items():
+                best._kept[name] = float(value), int(step), of_expert(tensors, name)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise CheckpointError(f"{path} is damaged: {e}; {OLDER}") from None
         return best
