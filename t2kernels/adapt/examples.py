@@ -14,9 +14,11 @@ from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.rollout.chat import AnyPrompt, as_completion
 from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
+from t2kernels.rollout.labels import normalised, option_log_likelihoods
 from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.prefix import forward, hoist, prefill
 from t2kernels.rollout.rewards import Reward, Scorer, is_task
+from t2kernels.tasks.judging import CHOICE
 
 MEMORY = 4 * 2**30
 """Default for the bytes of keys, values and logits of a batch."""
@@ -45,7 +47,9 @@ class Examples:
     """K labelled prompts for one patched model, and the scores of experts on them.
 
     rows: dicts with a prompt (text or chat) and the columns of the reward
-    reward: reward(prompts, completions, **columns), a task (for its reward), or None if only likelihoods are wanted
+    reward: reward(prompts, completions, **columns), a task (for its reward), or None if only likelihoods are wanted.
+        A task with check "choice" is answered by the likeliest option, and nothing is written: the reward is that of
+        this option, the likelihood is log p(right option) among the options
     gold: the column with a right completion, or a function row -> completion; None if only rewards are wanted
     max_new_tokens: of an answer; None: the task's, else 64
     memory: bytes that one batch may take beside the weights; more candidates go through in chunks
@@ -74,6 +78,10 @@ class Examples:
         self.at_once: int | None = None
         self.scorer: Scorer | None
         self.scorer, max_new_tokens = scorer_of(reward, self.rows, max_new_tokens)
+        self.chooser: Any = reward if is_task(reward) and reward.check == CHOICE else None
+        if self.chooser is not None:
+            self._right: list[int] = [right_option(reward, row) for row in self.rows]
+            gold = gold or "answer"
         self.sampler: Sampler = Sampler(model, tokenizer, max_new_tokens)
         self.prompts: list[AnyPrompt] = [row["prompt"] for row in self.rows]
         ids, mask = self.sampler.encode(self.prompts, self.bank.device)
@@ -108,6 +116,14 @@ class Examples:
             raise InputError(
                 "nothing to score by: one of reward and likelihood is off, and these examples lack the other"
             )
+        if self.chooser is not None:
+            if temperature or samples != 1:
+                raise InputError(
+                    f"temperature={temperature} and samples={samples}, but these examples are answered by the "
+                    "likeliest option: nothing is drawn. Leave both out"
+                )
+            found = self._choose(ids)
+            return found if reward else Scores(None, found.likelihood)
         for chunk in ids.split(self.chunk(samples if reward else 1)):
             # Reward and likelihood both read the prompts, and both change the cache that they get. One alone reads the
             # prompts in its own first forward.
@@ -126,6 +142,32 @@ class Examples:
         if not reward:
             return Scores(None, torch.cat(likelihoods))
         return Scores(torch.cat(rewards), torch.cat(likelihoods) if likelihood else None, answers)
+
+    @torch.no_grad()
+    def _choose(self, ids: Tensor) -> Scores:
+        """The likeliest option of each example under each candidate, its reward, and log p(right option)."""
+        assert self.scorer is not None
+        options = [self.chooser.options(row) for row in self.rows]
+        rewards, likelihoods, answers = [], [], []
+        for chunk in ids.split(self.chunk()):
+            count = len(chunk)
+            sums = option_log_likelihoods(
+                self.model,
+                self.sampler.tokenizer,
+                self.prompts * count,
+                options * count,
+                chunk.repeat_interleave(len(self)),
+            )
+            scored = [
+                normalised(found, some, self.chooser.norm) for found, some in zip(sums, options * count, strict=True)
+            ]
+            chosen = [some[int(found.argmax())] for found, some in zip(scored, options * count, strict=True)]
+            got, said = rewarded(self.scorer, self.rows, chosen, 1)
+            rewards.append(got)
+            answers += said
+            right = [found.log_softmax(0)[i] for found, i in zip(sums, self._right * count, strict=True)]
+            likelihoods.append(torch.stack(right).float().reshape(count, -1).mean(1))
+        return Scores(torch.cat(rewards), torch.cat(likelihoods), answers)
 
     def chunk(self, samples: int = 1) -> int:
         """How many candidates go through at once: as many as `memory` allows, at most `at_once`."""
@@ -190,6 +232,14 @@ def check_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         if not isinstance(row, Mapping) or not row.get("prompt"):
             raise InputError(f"example {i} is {row!r}; wanted a dict with a prompt that is not empty")
     return list(rows)
+
+
+def right_option(task: Any, row: Mapping[str, Any]) -> int:
+    """Which option of a row is its answer. Raises ValueError if none is."""
+    options = [option.strip() for option in task.options(row)]
+    if str(row.get("answer", "")).strip() not in options:
+        raise InputError(f"the answer {row.get('answer')!r} is none of the options {options!r:.120}")
+    return options.index(str(row["answer"]).strip())
 
 
 def scorer_of(reward: Any, rows: Sequence[Mapping[str, Any]], max_new_tokens: int | None) -> tuple[Scorer | None, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from t2kernels.experts.expert import Expert
 from t2kernels.experts.names import Name
 from t2kernels.rollout.chat import AnyPrompt, PromptForm, prompt_form
 from t2kernels.tasks.base import SPLITS
-from t2kernels.tasks.judging import CHOICE
 
 from .cem import CEMConfig, Found, search
 from .examples import Examples, Scores
@@ -94,7 +92,7 @@ def make_few_shot(
 ) -> FewShot:
     """`FewShot` on the examples of a file, .jsonl with prompt and answer. Other arguments as of `make_strategy`.
 
-    The examples are asked in `form`. Those of a task with check "choice" are answered with one label, which is checked.
+    The examples are asked in `form`. Those of a task with check "choice" are answered by the likeliest label.
     """
     from t2kernels import tasks
 
@@ -102,8 +100,6 @@ def make_few_shot(
     if tiny:  # the built-in model's answers end in "=ANSWER", with or without working before it
         task = tasks.Task(task.name, task.rows, tasks.tiny.final, 32)
     else:
-        if task.check == CHOICE:
-            task = replace(task, check="label")
         task = (form or prompt_form(tokenizer, task=task)).of_task(task)
     rows = [row for split in SPLITS if task.rows(split, 1, 0) for row in task.split(split)]
     found = Examples(

@@ -109,7 +109,7 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
     else:
         files = locate(name)
         tokenizer = _tokenizer(files)
-        with reading(name):
+        with reading(name), _no_bars() if name == smollm2.NAME else contextlib.nullcontext():
             model = AutoModelForCausalLM.from_pretrained(files.source, dtype=wanted or "auto", **files.arguments)
         if files.gguf:
             # transformers has the directory there

@@ -353,6 +353,67 @@ def test_few_shot_beats_the_base_on_a_task_without_an_expert(tiny, tmp_path):
     bank.remove("sub")
 
 
+def choice_task(options, rows, norm="sum"):
+    return t2.tasks.Task("own", lambda *_: rows, check="choice", labels=tuple(options), norm=norm)
+
+
+def option_scores(model, tokenizer, row, options, expert, norm):
+    """(which option is the likeliest in the task's norm, log p of each option among them), by a forward each."""
+    found = []
+    for option in options:
+        head = len(tokenizer(row["prompt"])["input_ids"])
+        ids = torch.tensor([tokenizer(f"{row['prompt']} {option}")["input_ids"]])
+        with torch.no_grad():
+            logp = model(ids, expert_ids=model.t2_bank.ids([expert])).logits.double().log_softmax(-1)[0, :-1]
+        found.append(logp.gather(-1, ids[0, 1:, None])[head - 1 :].sum())
+    sums = torch.stack(found)
+    compared = sums if norm == "sum" else sums / torch.tensor([len(option) for option in options])
+    return int(compared.argmax()), sums.log_softmax(0)
+
+
+@pytest.mark.parametrize("norm", ["sum", "length"])
+def test_examples_with_options_are_answered_by_the_likeliest_and_nothing_is_written(tiny, monkeypatch, norm):
+    model, tokenizer, bank = tiny
+    options = ["=10", "=7+3=12", "a"]
+    rows = [{**row, "answer": options[i % 3]} for i, row in enumerate(t2.tasks.load("math").split("train", 6))]
+    examples = Examples(model, tokenizer, rows, choice_task(options, rows, norm))
+    monkeypatch.setattr(model, "generate", None)
+    experts = [None, "math", "code"]
+    scores = examples.score(bank.ids(experts))
+    for p, expert in enumerate(experts):
+        found = [option_scores(model, tokenizer, row, options, expert, norm) for row in rows]
+        right = [options.index(row["answer"]) for row in rows]
+        assert scores.answers[p] == [options[best] for best, _ in found]
+        assert scores.rewards[p].tolist() == [
+            1.0 if best == i else -1.0 for (best, _), i in zip(found, right, strict=True)
+        ]
+        want = torch.stack([logp[i] for (_, logp), i in zip(found, right, strict=True)]).mean()
+        torch.testing.assert_close(scores.likelihood[p].double(), want, rtol=0, atol=2e-5)
+    assert len(set(map(tuple, scores.answers))) > 1  # the experts differ
+    assert examples.score(bank.ids(experts), reward=False).rewards is None
+    one = examples.score(bank.ids("code"))
+    torch.testing.assert_close(one.likelihood, scores.likelihood[2:], rtol=1e-5, atol=1e-5)
+    with pytest.raises(t2.InputError, match="nothing is drawn"):
+        examples.score(bank.ids(experts), temperature=1.0, samples=2)
+    with pytest.raises(t2.InputError, match="none of the options"):
+        Examples(model, tokenizer, [{**rows[0], "answer": "b"}], choice_task(options, rows))
+
+
+def test_few_shot_on_a_file_with_labels_chooses_by_likelihood(tiny, tmp_path, monkeypatch):
+    model, tokenizer, bank = tiny
+    text = "text,label,split\n" + "".join(f"{i}+{i + 1},{'odd' if i % 2 else 'even'},train\n" for i in range(8))
+    (tmp_path / "own.csv").write_text(text)
+    monkeypatch.setattr(model, "generate", None)
+    found = t2.adapt.few_shot.make_few_shot(model, tokenizer, NAMES, examples=tmp_path / "own.csv")
+    try:
+        assert found.found.candidates >= 32
+        assert {text for texts in found.found.answers for text in texts} <= {"odd", "even"}
+        assert len(found.found.answers) == 8
+        assert set(found.choose(["1+2", "2+3"])) <= {None, "few-shot"}
+    finally:
+        bank.remove("few-shot")
+
+
 def test_an_expert_that_gains_nothing_keeps_the_base_model(tiny, examples):
     model, tokenizer, bank = tiny
     nothing = {"same": bank.expert({n: torch.ones(k) for n, k in bank.matrices.items()})}

@@ -138,6 +138,8 @@ def test_the_curve_shows_every_number(tmp_path):
     text = "".join(ET.parse(made).getroot().itertext()) + made.read_text()
     assert "KL to the base model" in text
     assert "held out" in text
+    without = [{k: v for k, v in row.items() if k != "kl"} for row in rows]
+    assert "KL" not in curve.plot(without, tmp_path / "no-kl.svg").read_text()  # no panel without a line
     assert curve.plot(rows, tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(t2.T2Error, match="no step in the history"):
         curve.plot(rows[:1], tmp_path / "run.svg")

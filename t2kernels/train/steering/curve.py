@@ -31,7 +31,7 @@ def check(path: str | os.PathLike[str]) -> Path:
 
 
 def plot(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "") -> Path:
-    """Draw accuracy and reward above and the KL below, by step.
+    """Draw accuracy and reward by step, and the KL below them if the history has one.
 
     history: rows with "step" and the columns of logs, as `history.read` gives them
     Returns the path. Raises as `check`, and InputError for a history without training logs.
@@ -41,18 +41,21 @@ def plot(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], tit
 
     if not any("accuracy" in row for row in history):
         raise InputError("there is no step in the history to draw")
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    measured = any("kl" in row for row in history)
+    figure = Figure(figsize=(7, 5 if measured else 3.6), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1)) if measured else [figure.subplots()]
+    upper = panels[0]
     for column, label in UPPER.items():
         _line(upper, history, column, label, marker="o" if column.startswith("eval") else None)
     if any("eval_accuracy_se" in row for row in history):
         rows = [row for row in history if "eval_accuracy_se" in row]
         low, high = ([r["eval_accuracy"] + sign * r["eval_accuracy_se"] for r in rows] for sign in (-1, 1))
         upper.fill_between([r["step"] for r in rows], low, high, alpha=0.2, color="C1", linewidth=0)
-    _line(lower, history, "kl", "KL to the base model, nats a completion")
+    if measured:
+        _line(panels[1], history, "kl", "KL to the base model, nats a completion")
     upper.set_title(title)
-    lower.set_xlabel("step")
-    for axes in (upper, lower):
+    panels[-1].set_xlabel("step")
+    for axes in panels:
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
