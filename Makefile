@@ -64,6 +64,7 @@ test-gpu: WORKERS = $(shell ./scripts/gpu-python -c "import xdist; print('-n log
 test-gpu:
 	@./scripts/gpu-python -m pytest $(WORKERS) -m gpu
 	@./scripts/gpu-python -m pytest $(WORKERS) tests/ops/impls/test_triton_forward.py tests/ops/impls/test_triton_backward.py
+	@./scripts/gpu-python -m pytest $(WORKERS) tests/train/test_scores.py -k "logits or drawn"
 
 # Ten minutes: environment, correctness, compute-sanitizer, decode timings; logs and rows in gpu-check-results.
 check-gpu:

@@ -34,7 +34,7 @@ from transformers import LlamaConfig
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from t2kernels.ops.impls.triton import backward, common, launch_pair, matmul
+from t2kernels.ops.impls.triton import backward, common, launch_pair, matmul, token_scores
 from t2kernels.ops.tuning import selfcheck
 from t2kernels.ops.tuning.predict import candidates
 from t2kernels.ops.tuning.sizes import fields
@@ -126,6 +126,19 @@ def decode() -> Iterator[Callable[[], object]]:
                 yield lambda args=args, h=h: backward.scale_rows(h, *args[3:5], 1)
                 dys = [args[0].new_empty(T, M) for M in Ms]
                 yield lambda args=args, dys=dys: matmul.backward(dys, *args[:5], True, True)
+    yield from loss()
+
+
+def loss() -> Iterator[Callable[[], object]]:
+    """The loss of a training step on Llama-3's vocabulary."""
+    for x in (BF16, torch.float32):
+        logits, row, taken = (torch.empty(*shape, dtype=d, device="meta") for shape, d in (
+            ((256, 128256), x), ((256,), torch.float32), ((256, 1), torch.float32)))  # fmt: skip
+        for base in (None, logits):
+            kept = token_scores.Read(row, None if base is None else row, row, None if base is None else row)
+            g, tokens = None if base is None else row, taken.long()
+            yield lambda x=logits, base=base: token_scores.forward(x, base, 1.0, "reverse")
+            yield lambda args=(logits, base, kept, tokens, taken, g): token_scores.backward(*args, 1.0, "reverse")
 
 
 def check() -> Iterator[Callable[[], object]]:

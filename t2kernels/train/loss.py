@@ -19,7 +19,8 @@ def kl_divergence(log_pi: Tensor, log_base: Tensor, direction: str = "reverse") 
     Returns [B, C].
     """
     p, q = (log_pi, log_base) if direction == "reverse" else (log_base, log_pi)
-    return (p.exp() * (p - q)).sum(-1)
+    terms = p.exp() * (p - q)
+    return torch.where(p == -torch.inf, 0, terms).sum(-1)  # 0 log 0 = 0
 
 
 def row_weights(kind: str, lengths: Sequence[int], groups: Sequence[Hashable], longest: int) -> list[float]:

@@ -83,7 +83,7 @@ print(len(seen), len(set(seen)), len({k.split(",")[0] for k in seen}))
     launches, kernels, names = map(int, done.stdout.split())
     assert launches > 200
     assert 50 < kernels < launches / 2
-    assert names == 6  # shrink, expand, swiglu, scale_rows, backward, sum_slots
+    assert names == 8  # shrink, expand, swiglu, scale_rows, backward, sum_slots, token_scores and its backward
 
 
 def test_gpu_tests_are_collected_without_optional_packages():

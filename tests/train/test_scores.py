@@ -12,10 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import t2kernels as t2
 from t2kernels.layers.dense.head import head_of
 from t2kernels.layers.routing.route import Route
+from t2kernels.ops import dispatch
 from t2kernels.rollout.generation import Rollout, completion_logits
-from t2kernels.train.policy.scores import TokenScorer, _Read, finish_of, hidden_states
+from t2kernels.train.policy import reading
+from t2kernels.train.policy.reading import read
+from t2kernels.train.policy.scores import TokenScorer, finish_of, hidden_states
 from tests.helpers.families import COMMON, GQA, QUIET, build
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FINISHED = {
     "gemma2": lambda: build("gemma2", final_logit_softcapping=2.0),
     "cohere": lambda: noisy(tf.CohereConfig(**COMMON, **GQA, **QUIET, logit_scale=0.25)),
@@ -99,23 +103,89 @@ def test_chunks_give_the_numbers_and_gradients_of_the_plain_form(family, dtype, 
         weight.grad = None
 
 
-def test_the_gradient_at_the_logits_is_that_of_fp64():
+KERNEL = pytest.param(
+    True,
+    marks=pytest.mark.skipif(
+        dispatch.device_of(DEVICE).unsupported("triton") is not None, reason="no Triton interpreter here"
+    ),
+    id="kernel",
+)
+
+
+def by_formula(x, base, tokens, temperature, direction):
+    """(log p of the tokens, entropy, KL) in x's precision, by the formulas."""
+    p = torch.log_softmax(x / (temperature or 1), -1)
+    q = torch.log_softmax(base / (temperature or 1), -1)
+    a, b = (p, q) if direction == "reverse" else (q, p)
+    return p.gather(1, tokens), -(p.exp() * p).sum(-1), (a.exp() * (a - b)).sum(-1)
+
+
+@pytest.mark.parametrize("fused", [pytest.param(False, id="torch"), KERNEL])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [50, 4099])
+def test_numbers_and_gradients_at_the_logits_are_those_of_fp64(poison, fused, dtype, vocabulary):
     """Every term by itself, against autograd of the formulas in fp64; also where the policy is sure."""
-    logits = torch.randn(7, 50) * torch.tensor([0.1, 1, 3, 10, 30, 1, 1])[:, None]
-    base = torch.randn(7, 50)
-    tokens = torch.randint(0, 50, (7, 3))
+    spread = torch.tensor([0.1, 1, 3, 10, 30, 1, 1])[:, None]
+    logits = (torch.randn(7, vocabulary) * spread).to(dtype).to(DEVICE)
+    base = torch.randn(7, vocabulary).to(dtype).to(DEVICE)
+    tokens = torch.randint(0, vocabulary, (7, 3), device=DEVICE)
     tokens[0] = 4  # the same token twice
+    tokens[1, 0] = vocabulary - 1
+    rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
     for direction in ("reverse", "forward"):
         for temperature in (0.0, 0.5, 1.0):
             x, y = logits.clone().requires_grad_(True), logits.double().requires_grad_(True)
-            log_base = torch.log_softmax(base, -1)
-            taken, _, kl = _Read.apply(x, log_base, tokens, temperature, direction)
-            w, v = torch.randn(7, 3), torch.randn(7)
+            taken, entropy, kl = read(x, lambda: base, tokens, temperature, direction, fused)
+            want = by_formula(y, base.double(), tokens, temperature, direction)
+            assert taken.dtype == entropy.dtype == kl.dtype == torch.float32
+            for mine, exact in zip((taken, entropy, kl), want, strict=True):
+                torch.testing.assert_close(mine.double(), exact.detach(), atol=2e-5, rtol=2e-5)
+            assert not entropy.requires_grad
+            w, v = torch.randn(7, 3, device=DEVICE), torch.randn(7, device=DEVICE)
             ((taken * w).sum() + (kl * v).sum()).backward()
-            p, q = torch.log_softmax(y / (temperature or 1), -1), log_base.double()
-            a, b = (p, q) if direction == "reverse" else (q, p)
-            ((p.gather(1, tokens) * w).sum() + ((a.exp() * (a - b)).sum(-1) * v).sum()).backward()
-            torch.testing.assert_close(x.grad.double(), y.grad, atol=2e-5, rtol=1e-4)
+            ((want[0] * w).sum() + (want[2] * v).sum()).backward()
+            assert x.grad.dtype == dtype
+            torch.testing.assert_close(x.grad.double(), y.grad, atol=2e-5 + rounding, rtol=1e-4 + rounding)
+            x.grad = y.grad = None
+            taken, _, none = read(x, None, tokens, temperature, direction, fused)
+            (taken * w).sum().backward()
+            (by_formula(y, base.double(), tokens, temperature, direction)[0] * w).sum().backward()
+            assert none is None
+            torch.testing.assert_close(x.grad.double(), y.grad, atol=2e-5 + rounding, rtol=1e-4 + rounding)
+
+
+@pytest.mark.parametrize("wrong", [False, pytest.param(True, id="wrong")])
+def test_a_kernel_that_gives_other_numbers_is_not_used(monkeypatch, caplog, wrong):
+    token_scores = pytest.importorskip("t2kernels.ops.impls.triton.token_scores")
+    if dispatch.device_of(DEVICE).unsupported("triton") is not None:
+        pytest.skip("no Triton interpreter here")
+    if wrong:
+        right = token_scores.backward
+        monkeypatch.setattr(token_scores, "backward", lambda *args: right(*args) + 1e-3)
+    assert reading.agrees.__wrapped__(DEVICE) is not wrong
+    assert ("its kernel failed there" in caplog.text) is wrong
+
+
+@pytest.mark.parametrize("fused", [pytest.param(False, id="torch"), KERNEL])
+def test_a_token_that_cannot_be_drawn_adds_nothing_and_nan_shows(poison, fused):
+    """Logits of -inf have probability 0; a NaN in a row makes that row NaN and no other."""
+    logits = torch.randn(3, 2100, device=DEVICE)
+    logits[0, 7:2000] = -torch.inf
+    logits[2, 5] = torch.nan
+    base, tokens = torch.randn(3, 2100, device=DEVICE), torch.tensor([[2050], [3], [4]], device=DEVICE)
+    x = logits.clone().requires_grad_(True)
+    taken, entropy, kl = read(x, lambda: base, tokens, 1.0, "reverse", fused)
+    there = torch.cat([torch.arange(7), torch.arange(2000, 2100)]).to(DEVICE)
+    p = logits[0, there].double().log_softmax(0)
+    q = base[0].double().log_softmax(0)[there]
+    torch.testing.assert_close(kl[0].double(), (p.exp() * (p - q)).sum(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy[0].double(), -(p.exp() * p).sum(), atol=1e-5, rtol=1e-5)
+    (taken.sum() + kl.sum()).backward()
+    assert taken[:2].isfinite().all()
+    assert x.grad[:2].isfinite().all()
+    assert (x.grad[0, 7:2000] == 0).all()
+    for values in (taken[2], entropy[2], kl[2]):
+        assert values.isnan().all()
 
 
 class Living(TorchDispatchMode):

@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2kernels.layers.dense.head import head_of
-from t2kernels.rollout.generation import Rollout, completion_logits, log_probs
-from t2kernels.train.loss import kl_divergence
+from t2kernels.rollout.generation import Rollout, completion_logits
+
+from .reading import bytes_of_a_logit, read
 
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 AtHead = Callable[[Tensor | None], contextlib.AbstractContextManager[object]]
-
-LIVE = 6
-"""Tensors of the size of a chunk's fp32 logits that live at once: logits, two log-probabilities, three temporaries."""
 
 
 def _anywhere(rows: Tensor | None) -> contextlib.AbstractContextManager[object]:
@@ -117,17 +115,18 @@ class TokenScorer:
         at_head: AtHead,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         head: Any = head_of(model)
-        width = torch.promote_types(states.dtype, torch.float32).itemsize
-        size = max(1, self.memory // (width * LIVE * vocabulary(model, head)))
+        size = max(1, self.memory // (bytes_of_a_logit(states) * vocabulary(model, head)))
 
         def run(h: Tensor, b: Tensor | None, wanted: Tensor, at: Tensor) -> tuple[Tensor | None, ...]:
-            log_base = None
-            if b is not None and reference is not None:
+            def of_base() -> Tensor:
+                assert b is not None
+                assert reference is not None
                 with torch.no_grad(), reference(), at_head(None):
-                    log_base = log_probs(self._finished(head(b)), self.temperature)
+                    return self._finished(head(b))
+
             with at_head(at):
                 logits = self._finished(head(h))
-            return self._read(logits, log_base, wanted)
+            return read(logits, None if b is None else of_base, wanted, self.temperature, self.direction)
 
         parts = zip(
             states.split(size), [None] * len(rows) if base is None else base.split(size), tokens.split(size),
@@ -140,16 +139,15 @@ class TokenScorer:
     def _at_once(
         self, model: nn.Module, rollout: Rollout, routing: dict[str, Tensor], reference: Context | None, tokens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        mask, log_base = rollout.completion, None
-        if reference is not None:
-            with torch.no_grad(), reference():
-                log_base = log_probs(completion_logits(model, rollout)[mask], self.temperature)
-        return self._read(completion_logits(model, rollout, **routing)[mask], log_base, tokens)
+        mask = rollout.completion
 
-    def _read(self, logits: Tensor, log_base: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(log-probabilities [T, K], entropy [T], KL [T] or None) of logits [T, vocabulary]."""
-        found = _Read.apply(logits, log_base, tokens, self.temperature, self.direction)
-        return found[0], found[1], None if log_base is None else found[2]
+        def of_base() -> Tensor:
+            assert reference is not None
+            with torch.no_grad(), reference():
+                return completion_logits(model, rollout)[mask]
+
+        logits = completion_logits(model, rollout, **routing)[mask]
+        return read(logits, None if reference is None else of_base, tokens, self.temperature, self.direction)
 
     def activation_bytes(
         self, model: nn.Module, rollout: Rollout, routing: Callable[[Sequence[str | None]], dict[str, Tensor]]
@@ -186,42 +184,6 @@ class TokenScorer:
             self._finish = finish_of(model, rollout)
             self.whole = self._finish is None
         return not self.whole
-
-
-class _Read(torch.autograd.Function):
-    """(log p[tokens], entropy, KL) with p = softmax(logits / temperature).
-
-    With p' = dL/d(logits): p (g_kl (log p - log q - KL) - Σ_k g_k) + Σ_k g_k at tokens_k, over the temperature.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, log_base: Tensor | None, tokens: Tensor, temperature: float, direction: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        log_pi = log_probs(logits, temperature)
-        taken = log_pi.gather(1, tokens)
-        entropy = torch.special.entr(log_pi.exp()).sum(1)
-        kl = torch.zeros_like(entropy)
-        if log_base is not None:
-            kl = kl_divergence(log_pi, log_base, direction)
-        ctx.save_for_backward(log_pi, log_base, tokens, kl)
-        ctx.settings = (temperature or 1.0, direction, logits.dtype)
-        ctx.mark_non_differentiable(entropy)
-        return taken, entropy, kl
-
-    @staticmethod
-    def backward(ctx: Any, taken: Tensor, entropy: Tensor, kl: Tensor) -> tuple[Tensor | None, ...]:
-        log_pi, log_base, tokens, value = ctx.saved_tensors
-        temperature, direction, dtype = ctx.settings
-        p = log_pi.exp()
-        if log_base is None:
-            grad = p * -taken.sum(1, keepdim=True)
-        elif direction == "reverse":
-            grad = (log_pi - log_base).sub_(value[:, None]).mul_(kl[:, None]).sub_(taken.sum(1, keepdim=True)).mul_(p)
-        else:
-            grad = p.mul_((kl - taken.sum(1))[:, None]).addcmul_(log_base.exp(), kl[:, None], value=-1)
-        grad.scatter_add_(1, tokens, taken)
-        return grad.div_(temperature).to(dtype), None, None, None, None
 
 
 @contextlib.contextmanager

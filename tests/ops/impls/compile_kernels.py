@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from t2kernels.ops.impls.triton import backward as triton_backward
 from t2kernels.ops.impls.triton import launch_pair as triton_launch
+from t2kernels.ops.impls.triton import token_scores
 from t2kernels.ops.impls.triton.common import Launch, products
 from t2kernels.ops.tuning.tiles import Tiles, shared_bytes, tiles
 
@@ -89,6 +90,16 @@ def elementwise(x_dtype, arch):
     yield triton_backward.sum_slots_launch(empty(T, C, dtype=FP32), parts, 1, scale, tile.BT, arch)
 
 
+def loss(dtype, base):
+    """What the loss of a training step launches on logits of Llama-3's vocabulary."""
+    T, V = 256, 128256
+    x, row, tokens = empty(T, V, dtype=dtype), empty(T, dtype=FP32), empty(T, 1, dtype=torch.int64)
+    read = token_scores.Read(row, row if base else None, row, row if base else None)
+    q, g = (x, row) if base else (None, None)
+    yield token_scores.forward_launch(x, q, read, 0.7, True)
+    yield token_scores.backward_launch(x, q, read, tokens, empty(T, 1, dtype=FP32), row, g, x, 0.7, True)
+
+
 def every_launch(arch, everything):
     """What `tiles` chooses for one group each of the shapes that differ: what make test compiles. Or for all shapes and
     dtypes."""
@@ -111,6 +122,9 @@ def every_launch(arch, everything):
         yield from list(launches(32, o, FP16, BF16, arch))[1:]
         yield from list(launches(1, o, FP32, FP32, arch))[1:]
     yield from elementwise(BF16, arch)
+    for dtype in (BF16, FP16, FP32) if everything else (BF16,):
+        for base in (True, False):
+            yield from loss(dtype, base)
 
 
 def source(launch: Launch):
@@ -156,6 +170,8 @@ def faults(row: dict, ops: list[str], arch: tuple[int, int]) -> list[str]:
     if row["shared"] > shared_bytes(arch):
         found.append(f"{row['shared']} bytes of shared memory, {shared_bytes(arch)} are there")
     wide = [op for op in ops if op.startswith("LDG") and ".128" in op]
+    if row["kernel"] == "token_scores_backward_kernel" and row["REG"] * 256 > 65536 // 2:
+        found.append(f"{row['REG']} registers: fewer than two programs a multiprocessor")
     if row["kernel"] not in SKINNY:
         return found if wide else [*found, "no 128-bit loads"]
     fp32 = "fp32" in (row["types"].get("x_ptr"), row["types"].get("y0"), row["types"].get("y_ptr"))

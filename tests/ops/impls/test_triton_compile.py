@@ -37,6 +37,8 @@ def test_machine_code_is_what_the_tiles_promise(arch, tmp_path):
         "scale_rows_kernel",
         "backward_kernel",
         "sum_slots_kernel",
+        "token_scores_kernel",
+        "token_scores_backward_kernel",
     }
     assert min(kernels["shrink_kernel"], kernels["expand_kernel"]) >= 4
     bad = [
