@@ -148,9 +148,11 @@ def _number(config: Mapping[str, Any], key: str, patterns: str, name: str, defau
     """A number of a matrix, as PEFT finds it: that of the first pattern that matches the end of the name, or `key`'s."""
     try:
         found = (v for p, v in (config.get(patterns) or {}).items() if re.match(rf"(.*\.)?({p})$", name))
-        value = next(found, config.get(key, default))
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{value!r:.40}")
-        return float(value)
-    except (re.error, AttributeError, TypeError, ValueError, OverflowError) as e:
+        value, number = next(found, config.get(key, default)), math.nan
+        if type(value) in (int, float):
+            number = float(value)
+    except (re.error, AttributeError, TypeError, OverflowError) as e:
         raise InputError(f"{CONFIG}: {key} or {patterns} is not what PEFT writes ({e})") from None
+    if not math.isfinite(number):
+        raise InputError(f"{CONFIG}: {key} or {patterns} is not what PEFT writes: {value!r:.40} for {name}")
+    return number
