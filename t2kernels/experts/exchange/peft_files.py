@@ -135,7 +135,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], str | 
         said = _number(config, "r", "rank_pattern", name, rank)
         if not rank or said != rank:
             raise InputError(
-                f"{folder / CONFIG} gives {name} the rank {said:g}, its pair has {rank}; one of the two files was changed"
+                f"{folder / CONFIG} gives {name} the rank {said:g}, its pair has {rank}; one of the files was changed"
             )
         alpha = _number(config, "lora_alpha", "alpha_pattern", name, 8)
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -145,7 +145,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], str | 
 
 
 def _number(config: Mapping[str, Any], key: str, patterns: str, name: str, default: float) -> float:
-    """A number of a matrix, as PEFT finds it: that of the first pattern that matches the end of the name, or `key`'s."""
+    """A number of a matrix, as PEFT finds it: of the first pattern that matches the end of the name, or `key`'s."""
     try:
         found = (v for p, v in (config.get(patterns) or {}).items() if re.match(rf"(.*\.)?({p})$", name))
         value, number = next(found, config.get(key, default)), math.nan
