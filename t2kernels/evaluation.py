@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from t2kernels import InputError
 from t2kernels.experts.names import BASE, Name
 from t2kernels.rollout.chat import AnyPrompt
-from t2kernels.rollout.rewards import columns_of
 from t2kernels.tasks.judging import CHOICE
 
 if TYPE_CHECKING:
@@ -299,6 +298,8 @@ def _verdicts(
 ) -> tuple[list[list[bool]], list[list[bool] | None], Meter]:
     """([arm][problem] True for a right answer; the same for a well-formed one, None where any is; the cost of all
     answers). An arm is an expert for each problem."""
+    from t2kernels.rollout.rewards import columns_of
+
     work = [(problem, arm[i]) for i, problem in enumerate(problems) for arm in arms]
     prompts = [problem["prompt"] for problem, _ in work]
     plain = not hasattr(model, "t2_bank") and all(expert is None for _, expert in work)
