@@ -298,12 +298,13 @@ def _verdicts(
 ) -> tuple[list[list[bool]], list[list[bool] | None], Meter]:
     """([arm][problem] True for a right answer; the same for a well-formed one, None where any is; the cost of all
     answers). An arm is an expert for each problem."""
+    from t2kernels.rollout.rewards import columns_of
+
     work = [(problem, arm[i]) for i, problem in enumerate(problems) for arm in arms]
     prompts = [problem["prompt"] for problem, _ in work]
     plain = not hasattr(model, "t2_bank") and all(expert is None for _, expert in work)
     experts = None if plain else [expert for _, expert in work]
     meter, rows = Meter(), [dict(problem) for problem, _ in work]
-    columns = {key: [row.get(key) for row in rows] for key in problems[0] if key != "prompt"}
     if getattr(task, "check", None) == CHOICE:
         options = [task.options(row) for row in rows]
         written = choices(model, tokenizer, prompts, options, experts, task.norm, batch, done, meter)
@@ -314,7 +315,7 @@ def _verdicts(
             model, tokenizer, prompts, experts, task.max_new_tokens, batch, done=done, stop=stop, meter=meter
         )
         formed = task.formed(written, rows) if hasattr(task, "formed") else None
-    rewards = task.reward(prompts, written, **columns)
+    rewards = task.reward(prompts, written, **columns_of(rows))
     arms_of = range(len(arms))
     return (
         [[reward > 0 for reward in rewards[k :: len(arms)]] for k in arms_of],

@@ -258,7 +258,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
     facts = found.get("__metadata__") or {}
     if MANIFEST_KEY not in facts:
         return {}, None
-    if (wanted := facts.pop(DIGEST_KEY, None)) is not None:
+    if (wanted := _written_digest(facts)) is not None:
         hashed = _hash(found)
         hashed.update(memoryview(data)[8 + length :])
         if hashed.hexdigest() != wanted:
@@ -277,7 +277,7 @@ def verify(path: str | Path) -> str | None:
     with open(path, "rb") as f:
         (length,) = struct.unpack("<Q", f.read(8))
         found = json.loads(f.read(length))
-        wanted = (found.get("__metadata__") or {}).pop(DIGEST_KEY, None)
+        wanted = _written_digest(found.get("__metadata__") or {})
         if wanted is None:
             return None
         hashed = _hash(found)
@@ -286,6 +286,12 @@ def verify(path: str | Path) -> str | None:
     if hashed.hexdigest() != wanted:
         raise FileError(CHANGED)
     return wanted
+
+
+def digest_of(path: str | Path) -> str:
+    """sha256 of a file, 64 hexadecimal digits. Raises OSError."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def why_unreadable(path: str | Path) -> str:
@@ -304,6 +310,12 @@ def printable(value: object) -> str:
     return str(value).encode("utf-8", "replace").decode()
 
 
+def one_line(e: BaseException) -> str:
+    """The message of an exception without line breaks, or its class if it has no message."""
+    text = e.args[0] if isinstance(e, KeyError) and e.args else e  # str of a KeyError is its message in quotes
+    return " ".join(printable(text).split()) or type(e).__name__
+
+
 def _table(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The header's entries of tensors, in the order of the file: wide types first, so that each is aligned."""
     table: dict[str, Any] = {}
@@ -317,6 +329,18 @@ def _table(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         table[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [start, stop]}
         start = stop
     return table
+
+
+def _written_digest(metadata: dict[str, str]) -> str | None:
+    """Take the digest out of a header's metadata; None if it has none, as in files of older versions.
+
+    Raises FileError if there is something else in its place: no version wrote that, so the key was damaged.
+    """
+    wanted = metadata.pop(DIGEST_KEY, None)
+    other = metadata.keys() - {"format", MANIFEST_KEY}
+    if wanted is None and MANIFEST_KEY in metadata and other:
+        raise FileError(f"{CHANGED}, which has {printable(min(other))[:40]!r} in its place")
+    return wanted
 
 
 def _hash(header: Mapping[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from t2kernels import InputError, T2Error
+from t2kernels.storage import one_line
 
 out: Console = Console(highlight=False)
 err: Console = Console(stderr=True, highlight=False)
@@ -108,12 +109,6 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(1) from None
 
     return run
-
-
-def one_line(e: BaseException) -> str:
-    """The message of an exception without line breaks, or its class if it has no message."""
-    text = e.args[0] if isinstance(e, KeyError) and e.args else e  # str of a KeyError is its message in quotes
-    return " ".join(str(text).split()) or type(e).__name__
 
 
 def bar(*fields: str) -> Progress:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from t2kernels import HubError, InputError, MissingFileError, PackageError, T2Error
+from t2kernels.storage import one_line
 
-from .console import err, is_missing, one_line
+from .console import err, is_missing
 
 TINY = "tiny"
 """The name of the built-in model."""

@@ -11,7 +11,6 @@ Only this module unpickles, and only with `weights_only=True`.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import zipfile
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from t2kernels.factors.factor import Factor
 from t2kernels.factors.identity import ExpertError, ExpertMismatch
 from t2kernels.factors.store import Factors
 from t2kernels.layers.scale import z_from_logits
-from t2kernels.storage import printable
+from t2kernels.storage import digest_of, printable
 
 # The release numbers its vectors in the order of the "mlp" weights in the state dict of Llama and Mistral, the only
 # models that it supports. The order stands here and is not read from a model: gate and up have the same length, so a
@@ -78,7 +77,7 @@ def load_z(
         form["mask"] = mask
     manifest: dict[str, Any] = {
         "parametrisation": form,
-        "source": {"file": path.name, "sha256": _sha256(path)},
+        "source": {"file": path.name, "sha256": digest_of(path)},
     }
     if base_model:
         manifest["base_model"] = base_model
@@ -271,8 +270,3 @@ def _check_sums(path: Path) -> None:
             raise InputError("its parts are compressed, which torch.save never does")
         if (damaged := parts.testzip()) is not None:
             raise InputError(f"the checksum of its part {damaged} is wrong, so the file is damaged")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from t2kernels import InputError, MissingFileError
-from t2kernels.storage import read_json, why_unreadable
+from t2kernels.storage import one_line, read_json, why_unreadable
 
 from .matrices import Matrix, Targets, find_matrices
 
@@ -168,15 +168,16 @@ def _meta_model(directory: Path) -> nn.Module:
     if not (directory / "config.json").is_file():
         raise MissingFileError(f"{directory} holds no config.json, which says what its matrices are; fetch it")
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError(
-            f"{directory / 'config.json'} is not a config that transformers {transformers.__version__} reads: {e}"
-        ) from e
-    try:
-        return meta_model(config)
-    except ValueError as e:
+        return meta_model(transformers.AutoConfig.from_pretrained(directory, local_files_only=True))
+    except InputError as e:
         raise InputError(f"{directory}: {e}") from e
+    except (ImportError, MemoryError):
+        raise
+    except Exception as e:  # transformers checks few fields; the rest fail as KeyError, TypeError, RecursionError, ...
+        raise InputError(
+            f"{directory / 'config.json'} is not a config that transformers {transformers.__version__} makes a model "
+            f"of: {one_line(e)}"
+        ) from e
 
 
 def meta_model(config: transformers.PretrainedConfig) -> nn.Module:

@@ -55,8 +55,10 @@ class LoraColumns(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraColumns:
         weight = self._buffers.pop("weight")  # it follows the device, not the dtype
         with torch.inference_mode(False):
-            super()._apply(fn, recurse)
-            self._buffers["weight"] = None if weight is None else weight.to(self.A.device)
+            try:
+                super()._apply(fn, recurse)
+            finally:
+                self._buffers["weight"] = None if weight is None else weight.to(self.A.device)
         return self
 
 

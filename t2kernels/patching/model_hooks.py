@@ -220,7 +220,7 @@ def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
             if repeats and B and ids.dim() == 1 and B % len(ids) == 0:
                 ids = ids.repeat_interleave(B // len(ids))
     elif names is not None:
-        ids = bank.ids(names)
+        ids = _ids_of(bank, names)
     if ids is None:
         return args, kwargs
     tokens = _tokens(args, kwargs)
@@ -231,6 +231,11 @@ def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         )
     entrance.route = Route(ids, tokens)
     return args, kwargs
+
+
+@torch.compiler.disable  # a finalizer gives the rows back, and dynamo fails over the registry of these
+def _ids_of(bank: ExpertBank, names: Any) -> torch.Tensor:
+    return bank.ids(names)
 
 
 def _leave(module: Any, args: tuple[Any, ...], output: Any) -> None:

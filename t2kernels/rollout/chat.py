@@ -73,11 +73,20 @@ class PromptForm:
 
 
 def recorded_form(manifest: Mapping[str, Any]) -> PromptForm | None:
-    """The form that an expert was trained with, from its manifest; None if that does not say it."""
+    """The form that an expert was trained with, from its manifest; None if that does not say it.
+
+    Raises InputError for a system message that is no text.
+    """
     found = manifest.get("prompt")
     if not isinstance(found, Mapping) or not isinstance(found.get("chat"), bool):
         return None
-    return PromptForm(found["chat"], found.get("system"))
+    system = found.get("system")
+    if not isinstance(system, str | None):
+        raise InputError(
+            f"the manifest of expert {manifest.get('name')!r:.60} has the system message {system!r:.60}, wanted a text "
+            "or null; give the form yourself (--chat, --no-chat, --system)"
+        )
+    return PromptForm(found["chat"], system)
 
 
 def prompt_form(

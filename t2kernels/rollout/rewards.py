@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,8 @@ class Scorer:
                 "a list of these, or a task"
             )
         weights = tuple(map(float, weights or [1.0] * len(rewards)))
+        if not all(map(math.isfinite, weights)):
+            raise InputError(f"reward_weights={list(weights)}; wanted finite numbers")
         if len(weights) != len(rewards):
             raise InputError(f"{len(weights)} reward_weights for {len(rewards)} rewards; wanted one for each")
         return cls(rewards, weights)
@@ -100,7 +102,7 @@ class Scorer:
         a finite number nor None; and without context, if no reward applies to a completion.
         """
         prompts = [row["prompt"] for row in rows]
-        columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "prompt"}
+        columns = columns_of(rows)
         found: list[Any] = []
         for reward in self.rewards:
             more = {} if context is None else context.accepted(reward)
@@ -114,6 +116,8 @@ class Scorer:
         total = torch.zeros(len(rows), dtype=torch.float32)
         for weight, numbers in zip(self.weights, each, strict=True):
             total += weight * numbers.nan_to_num()
+        if not total.isfinite().all():
+            raise InputError(f"the weighted sum of {self.name} does not fit fp32; wanted smaller rewards or weights")
         nothing = each.isnan().all(0)
         if context is None and nothing.any():
             raise InputError(
@@ -121,6 +125,14 @@ class Scorer:
                 "None for it; wanted a number from at least one reward"
             )
         return total.masked_fill(nothing, math.nan)
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """{column: its value in each row, None where a row lacks it}, without the prompts.
+
+    The columns of all rows count: which one comes first is chance.
+    """
+    return {key: [row.get(key) for row in rows] for key in {k: 0 for row in rows for k in row} if key != "prompt"}
 
 
 def _awaited(waiting: Sequence[Any]) -> list[Any]:
@@ -147,15 +159,15 @@ def _numbers(values: object, count: int, reward: Reward) -> Tensor:
     who = f"the reward {getattr(reward, '__qualname__', reward)!s}"
     if isinstance(values, Tensor):
         values = values.detach().reshape(-1).tolist()
-    if not hasattr(values, "__len__") or len(values) != count:
+    if not hasattr(values, "__len__") or len(values) != count or isinstance(values, (str, bytes, Mapping, Set)):
         got = f"{len(values)} values" if hasattr(values, "__len__") else repr(values)
         raise InputError(f"{who} returned {got} for {count} completions; wanted one number for each")
     try:
         numbers = [None if v is None else float(v) for v in values]
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise InputError(f"{who} returned something that is not a number: {e}") from None
     for i, number in enumerate(numbers):
-        if number is not None and not math.isfinite(number):
+        if number is not None and not abs(number) <= torch.finfo(torch.float32).max:  # also False for NaN
             raise InputError(
                 f"{who} returned {number} for completion {i} of {count}; wanted finite numbers, or None where the "
                 "reward does not apply"

@@ -44,7 +44,7 @@ def _plain(text: str) -> str:
 
 
 CHECKS: dict[str, Check] = {
-    "exact": Check(lambda said, answer, _: said.strip() == answer, None, "equality"),
+    "exact": Check(lambda said, answer, _: said.strip() == answer.strip(), None, "equality"),
     "label": Check(
         lambda said, answer, labels: named(said, labels) == [answer],
         lambda said, labels: len(named(said, labels)) == 1,
@@ -62,13 +62,26 @@ CHECKS: dict[str, Check] = {
 """{name of a check: the check}."""
 
 
+def check_name(check: object) -> None:
+    """Raise ValueError if there is no check of this name."""
+    if not isinstance(check, str) or check not in CHECKS:
+        raise InputError(f"'check' is {check!r:.60}; it must be one of {', '.join(CHECKS)}")
+
+
 def check_answer(check: str, answer: str, options: Sequence[str]) -> None:
     """Raise ValueError if a row's answer cannot be checked in this way: no number, no option, no regular expression."""
-    if check not in CHECKS:
-        raise InputError(f"'check' is {check!r}; it must be one of {', '.join(CHECKS)}")
+    check_name(check)
     if check in ("label", CHOICE):
-        if len(set(map(_plain, options))) < 2:
+        plain = {option: _plain(option) for option in options}
+        if len(set(plain.values())) < 2:
             raise InputError(f"check {check!r} needs at least two different options; given are {list(options)!r:.80}")
+        if not all(plain.values()):
+            raise InputError(f"an option is empty: {list(options)!r:.120}; check {check!r} needs texts")
+        if check == "label" and len(set(plain.values())) < len(plain):
+            raise InputError(
+                f"two of the options {list(options)!r:.120} differ only in case or spaces, and check 'label' cannot "
+                "tell these apart in a completion: use check 'choice' or 'exact'"
+            )
         if answer not in options:
             raise InputError(f"'answer' is {answer!r:.60}; it must be one of the options {list(options)!r:.120}")
     elif check == "number" and not canonical(answer):

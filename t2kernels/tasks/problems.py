@@ -9,7 +9,7 @@ from typing import Any
 from t2kernels import InputError, MissingFileError
 
 from .base import SPLITS, Task, split_of
-from .judging import CHECKS, CHOICE, MIXED, check_answer
+from .judging import CHECKS, CHOICE, MIXED, check_answer, check_name
 from .records import Raw, Row, json_lines, text, texts
 
 INSTRUCTION = "Which of these fits the text best: {labels}? Answer with one"
@@ -76,6 +76,7 @@ def _row(where: str, raw: Row, check: str | None) -> Row:
     try:
         answer, found, prompt = text(raw, "answer"), {**raw}, _prompt(raw)
         found["check"] = raw.get("check") or check or "exact"
+        check_name(found["check"])
         found["split"] = split_of(raw, prompt if isinstance(prompt, str) else json.dumps(prompt))
         if found["check"] in ("label", CHOICE) and raw.get("choices") is not None:
             found["choices"] = [option.strip() for option in texts(raw, "choices")]
@@ -195,8 +196,17 @@ def _table(path: Path) -> Iterator[Raw]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         try:
+            columns = reader.fieldnames or []
+            if twice := [name for name in dict.fromkeys(columns) if name and columns.count(name) > 1]:
+                raise InputError(f"{path}: there are several columns {twice[0]!r:.60}; expected one of each name")
             for row in reader:
-                yield f"{path}, line {reader.line_num}", {k: v for k, v in row.items() if k is not None}
+                where = f"{path}, line {reader.line_num}"
+                if any(more := row.pop(None, [])):
+                    raise InputError(
+                        f"{where}: {len(columns) + len(more)} cells, of which the last is {more[-1]!r:.40}, and the "
+                        f'header has {len(columns)}; put a text with commas into quotes: "..."'
+                    )
+                yield where, row
         except (csv.Error, UnicodeDecodeError) as e:
             raise InputError(f"{path}, line {reader.line_num}: no CSV that can be read ({e})") from None
 

@@ -349,6 +349,7 @@ class SVFTrainer(ReinforceTrainer):
                     if isinstance(part, ExportableState):
                         self.state.stateful_callbacks[type(part).__name__] = part.state()
                 self.state.save_to_json(str(temporary / STATE))
+                checkpoint.seal(temporary)
                 if place.exists():
                     shutil.rmtree(place)
                 os.replace(temporary, place)
@@ -365,9 +366,10 @@ class SVFTrainer(ReinforceTrainer):
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint.verify(resume_from_checkpoint)
         for name in self._names:
             self._load_expert(resume_from_checkpoint, name)
-        self.best = BestExperts.load(resume_from_checkpoint)
+        self.best = BestExperts.load(resume_from_checkpoint, {n: self.bank.trained_parameters(n) for n in self._names})
 
     def _load_expert(self, folder: str | os.PathLike[str], name: str) -> None:
         checkpoint.load(folder, name, self.bank.trained_parameters(name), self.args.parametrisation, self.bank.check)

@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from t2kernels.experts.expert import Expert, ExpertError, ExpertMismatch
 from t2kernels.experts.names import check_files
 from t2kernels.factors import schema
-from t2kernels.storage import FileError, read_tensors, why_unreadable, write_tensors
+from t2kernels.storage import FileError, digest_of, read_json, read_tensors, why_unreadable, write_json, write_tensors
 
-FOLDER, PARAMETERS = "experts", "parameters.safetensors"
+FOLDER, PARAMETERS, DIGESTS = "experts", "parameters.safetensors", "digests.json"
 OLDER = "resume from an older checkpoint"
 MANIFEST: schema.Schema = {"parametrisation": schema.TEXT, "experts": schema.TEXTS}
+SEALED: schema.Schema = {"sha256": schema.Each(schema.DIGEST)}
 
 
 class CheckpointError(ExpertError):
@@ -91,12 +92,47 @@ def load(
         )
     check(Expert.load(folder / FOLDER / f"{name}.safetensors"))
     mine = of_expert(saved, name)
+    check_parameters(path, mine, parameters)
+    for key, p in parameters.items():
+        p.copy_(mine[key])
+
+
+def check_parameters(path: Path, mine: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
+    """Raise an error if the tensors of an expert in a file of a checkpoint do not fit its parameters.
+
+    Raises ExpertMismatch for other matrices or shapes, CheckpointError for what is no finite floating-point number.
+    """
     for key in {**mine, **parameters}:
         if key not in mine or key not in parameters or mine[key].shape != parameters[key].shape:
-            raise ExpertMismatch(f"{folder} was trained with other targets or another rank: {key} differs")
+            raise ExpertMismatch(f"{path.parent} was trained with other targets or another rank: {key} differs")
         if not mine[key].is_floating_point() or not torch.isfinite(mine[key]).all():
             raise CheckpointError(
                 f"{path}: {key} is {mine[key].dtype} or holds NaN or infinity, wanted finite numbers; {OLDER}"
             )
-    for key, p in parameters.items():
-        p.copy_(mine[key])
+
+
+def seal(folder: str | Path) -> None:
+    """Write folder/digests.json: the sha256 of every file in a checkpoint, the optimiser's and Trainer's among them."""
+    folder = Path(folder)
+    found = {p.relative_to(folder).as_posix(): digest_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    write_json(folder / DIGESTS, {"sha256": found})
+
+
+def verify(folder: str | Path) -> None:
+    """Compare the files of a checkpoint with what `seal` wrote. One without it, of an older version, passes.
+
+    Raises CheckpointError for a file that is missing, damaged, or changed after it was written.
+    """
+    path = Path(folder) / DIGESTS
+    if not path.is_file():
+        return
+    try:
+        facts = schema.check(read_json(path, "a list of digests"), SEALED, path, CheckpointError, OLDER)
+    except FileError as e:
+        raise CheckpointError(f"{e}; {OLDER}") from None
+    for name, digest in facts["sha256"].items():
+        file = path.parent / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing, though {DIGESTS} names it; {OLDER}")
+        if digest_of(file) != digest:
+            raise CheckpointError(f"{file} is damaged or was changed: its sha256 is not that in {DIGESTS}; {OLDER}")

@@ -68,6 +68,17 @@ def test_a_file_without_a_digest_loads(expert, tmp_path):
     assert t2.Expert.load(path).manifest == t2.Expert.load(expert.save(tmp_path / "b")).manifest
 
 
+def test_a_file_whose_digest_lost_its_name_is_refused(expert, tmp_path):
+    """Damage of both the digest's key and a number passed as a file of an older version."""
+    path = expert.save(tmp_path / "a")
+    whole = path.read_bytes().replace(b'"t2kernels.digest"', b'"t2ker?els.digest"')
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(t2.ExpertError, match=r"a\.safetensors: it is damaged"):
+        t2.Expert.load(path)
+    with pytest.raises(storage.FileError, match=r"t2ker\?els\.digest"):
+        storage.verify(path)
+
+
 def outcome(path):
     """The message that refuses a file; "" if it can be used. Anything but our own errors passes through."""
     try:

@@ -19,6 +19,7 @@ from t2kernels import T2Error, storage
 from t2kernels.factors import Factors, svd
 from t2kernels.factors.decomposition import decompose
 from t2kernels.factors.identity import FactorsError
+from tests.helpers.families import build
 
 NAME = "layers.0.up"
 SEEDS = (20261128, 7, 99)
@@ -348,3 +349,19 @@ def test_factors_that_are_not_finite_are_not_written(tmp_path):
     U, sigma, V = svd(torch.randn(4, 3))
     with pytest.raises(FactorsError, match="m: its factors hold NaN"):
         Factors({"m": (U.index_fill(0, torch.tensor(1), float("nan")), sigma, V)}).save(tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_attention_heads", "x"), ("hidden_act", "sil"), ("rope_parameters", [["default"]]), ("architectures", [3]),
+        ("hidden_size", -40), ("head_dim", {}), ("vocab_size", 2**64), ("dtype", "x"), ("tie_word_embeddings", [1]),
+    ],
+)  # fmt: skip
+def test_a_config_that_makes_no_model_is_named(field, value, tmp_path):
+    """transformers checks few fields of a config; others fail within the model, as KeyError, TypeError and so on."""
+    build("llama").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(T2Error, match=r"config\.json is not a config|has no model for"):
+        decompose(str(tmp_path), rank=2)

@@ -1,6 +1,7 @@
 """Everything that a forward can be wrapped in still gives each row its own expert."""
 
 import copy
+import gc
 import pickle
 import threading
 
@@ -213,6 +214,24 @@ def test_compiles_in_one_graph_for_all_ids(form):
             compiled(x, expert_ids=ids, use_cache=False).logits, model(x, expert_ids=ids).logits, **CLOSE
         )
     assert counter.frame_count == 1
+
+
+def test_a_compiled_model_takes_names_and_gives_their_rows_back():
+    """Dynamo failed over the registry of finalizers, of which the ids of a call are one."""
+    torch.manual_seed(0)
+    model, x = build("llama"), torch.randint(3, 60, (2, 5))
+    bank = t2.patch_model(model, form="delta", rank=4, rows=8)
+    for name in "ab":
+        bank.add(name, bank.expert({n: 1 + 0.3 * torch.randn(k) for n, k in bank.matrices.items()}))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for experts in (["a", "b"], ["b", None], [{"a": 0.5}, {"b": 0.3}], "a"):
+            want = model(x, experts=experts, use_cache=False).logits
+            torch.testing.assert_close(compiled(x, experts=experts, use_cache=False).logits, want, **CLOSE)
+    gc.collect()
+    bank.remove("a")
+    bank.remove("b")
 
 
 def test_static_cache_with_a_compiled_forward():

@@ -175,3 +175,9 @@ def test_a_form_is_that_of_the_task_and_of_single_prompts(tmp_path):
     own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "x"}]
     assert TERSE.apply(own) == own
     assert TERSE.apply(own[1:]) == [{"role": "system", "content": "Be terse."}, own[1]]
+
+
+@pytest.mark.parametrize("system", [5, ["x"], {"a": 1}, True])
+def test_a_system_message_that_is_no_text_is_refused(system):
+    with pytest.raises(t2.InputError, match="expert 'math' has the system message"):
+        recorded_form({"name": "math", "prompt": {"chat": True, "system": system}})

@@ -192,3 +192,28 @@ def test_options_need_a_number_each(tmp_path):
     )  # fmt: skip
     with pytest.raises(InputError, match="no reward applies to an option"):
         tr.train()
+
+
+def test_a_column_that_the_first_row_lacks_reaches_the_reward():
+    """Which row of a batch comes first is chance: the reward would depend on the order of the data."""
+    rows = [{"prompt": "a"}, {"prompt": "b", "weight": 3.0}]
+
+    def heavy(prompts, completions, weight=None, **columns):
+        return [0.0] * len(prompts) if weight is None else [w or 1.0 for w in weight]
+
+    assert Scorer.of(heavy)(rows, ["", ""]).tolist() == [1.0, 3.0]
+    assert Scorer.of(heavy)(rows[::-1], ["", ""]).tolist() == [3.0, 1.0]
+
+
+@pytest.mark.parametrize("values", [[1e300, 0.0], [10**60, 0], [10**400, 0], {1.0, 0.5}, {1.0: 0, 0.5: 0}, "10"])
+def test_rewards_that_would_become_other_numbers_are_refused(values):
+    """1e300 is finite and infinite in fp32; a set has no order."""
+    with pytest.raises(InputError, match=r"wanted finite numbers|wanted one number for each|not a number"):
+        Scorer.of(lambda **columns: values)([{"prompt": "a"}, {"prompt": "b"}], ["", ""])
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, 1e38])
+def test_a_weight_that_makes_the_sum_infinite_is_refused(weight):
+    """A sum of NaN counts as a completion without a reward, which teaches nothing."""
+    with pytest.raises(InputError, match=r"wanted finite numbers|does not fit fp32"):
+        Scorer.of(lambda **columns: [100.0], [weight])([{"prompt": "a"}], [""])

@@ -28,6 +28,7 @@ LABELS = {"labels": ["spam", "not spam", "news"]}
     [
         ("exact", "positive", {}, " positive\n", (True, None)),
         ("exact", "positive", {}, "This is positive.", (False, None)),
+        ("exact", " positive ", {}, "positive", (True, None)),  # the completion is compared without its spaces
         ("label", "spam", LABELS, "This is SPAM, really: spam.", (True, True)),
         ("label", "spam", LABELS, "It is not  spam.", (False, True)),  # the longer label counts
         ("label", "not spam", LABELS, "It is Not\nspam.", (True, True)),
@@ -101,6 +102,10 @@ def test_options_are_the_choices_of_the_row_or_the_labels(tmp_path):
         ([{"prompt": [{"content": "x"}], "answer": "a"}], "line 1: 'prompt' is .*expected a text, or messages"),
         ([{"prompt": [], "answer": "a"}], r"line 1: 'prompt' is \[\]; expected a text, or messages"),
         ([{"prompt": [{"role": "user", "content": ""}], "answer": "a"}], "line 1: 'content' is ''"),
+        ([{"answer": "a", "check": ["exact"]}], r"line 1: 'check' is \['exact'\]; it must be one of"),
+        ([{"answer": "a", "check": {"a": 1}}], "line 1: 'check' is .*; it must be one of"),
+        ([{"answer": "a", "check": "label", "choices": ["a", " ", "b"]}], "line 1: an option is empty"),
+        ([{"answer": "Yes", "check": "label", "choices": ["Yes", "yes", "no"]}], "differ only in case or spaces"),
     ],
 )
 def test_what_a_file_must_not_hold(tmp_path, rows, message):
@@ -204,3 +209,24 @@ def test_arc_by_the_likelihood_of_its_options(tmp_path):
 def test_labels_are_named_by_whole_words():
     assert named("C++ or c", ["c++", "c"]) == ["c++", "c"]
     assert named("x", []) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("text,label\nso good,pos\nbad, really,neg\n", "line 3: 3 cells, .*'neg', and the header has 2"),
+        ("text,label,label\na,pos,neg\nb,neg,pos\n", "several columns 'label'"),
+    ],
+)
+def test_a_table_whose_cells_belong_to_no_column_is_refused(tmp_path, text, message):
+    """csv.DictReader takes the second cell for the label and drops the third, and of two columns takes the last."""
+    file = tmp_path / "bad.csv"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        tasks.load(str(file))
+
+
+def test_empty_cells_at_the_end_of_a_row_are_no_columns(tmp_path):
+    file = tmp_path / "good.csv"
+    file.write_text('text,label\n"so, so",neg,\ngood,pos,,\n')
+    assert tasks.load(str(file)).labels == ("neg", "pos")

@@ -346,3 +346,14 @@ def test_scopes_inside_the_block_route_too():
                 step(model, tokenizer, **({} if name else {"experts": "b"}))
     assert trained["a"] == trained["b"]
     assert isinstance(bank, ExpertBank)
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.int16])
+def test_a_checkpoint_that_was_cast_is_refused(tmp_path, cast):
+    model, tokenizer, _ = patched()
+    with t2.train.experts(model, "mine") as trained:
+        step(model, tokenizer)
+        trained.save(tmp_path)
+        state = {name: t.to(cast) for name, t in load_file(tmp_path / "model.safetensors").items()}
+        with pytest.raises(t2.ExpertError, match=f"is {cast}, wanted torch.uint8"):
+            trained.load(state)

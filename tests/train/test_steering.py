@@ -10,6 +10,7 @@ from torch import nn
 
 import t2kernels as t2
 from t2kernels import tiny
+from t2kernels.storage import write_tensors
 from t2kernels.train import SVFConfig, SVFTrainer
 from t2kernels.train.steering import curve
 from t2kernels.train.steering.best import BestExperts
@@ -130,6 +131,29 @@ def test_a_file_that_is_no_history(tmp_path, line, message):
         read(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "line", [b"\xff", b'{"step":' + b"[" * 9000, b'{"step": ' + b"9" * 5000 + b"}", b'{"step": true}']
+)
+def test_damage_of_a_history_is_named(tmp_path, line):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(t2.InputError, match=r"x\.jsonl, line 2"):
+        read(file)
+
+
+def test_a_run_goes_on_after_a_line_that_was_cut_off(tmp_path):
+    file = tmp_path / "run.jsonl"
+    settings = {"history": str(file), "save_strategy": "steps", "save_steps": 1}
+    run(tmp_path / "out", **settings, max_steps=1)[0].train()
+    file.write_bytes(file.read_bytes() + b'{"step": 2, "lo')  # its process was killed
+    with pytest.raises(t2.InputError, match="line"):
+        read(file)
+    again, _ = run(tmp_path / "out", **settings, max_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+    assert [row["step"] for row in read(file) if "loss" in row] == [1, 2]
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_the_curve_shows_every_number(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [{"step": 0, "eval_accuracy": 0.4, "eval_accuracy_se": 0.05}]
@@ -176,3 +200,49 @@ def test_the_best_experts_go_through_a_checkpoint(tmp_path):
     file.write_bytes(file.read_bytes()[:-3] + b"abc")
     with pytest.raises(ValueError, match="is damaged"):
         BestExperts.load(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [torch.zeros(1), torch.zeros(4), torch.tensor([1.0, float("nan"), 0.0])])
+def test_the_best_experts_of_another_run_are_refused(tmp_path, kept):
+    """A tensor of one number would be copied into each of the parameters, without a word."""
+    best, p = BestExperts(), nn.Parameter(torch.zeros(3))
+    best.offer("a", 0.5, 1, {"m": nn.Parameter(kept)})
+    best.save(tmp_path)
+    with pytest.raises(t2.ExpertError, match="finite" if kept.isnan().any() else "another rank: m differs"):
+        BestExperts.load(tmp_path, {"a": {"m": p}})
+    with pytest.raises(t2.ExpertError):
+        BestExperts.load(tmp_path, {"b": {"m": p}})
+
+
+@pytest.mark.parametrize(
+    "facts", [{}, {"best": {"a": [1.0]}}, {"best": {"a": [float("nan"), 1]}}, {"best": {"a": [1, -1]}}]
+)
+def test_an_odd_manifest_of_the_best_experts_is_refused(tmp_path, facts):
+    write_tensors(tmp_path / "best.safetensors", {"a/m": torch.zeros(3)}, facts)
+    with pytest.raises(t2.ExpertError, match="best"):
+        BestExperts.load(tmp_path)
+
+
+def test_every_file_of_a_checkpoint_is_compared_with_its_digest(tmp_path):
+    """Also those that are Trainer's own: the optimiser's state has no checksum that torch compares."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "keep_best": True}
+    run(tmp_path, **settings, max_steps=1)[0].train()
+    place = tmp_path / "checkpoint-1"
+    names = {p.name for p in place.rglob("*") if p.is_file()}
+    assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", "best.safetensors"} <= names
+    for name in ("optimizer.pt", "rng_state.pth", "best.safetensors"):
+        whole = (place / name).read_bytes()
+        damaged = bytearray(whole)
+        damaged[len(whole) // 2] ^= 1
+        (place / name).write_bytes(damaged)
+        with pytest.raises(t2.ExpertError, match=f"{name} is damaged or was changed"):
+            run(tmp_path, **settings, max_steps=2)[0].train(resume_from_checkpoint=str(place))
+        (place / name).unlink()
+        with pytest.raises(t2.ExpertError, match=f"{name} is missing"):
+            run(tmp_path, **settings, max_steps=2)[0].train(resume_from_checkpoint=str(place))
+        (place / name).write_bytes(whole)
+    trainer, _ = run(tmp_path, **settings, max_steps=2)
+    trainer.train(resume_from_checkpoint=str(place))
+    assert trainer.state.global_step == 2
+    (place / "digests.json").unlink()  # a checkpoint of an older version
+    run(tmp_path, **settings, max_steps=2)[0].train(resume_from_checkpoint=str(place))

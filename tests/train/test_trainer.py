@@ -554,7 +554,7 @@ def test_checkpoints_hold_experts_only_and_fit_only_their_model(tmp_path):
     }
     assert set(files) == {
         "experts/a.safetensors", "parameters.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-        "trainer_state.json", "svf_config.json",
+        "trainer_state.json", "svf_config.json", "digests.json",
     }  # fmt: skip
     assert sum(files.values()) < 100_000
     assert t2.Expert.load(tmp_path / "checkpoint-2/experts/a") == tr.experts["a"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from t2kernels import HubError
+from t2kernels.storage import one_line
 from t2kernels.tasks.hub.network import unreachable
 
 FILE = "expert.safetensors"
@@ -46,7 +47,7 @@ def fetch(repo: str, file: str, revision: str | None = None) -> Path:
         return Path(hf_hub_download(repo, file, **options))
     except Exception as e:  # offline, gated, missing, interrupted: each is another class of hub, HTTP or OS error
         at = f"{repo}:{file}" + (f" ({revision})" if revision else "")
-        reason = f"{why}, and it was not downloaded before" if why else _line(e)
+        reason = f"{why}, and it was not downloaded before" if why else one_line(e).rstrip(".")
         raise HubError(
             f"{at}: there is no such file here, and the hub did not provide it: {reason}. "
             "Check the name, or give the path of an expert's file"
@@ -73,7 +74,7 @@ def upload(path: Path, repo: str, file: str, card: str, private: bool) -> str:
             files.append(CommitOperationAdd(CARD, card.encode()))
         api.create_commit(repo, files, commit_message=f"Upload {file}")
     except Exception as e:  # no token, no right, interrupted: each is another class of hub, HTTP or OS error
-        raise HubError(f"{repo}: not uploaded, {_line(e)}. `hf auth login` stores a token") from e
+        raise HubError(f"{repo}: not uploaded, {one_line(e).rstrip('.')}. `hf auth login` stores a token") from e
     return url
 
 
@@ -139,8 +140,3 @@ def _accuracy(facts: Mapping[str, Any]) -> dict[str, str]:
 def _cell(value: object) -> str:
     """A value for one cell of a table of Markdown, without HTML."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _line(e: Exception) -> str:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    return (lines[0] if lines else type(e).__name__).rstrip(".")

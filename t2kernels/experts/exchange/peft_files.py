@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2kernels import InputError, MissingFileError
 from t2kernels.factors.matrices import base_name
-from t2kernels.storage import read_json, why_unreadable, write_json, write_tensors
+from t2kernels.storage import FileError, read_json, read_tensors, why_unreadable, write_json, write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -27,7 +27,14 @@ OTHER_PARTS: tuple[str, ...] = (
     "lora_bias",
     "layer_replication",
     "alora_invocation_tokens",
+    *("target_parameters", "trainable_token_indices"),
+    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
+PLAIN_STARTS: tuple[object, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
+"""`init_lora_weights` of adapters of the base model as it is. Others ("pissa", "olora", "corda", "loftq") belong to a
+base model that PEFT changes while it adds them."""
+SCALING: tuple[str, ...] = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+"""What the change of a matrix depends on, of the config."""
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -72,7 +79,7 @@ def write_adapter(
     tensors = {}
     for name, (B, A) in pairs.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A.to(dtype), B.to(dtype)
-    write_tensors(folder / WEIGHTS, tensors)
+    write_tensors(folder / WEIGHTS, tensors, {key: config[key] for key in SCALING})
     write_json(folder / CONFIG, config)
     return folder
 
@@ -96,10 +103,22 @@ def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], str | 
         raise InputError(
             f"{folder} has {', '.join(others)}, which is more than a change B A of matrices; merge it instead"
         )
+    start = config.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise InputError(
+            f"{folder} has init_lora_weights={start!r:.40}: its pairs belong to a base model that PEFT changes when it "
+            "adds them. Save it with PEFT's path_initial_model_for_weight_conversion, or merge it instead"
+        )
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors, written = read_tensors(folder / WEIGHTS)
+        if written is None:  # PEFT's own has no digest
+            tensors = load_file(folder / WEIGHTS)
     except SafetensorError as e:
         raise InputError(f"{folder / WEIGHTS} cannot be read: {why_unreadable(folder / WEIGHTS)} ({e})") from None
+    except FileError as e:
+        raise InputError(f"{folder / WEIGHTS} is damaged: {e}; copy or make it again") from None
+    if changed := [key for key in SCALING if written is not None and config.get(key) != written.get(key)]:
+        raise InputError(f"{folder / CONFIG}: {changed[0]} is not what {WEIGHTS} was written with; make it again")
     found: dict[str, dict[str, Tensor]] = {}
     for key, t in tensors.items():
         match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", key)
@@ -112,16 +131,28 @@ def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], str | 
     for name, pair in found.items():
         if pair.keys() != {"A", "B"}:
             raise InputError(f"{folder / WEIGHTS}: {name} lacks its {'B' if 'A' in pair else 'A'}")
-        pairs[name] = (pair["B"] * _scaling(config, name, pair["A"].shape[0]), pair["A"])
+        rank = pair["A"].shape[0]
+        said = _number(config, "r", "rank_pattern", name, rank)
+        if not rank or said != rank:
+            raise InputError(
+                f"{folder / CONFIG} gives {name} the rank {said:g}, its pair has {rank}; one of the files was changed"
+            )
+        alpha = _number(config, "lora_alpha", "alpha_pattern", name, 8)
+        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        pairs[name] = (pair["B"] * scaling, pair["A"])
     base = config.get("base_model_name_or_path")
     return pairs, base if isinstance(base, str) else None
 
 
-def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """lora_alpha / r of a matrix, as PEFT finds it: the first pattern that matches the end of the name."""
+def _number(config: Mapping[str, Any], key: str, patterns: str, name: str, default: float) -> float:
+    """A number of a matrix, as PEFT finds it: of the first pattern that matches the end of the name, or `key`'s."""
     try:
-        found = (v for key, v in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", name))
-        alpha = float(next(found, config.get("lora_alpha", 8)))
-    except (re.error, AttributeError, TypeError, ValueError) as e:
-        raise InputError(f"{CONFIG}: lora_alpha or alpha_pattern is not what PEFT writes ({e})") from None
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        found = (v for p, v in (config.get(patterns) or {}).items() if re.match(rf"(.*\.)?({p})$", name))
+        value, number = next(found, config.get(key, default)), math.nan
+        if type(value) in (int, float):
+            number = float(value)
+    except (re.error, AttributeError, TypeError, OverflowError) as e:
+        raise InputError(f"{CONFIG}: {key} or {patterns} is not what PEFT writes ({e})") from None
+    if not math.isfinite(number):
+        raise InputError(f"{CONFIG}: {key} or {patterns} is not what PEFT writes: {value!r:.40} for {name}")
+    return number

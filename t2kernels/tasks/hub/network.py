@@ -19,7 +19,9 @@ def unreachable() -> str | None:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)
         return None
     except Exception as e:  # errors of httpx, or of the fork of it that newer versions of the hub's client use
-        return f"{constants.ENDPOINT} cannot be reached ({' '.join(str(e).split()) or type(e).__name__})"
+        from t2kernels.storage import one_line  # it imports torch, which tasks do without
+
+        return f"{constants.ENDPOINT} cannot be reached ({one_line(e)})"
 
 
 @contextlib.contextmanager

@@ -46,13 +46,13 @@ def remove(folder: str) -> None:
     top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         moved = 0
-        waiting = _without_files(top)
+        waiting = _with_content(top)
         while waiting:
             name = waiting.pop()
             os.chmod(name, 0o700, dir_fd=top)  # the program may have made it unreadable
             inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
             try:
-                for below in _without_files(inner):
+                for below in _with_content(inner):
                     os.chmod(below, 0o700, dir_fd=inner)  # to move a folder is to write to it
                     while os.path.lexists(f"{folder}/{moved}"):
                         moved += 1
@@ -66,11 +66,20 @@ def remove(folder: str) -> None:
     os.rmdir(folder)
 
 
-def _without_files(at: int) -> list[str]:
-    """Remove everything but folders from the folder open as `at`: the names of the folders left."""
+def _with_content(at: int) -> list[str]:
+    """Remove files and empty folders from the folder open as `at`: the names of the folders left.
+
+    To open each of thousands of empty folders takes many times as long as the program took to make them.
+    """
     with os.scandir(at) as entries:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    left = []
     for name, is_folder in found:
         if not is_folder:
             os.unlink(name, dir_fd=at)
-    return [name for name, is_folder in found if is_folder]
+            continue
+        try:
+            os.rmdir(name, dir_fd=at)
+        except OSError:  # it is not empty
+            left.append(name)
+    return left

@@ -75,7 +75,11 @@ def unpack(
         for name in _files(parameters):
             path = Path(folder) / name
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(packed[MARK + name].cpu().numpy().tobytes())
+            if (found := packed[MARK + name]).dtype != torch.uint8:
+                raise ExpertError(
+                    f"the checkpoint's {name} is {found.dtype}, wanted torch.uint8: it was cast or damaged"
+                )
+            path.write_bytes(found.cpu().numpy().tobytes())
         for name, own in parameters.items():
             try:
                 trainer_state.load(folder, name, own, parametrisation, check)

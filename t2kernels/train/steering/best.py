@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from t2kernels.factors import schema
 from t2kernels.storage import write_tensors
-from t2kernels.train.trainer_state import OLDER, CheckpointError, of_expert, read
+from t2kernels.train.trainer_state import OLDER, CheckpointError, check_parameters, of_expert, read
 
 FILE = "best.safetensors"
+MANIFEST: schema.Schema = {
+    "best": schema.Each(
+        schema.Kind(
+            "[value, step], numbers",
+            lambda v: (
+                isinstance(v, list) and len(v) == 2 and type(v[0]) in (int, float) and math.isfinite(v[0])
+                and schema.INDEX.test(v[1])
+            ),
+        )
+    )
+}  # fmt: skip
 
 
 class BestExperts:
@@ -43,15 +56,21 @@ class BestExperts:
             write_tensors(Path(folder) / FILE, tensors, {"best": found})
 
     @classmethod
-    def load(cls, folder: str | Path) -> BestExperts:
-        """What `save` wrote into a checkpoint, or nothing. Raises CheckpointError for a damaged file."""
+    def load(
+        cls, folder: str | Path, parameters: Mapping[str, Mapping[str, nn.Parameter]] | None = None
+    ) -> BestExperts:
+        """What `save` wrote into a checkpoint, or nothing.
+
+        parameters: of each expert of the run, which those of the file must fit
+        Raises CheckpointError for a damaged file, ExpertMismatch for one of other experts or matrices.
+        """
         best, path = cls(), Path(folder) / FILE
         if not path.is_file():
             return best
         tensors, facts = read(path)
-        try:
-            for name, (value, step) in facts["best"].items():
-                best._kept[name] = float(value), int(step), of_expert(tensors, name)
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise CheckpointError(f"{path} is damaged: {e}; {OLDER}") from None
+        schema.check(facts, MANIFEST, path, CheckpointError, OLDER)
+        for name, (value, step) in facts["best"].items():
+            own = of_expert(tensors, name)
+            check_parameters(path, own, own if parameters is None else parameters.get(name, {}))
+            best._kept[name] = float(value), step, own
         return best

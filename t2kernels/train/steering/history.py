@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from t2kernels import InputError, MissingFileError
+from t2kernels.storage import FileError, parse_json, temporary_beside
 
 
 class History(TrainerCallback):
@@ -29,9 +30,11 @@ class History(TrainerCallback):
             return
         kept = []
         if state.global_step and self.path.is_file():
-            kept = [row for row in read(self.path) if row["step"] <= state.global_step]
+            kept = [row for row in read(self.path, torn=True) if row["step"] <= state.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary = temporary_beside(self.path)
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
 
     def on_log(
         self,
@@ -47,18 +50,23 @@ class History(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
 
-def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a history file, in order. Raises MissingFileError; InputError for a line that is not a log's."""
+def read(path: str | os.PathLike[str], torn: bool = False) -> list[dict[str, Any]]:
+    """The lines of a history file, in order.
+
+    torn: pass over a last line without an end: its run was killed, or the disk was full, while it was written
+    Raises MissingFileError; InputError for a line that is not a log's.
+    """
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"no history at {path}; expected the JSONL file of a run")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    *lines, last = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, *([last] if last and not torn else [])], 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
+            row = parse_json(line)
+        except FileError as e:
             raise InputError(f"{path}, line {number}: {e}; expected the JSON of a log") from None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
             raise InputError(f"{path}, line {number}: no step; expected the history file of a run")
         rows.append(row)
     return rows

@@ -215,6 +215,22 @@ def test_copies_casts_and_files(tmp_path):
     assert error < 0.1
 
 
+def test_a_move_that_fails_leaves_the_adapters_as_they_are(tmp_path):
+    adapters("llama", tmp_path, 1)
+    model, x = seeded("llama"), torch.randint(3, 60, (2, 6))
+    bank = t2.patch_model(model, form="delta")
+    bank.add("lora0", tmp_path / "lora0")
+    want = logits(model, x, experts="lora0")
+    columns = next(layer.lora for layer, _ in bank.layers if hasattr(layer, "lora"))
+
+    def fails(t):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        columns._apply(fails)
+    assert torch.equal(logits(model, x, experts="lora0"), want)
+
+
 def test_gradients_of_an_expert_beside_adapters(tmp_path):
     adapters("llama", tmp_path, 1)
     x = torch.randint(3, 60, (2, 6))

@@ -1,5 +1,6 @@
 """An expert as a LoRA adapter, read by the real PEFT, and an adapter as an expert."""
 
+import copy
 import json
 
 import pytest
@@ -212,3 +213,68 @@ def test_adapters_that_cannot_be_read_are_refused(tmp_path):
     other = trained_lora("qwen2", tmp_path / "other", target_modules=["gate_proj"])
     with pytest.raises(t2.T2Error, match="do not have"):
         t2.Expert.from_lora(tmp_path / "other", t2.decompose(other.get_base_model(), targets="attention"))
+
+
+def edited(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 3}, "the rank 3, its pair has 5"),
+        ({"rank_pattern": {"q_proj": 6}}, "the rank 6, its pair has 5"),
+        ({"lora_alpha": 10**400}, "lora_alpha or alpha_pattern is not what PEFT writes"),
+        ({"lora_alpha": True}, "lora_alpha or alpha_pattern is not what PEFT writes"),
+        ({"lora_alpha": float("nan")}, "lora_alpha or alpha_pattern is not what PEFT writes"),
+        ({"alpha_pattern": {"q_proj": None}}, "lora_alpha or alpha_pattern is not what PEFT writes"),
+        ({"alpha_pattern": {"(": 1}}, "lora_alpha or alpha_pattern is not what PEFT writes"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'.*base model that PEFT changes"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"init_lora_weights": ["loftq"]}, "init_lora_weights="),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+    ],
+)
+def test_a_config_that_does_not_say_what_the_pairs_are_is_refused(changes, message, tmp_path):
+    """Another rank or start is another change of the weights; PEFT would fail, or change the base model as well."""
+    torch.manual_seed(8)
+    trained_lora("llama", tmp_path, target_modules=["q_proj"])
+    assert t2.LoraAdapter.load(edited(tmp_path, init_lora_weights="gaussian")).pairs
+    with pytest.raises(t2.InputError, match=message):
+        t2.LoraAdapter.load(edited(tmp_path, **changes))
+
+
+def test_pissa_belongs_to_a_base_model_that_peft_changes(tmp_path):
+    """Why it is refused: the pairs alone, on the base model as it is, are not what PEFT computes."""
+    torch.manual_seed(9)
+    x, base = torch.randint(3, 60, (1, 5)), build("llama").eval()
+    weights = copy.deepcopy(base.state_dict())
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")).eval()
+    model.save_pretrained(tmp_path)
+    want = model(input_ids=x).logits
+    with pytest.raises(t2.InputError, match="pissa"):
+        t2.LoraAdapter.load(tmp_path)
+    plain = build("llama").eval()
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(plain(input_ids=x).logits, want, rtol=1e-3, atol=1e-4)  # untrained: no change at all
+    bank = t2.patch_model(plain, form="delta")
+    bank.add("wrong", t2.LoraAdapter.load(edited(tmp_path, init_lora_weights=True)))
+    assert (plain(input_ids=x, experts="wrong").logits - want).abs().max() > 1e-3
+
+
+def test_the_files_of_an_adapter_of_ours_are_compared(tmp_path):
+    torch.manual_seed(10)
+    trained_lora("llama", tmp_path / "peft", target_modules=["q_proj"])
+    folder = t2.LoraAdapter.load(tmp_path / "peft").save(tmp_path / "ours")
+    assert t2.LoraAdapter.load(folder).equals(t2.LoraAdapter.load(tmp_path / "peft"))
+    peft.PeftModel.from_pretrained(build("llama"), folder)  # PEFT passes over the digest
+    with pytest.raises(t2.InputError, match=r"lora_alpha is not what adapter_model\.safetensors was written with"):
+        t2.LoraAdapter.load(edited(folder, lora_alpha=32))
+    t2.LoraAdapter.load(tmp_path / "peft").save(folder)
+    weights = bytearray((folder / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    with pytest.raises(t2.InputError, match="is damaged"):
+        t2.LoraAdapter.load(folder)
