@@ -159,6 +159,7 @@ def prepare(task_name: str, kind: str, seed: int, rate: float, steps: int = STEP
         max_steps=steps,
         per_device_train_batch_size=PROMPTS,
         learning_rate=rate,
+        kl_coef=0.0,  # what a kind forgets is its own doing, not held by a penalty
         max_new_tokens=task.max_new_tokens,
         use_cpu=True,
     )
