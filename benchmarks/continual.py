@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from beyond_z import OUT as TUNED
-from beyond_z import PROMPTS, STEPS, best_rates
+from beyond_z import PROMPTS, best_rates
 from measure import RESULTS, append, machine, weights
 from paper import read
 from rl import LoraTrainer, lora
@@ -40,7 +40,7 @@ OUT = RESULTS / "continual.jsonl"
 SEQUENCE = ("math", "code", "reason", "classify")
 WAYS = ("experts", "one z", "one LoRA")
 RANK = 8
-N = 200
+STEPS, N = 40, 150
 
 
 def settings(task: tasks.Task, seed: int, rate: float, steps: int) -> SVFConfig:
