@@ -65,6 +65,7 @@ FEW = {
 FEW["hop5"] = FEW["ops5"]
 """{task: the kinds that are tried on it}, all on the others. On add6 the base model is right once in 200 samples."""
 OTHERS = ("math", "code", "reason", "classify")
+BASE = "base"
 TIED = 8  # the components of a tied core
 TUNING_SEED = 100
 STEPS, PROMPTS = 50, 40
@@ -186,8 +187,9 @@ def accuracy(trainer: ChangeTrainer, task_name: str, split: str, count: int) -> 
 def run(task: str, kind: str, seed: int, rate: float, own: int, other: int, split: str, steps: int) -> dict:
     """One run: trained, and judged on its own task and on the others."""
     wall, cpu = time.perf_counter(), time.process_time()
-    trainer, numbers = prepare(task, kind, seed, rate, steps)
-    trainer.train()
+    trainer, numbers = prepare(task, "z 1" if kind == BASE else kind, seed, rate, max(1, steps))
+    if steps:
+        trainer.train()
     rewards = [log["reward"] for log in trainer.state.log_history if "reward" in log]
     after = accuracy(trainer, task, split, own)
     others = {name: round(accuracy(trainer, name, split, other), 4) for name in OTHERS if other and name != task}
@@ -201,7 +203,7 @@ def run(task: str, kind: str, seed: int, rate: float, own: int, other: int, spli
         "prompts": PROMPTS,
         "N": own,
         "N_others": other,
-        "numbers": numbers,
+        "numbers": numbers if steps else 0,
         "accuracy": round(after, 4),
         "others": others,
         "rewards": [round(r, 4) for r in rewards],
@@ -214,7 +216,10 @@ def run(task: str, kind: str, seed: int, rate: float, own: int, other: int, spli
 def best_rates(rows: Sequence[dict]) -> dict[str, float]:
     """{kind: the rate of the best run of --tune}."""
     tuned = [r for r in rows if r["split"] == "validation"]
-    best = {kind: max((r for r in tuned if r["kind"] == kind), key=lambda r: r["accuracy"]) for kind in KINDS}
+    best: dict[str, dict] = {}
+    for row in tuned:
+        if row["kind"] not in best or row["accuracy"] > best[row["kind"]]["accuracy"]:
+            best[row["kind"]] = row
     return {kind: row["learning_rate"] for kind, row in best.items()}
 
 
@@ -224,12 +229,13 @@ def cells(tune: bool, rows: Sequence[dict], chosen: Sequence[str], seeds: Sequen
         wanted = [("code", k, TUNING_SEED, r, 200, 0, "validation", STEPS) for k in kinds for r in KINDS[k]]
     else:
         rates = best_rates(rows)
-        wanted = [
+        wanted = [(task, BASE, 0, 0.0, 400, 100, "test", 0) for task in chosen]
+        wanted += [
             (task, kind, seed, rates[kind], 400, 100, "test", STEPS)
             for task in chosen
             for seed in seeds
             for kind in FEW.get(task, KINDS)
-            if kind in kinds
+            if kind in kinds and kind in rates
         ]
     there = {(r["task"], r["kind"], r["seed"], r["learning_rate"]) for r in rows}
     return [cell for cell in wanted if cell[:4] not in there]
