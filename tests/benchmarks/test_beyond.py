@@ -106,7 +106,7 @@ def test_rates_are_those_of_the_best_runs_and_no_cell_is_run_twice(beyond):
             "seed": 100,
             "split": "validation",
             "learning_rate": rate,
-            "accuracy": rate < 0.02,
+            "accuracy": rate == rates[1],
         }
         for kind, rates in beyond.KINDS.items()
         for rate in rates
@@ -140,3 +140,53 @@ def test_what_was_learned_first_is_kept_to_the_bit(beyond):
         assert torch.equal(again, logits) is kept
         assert (learner.answers("math", rows) == written) is kept
     assert learner.bank.names == ["one"]
+
+
+def test_a_core_is_an_adapter_that_the_bank_holds_already(beyond):
+    """B = U C, A = diag(sigma) Vᵀ: the model with the change and the bank with the adapter give the same logits."""
+    from t2kernels.experts.exchange.lora import LoraAdapter
+
+    (model, tokenizer), (patched, _) = t2.tiny.load(), t2.tiny.load()
+    bank = t2.patch_model(patched)
+    changes = beyond.change(model, "core 4", 0)
+    with torch.no_grad():
+        for change in changes:
+            change.p.normal_(std=0.2)
+        pairs = {
+            name: (change.U @ change.p.reshape(4, 4), change.right)
+            for name, change in zip(bank.matrices, changes, strict=True)
+        }
+    bank.add("core", LoraAdapter(pairs))
+    ids = tokenizer(["rsxt(gcafd)?"], return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = patched(ids, experts="core").logits
+        assert (expected - patched(ids).logits).abs().max() > 0.1
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_pages_follow_from_the_rows(beyond, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import beyond_pages
+
+    names = ("beyond-z.md", "continual.md")
+    before = [(beyond_pages.plot.DOCS / name).read_text() for name in names]
+    monkeypatch.setattr(beyond_pages.plot, "DOCS", tmp_path)
+    monkeypatch.setattr(beyond_pages.plot, "save", lambda fig, name: tmp_path / name)
+    beyond_pages.main()
+    assert [(tmp_path / name).read_text() for name in names] == before, "run python benchmarks/beyond_pages.py"
+    assert not any("{{" in page for page in before)
+
+
+def test_differences_are_seed_by_seed(beyond):
+    pytest.importorskip("matplotlib")
+    import beyond_pages
+
+    row = {"split": "test", "task": "code", "others": {"math": 0.5, "reason": 0.7}}
+    rows = [
+        row | {"kind": kind, "seed": s, "accuracy": a + s / 10}
+        for kind, a in (("z 16", 0.2), ("core 4", 0.3))
+        for s in (2, 0, 1)
+    ]
+    cells = beyond_pages.Cells(rows)
+    assert beyond_pages.signed(cells.over("code", "core 4", "z 16")) == "+0.100 ± 0.000"
+    assert cells.others("code", "z 16") == pytest.approx([0.6] * 3)
