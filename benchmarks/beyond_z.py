@@ -52,7 +52,7 @@ KINDS = {
     "tied 13": (0.002, 0.006, 0.02, 0.06, 0.2),
     "tied 448": (0.002, 0.006, 0.02, 0.06, 0.2),
     "output 128": (0.003, 0.01, 0.03, 0.1),
-    "lora 8": (0.0003, 0.001, 0.003, 0.01),
+    "lora 8": (0.001, 0.003, 0.01),
 }
 """{kind: the learning rates that --tune tries}; the more numbers move together, the smaller. Three at first, and a third
 of the lowest where that was the best."""
