@@ -42,14 +42,17 @@ class Cells:
 
     def over(self, task: str, kind: str, peer: str) -> list[float]:
         """The difference to a peer, seed by seed."""
-        return [a - b for a, b in zip(self.values(task, kind), self.values(task, peer), strict=False)]
+        of, to = (
+            {r["seed"]: r["accuracy"] for r in self.rows if (r["task"], r["kind"]) == (task, k)} for k in (kind, peer)
+        )
+        return [of[seed] - to[seed] for seed in of if seed in to]
 
 
 def signed(values: Sequence[float]) -> str:
     if len(values) < 2:
         return "-"
     error = statistics.stdev(values) / sqrt(len(values))
-    return f"{statistics.mean(values):+.3f} ± {error:.3f}"
+    return f"{statistics.mean(values):+.3f} ± {error:.3f}" + (f" ({len(values)} seeds)" if len(values) != 3 else "")
 
 
 def gains(cells: Cells) -> str:
@@ -109,6 +112,7 @@ def draw_kinds(cells: Cells) -> None:
             error = statistics.stdev(values) / sqrt(len(values)) if len(values) > 1 else 0
             x, y = cells.values(task, kind, "numbers")[0], statistics.mean(values)
             ax.errorbar(x, y, error, fmt="o", capsize=3, markersize=6, color=COLOURS[kind.split()[0]])
+    axes[0].set_xlim(8, 3e5)
     names = {"z": "z (SVF)", "lora": "LoRA"}
     for name, colour in COLOURS.items():
         axes[0].plot([], [], "o", color=colour, label=names.get(name, name))
