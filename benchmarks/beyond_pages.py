@@ -14,6 +14,8 @@ from measure import RESULTS
 from paper import read
 from paper_tables import spread, table
 
+from t2kernels.train import SVFConfig
+
 PEERS = {kind: "z 16" if kind in ("core 4", "tied 13", "tied 448") else "z 128" for kind in KINDS if kind[0] != "z"}
 """{kind: the z that it is compared with}: the one of as many numbers, or the largest that there is."""
 COLOURS = {
@@ -31,7 +33,10 @@ class Cells:
     """The test rows of beyond_z.py by task and kind, in the order of the seeds."""
 
     def __init__(self, rows: Sequence[dict]) -> None:
-        self.rows = sorted((r for r in rows if r["split"] == "test"), key=lambda r: r["seed"])
+        tests = sorted((r for r in rows if r["split"] == "test"), key=lambda r: r["seed"])
+        tuned = best_rates(rows) | {BASE: 0.0}
+        self.rows = [r for r in tests if r["learning_rate"] == tuned[r["kind"]]]
+        self.at_default = [r for r in tests if (r["kind"], r["learning_rate"]) == ("z 128", SVFConfig.learning_rate)]
 
     def values(self, task: str, kind: str, key: str = "accuracy") -> list[float]:
         return [r[key] for r in self.rows if (r["task"], r["kind"]) == (task, kind)]
@@ -60,6 +65,9 @@ def gains(cells: Cells) -> str:
     numbers = {r["kind"]: r["numbers"] for r in cells.rows}
     lines = [["base model", 0, *(spread(cells.values(task, BASE)) for task in TASKS)]]
     lines += [[k, f"{numbers[k]:,}", *(spread(cells.values(task, k)) for task in TASKS)] for k in KINDS if k in numbers]
+    if cells.at_default:
+        name = f"z 128 at the library's rate, {SVFConfig.learning_rate}"
+        lines.append([name, f"{numbers['z 128']:,}", spread([r["accuracy"] for r in cells.at_default]), "-", "-", "-"])
     return table(["kind", "numbers", *TASKS], lines)
 
 
@@ -95,31 +103,27 @@ def tuning(rows: Sequence[dict]) -> str:
 
 
 def draw_kinds(cells: Cells) -> None:
-    """Accuracy over how many numbers are trained, one point a kind."""
+    """A point for each kind and task, with its standard error; the kinds from the fewest numbers to the most."""
     shown = ("code", "ops5", "hop5")
-    fig, axes = plot.figure("Accuracy after the same RL, three seeds, by how many numbers an expert has", "", "", 3)
+    numbers = {r["kind"]: r["numbers"] for r in cells.rows}
+    kinds = sorted((k for k in KINDS if k in numbers), key=lambda k: numbers[k])
+    fig, axes = plot.figure("The same RL for every kind of expert: mean and standard error", "accuracy", "", len(shown))
     for task, ax in zip(shown, axes, strict=True):
-        base = cells.values(task, BASE)[0]
-        ax.axhline(base, color="#4d4d4d", linestyle="--", linewidth=1)
         ax.set_title(task, fontsize=10)
-        ax.set_xscale("log")
-        ax.set_xlabel("numbers")
-        ax.grid(axis="y", alpha=0.3)
-        for kind in KINDS:
+        ax.axvline(cells.values(task, BASE)[0], color="#4d4d4d", linestyle="--", linewidth=1)
+        for i, kind in enumerate(kinds):
             values = cells.values(task, kind)
-            if not values:
-                continue
-            error = statistics.stdev(values) / sqrt(len(values)) if len(values) > 1 else 0
-            x, y = cells.values(task, kind, "numbers")[0], statistics.mean(values)
-            ax.errorbar(x, y, error, fmt="o", capsize=3, markersize=6, color=COLOURS[kind.split()[0]])
-    axes[0].set_xlim(8, 3e5)
-    names = {"z": "z (SVF)", "lora": "LoRA"}
-    for name, colour in COLOURS.items():
-        axes[0].plot([], [], "o", color=colour, label=names.get(name, name))
+            if values:
+                error = statistics.stdev(values) / sqrt(len(values)) if len(values) > 1 else 0
+                colour = COLOURS[kind.split()[0]]
+                ax.errorbar(statistics.mean(values), i, xerr=error, fmt="o", capsize=3, markersize=6, color=colour)
+    axes[0].set_yticks(range(len(kinds)), [f"{k}: {numbers[k]:,} numbers" for k in kinds], fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set_xlim(0.25, 0.9)
+    for ax in axes[1:]:
+        ax.set_xlim(0, 0.65)
     axes[0].plot([], [], "--", color="#4d4d4d", label="base model")
-    axes[0].set_ylabel("accuracy")
-    axes[0].set_ylim(0, 1)
-    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=2, loc="upper center")
+    axes[0].legend(fontsize=8, frameon=False, loc="lower left")
     plot.save(fig, "beyond-z")
 
 
@@ -178,7 +182,7 @@ def draw_stages(rows: Sequence[dict]) -> None:
         ax.set_xticks(range(5), ["base", *SEQUENCE], rotation=60, fontsize=8)
     axes[0].set_ylabel("accuracy")
     axes[0].set_ylim(0, 1.04)
-    axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    axes[0].legend(fontsize=8, frameon=False, loc="lower right")
     plot.save(fig, "continual")
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/beyond_z.py --tune      three learning rates a kind, on one seed and the validation problems
     python benchmarks/beyond_z.py             every kind, task and seed, each kind at the rate that --tune found best
+    python benchmarks/beyond_z.py --tasks code --kinds "z 128" --rate 0.02      z at the library's own rate
 
 W' = W + U C diag(sigma) Vᵀ with the leading k components of W = U diag(sigma) Vᵀ, which stay frozen. Kinds of C [k, k]:
 
@@ -223,15 +224,20 @@ def best_rates(rows: Sequence[dict]) -> dict[str, float]:
     return {kind: row["learning_rate"] for kind, row in best.items()}
 
 
-def cells(tune: bool, rows: Sequence[dict], chosen: Sequence[str], seeds: Sequence[int], kinds=tuple(KINDS)) -> list:
-    """The arguments of `run` of everything to do; what the rows hold is left out."""
+def cells(
+    tune: bool, rows: Sequence[dict], chosen: Sequence[str], seeds: Sequence[int], kinds=tuple(KINDS), rate=None
+) -> list:
+    """The arguments of `run` of everything to do; what the rows hold is left out.
+
+    rate: instead of the tuned one
+    """
     if tune:
         wanted = [("code", k, TUNING_SEED, r, 200, 0, "validation", STEPS) for k in kinds for r in KINDS[k]]
     else:
         rates = best_rates(rows)
         wanted = [(task, BASE, 0, 0.0, 400, 100, "test", 0) for task in chosen]
         wanted += [
-            (task, kind, seed, rates[kind], 400, 100, "test", STEPS)
+            (task, kind, seed, rate or rates[kind], 400, 100, "test", STEPS)
             for task in chosen
             for seed in seeds
             for kind in FEW.get(task, KINDS)
@@ -247,11 +253,12 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, metavar="TASK")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), metavar="KIND")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rate", type=float, help="another learning rate than the tuned one")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
     rows = read(given.out)
-    waiting = cells(given.tune, rows, given.tasks, given.seeds, given.kinds)
+    waiting = cells(given.tune, rows, given.tasks, given.seeds, given.kinds, given.rate)
     facts = machine(("torch", "transformers"))
     with ProcessPoolExecutor(given.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         for done, future in enumerate(as_completed([pool.submit(run, *cell) for cell in waiting]), 1):

@@ -183,10 +183,10 @@ def test_differences_are_seed_by_seed(beyond):
 
     row = {"split": "test", "task": "code", "others": {"math": 0.5, "reason": 0.7}}
     rows = [
-        row | {"kind": kind, "seed": s, "accuracy": a + s / 10}
+        row | {"kind": kind, "learning_rate": 0.1, "seed": s, "accuracy": a + s / 10}
         for kind, a in (("z 16", 0.2), ("core 4", 0.3))
         for s in (2, 0, 1)
     ]
-    cells = beyond_pages.Cells(rows)
+    cells = beyond_pages.Cells(rows + [r | {"split": "validation"} for r in rows])
     assert beyond_pages.signed(cells.over("code", "core 4", "z 16")) == "+0.100 ± 0.000"
     assert cells.others("code", "z 16") == pytest.approx([0.6] * 3)
