@@ -12,7 +12,8 @@ from beyond_z import BASE, KINDS, OTHERS, TASKS, best_rates
 from continual import SEQUENCE, WAYS
 from measure import RESULTS
 from paper import read
-from paper_tables import spread, table
+from paper_tables import spread as mean_and_error
+from paper_tables import table
 
 from t2kernels.train import SVFConfig
 
@@ -51,6 +52,11 @@ class Cells:
             {r["seed"]: r["accuracy"] for r in self.rows if (r["task"], r["kind"]) == (task, k)} for k in (kind, peer)
         )
         return [of[seed] - to[seed] for seed in of if seed in to]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard error over seeds; how many there are, if there are several, but not three."""
+    return mean_and_error(list(values)) + (f" ({len(values)} seeds)" if len(values) not in (0, 1, 3) else "")
 
 
 def signed(values: Sequence[float]) -> str:
