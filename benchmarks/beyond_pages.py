@@ -195,7 +195,7 @@ def draw_stages(rows: Sequence[dict]) -> None:
 def facts(rows: Sequence[dict]) -> dict[str, str]:
     return {
         "machine": ", ".join(dict.fromkeys(r["machine"].split(",")[0] for r in rows)),
-        "commits": ", ".join(dict.fromkeys(r["commit"] for r in rows)),
+        "commits": ", ".join(dict.fromkeys(r["commit"].partition("+")[0] for r in rows)),
         "minutes": f"{sum(r['cpu_seconds'] for r in rows) / 60:.0f}",
     }
 
