@@ -13,8 +13,8 @@ W' = W + U C diag(sigma) Vᵀ with the leading k components of W = U diag(sigma)
     output   W' = diag(1 + s) W; one number for a block of outputs
     lora     W' = W + B A, as it is known (arXiv 2106.09685)
 
-A kind is written with its size: "core 4" is 4 x 4. Every parameter begins at 0 (A of lora does not), so every run begins
-as the base model. A row for each run is appended to benchmarks/results/beyond_z.jsonl: accuracy on the task's own test
+A kind is written with its size: "core 4" is 4 x 4. Every parameter begins at 0 (A of lora does not), so every run
+begins as the base model. A row for each run is appended to benchmarks/results/beyond_z.jsonl: accuracy on the task's own test
 problems, on those of the other trained tasks, and the rewards of the last steps. `beyond_pages.py` makes the page.
 """
 
@@ -55,8 +55,8 @@ KINDS = {
     "output 128": (0.003, 0.01, 0.03, 0.1),
     "lora 8": (0.001, 0.003, 0.01),
 }
-"""{kind: the learning rates that --tune tries}; the more numbers move together, the smaller. Three at first, and a third
-of the lowest where that was the best."""
+"""{kind: the learning rates that --tune tries}; the more numbers move together, the smaller. Three at first, and
+a third of the lowest where that was the best. Those of "tied" had to go down twice."""
 TASKS = ("code", "ops5", "hop5", "add6")
 """One whose way of working the model has learned; three that are not in its corpus."""
 FEW = {

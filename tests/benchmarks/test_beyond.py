@@ -1,5 +1,5 @@
-"""benchmarks/beyond_z.py and continual.py: every kind is the equation that it is named by, and the pages follow from the
-rows."""
+"""benchmarks/beyond_z.py and continual.py: every kind is the equation that it is named by, and the pages follow
+from the rows."""
 
 from pathlib import Path
 
