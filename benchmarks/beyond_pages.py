@@ -216,7 +216,7 @@ def main() -> None:
 
 
 def page(name: str, blocks: dict[str, str]) -> None:
-    """docs/explanation/NAME.md from NAME.md.in."""
+    """A page of docs/explanation from the text of the same name here."""
     text = (plot.HERE / f"{name}.md.in").read_text()
     for key, block in blocks.items():
         text = text.replace("{{" + key + "}}", block.rstrip("\n"))

@@ -14,8 +14,8 @@ W' = W + U C diag(sigma) Vᵀ with the leading k components of W = U diag(sigma)
     lora     W' = W + B A, as it is known (arXiv 2106.09685)
 
 A kind is written with its size: "core 4" is 4 x 4. Every parameter begins at 0 (A of lora does not), so every run
-begins as the base model. A row for each run is appended to benchmarks/results/beyond_z.jsonl: accuracy on the task's own test
-problems, on those of the other trained tasks, and the rewards of the last steps. `beyond_pages.py` makes the page.
+begins as the base model. A row for each run is appended to benchmarks/results/beyond_z.jsonl: accuracy on the task's
+own test problems, on those of the other trained tasks, and the rewards. `beyond_pages.py` makes the page.
 """
 
 from __future__ import annotations

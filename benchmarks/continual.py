@@ -7,8 +7,8 @@
     one LoRA    one LoRA adapter, trained on all four tasks in sequence
 
 The same RL for all (REINFORCE, as in beyond_z.py, with the rates that it tuned). After each stage every task is
-answered greedily: by its expert, where it has one; else by the base model, or by the one adapter. A row for each way, seed and
-stage is appended to benchmarks/results/continual.jsonl. `beyond_pages.py` makes the page.
+answered greedily: by its expert, where it has one; else by the base model, or by the one adapter. A row for each way,
+seed and stage is appended to benchmarks/results/continual.jsonl. `beyond_pages.py` makes the page.
 """
 
 from __future__ import annotations
