@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from t2kernels.experts.names import AUTO
 from t2kernels.serve.http.access import AccessLog, facts_of, note_error
-from t2kernels.serve.http.errors import APIError
+from t2kernels.serve.http.errors import APIError, bad
 from t2kernels.serve.http.limits import CheckOrigin, LimitBody, RequireKey
 from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
 from t2kernels.serve.http.refusals import refusal
@@ -101,7 +101,9 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http_error(http: Request, error: HTTPException) -> JSONResponse:
-        if not isinstance(error, APIError):
+        if error.status_code == 400 and not isinstance(error, APIError):
+            error = bad("the body cannot be read as JSON: its parts lie too deep within each other", code="bad_json")
+        elif not isinstance(error, APIError):
             message = f"{http.method} {http.url.path}: {error.detail}; this server has no such path, or not this method"
             error = APIError(error.status_code, message, headers=error.headers)
         return _answer(http, error)

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field, model_validator
 
 from t2kernels import InputError
+from t2kernels.serve.http.errors import bad
 from t2kernels.serve.http.protocol import ChatRequest
 
 from .prompts import check_length, check_text, check_tokens, encode_chat
@@ -60,6 +61,9 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
+        if len(request.tokens) > service.context:
+            given = f"this model's maximum context length is {service.context} tokens; the request has"
+            raise bad(f"{given} {len(request.tokens)}", "tokens", "context_length_exceeded")
         check_tokens(service, "tokens", request.tokens)
         return {"prompt": await asyncio.to_thread(service.tokenizer.decode, request.tokens)}
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from t2kernels import InputError
 from t2kernels.serve.engine.adjusting import Adjustment
@@ -23,6 +24,9 @@ MAX_STOP: int = 1024
 """Most characters of a stop text. It is searched for after every token."""
 MAX_COMPLETIONS: int = 128
 """Completions of one request: prompts times n."""
+
+MAX_MODEL: int = 2048
+"""Most characters of `model`: a mixture of 16 experts is shorter."""
 
 JSON = dict[str, Any]
 """A JSON object."""
@@ -47,7 +51,7 @@ class Request(BaseModel):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    model: str
+    model: str = Field(max_length=MAX_MODEL)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1)
@@ -68,7 +72,7 @@ class Request(BaseModel):
     response_format: JSON | None = None
     guided_json: str | JSON | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: list[str] | None = Field(None, max_length=1024)
     guided_grammar: str | None = None
     structured_outputs: JSON | None = None
 
@@ -239,10 +243,30 @@ def _calls(message: JSON, i: int) -> JSON:
     return {"tool_calls": [{**call, "function": f} for call, f in zip(calls, functions, strict=True)]}
 
 
+def _prompt(value: Any) -> Any:
+    """The prompt as it is. pydantic would try each of its forms on each of a million entries."""
+    entries = value if isinstance(value, list) else [value]
+    kinds = set(map(type, entries))
+    if len(kinds) > 1 or not kinds <= {str, int, list} or (kinds == {int} and value is not entries):
+        raise InputError(f"prompt: expected text, texts, token ids, or lists of token ids, not {shown(value)}")
+    if kinds != {int} and len(entries) > MAX_COMPLETIONS:
+        raise InputError(f"prompt: {len(entries)} prompts; expected 1 to {MAX_COMPLETIONS} completions")
+    if kinds == {list} and not set(map(type, itertools.chain(*entries))) <= {int}:
+        raise InputError(f"prompt: expected token ids, not {shown(value)}")
+    return value
+
+
+Prompts: TypeAlias = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+"""One prompt or several, as text or token ids."""
+
+
 class CompletionRequest(Request):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
