@@ -17,9 +17,10 @@ from t2kernels.serve.http.errors import APIError, bad
 from t2kernels.serve.http.limits import CheckOrigin, LimitBody, RequireKey
 from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
 from t2kernels.serve.http.refusals import refusal
+from t2kernels.serve.http.responses import ResponsesRequest
 
 from .admin import add_routes
-from .completions import answer
+from .completions import answer, respond
 from .playground import add_page
 from .service import Service
 from .tokenizing import add_tokenizing
@@ -51,6 +52,10 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: Request) -> Response:
         return await answer(service, http, request)
+
+    @app.post("/v1/responses")
+    async def responses(request: ResponsesRequest, http: Request) -> Response:
+        return await respond(service, http, request)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

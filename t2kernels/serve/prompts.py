@@ -50,7 +50,7 @@ def prepare(service: Service, request: ChatRequest | CompletionRequest) -> Prepa
             prepared.grammar = service.grammars.make(*structure)
         except (PackageError, InputError) as error:
             fields = ("response_format", "structured_outputs", *(f"guided_{kind}" for kind in GUIDED))
-            field = next(name for name in fields if getattr(request, name) is not None)
+            field = next((name for name in fields if getattr(request, name) is not None), "tool_choice")
             code = "not_installed" if isinstance(error, PackageError) else None
             raise bad(f"{field}: {error}", field, code) from None
     return prepared

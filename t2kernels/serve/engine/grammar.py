@@ -82,7 +82,7 @@ class Grammars:
             tokenizer = TokenizerWrapper(_Tokens(self.vocabulary, self.ends[0], self.size))
             self._tokens = LLTokenizer(tokenizer, n_vocab=self.size, eos_token=self.ends)
         try:
-            if (size := len(json.dumps(value))) > (most := MOST if kind == "json" else MOST // 4):
+            if (size := len(json.dumps(value))) > (most := MOST if kind in ("json", "calls") else MOST // 4):
                 raise InputError(f"it has {size} characters; expected at most {most}")
             if kind == "json":
                 schema = json.loads(value) if isinstance(value, str) else value

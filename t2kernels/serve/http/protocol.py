@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from t2kernels import InputError
 from t2kernels.serve.engine.adjusting import Adjustment
@@ -16,7 +16,8 @@ from t2kernels.serve.engine.grammar import Grammar
 from t2kernels.serve.engine.sampling import Sampling
 
 from .errors import bad
-from .refusals import shown, without_neutral
+from .refusals import refusal, shown, without_neutral
+from .tools import calls_of
 
 MAX_LOGPROBS: int = 20
 MAX_STOPS: int = 16
@@ -179,20 +180,44 @@ class ChatRequest(Request):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[JSON] = Field([], max_length=128)
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: Literal["none", "auto", "required"] | JSON = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: JSON = {}
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise InputError(f"top_logprobs: {self.top_logprobs} needs logprobs=true")
+        self._functions()
+        return self
+
+    def _functions(self) -> dict[str, JSON]:
+        """The functions that may be called, by name."""
         for i, tool in enumerate(self.tools):
             function = tool.get("function")
             if tool.get("type") != "function" or not isinstance(function, dict) or not function.get("name"):
                 raise InputError(
                     f"tools[{i}]: expected {{'type': 'function', 'function': {{'name': ...}}}}, not {shown(tool)}"
                 )
-        return self
+        return {str(tool["function"]["name"]): tool["function"] for tool in self.tools}
+
+    def structure(self) -> tuple[str, Any] | None:
+        """See `Request.structure`. ("calls", a grammar) where the text must be a call of a function."""
+        found, functions, choice = super().structure(), self._functions(), self.tool_choice
+        if choice in ("none", "auto"):
+            return found
+        if found is not None:
+            raise InputError("tool_choice: a text that must be a call has no other structure; leave that out")
+        if choice == "required":
+            if not functions:
+                raise InputError('tool_choice: "required" needs tools')
+            return "calls", calls_of(list(functions.values()), self.parallel_tool_calls)
+        named = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+        name = named.get("name") if isinstance(named, dict) else None
+        if not isinstance(name, str) or name not in functions:
+            form = "{'type': 'function', 'function': {'name': ...}} with the name of a tool"
+            raise InputError(f"tool_choice: expected {form}, not {shown(choice)}")
+        return "calls", calls_of([functions[name]], False)
 
     @property
     def limit(self) -> int | None:
@@ -224,6 +249,14 @@ class ChatRequest(Request):
                 raise bad(f"messages[{i}]: expected a role and a content, both text, not {given}", "messages")
             out.append({k: v for k, v in message.items() if v is not None} | {"content": content} | _calls(message, i))
         return out
+
+
+def chat_of(**fields: Any) -> ChatRequest:
+    """A chat that another form of request asks for. Raises APIError 400."""
+    try:
+        return ChatRequest(**fields)
+    except ValidationError as error:
+        raise refusal(error.errors(), "application/json") from None
 
 
 def _calls(message: JSON, i: int) -> JSON:

@@ -59,13 +59,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields that are not supported: the values that ask for nothing, besides null."""
 
 
-def without_neutral(known: Mapping[str, FieldInfo], body: Any) -> Any:
+def without_neutral(known: Mapping[str, FieldInfo], body: Any, neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL) -> Any:
     """A request's body without what asks for nothing.
 
     Raises InputError for a field that is not supported, or that has too many entries. Here the first one ends it:
     pydantic would make an error of each.
 
-    known: fields of the request, by name
+    known: fields of the request, by name; neutral: as `NEUTRAL`
     """
     if not isinstance(body, dict):
         return body
@@ -78,11 +78,11 @@ def without_neutral(known: Mapping[str, FieldInfo], body: Any) -> Any:
             if most is not None and isinstance(value, (list, dict)) and len(value) > most:
                 raise InputError(f"{name}: expected at most {most} entries, not {shown(value)}")
             kept[name] = value
-        elif name not in NEUTRAL:
+        elif name not in neutral:
             plain = name if name.isidentifier() and len(name) <= 64 else shown(name)
             raise InputError(f"{plain}: this field is not supported by this server; remove it")
-        elif value not in NEUTRAL[name]:
-            allowed = ", ".join(map(shown, (None, *NEUTRAL[name])))
+        elif value not in neutral[name]:
+            allowed = ", ".join(map(shown, (None, *neutral[name])))
             raise InputError(f"{name}: {shown(value)} is not supported by this server; it takes {allowed} only")
     return kept
 
