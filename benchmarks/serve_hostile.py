@@ -4,7 +4,8 @@
     python benchmarks/serve_hostile.py FOLDER --experts experts -- --factors factors --rank 32 --form delta
 
 First every good request is answered alone, then a hundred of them together, which says how long /health takes on this
-machine. Then 500 good ones and 200 hostile ones are sent together, while a third process asks /health. A good answer that differs from the one alone, a hostile request that is answered 500 (but for an
+machine. Then 500 good ones and 200 hostile ones are sent together, while a third process asks /health. Where other work takes the machine's time, /health says little; `loop_cpu_ms` is the CPU time that
+the server's event loop took for one step, in which it answers nobody else. A good answer that differs from the one alone, a hostile request that is answered 500 (but for an
 expert that overflows, whose own requests are), and one that gets no answer, are faults, and there is no time then. Of a
 model in bf16 the answers differ by rounding, so it is served in fp32. The row goes to
 benchmarks/results/serve_hostile.jsonl. After `--` come options of `t2 serve`.
@@ -13,11 +14,14 @@ benchmarks/results/serve_hostile.jsonl. After `--` come options of `t2 serve`.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import atexit
 import http.client
 import json
 import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import socket
 import statistics
@@ -40,7 +44,10 @@ from t2kernels import Expert, tiny
 TEXT, CHAT, UPLOAD = "/v1/completions", "/v1/chat/completions", "/v1/experts?name=stranger&replace=true"
 JSON: dict[str, str] = {"Content-Type": "application/json"}
 FILE: dict[str, str] = {"Content-Type": "application/octet-stream"}
+TIMES: tuple[str, ...] = ("health_ms", "health_without_attacks_ms", "loop_cpu_ms")
 PROMPTS: tuple[str, ...] = ("47+38+59?", "12+30?", "rsx(gcaf)?", "The capital of France is")
+SERVE: str = "--as-server"
+"""First argument of the process that is the server."""
 QUIET: str = "quiet"
 """Status of a connection from which no answer is expected."""
 
@@ -206,7 +213,7 @@ def run(
     jobs = [(names[i % len(names)], PROMPTS[i // len(names) % len(PROMPTS)], tokens) for i in range(count)]
     wanted = {job: good(port, *job) for job in dict.fromkeys(jobs)}
     peaceful = together(port, jobs[:100], [], clients, attackers)[2]
-    start = time.perf_counter()
+    began, start = time.time(), time.perf_counter()
     found, answered, health = together(port, jobs, hostile, clients, attackers)
     took = time.perf_counter() - start
     wrong = sum(text is None or text != wanted[job] for job, text in zip(jobs, found, strict=True))
@@ -219,6 +226,7 @@ def run(
         "wrong": wrong,
         "kinds": len({kind for kind, _ in answered}),
         "statuses": dict(Counter(str(status) for _, status in answered)),
+        "began": round(began),
         "seconds": round(took, 1),
         "health_asked": len(health),
         "health_ms": _spread(health),
@@ -248,8 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--hostile", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=12, help="of a good answer")
     parser.add_argument("--out", type=Path, default=RESULTS / "serve_hostile.jsonl")
-    parser.add_argument("options", nargs="*", help="options of t2 serve, after --")
-    a = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    cut = given.index("--") if "--" in given else len(given)
+    a, options = parser.parse_args(given[:cut]), given[cut + 1 :]
     with socket.socket() as free, tempfile.TemporaryDirectory() as scratch:
         free.bind(("127.0.0.1", 0))
         port, home = free.getsockname()[1], Path(scratch, "experts")
@@ -260,8 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         some = sorted(home.iterdir())[0]
         hostile = attacks(some.read_bytes(), overflowing(some, Path(scratch)))
         asked = [next(hostile) for _ in range(a.hostile)]
-        command = [sys.executable, "-m", "t2kernels", "serve", a.model, "--engine", "transformers"]
-        command += ["--dtype", "float32", "--experts", str(home), "--port", str(port), *a.options]
+        command = [sys.executable, __file__, SERVE, str(Path(scratch, "loop")), a.model, "--engine", "transformers"]
+        command += ["--dtype", "float32", "--experts", str(home), "--port", str(port), *options]
         with open(Path(scratch, "log"), "wb") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
@@ -269,13 +278,31 @@ def main(arguments: Sequence[str] | None = None) -> dict:
                 if server.poll() is not None:
                     raise SystemExit(Path(scratch, "log").read_text())
                 time.sleep(0.2)
-            row = {"model": Path(a.model).name, **run(port, a.good, asked, a.tokens), **machine()}
+            row = {"model": Path(a.model).name, **run(port, a.good, asked, a.tokens)}
         finally:
             server.terminate()
             server.wait()
+        steps = json.loads(Path(scratch, "loop").read_text())
+        row |= {"loop_cpu_ms": _spread([took for at, took in steps if at > row["began"]]), **machine()}
     append(a.out, row)
     show(table([row]))
     return row
+
+
+def serve(report: Path, arguments: Sequence[str]) -> None:
+    """`t2 serve` that notes how long each step of its event loop computed, in seconds of its thread's CPU time."""
+    seconds: list[tuple[float, float]] = []
+    step = asyncio.events.Handle._run
+
+    def timed(handle: asyncio.events.Handle) -> None:
+        start = time.thread_time()
+        step(handle)
+        seconds.append((time.time(), time.thread_time() - start))
+
+    asyncio.events.Handle._run = timed
+    atexit.register(lambda: report.write_text(json.dumps(seconds)))
+    sys.argv = ["t2", "serve", *arguments]
+    runpy.run_module("t2kernels", run_name="__main__")
 
 
 def _closed(port: int) -> bool:
@@ -286,13 +313,20 @@ def _closed(port: int) -> bool:
 def table(rows: Sequence[dict]) -> Table:
     """What was found, a line a run."""
     shown = Table(
-        "model", "good", "wrong", "hostile", "seconds", "/health: median, 99th, longest, ms", "without attacks"
+        "model",
+        "good",
+        "wrong",
+        "hostile",
+        "seconds",
+        "/health: median, 99th, longest, ms",
+        "without attacks",
+        "CPU, a step",
     )
     for row in rows:
-        health = [", ".join(map(str, row[k].values())) for k in ("health_ms", "health_without_attacks_ms")]
+        health = [", ".join(map(str, row[k].values())) for k in TIMES if k in row]
         shown.add_row(row["model"], *(str(row[k]) for k in ("good", "wrong", "hostile", "seconds")), *health)
     return shown
 
 
 if __name__ == "__main__":
-    main()
+    serve(Path(sys.argv[2]), sys.argv[3:]) if sys.argv[1:2] == [SERVE] else main()
