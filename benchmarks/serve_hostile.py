@@ -4,11 +4,14 @@
     python benchmarks/serve_hostile.py FOLDER --experts experts -- --factors factors --rank 32 --form delta
 
 First every good request is answered alone, then a hundred of them together, which says how long /health takes on this
-machine. Then 500 good ones and 200 hostile ones are sent together, while a third process asks /health. Where other work takes the machine's time, /health says little; `loop_cpu_ms` is the CPU time that
-the server's event loop took for one step, in which it answers nobody else. A good answer that differs from the one alone, a hostile request that is answered 500 (but for an
-expert that overflows, whose own requests are), and one that gets no answer, are faults, and there is no time then. Of a
-model in bf16 the answers differ by rounding, so it is served in fp32. The row goes to
-benchmarks/results/serve_hostile.jsonl. After `--` come options of `t2 serve`.
+machine. Then 500 good ones and 200 hostile ones are sent together, while a third process asks /health. Where other work
+takes the machine's time, /health says little; `loop_cpu_ms` is the CPU time that the server's event loop took for one
+step, in which it answers nobody else.
+
+A good answer that differs from the one alone, a hostile request that is answered 500 (but for an expert that overflows,
+whose own requests are), and one that gets no answer, are faults, and there is no time then. Of a model in bf16 the
+answers differ by rounding, so it is served in fp32. The row goes to benchmarks/results/serve_hostile.jsonl. After `--`
+come options of `t2 serve`.
 """
 
 from __future__ import annotations

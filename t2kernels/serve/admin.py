@@ -58,7 +58,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def add(http: Request, name: str | None = None, replace: bool = False) -> JSONResponse:
         """Add an expert. The body is its file, with ?name= and ?replace=true in the address.
 
-        Or the body is JSON: {"name": ..., "file": bare name of a file or adapter in the experts folder, "replace": ...}.
+        Or the body is JSON: {"name": ..., "file": ..., "replace": ...}, with the bare name of a file or an adapter in
+        the experts folder.
         """
         service.engine.check_open()
         facts_of(http.scope).said["name"] = name

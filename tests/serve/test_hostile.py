@@ -65,6 +65,15 @@ def test_an_expert_that_overflows_fails_its_own_requests_only(tmp_path, size):
         assert "NaN" not in streamed
 
 
+def test_a_request_whose_outputs_are_not_finite_is_told_once(caplog):
+    failed, generations = [], [steps.Generation(str(i), [1], "e", 4, steps.GREEDY, *3 * [None], False) for i in (0, 1)]
+    logits = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])
+    for _ in range(3):
+        assert steps.choose(logits, generations, lambda *a: failed.append(a)).tolist()[0] == 1
+    assert [(g.id, e.code) for g, e in failed] == [("1", "not_finite")]
+    assert len([r for r in caplog.records if "not finite" in r.getMessage()]) == 1
+
+
 def test_what_cannot_be_finite_is_refused_when_it_is_added():
     bank = t2.patch_model(build("llama").half())
     z = {n: torch.ones(k) for n, k in bank.matrices.items()}

@@ -192,7 +192,7 @@ class ExpertRegistry:
         return key
 
     def admit(self, name: str, expert: Expert | LoraAdapter) -> Version:
-        """Add an expert or an adapter to the bank, not yet under a name that requests can use. May be called on any thread.
+        """Add an expert or an adapter to the bank, under no name that requests can use. May be called on any thread.
 
         Raises APIError 400 if it is not an expert of this model.
         """
@@ -215,7 +215,9 @@ class ExpertRegistry:
         """Let the name stand for this version from now on."""
         before = self.current.get(version.name)
         replaced = "" if before is None else f" in place of {before.digest}"
-        logger.info("expert %s is %s, %d numbers%s", version.name, version.digest, version.numbers, replaced)
+        kind = "LoRA adapter" if version.adapter else "expert"
+        said = (kind, version.name, version.digest, version.numbers, replaced)
+        logger.info("%s %s is served: version %s, %d numbers%s", *said)
         version.users += 1
         self.current[version.name] = version
         self.counts.show(version.key)
@@ -227,7 +229,7 @@ class ExpertRegistry:
         """Stop serving a name. Requests that use it keep it to their end. Raises APIError 404."""
         version = self._find(name)
         del self.current[name]
-        logger.info("expert %s, %s, is removed", name, version.digest)
+        logger.info("expert %s is removed: version %s", name, version.digest)
         self.epoch += 1
         self.counts.fold(name, REMOVED)
         self._drop(version)
