@@ -127,7 +127,7 @@ def attacks(expert: bytes, huge: bytes, seed: int = 0) -> Iterator[Attack]:
 
 def send(port: int, path: str, body: bytes, headers: dict[str, str], cut: bool = False) -> tuple[int | str, bytes]:
     """(status, body) of an answer; QUIET for a client that hangs up."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     try:
         connection.putrequest("POST", path)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -173,7 +173,7 @@ def watch(port: int, begun: Event, over: Event, results: Any) -> None:
     seconds = []
     while not over.is_set() or len(seconds) < 2:
         start = time.perf_counter()
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
         connection.request("GET", "/health")
         connection.getresponse().read()
         connection.close()
@@ -207,7 +207,7 @@ def run(
     port: int, count: int, hostile: Sequence[Attack], tokens: int = 12, clients: int = 16, attackers: int = 4
 ) -> dict:
     """One run against a server. Raises WrongResult."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("GET", "/v1/models")
     names = [m["id"] for m in json.loads(connection.getresponse().read())["data"]]
     connection.close()
