@@ -79,7 +79,8 @@ def detach(layer: SVFLinear) -> None:
 def lora_hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """Forward hook of the dense layer in delta form, of the layer itself in factored form."""
     layer = module if isinstance(module, SVFLinear) else module.svf
-    return layer.lora.add_to(output, args[0])
+    columns = getattr(layer, "lora", None)  # another thread may have removed the last adapter, which no row uses
+    return output if columns is None else columns.add_to(output, args[0])
 
 
 def _module(layer: SVFLinear) -> Any:

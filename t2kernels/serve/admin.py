@@ -58,7 +58,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def add(http: Request, name: str | None = None, replace: bool = False) -> JSONResponse:
         """Add an expert. The body is its file, with ?name= and ?replace=true in the address.
 
-        Or the body is JSON: {"name": ..., "file": bare name of a file in the experts folder, "replace": ...}.
+        Or the body is JSON: {"name": ..., "file": ..., "replace": ...}, with the bare name of a file or an adapter in
+        the experts folder.
         """
         service.engine.check_open()
         facts_of(http.scope).said["name"] = name
@@ -104,6 +105,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def remove(name: str, file: bool = False) -> dict[str, Any]:
         """Stop serving an expert. Requests that use it keep it to their end. ?file=true also deletes its file."""
         async with lock:
+            if file and folder.has_adapter(name):
+                message = f"file: the folder of the adapter {name!r} is not deleted here; remove it by hand"
+                raise bad(message, "file")
             experts.remove(name)
             service.metrics.forget(name)
             if file:
@@ -113,7 +117,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 def _describe(version: Version) -> dict[str, Any]:
     """The expert object of the API."""
-    facts = {k: version.manifest[k] for k in ("task", "base_model", "created_by") if k in version.manifest}
+    told = ("task", "base_model", "created_by", *(("kind", "rank") if version.adapter else ()))
+    facts = {k: version.manifest[k] for k in told if k in version.manifest}
     return {
         "id": version.name,
         "object": "expert",

@@ -13,13 +13,14 @@ from starlette.exceptions import HTTPException
 
 from t2kernels.experts.names import AUTO
 from t2kernels.serve.http.access import AccessLog, facts_of, note_error
-from t2kernels.serve.http.errors import APIError
+from t2kernels.serve.http.errors import APIError, bad
 from t2kernels.serve.http.limits import CheckOrigin, LimitBody, RequireKey
 from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
 from t2kernels.serve.http.refusals import refusal
+from t2kernels.serve.http.responses import ResponsesRequest
 
 from .admin import add_routes
-from .completions import answer
+from .completions import answer, respond
 from .playground import add_page
 from .service import Service
 from .tokenizing import add_tokenizing
@@ -51,6 +52,10 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: Request) -> Response:
         return await answer(service, http, request)
+
+    @app.post("/v1/responses")
+    async def responses(request: ResponsesRequest, http: Request) -> Response:
+        return await respond(service, http, request)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -101,7 +106,9 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http_error(http: Request, error: HTTPException) -> JSONResponse:
-        if not isinstance(error, APIError):
+        if error.status_code == 400 and not isinstance(error, APIError):
+            error = bad("the body cannot be read as JSON: its parts lie too deep within each other", code="bad_json")
+        elif not isinstance(error, APIError):
             message = f"{http.method} {http.url.path}: {error.detail}; this server has no such path, or not this method"
             error = APIError(error.status_code, message, headers=error.headers)
         return _answer(http, error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ def prepare(service: Service, request: ChatRequest | CompletionRequest) -> Prepa
             prepared.grammar = service.grammars.make(*structure)
         except (PackageError, InputError) as error:
             fields = ("response_format", "structured_outputs", *(f"guided_{kind}" for kind in GUIDED))
-            field = next(name for name in fields if getattr(request, name) is not None)
+            field = next((name for name in fields if getattr(request, name) is not None), "tool_choice")
             code = "not_installed" if isinstance(error, PackageError) else None
             raise bad(f"{field}: {error}", field, code) from None
     return prepared
@@ -78,7 +78,10 @@ def _in_form(service: Service, model: str, messages: list[dict[str, Any]]) -> li
 def _text(service: Service, request: CompletionRequest) -> Prepared:
     prompts = request.prompts()
     for prompt in prompts:  # all of them, before the work on the first
-        check_length(service, len(prompt) if isinstance(prompt, str) else 0)
+        if isinstance(prompt, str):
+            check_length(service, len(prompt))
+        else:
+            limit_of(service, prompt, request.limit)
     encoded = [_encode_text(service, prompt) for prompt in prompts]
     if request.model == AUTO and len(prompts) > 1:
         raise bad("model 'auto' chooses for one prompt: send one request per prompt", "prompt")
@@ -129,9 +132,9 @@ def check_text(field: str, text: str) -> str:
     return text
 
 
-def check_tokens(service: Service, field: str, tokens: Iterable[int]) -> None:
+def check_tokens(service: Service, field: str, tokens: Collection[int]) -> None:
     """Raises APIError 400 if one of the tokens is none of the model's."""
-    if not all(0 <= token < service.tokens for token in tokens):
+    if tokens and not (min(tokens) >= 0 and max(tokens) < service.tokens):
         raise bad(f"{field}: token ids go from 0 to {service.tokens - 1}", field)
 
 

@@ -98,6 +98,8 @@ class FewShotSearch:
             known = ", ".join(experts.current) or "none"
             message = f"experts: there is no expert {unknown[0]!r} to mix; there are {known}"
             raise bad(message, "experts", "unknown_expert")
+        if adapters := [n for n in request.experts if experts.current[n].adapter]:
+            raise bad(f"experts: {adapters[0]!r} is a LoRA adapter; only experts are mixed into an expert", "experts")
         if len(set(request.experts)) < len(request.experts):
             raise bad(f"experts: a name occurs twice in {request.experts}", "experts")
         self._busy = True

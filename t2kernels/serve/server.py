@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -98,6 +99,8 @@ class Server(uvicorn.Server):
         except EngineError as error:
             self.failed, self.should_exit = error, True
             return
+        gc.collect()
+        gc.freeze()  # a collection during a request does not look at torch's and the model's million objects
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

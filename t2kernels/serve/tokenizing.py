@@ -10,7 +10,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field, model_validator
 
 from t2kernels import InputError
-from t2kernels.serve.http.protocol import ChatRequest
+from t2kernels.serve.http.errors import bad
+from t2kernels.serve.http.protocol import chat_of
 
 from .prompts import check_length, check_text, check_tokens, encode_chat
 from .service import Service
@@ -45,7 +46,7 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
 
     def tokens_of(request: TokenizeRequest) -> list[int]:
         if request.messages is not None:
-            messages = ChatRequest(model="", messages=request.messages).chat()
+            messages = chat_of(model="", messages=request.messages).chat()
             check_length(service, sum(len(message["content"]) for message in messages))
             return encode_chat(service, messages, add_generation_prompt=request.add_generation_prompt)
         check_length(service, len(request.prompt or ""))
@@ -60,6 +61,9 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
+        if len(request.tokens) > service.context:
+            given = f"this model's maximum context length is {service.context} tokens; the request has"
+            raise bad(f"{given} {len(request.tokens)}", "tokens", "context_length_exceeded")
         check_tokens(service, "tokens", request.tokens)
         return {"prompt": await asyncio.to_thread(service.tokenizer.decode, request.tokens)}
 

@@ -242,37 +242,110 @@ def test_calls_are_taken_out_of_a_text_in_whatever_pieces(size):
     assert len({c["id"] for c in calls}) == 2
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_calls_of_tools_reach_the_client(stream):
-    """The model writes a call because nothing else has the structure."""
-    pytest.importorskip("llguidance")
+@pytest.fixture(scope="module")
+def templated():
+    """A server whose chat template tells of tools."""
 
     def change(model, tokenizer):
-        names = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+        names = "{% for t in tools or [] %}{{ t.function.name[:3] }}{% endfor %}"
         tokenizer.chat_template = names + "{% for m in messages %}{{ m.content }}{% endfor %}"
 
+    with served(change) as made:
+        yield made
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_tools_reach_the_client(templated, stream):
+    """The model writes a call because nothing else has the structure."""
+    pytest.importorskip("llguidance")
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     regex = '<tool_call>[{]"name": "add", "arguments": [{]"a": [0-9][}][}]</tool_call>'
     body = {"model": "math", "messages": [{"role": "user", "content": "1+2?"}], "max_tokens": 100, "temperature": 0}
     body |= {"tools": [tool], "guided_regex": regex, "stream": stream}
-    with served(change) as (client, _):
-        response = client.post("/v1/chat/completions", json=body)
+    client, _ = templated
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    if not stream:
+        choice = response.json()["choices"][0]
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] is None
+        (call,) = choice["message"]["tool_calls"]
+    else:
+        choices = [json.loads(line[6:])["choices"][0] for line in response.text.splitlines() if "choices" in line]
+        assert "".join(c["delta"].get("content") or "" for c in choices) == ""
+        (call,) = [call for c in choices for call in c["delta"].get("tool_calls", ())]
+        assert call["index"] == 0
+        assert choices[-1]["finish_reason"] == "tool_calls"
+    assert call["function"]["name"] == "add"
+    assert json.loads(call["function"]["arguments"])["a"] in range(10)
+    hidden = client.post("/v1/chat/completions", json={**body, "stream": False, "tool_choice": "none"})
+    assert hidden.json()["choices"][0]["message"]["content"].startswith("<tool_call>")
+
+
+ADD = {"type": "object", "properties": {"a": {"$ref": "#/$defs/digit"}, "b": {"enum": [True, None]}},
+       "required": ["a", "b"], "additionalProperties": False, "$defs": {"digit": {"enum": [1, 2, 3]}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_call_can_be_forced(templated, seed, stream):
+    pytest.importorskip("llguidance")
+    tools = [{"type": "function", "function": {"name": n, "parameters": p}} for n, p in (("add", ADD), ('w "q', None))]
+    asked = {"model": "math", "messages": [{"role": "user", "content": "1+2?"}], "max_tokens": 115, "tools": tools}
+    asked |= {"temperature": 1.5, "seed": seed, "stream": stream, "logit_bias": {"5": -100, "4": -100}}
+
+    def calls(**fields):
+        response = templated[0].post("/v1/chat/completions", json={**asked, **fields})
         assert response.status_code == 200, response.text
         if not stream:
-            choice = response.json()["choices"][0]
-            assert choice["finish_reason"] == "tool_calls"
-            assert choice["message"]["content"] is None
-            (call,) = choice["message"]["tool_calls"]
-        else:
-            choices = [json.loads(line[6:])["choices"][0] for line in response.text.splitlines() if "choices" in line]
-            assert "".join(c["delta"].get("content") or "" for c in choices) == ""
-            (call,) = [call for c in choices for call in c["delta"].get("tool_calls", ())]
-            assert call["index"] == 0
-            assert choices[-1]["finish_reason"] == "tool_calls"
-        assert call["function"]["name"] == "add"
-        assert json.loads(call["function"]["arguments"])["a"] in range(10)
-        hidden = client.post("/v1/chat/completions", json={**body, "stream": False, "tool_choice": "none"})
-        assert hidden.json()["choices"][0]["message"]["content"].startswith("<tool_call>")
+            (choice,) = response.json()["choices"]
+            return choice["message"]["content"], choice["message"].get("tool_calls", []), choice["finish_reason"]
+        said = [json.loads(line[6:])["choices"][0] for line in response.text.splitlines() if "choices" in line]
+        found = [call for c in said for call in c["delta"].get("tool_calls", ())]
+        return "".join(c["delta"].get("content") or "" for c in said) or None, found, said[-1]["finish_reason"]
+
+    for name in ("add", 'w "q'):
+        content, (call,), finish = calls(tool_choice={"type": "function", "function": {"name": name}})
+        assert (content, call["function"]["name"], finish) == (None, name, "tool_calls")
+        arguments = json.loads(call["function"]["arguments"])
+        assert arguments["a"] in (1, 2, 3) and set(arguments) == {"a", "b"} if name == "add" else arguments == {}
+    content, (call,), finish = calls(tool_choice="required", parallel_tool_calls=False)
+    assert (content, finish) == (None, "tool_calls")
+    content, several, finish = calls(tool_choice="required")
+    assert several
+    assert not (content or "").strip() or finish == "length"
+    assert {c["function"]["name"] for c in several} <= {"add", 'w "q'}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tool_choice": "required"}, 'tool_choice: "required" needs tools'),
+        ({"tool_choice": "any"}, "tool_choice: expected 'none', 'auto' or 'required' or an object, not \"any\""),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": True},
+            "with the name of a tool, not",
+        ),
+        (
+            {"tool_choice": {"type": "function", "name": "f"}, "tools": True},
+            "tool_choice: expected {'type': 'function'",
+        ),
+        ({"tool_choice": "required", "tools": True, "guided_regex": "a"}, "tool_choice: a text that must be a call"),
+        ({"tool_choice": "required", "tools": {"type": "nonsense"}}, "tool_choice: the calls cannot be used"),
+        ({"tool_choice": "required", "tools": "text"}, "tool_choice: the calls cannot be used"),
+    ],
+)
+def test_a_call_that_cannot_be_forced_is_refused(templated, fields, words):
+    pytest.importorskip("llguidance")
+    if "tools" in fields:
+        schema = {} if fields["tools"] is True else fields["tools"]
+        fields = {**fields, "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+    body = {"model": "math", "messages": [{"role": "user", "content": "1+2?"}], **fields}
+    response = templated[0].post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert words in error["message"]
+    assert error["param"] == "tool_choice"
 
 
 # --- bytes of tokens

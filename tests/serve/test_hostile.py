@@ -1,6 +1,7 @@
 """One bad expert or request harms nobody else."""
 
 import contextlib
+import json
 import random
 import socket
 import threading
@@ -21,6 +22,12 @@ limits = pytest.importorskip("t2kernels.serve.http.limits")
 Decoder = pytest.importorskip("t2kernels.serve.http.text").Decoder
 
 PROMPTS = ["47+38+59?", "1+2+3?", "9+9+9?"]
+
+
+@pytest.fixture(scope="module")
+def client():
+    with served() as (made, _):
+        yield made
 
 
 def ask(client, model, prompt, **fields):
@@ -56,6 +63,15 @@ def test_an_expert_that_overflows_fails_its_own_requests_only(tmp_path, size):
         streamed = ask(client, "huge", PROMPTS[0], stream=True, logprobs=2).text
         assert "not finite" in streamed
         assert "NaN" not in streamed
+
+
+def test_a_request_whose_outputs_are_not_finite_is_told_once(caplog):
+    failed, generations = [], [steps.Generation(str(i), [1], "e", 4, steps.GREEDY, *3 * [None], False) for i in (0, 1)]
+    logits = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])
+    for _ in range(3):
+        assert steps.choose(logits, generations, lambda *a: failed.append(a)).tolist()[0] == 1
+    assert [(g.id, e.code) for g, e in failed] == [("1", "not_finite")]
+    assert len([r for r in caplog.records if "not finite" in r.getMessage()]) == 1
 
 
 def test_what_cannot_be_finite_is_refused_when_it_is_added():
@@ -133,6 +149,63 @@ def test_requests_that_are_too_large_are_refused_before_any_work():
         assert ask(client, "math", "1+1?", stop="x" * 1025).status_code == 400
         assert ask(client, "math", "1+1?", stop="x" * 1024).status_code == 200
         assert ask(client, "math", "1+" * 80).json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_parts_of_a_body_are_counted_outside_of_its_texts_only():
+    inside = b'{"prompt": "' + b'[\\"{:,' * 200_000 + b'\\\\"}'
+    limits.check_parts(inside)
+    limits.check_parts(b"[" + b"1," * 400_000 + b"1]")
+    for lists in (
+        b"[" + b"[]," * 100_001 + b"1]",
+        b"{" + b'"k":1,' * 100_001 + b'"k":1}',
+        inside[:-1] + b"[" * 100_001,
+    ):
+        with pytest.raises(steps.APIError, match="more than 100000 lists, objects and fields"):
+            limits.check_parts(lists)
+    with pytest.raises(steps.APIError, match="more than 500000 values"):
+        limits.check_parts(b"[" + b"1," * 500_001 + b"1]")
+
+
+def test_a_body_with_too_many_parts_is_never_parsed(monkeypatch):
+    with served() as (client, _):
+        lists = "[" + "[]," * 100_001 + "1]"
+        monkeypatch.setattr("json.loads", None)
+        kind = {"Content-Type": "application/json"}
+        for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/experts", "/v1/experts/x/few-shot"):
+            answer = client.post(path, content=f'{{"model": "base", "prompt": {lists}}}', headers=kind)
+            assert answer.status_code == 400
+            assert '"code":"body_too_large"' in answer.text
+        monkeypatch.undo()
+        error = ask(client, "math", "[" * 200_000).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert ask(client, "math", PROMPTS[0], metadata={"a": [[]] * 1000}).status_code == 200
+        deep = client.post("/v1/completions", content="[" * 90_000, headers=kind)
+        assert deep.status_code == 400
+        assert "too deep" in deep.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": ["a", [1]]}, 'prompt: expected text, texts, token ids, or lists of token ids, not ["a", [1]]'),
+        ({"prompt": [True]}, "prompt: expected text, texts"),
+        ({"prompt": [[1], ["a"]]}, "prompt: expected token ids, not"),
+        ({"prompt": [[1]] * 129}, "prompt: 129 prompts; expected 1 to 128"),
+        ({"prompt": [1] * 5000}, "maximum context length"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias: expected at most 1024 entries"),
+        ({"stop_token_ids": [1] * 129}, "stop_token_ids: expected at most 128 entries"),
+        ({"model": "x" * 2049}, "model: expected at most 2048 characters"),
+        ({f"k{i}": 1 for i in range(50_000)}, "k0: this field is not supported"),
+        ({"\ud800": 1}, '"\\ud800": this field is not supported'),
+    ],
+)
+def test_large_fields_are_refused_in_a_sentence(client, fields, words):
+    body = json.dumps({"model": "base", "prompt": "1", **fields})
+    answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert words in message
+    assert len(message) < 300
 
 
 def test_others_are_answered_while_a_prompt_is_tokenised():

@@ -39,19 +39,12 @@ class Adapters(Mapping[str, LoraAdapter]):
 
     def check(self, name: str, adapter: LoraAdapter) -> None:
         """Raise InputError if an adapter does not fit the layers."""
-        unknown = [n for n in adapter.pairs if n not in self._layers]
-        if unknown:
-            raise InputError(
-                f"adapter {name!r} changes {len(unknown)} of {len(adapter.pairs)} matrices that are not patched: "
-                f"{', '.join(unknown[:3])}; patch with targets that include them, or it is for another model"
-            )
+        try:
+            adapter.check({n: (layer.U.shape[0], layer.Vt.shape[1]) for n, layer in self._layers.items()})
+        except InputError as error:
+            raise InputError(f"adapter {name!r}: {error}") from None
         for n, (B, A) in adapter.pairs.items():
             layer = self._layers[n]
-            shape, wanted = (B.shape[0], A.shape[1]), (layer.U.shape[0], layer.Vt.shape[1])
-            if shape != wanted:
-                raise InputError(
-                    f"adapter {name!r}: {n} is [{shape[0]}, {shape[1]}] there, the model has {list(wanted)}"
-                )
             if not all(torch.isfinite(t.to(layer.dtype)).all() for t in (B, A)):
                 raise InputError(f"adapter {name!r}: {n} does not fit {layer.dtype}")
 

@@ -7,6 +7,7 @@ An expert that rescales k components of W = U diag(sigma) Vᵀ is a LoRA of rank
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -82,6 +83,26 @@ class LoraAdapter:
         return self.pairs.keys() == other.pairs.keys() and all(
             torch.equal(a, b) for name, pair in self.pairs.items() for a, b in zip(pair, other.pairs[name], strict=True)
         )
+
+    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise InputError if the adapter does not fit matrices. shapes: {matrix: (M, N)}"""
+        unknown = [n for n in self.pairs if n not in shapes]
+        if unknown:
+            raise InputError(
+                f"it changes {len(unknown)} of {len(self.pairs)} matrices that are not patched: "
+                f"{', '.join(unknown[:3])}; patch with targets that include them, or it is for another model"
+            )
+        for n, (B, A) in self.pairs.items():
+            if (shape := (B.shape[0], A.shape[1])) != tuple(shapes[n]):
+                raise InputError(f"{n} is {list(shape)} there, the model has {list(shapes[n])}")
+
+    def digest(self) -> str:
+        """sha256 of the pairs, 64 hexadecimal digits: the same for the same numbers, however their file was written."""
+        hashed = hashlib.sha256()
+        for name in sorted(self.pairs):
+            for t in self.pairs[name]:
+                hashed.update(f"{name}\0{list(t.shape)}\0".encode() + t.float().contiguous().numpy().tobytes())
+        return hashed.hexdigest()
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
         """Write PEFT's adapter_config.json and adapter_model.safetensors, each whole or not at all.

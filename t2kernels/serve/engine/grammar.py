@@ -21,6 +21,10 @@ SPACE: str = r"[ \n\t]{0,16}"
 """Space between the parts of JSON. With no limit a small model writes spaces to the end of its tokens."""
 
 
+MOST: int = 1 << 18
+"""Most characters of a schema, and a quarter of it of other structures: larger ones take seconds."""
+
+
 class Grammar:
     """The structure of one text, and how far the text has come.
 
@@ -78,6 +82,8 @@ class Grammars:
             tokenizer = TokenizerWrapper(_Tokens(self.vocabulary, self.ends[0], self.size))
             self._tokens = LLTokenizer(tokenizer, n_vocab=self.size, eos_token=self.ends)
         try:
+            if (size := len(json.dumps(value))) > (most := MOST if kind in ("json", "calls") else MOST // 4):
+                raise InputError(f"it has {size} characters; expected at most {most}")
             if kind == "json":
                 schema = json.loads(value) if isinstance(value, str) else value
                 options = {"whitespace_flexible": True, "whitespace_pattern": SPACE}

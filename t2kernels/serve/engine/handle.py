@@ -44,6 +44,8 @@ class Generation:
     """"stop" or "length" after the request has finished."""
     over: bool = False
     """Whether the request has ended: finished, failed or cancelled."""
+    failed: bool = False
+    """Whether its outputs were not finite. It is told once; steps may follow until the event loop has ended it."""
     passed: int = 0
     """How many other requests have overtaken it while it waited for a row."""
     scoring: asyncio.Task[None] | None = None

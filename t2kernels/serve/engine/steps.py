@@ -51,8 +51,12 @@ def choose(
     wrong = (~(logits.amax(-1) < float("inf"))).tolist()
     if any(wrong):
         for generation in [g for g, bad in zip(generations, wrong, strict=True) if bad and g is not None]:
-            logger.error("request %s: expert %r gives outputs that are not finite", generation.id, generation.expert)
-            failed(generation, not_finite())
+            if not generation.failed:
+                logger.error(
+                    "request %s: expert %r gives outputs that are not finite", generation.id, generation.expert
+                )
+                failed(generation, not_finite())
+            generation.failed = True
         generations = [None if bad else g for g, bad in zip(generations, wrong, strict=True)]
         logits = logits.masked_fill(torch.tensor(wrong, device=logits.device)[:, None], 0)
     samplings = [GREEDY if g is None else g.sampling for g in generations]

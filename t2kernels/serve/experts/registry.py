@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from t2kernels.experts.bank import ExpertBank
+from t2kernels.experts.exchange.lora import LoraAdapter
 from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.experts.names import AUTO, BASE, MIX, Name, check_name, parse_mixture, same_file, write_mixture
 from t2kernels.factors.identity import ExpertMismatch
@@ -45,6 +46,11 @@ class Version:
     manifest: dict[str, Any]
     created: int = field(default_factory=lambda: int(time.time()))
     users: int = 0
+
+    @property
+    def adapter(self) -> bool:
+        """Whether it is a LoRA adapter."""
+        return self.manifest.get("kind") == "lora"
 
 
 @dataclass
@@ -185,8 +191,8 @@ class ExpertRegistry:
         self.counts.hide(key)
         return key
 
-    def admit(self, name: str, expert: Expert) -> Version:
-        """Add an expert to the bank, not yet under a name that requests can use. May be called on any thread.
+    def admit(self, name: str, expert: Expert | LoraAdapter) -> Version:
+        """Add an expert or an adapter to the bank, under no name that requests can use. May be called on any thread.
 
         Raises APIError 400 if it is not an expert of this model.
         """
@@ -199,13 +205,19 @@ class ExpertRegistry:
             if isinstance(error, ExpertMismatch):
                 raise bad(f"expert {name!r} is of another model: {message}", code="expert_of_another_model") from None
             raise bad(f"expert {name!r} cannot be used: {message}", code="bad_expert") from None
-        return Version(name, key, expert.digest()[:12], expert.numel, dict(expert.manifest))
+        if isinstance(expert, LoraAdapter):
+            manifest = {"kind": "lora", "base_model": expert.base_model, "rank": max(expert.ranks.values())}
+        else:
+            manifest = dict(expert.manifest)
+        return Version(name, key, expert.digest()[:12], expert.numel, manifest)
 
     def publish(self, version: Version) -> None:
         """Let the name stand for this version from now on."""
         before = self.current.get(version.name)
         replaced = "" if before is None else f" in place of {before.digest}"
-        logger.info("expert %s is %s, %d numbers%s", version.name, version.digest, version.numbers, replaced)
+        kind = "LoRA adapter" if version.adapter else "expert"
+        said = (kind, version.name, version.digest, version.numbers, replaced)
+        logger.info("%s %s is served: version %s, %d numbers%s", *said)
         version.users += 1
         self.current[version.name] = version
         self.counts.show(version.key)
@@ -217,7 +229,7 @@ class ExpertRegistry:
         """Stop serving a name. Requests that use it keep it to their end. Raises APIError 404."""
         version = self._find(name)
         del self.current[name]
-        logger.info("expert %s, %s, is removed", name, version.digest)
+        logger.info("expert %s is removed: version %s", name, version.digest)
         self.epoch += 1
         self.counts.fold(name, REMOVED)
         self._drop(version)

@@ -10,7 +10,7 @@ import time
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import APIError
+from .errors import APIError, bad
 
 OPEN: tuple[str, ...] = ("/health", "/metrics")
 """Paths that need no key: monitoring has none."""
@@ -23,6 +23,12 @@ BODY_SECONDS: float = 30
 BODY_RATE: int = 16 << 10
 LINGER_SECONDS: float = 5
 """Seconds during which they are read."""
+UPLOADS: str = "/v1/experts"
+"""Path that takes files, unless the body is JSON."""
+MOST_PARTS: int = 100_000
+"""Lists, objects and named fields of a JSON body. More would keep the event loop, and so every client, waiting."""
+MOST_VALUES: int = 500_000
+"""Values of a JSON body, such as token ids."""
 
 
 class RequireKey:
@@ -89,7 +95,7 @@ def _name(host: str) -> str:
 class LimitBody:
     """ASGI middleware: answers 413 if the body is too long, by its announced length or while it arrives.
 
-    It answers 408 if the body arrives too slowly.
+    It answers 408 if the body arrives too slowly, and 400 if it has more parts than JSON is read with.
 
     most: bytes of a body; uploads: bytes of an uploaded expert, which is larger than a prompt
     """
@@ -106,14 +112,15 @@ class LimitBody:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        most = self.uploads if scope["path"] == "/v1/experts" else self.most
+        uploading = scope["path"] == UPLOADS and not _is_json(scope)
+        most = self.uploads if uploading else self.most
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if not announced.isdigit() or int(announced) > most:
             await discard(receive)
             error = _too_large(most)
             await JSONResponse(error.body(), error.status_code, {"Connection": "close"})(scope, receive, send)
             return
-        size, whole, begun = 0, False, time.monotonic()
+        size, whole, joined, begun = 0, False, False, time.monotonic()
 
         async def counted() -> Message:
             nonlocal size, whole
@@ -134,7 +141,40 @@ class LimitBody:
                     raise _too_large(most)
             return message
 
-        await self.app(scope, counted, send)
+        async def in_one() -> Message:
+            nonlocal joined
+            if joined:
+                return await counted()
+            joined, pieces = True, []
+            while not whole:
+                message = await counted()
+                if message["type"] != "http.request":
+                    return message
+                pieces.append(message.get("body", b""))
+            body = b"".join(pieces)
+            if _too_many(body):  # perhaps only in its texts
+                await asyncio.to_thread(check_parts, body)
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, counted if uploading else in_one, send)
+
+
+def _is_json(scope: Scope) -> bool:
+    kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    return kind.partition(b";")[0].strip().lower() == b"application/json"
+
+
+def check_parts(body: bytes) -> None:
+    """Raise APIError 400 if a JSON body has too many parts to be read at once. It is not parsed for that."""
+    outside = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]  # of texts
+    if found := _too_many(b"".join(outside)):
+        raise bad(f"the body has more than {found}, the limit of this server", code="body_too_large")
+
+
+def _too_many(text: bytes) -> str | None:
+    if sum(map(text.count, (b"[", b"{", b":"))) > MOST_PARTS:
+        return f"{MOST_PARTS} lists, objects and fields"
+    return f"{MOST_VALUES} values" if text.count(b",") > MOST_VALUES else None
 
 
 async def discard(receive: Receive) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from t2kernels import InputError
 from t2kernels.serve.engine.adjusting import Adjustment
@@ -15,7 +16,8 @@ from t2kernels.serve.engine.grammar import Grammar
 from t2kernels.serve.engine.sampling import Sampling
 
 from .errors import bad
-from .refusals import shown, without_neutral
+from .refusals import refusal, shown, without_neutral
+from .tools import calls_of
 
 MAX_LOGPROBS: int = 20
 MAX_STOPS: int = 16
@@ -23,6 +25,9 @@ MAX_STOP: int = 1024
 """Most characters of a stop text. It is searched for after every token."""
 MAX_COMPLETIONS: int = 128
 """Completions of one request: prompts times n."""
+
+MAX_MODEL: int = 2048
+"""Most characters of `model`: a mixture of 16 experts is shorter."""
 
 JSON = dict[str, Any]
 """A JSON object."""
@@ -47,7 +52,7 @@ class Request(BaseModel):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    model: str
+    model: str = Field(max_length=MAX_MODEL)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1)
@@ -68,7 +73,7 @@ class Request(BaseModel):
     response_format: JSON | None = None
     guided_json: str | JSON | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: list[str] | None = Field(None, max_length=1024)
     guided_grammar: str | None = None
     structured_outputs: JSON | None = None
 
@@ -175,20 +180,44 @@ class ChatRequest(Request):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[JSON] = Field([], max_length=128)
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: Literal["none", "auto", "required"] | JSON = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: JSON = {}
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise InputError(f"top_logprobs: {self.top_logprobs} needs logprobs=true")
+        self._functions()
+        return self
+
+    def _functions(self) -> dict[str, JSON]:
+        """The functions that may be called, by name."""
         for i, tool in enumerate(self.tools):
             function = tool.get("function")
             if tool.get("type") != "function" or not isinstance(function, dict) or not function.get("name"):
                 raise InputError(
                     f"tools[{i}]: expected {{'type': 'function', 'function': {{'name': ...}}}}, not {shown(tool)}"
                 )
-        return self
+        return {str(tool["function"]["name"]): tool["function"] for tool in self.tools}
+
+    def structure(self) -> tuple[str, Any] | None:
+        """See `Request.structure`. ("calls", a grammar) where the text must be a call of a function."""
+        found, functions, choice = super().structure(), self._functions(), self.tool_choice
+        if choice in ("none", "auto"):
+            return found
+        if found is not None:
+            raise InputError("tool_choice: a text that must be a call has no other structure; leave that out")
+        if choice == "required":
+            if not functions:
+                raise InputError('tool_choice: "required" needs tools')
+            return "calls", calls_of(list(functions.values()), self.parallel_tool_calls)
+        named = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+        name = named.get("name") if isinstance(named, dict) else None
+        if not isinstance(name, str) or name not in functions:
+            form = "{'type': 'function', 'function': {'name': ...}} with the name of a tool"
+            raise InputError(f"tool_choice: expected {form}, not {shown(choice)}")
+        return "calls", calls_of([functions[name]], False)
 
     @property
     def limit(self) -> int | None:
@@ -222,6 +251,14 @@ class ChatRequest(Request):
         return out
 
 
+def chat_of(**fields: Any) -> ChatRequest:
+    """A chat that another form of request asks for. Raises APIError 400."""
+    try:
+        return ChatRequest(**fields)
+    except ValidationError as error:
+        raise refusal(error.errors(), "application/json") from None
+
+
 def _calls(message: JSON, i: int) -> JSON:
     """{"tool_calls": ...} of a message, with arguments as objects: templates write them as JSON themselves."""
     calls = message.get("tool_calls")
@@ -239,10 +276,30 @@ def _calls(message: JSON, i: int) -> JSON:
     return {"tool_calls": [{**call, "function": f} for call, f in zip(calls, functions, strict=True)]}
 
 
+def _prompt(value: Any) -> Any:
+    """The prompt as it is. pydantic would try each of its forms on each of a million entries."""
+    entries = value if isinstance(value, list) else [value]
+    kinds = set(map(type, entries))
+    if len(kinds) > 1 or not kinds <= {str, int, list} or (kinds == {int} and value is not entries):
+        raise InputError(f"prompt: expected text, texts, token ids, or lists of token ids, not {shown(value)}")
+    if kinds != {int} and len(entries) > MAX_COMPLETIONS:
+        raise InputError(f"prompt: {len(entries)} prompts; expected 1 to {MAX_COMPLETIONS} completions")
+    if kinds == {list} and not set(map(type, itertools.chain(*entries))) <= {int}:
+        raise InputError(f"prompt: expected token ids, not {shown(value)}")
+    return value
+
+
+Prompts: TypeAlias = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+"""One prompt or several, as text or token ids."""
+
+
 class CompletionRequest(Request):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
+
+from annotated_types import MaxLen
+from pydantic.fields import FieldInfo
 
 from t2kernels import InputError
 
@@ -55,10 +59,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields that are not supported: the values that ask for nothing, besides null."""
 
 
-def without_neutral(known: Mapping[str, Any], body: Any) -> Any:
-    """A request's body without what asks for nothing. Raises InputError for a field that is not supported.
+def without_neutral(known: Mapping[str, FieldInfo], body: Any, neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL) -> Any:
+    """A request's body without what asks for nothing.
 
-    known: fields of the request, by name
+    Raises InputError for a field that is not supported, or that has too many entries. Here the first one ends it:
+    pydantic would make an error of each.
+
+    known: fields of the request, by name; neutral: as `NEUTRAL`
     """
     if not isinstance(body, dict):
         return body
@@ -66,10 +73,16 @@ def without_neutral(known: Mapping[str, Any], body: Any) -> Any:
     for name, value in body.items():
         if value is None or (name in IGNORED and name not in known):
             continue
-        if name in known or name not in NEUTRAL:
+        if name in known:
+            most = next((m.max_length for m in known[name].metadata if isinstance(m, MaxLen)), None)
+            if most is not None and isinstance(value, (list, dict)) and len(value) > most:
+                raise InputError(f"{name}: expected at most {most} entries, not {shown(value)}")
             kept[name] = value
-        elif value not in NEUTRAL[name]:
-            allowed = ", ".join(map(shown, (None, *NEUTRAL[name])))
+        elif name not in neutral:
+            plain = name if name.isidentifier() and len(name) <= 64 else shown(name)
+            raise InputError(f"{plain}: this field is not supported by this server; remove it")
+        elif value not in neutral[name]:
+            allowed = ", ".join(map(shown, (None, *neutral[name])))
             raise InputError(f"{name}: {shown(value)} is not supported by this server; it takes {allowed} only")
     return kept
 
@@ -77,10 +90,21 @@ def without_neutral(known: Mapping[str, Any], body: Any) -> Any:
 def shown(value: Any, most: int = 60) -> str:
     """A value as JSON, cut to a length."""
     try:
-        text = json.dumps(value, ensure_ascii=True)
+        text = json.dumps(_some(value, most), ensure_ascii=True)
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _some(value: Any, most: int) -> Any:
+    """As much of a value as may be shown: it can be large."""
+    if isinstance(value, str):
+        return value[:100]
+    if isinstance(value, list):
+        return [_some(v, most // 2) for v in value[:most]]
+    if isinstance(value, dict):
+        return {k: _some(v, most // 2) for k, v in islice(value.items(), most)}
+    return value
 
 
 EXPECTED: dict[str, str] = {
@@ -141,6 +165,8 @@ def _expected(error: Mapping[str, Any]) -> str:
         return f"at least {context['min_length']} entries"
     if kind == "too_long":
         return f"at most {context['max_length']} entries"
+    if kind == "string_too_long":
+        return f"at most {context['max_length']} characters"
     if kind in ("literal_error", "enum"):
         return str(context["expected"])
     if kind == "int_from_float":

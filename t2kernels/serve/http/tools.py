@@ -9,10 +9,35 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Sequence
 from typing import Any
+
+from t2kernels.serve.engine.grammar import SPACE
 
 BEGIN: str = "<tool_call>"
 END: str = "</tool_call>"
+
+
+def calls_of(functions: Sequence[dict[str, Any]], several: bool) -> str:
+    """A grammar in Lark's form of texts that are calls of functions and nothing else.
+
+    functions: with name and parameters, a JSON schema; several: whether there may be more than one call
+    """
+    rules = [f"start: call{' (NEXT call)*' if several else ''}", 'NEXT: "\\n"']
+    tail = f"}}\n{END}"
+    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
+    for i, function in enumerate(functions):
+        head = f'{BEGIN}\n{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": '
+        schema = function.get("parameters") or {"type": "object", "additionalProperties": False}
+        if isinstance(schema, dict):
+            schema = {**schema, "x-guidance": {"whitespace_flexible": True, "whitespace_pattern": SPACE}}
+        rules.append(f"call_{i}: {_quoted(head)} arguments_{i} {_quoted(tail)}")
+        rules.append(f"arguments_{i}: %json {json.dumps(schema)}")
+    return "\n".join(rules)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 class ToolReader:
