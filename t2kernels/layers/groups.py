@@ -197,6 +197,19 @@ class Group:
         their dtypes or devices differ."""
         return self._op if self._ready() else None
 
+    def unshared(self) -> str | None:
+        """Why `changed` and `output` leave each member to work alone, or None: they do not."""
+        if self.wasted > 3 and self.wasted > self.hits:
+            return "the members got different inputs"
+        if self.op() is None:
+            return "the factors are of several dtypes or devices"
+        delta = self.layers[0].form == "delta"
+        return "the forward of a dense layer was replaced" if delta and self._dense is None else None
+
+    def overwrites(self) -> bool:
+        """True if the change may be added where the outputs of the dense layers lie: nobody else holds them."""
+        return self.op() is not None and self._fresh
+
     def tensors(self) -> tuple[Tensor, Tensor] | None:
         """V and scale of `op`."""
         op = self.op()
