@@ -138,7 +138,7 @@ def explain(
         dense = weights + dtype.itemsize * B * S * (N * len(layers) + sum(M))
         moved = bytes_moved(call, choice.path) + (dense if delta else 0)
         kind = " + ".join(_kind(names) for _, names in layers)
-        how = _way(layers, bool(bank.in_training), choice.impl)
+        how = _way(layers, bool(bank.in_training), choice.impl, machine)
         counts[first.form, M, N, C, first.Vt.dtype, choice, moved, dense, *how][kind] += len(layers[0][1])
     lines = tuple(Line(", ".join(kinds), sum(kinds.values()), *rest) for rest, kinds in counts.items())
     size = f"{_plural(B, 'sequence')} of {_plural(S, 'token')}" if S > 1 else _plural(B, "token")
@@ -159,7 +159,9 @@ def _together(bank: ExpertBank) -> Iterator[list[tuple[SVFLinear, tuple[str, ...
         yield list(found)
 
 
-def _way(layers: Sequence[tuple[SVFLinear, tuple[str, ...]]], training: bool, impl: str) -> tuple[str, str]:
+def _way(
+    layers: Sequence[tuple[SVFLinear, tuple[str, ...]]], training: bool, impl: str, machine: Device
+) -> tuple[str, str]:
     """`Line.way` and `Line.why_way` of layers that `_together` found."""
     first, _ = layers[0]
     if training:
@@ -175,7 +177,7 @@ def _way(layers: Sequence[tuple[SVFLinear, tuple[str, ...]]], training: bool, im
         return "after each layer", f"{reason}; its change is added to what the layer returns"
     if not group.overwrites():
         return "one call", f"a dense layer may keep what it returns, so y is a new tensor{apart}"
-    if not dispatch.adds_in_place(impl):
+    if not dispatch.adds_in_place(impl, machine):
         return "one call", f"{impl} writes y into a new tensor{apart}"
     return "one call, in place", f"products and changes of layers that read the same input are made at once{apart}"
 

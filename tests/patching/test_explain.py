@@ -153,10 +153,11 @@ def test_it_says_what_is_not_in_place(monkeypatch):
     model = build("llama")
     patched_with_an_expert(model)
     made, alone = calls(model, monkeypatch)
-    assert {in_place for _, in_place in made} == {False}
+    assert {in_place for _, in_place in made} == {True}  # torch does it too, on a CPU
     assert not alone
-    said = t2.explain(model, 3)
-    assert {(x.way, x.why_way) for x in said.lines} == {("one call", "torch writes y into a new tensor")}
+    assert {x.way for x in t2.explain(model, 3).lines} == {"one call, in place"}
+    assert {x.way for x in t2.explain(model, 3, machine=GPU).lines} == {"one call"}
+    assert "triton writes y into a new tensor" in str(t2.explain(model, 3, machine=GPU))
 
     class Kept(torch.nn.Linear):
         pass
@@ -165,6 +166,10 @@ def test_it_says_what_is_not_in_place(monkeypatch):
     other.model.layers[0].mlp.down_proj.__class__ = Kept
     patched_with_an_expert(other)
     assert "a dense layer may keep what it returns" in str(t2.explain(other, 3))
+    made, _ = calls(other, monkeypatch)
+    assert (
+        sorted(made) == [(1, True)] * 3 + [(2, True)] * 2 + [(3, True)] * 2
+    )  # `add` was not asked for the other layer
 
 
 def test_a_group_that_gave_up_and_forms_without_a_dense_layer(monkeypatch):
