@@ -6,10 +6,10 @@
     python benchmarks/real_decode.py qwen2.5-0.5b --rank 64     # the shapes of a model, with random weights
 
 Arms: the dense model; delta form with the base model's row, with one expert, and with as many experts as sequences.
-Each arm decodes one token a sequence, in turn, behind the same prompt; with --length it reads so many. A number is the median of run-by-run ratios of
-CPU time to the dense arm, with the middle half beside it. Before anything is timed, logits are compared with those of
-the merged expert. `bytes` is what the numbers of weights and factors alone predict. Rows are appended to
-benchmarks/results/real_decode.jsonl.
+Each arm decodes one token a sequence, in turn, behind the same prompt; with --length it reads so many. A number is
+the median of run-by-run ratios of CPU time to the dense arm, with the middle half beside it. Before anything is
+timed, logits are compared with those of the merged expert. `bytes` is what the numbers of weights and factors alone
+predict. Rows are appended to benchmarks/results/real_decode.jsonl.
 """
 
 from __future__ import annotations
