@@ -67,8 +67,8 @@ def experts(bank: t2.ExpertBank, count: int) -> list[str]:
 
 
 def arms(dense: nn.Module, delta: nn.Module, names: list[str], B: int, length: int = 1) -> dict[str, Arm]:
-    bank = delta.t2_bank
-    prompt, token = torch.randint(10, 1000, (B, 32)), torch.randint(10, 1000, (B, length))
+    bank, most = delta.t2_bank, min(1000, delta.config.vocab_size)
+    prompt, token = torch.randint(10, most, (B, 32)), torch.randint(10, most, (B, length))
     mixed = bank.ids([names[i % len(names)] for i in range(B)])
     routes = {"base row": bank.ids(None), "one expert": bank.ids(names[0]), "mixed": mixed}
     return {
