@@ -50,6 +50,9 @@ def last_run(name: str) -> list[dict]:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     if name == "cpp":  # its calls and its decoding are two runs
         rows = [r for r in rows if "torch_tokens_s" in r]
+    if name == "real_decode":  # a command a model: the last row of each cell
+        cell = lambda r: tuple(r.get(k) for k in ("model", "dtype", "rank", "tokens", "length", "arm"))  # noqa: E731
+        return list({cell({"length": 1} | r): r for r in rows if not r["inference_mode"]}.values())
     if name == "rl" or not rows:
         return rows
     same = lambda r: (r["command"], r["commit"]) == (rows[-1]["command"], rows[-1]["commit"])  # noqa: E731
@@ -286,6 +289,19 @@ def of_experts(rows: list[dict]) -> str:
     )
 
 
+def of_real_decode(rows: list[dict]) -> str:
+    lines = [
+        [r["model"].rpartition("/")[2], r["dtype"], r["rank"] if r["rank"] >= 1 else f"R/{1 / r['rank']:.0f}",
+         f"{r['tokens']} x {r.get('length', 1)}", r["arm"], f"{1e3 * r['seconds']:.1f}", f"{r['ratio']:.2f}",
+         f"{r['over_one']:.2f}" if "over_one" in r else "", f"{r['bytes']:.2f}",
+         r["machine"].rpartition(", load ")[2], r["commit"]]
+        for r in rows
+        if r["arm"] != "dense"
+    ]  # fmt: skip
+    head = "model|dtype|k|tokens|arm|CPU ms|over dense|over one expert|bytes over dense|load|commit"
+    return markdown(head.split("|"), lines)
+
+
 def of_training(rows: list[dict]) -> str:
     peer = {r["subject"]: r["step_s"] for r in rows if r["arm"].startswith("PEFT")}
     lines = (
@@ -357,6 +373,7 @@ def of_cpp(rows: list[dict]) -> str:
 TABLES = {
     "cpp": of_cpp,
     "generation": of_generation,
+    "real_decode": of_real_decode,
     "ops": of_ops,
     "population": of_population,
     "experts": of_experts,

@@ -25,6 +25,7 @@ SIZES = {
     # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "nano": (64, 192, 2, 4, 2, 256),  # for trying a benchmark out
     "mid": (1024, 2816, 8, 16, 4, 8192),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),  # the shapes; without the biases of q, k and v
     "llama-3-8b": MODELS["llama-3-8b"],
     "llama-3-70b": MODELS["llama-3-70b"],
 }

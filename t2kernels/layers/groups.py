@@ -79,8 +79,8 @@ class Group:
         self._dense: list[tuple[Any, dict[str, Any]]] | None = None
         self._fresh: bool = False  # whether the outputs of all dense layers may be overwritten
         self._traced: tuple[Tensor, list[Tensor], list[Any]] | None = None  # `_Shared` of a forward that is compiled
-        # the members' buffers when they were last found side by side: (where, name, tensor)
-        self._seen: list[tuple[dict[str, Any], str, Tensor]] = []
+        # the members' buffers when they were last found side by side, and Vt, U and scale in them
+        self._seen: list[tuple[dict[str, Any], Tensor, Tensor, Tensor]] = []
         # The cache of forwards without a route. A route has a cache of its own, which ends with its forward.
         self._base_cache: dict[Group, _Shared] = {}
 
@@ -90,16 +90,17 @@ class Group:
             return self._compiled(layer, x, route)
 
         cache = route.cache
-        shared = cache.pop(self, None)
-        if shared is not None:
-            if shared.kind == "changed" and shared.fits(x) and layer in shared.waiting:
-                shared.waiting.remove(layer)
+        several = len(self.layers) > 1
+        if several and (shared := cache.pop(self, None)) is not None:
+            if shared.kind == "changed" and layer in shared.result and shared.fits(x):
                 self.hits += 1
-                if shared.waiting:
+                y = shared.result.pop(layer)
+                if shared.result:
                     cache[self] = shared
-                return shared.result[layer]
+                return y
             self.wasted += 1
-        if (self.wasted > 3 and self.wasted > self.hits) or torch.is_autocast_enabled(x.device.type):
+        on = "cpu" if x.is_cpu else x.device.type
+        if (self.wasted > 3 and self.wasted > self.hits) or torch.is_autocast_enabled(on):
             return None
         op = self.op()
         if op is None or self._dense is None:
@@ -108,10 +109,12 @@ class Group:
             for member in self.layers:
                 member.table()  # writes the rows of experts in training
         ys = self._outputs(op, x, route)
-        if len(ys) > 1:
-            waiting = [m for m in self.layers if m is not layer]
-            cache[self] = _Shared("changed", dict(zip(self.layers, ys, strict=True)), x, waiting)
-        return ys[self.layers.index(layer)]
+        if not several:
+            return ys[0]
+        made = dict(zip(self.layers, ys, strict=True))
+        y = made.pop(layer)
+        cache[self] = _Shared("changed", made, x)
+        return y
 
     def _compiled(self, layer: Member, x: Tensor, route: Route) -> Tensor | None:
         """`changed` for a compiler: without weak references, versions and locks, of a group that is laid already."""
@@ -132,9 +135,10 @@ class Group:
 
     def _outputs(self, op: Prepared, x: Tensor, route: Route) -> list[Tensor]:
         bases = [linear(x, p["weight"], p["bias"]) if p else dense(m.base(), x) for m, p in self._dense or ()]
-        ids = route.fit(x.shape[:-1])
-        ids = ids if ids.device == x.device else ids.to(x.device)
-        if any(y.dtype != x.dtype for y in bases):
+        ids, dtype = route.fit(x.shape[:-1]), x.dtype
+        if not (ids.is_cpu and x.is_cpu) and ids.device != x.device:
+            ids = ids.to(x.device)
+        if [y for y in bases if y.dtype is not dtype]:
             pairs = zip(self.layers, bases, strict=True)
             return [call(x.to(y.dtype), m.Vt.t(), m.U, m.table(), ids, y) for m, y in pairs]
         if self._fresh:
@@ -193,6 +197,19 @@ class Group:
         their dtypes or devices differ."""
         return self._op if self._ready() else None
 
+    def unshared(self) -> str | None:
+        """Why `changed` and `output` leave each member to work alone, or None: they do not."""
+        if self.wasted > 3 and self.wasted > self.hits:
+            return "the members got different inputs"
+        if self.op() is None:
+            return "the factors are of several dtypes or devices"
+        delta = self.layers[0].form == "delta"
+        return "the forward of a dense layer was replaced" if delta and self._dense is None else None
+
+    def overwrites(self) -> bool:
+        """True if the change may be added where the outputs of the dense layers lie: nobody else holds them."""
+        return self.op() is not None and self._fresh
+
     def tensors(self) -> tuple[Tensor, Tensor] | None:
         """V and scale of `op`."""
         op = self.op()
@@ -226,8 +243,8 @@ class Group:
 
     def _ready(self) -> bool:
         """Lay V's and tables side by side, again after the model was moved. False if that is impossible."""
-        for where, name, tensor in self._seen:
-            if where[name] is not tensor:  # moving a module would have given it other tensors
+        for now, Vt, U, scale in self._seen:  # moving a module would have given it other tensors
+            if now["Vt"] is not Vt or now["U"] is not U or now["scale"] is not scale:
                 break
         else:
             if self._seen:
@@ -256,7 +273,7 @@ class Group:
         if all(isinstance(d, DeltaForward) for d in modules):
             self._dense = [(m, plain_parameters(d)) for m, d in zip(self.layers, modules, strict=True)]
             self._fresh = all(makes_new(d) for d in modules)
-        self._seen = [(m._buffers, name, m._buffers[name]) for m in self.layers for name in ("Vt", "U", "scale")]
+        self._seen = [(m._buffers, m.Vt, m.U, m.scale) for m in self.layers]
         return True
 
     def _side_by_side(self) -> bool:
@@ -277,10 +294,13 @@ def _usable() -> bool:
 
 
 class _Shared:
-    """A result computed for all members from one x, and the members that have not used it yet."""
+    """A result computed for all members from one x, and the members that have not used it yet.
 
-    def __init__(self, kind: str, result: Any, x: Tensor, waiting: list[Member]) -> None:
-        self.kind, self.result, self.waiting = kind, result, waiting
+    kind: "changed": `result` is {member: its output}, of the members that wait; else it serves all in `waiting`
+    """
+
+    def __init__(self, kind: str, result: Any, x: Tensor, waiting: Sequence[Member] = ()) -> None:
+        self.kind, self.result, self.waiting = kind, result, list(waiting)
         self._x, self._version = weakref.ref(x), _version(x)
 
     def fits(self, x: Tensor) -> bool:

@@ -284,9 +284,13 @@ class DeltaLinear(SVFLinear):
             return y
         if torch.compiler.is_compiling():
             return None  # alone it is one op either way
+        return self.alone().changed(self, x, route)
+
+    def alone(self) -> Group:
+        """The group of this layer and no other."""
         if self._own is None:
             self._own = Group((self,))
-        return self._own.changed(self, x, route)
+        return self._own
 
     def probe_kind(self) -> object:
         """Type and format of the dense layer; None if it is a plain one of torch or transformers."""

@@ -149,6 +149,11 @@ def prepare(x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: T
     return _implementation(plan(x, V, Us, expert_ids, base=True)).prepare(V, Us, scale)
 
 
+def adds_in_place(impl: str, device: Device) -> bool:
+    """True if an implementation has what `prepare` returns, which is asked for on a CPU."""
+    return device.kind == "cpu" and impl in ("torch", "cpp")
+
+
 def run_saving(
     x: Tensor,
     V: Tensor,

@@ -14,7 +14,7 @@ from torch import nn
 from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.factors.matrices import stored_bytes
-from t2kernels.layers.linear import SVFLinear
+from t2kernels.layers.linear import DeltaLinear, SVFLinear
 from t2kernels.ops import dispatch
 from t2kernels.ops.device import Device
 from t2kernels.ops.planner import Call, Choice, bytes_moved
@@ -33,6 +33,8 @@ class Line:
     choice: implementation and path, each with a reason
     moved: bytes that one call is predicted to read and write, base layers included
     dense: the same for the dense layers of the unpatched model
+    way: how the layers call it: "one call, in place", "one call", "after each layer" or "each matrix"
+    why_way: why in this way
     """
 
     kind: str
@@ -45,6 +47,8 @@ class Line:
     choice: Choice
     moved: int
     dense: int
+    way: str = "one call"
+    why_way: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Explanation:
         return sum(line.count * line.dense for line in self.lines)
 
     def __str__(self) -> str:
-        head = ("matrices", "form", "M x N", "columns", "factors", "runs", "each moves", "each dense", "why")
+        head = ("matrices", "form", "M x N", "columns", "factors", "runs", "in", "each moves", "each dense", "why")
         rows = [
             (
                 f"{line.count} {line.kind}",
@@ -80,6 +84,7 @@ class Explanation:
                 "+".join(map(str, line.C)),
                 str(line.factors).removeprefix("torch."),
                 f"{line.choice.impl} {line.choice.path}",
+                line.way,
                 _size(line.moved),
                 _size(line.dense),
                 line.choice.why_path,
@@ -96,7 +101,8 @@ class Explanation:
             f"{impl}: {why}"
             for impl, why in dict.fromkeys((line.choice.impl, line.choice.why_impl) for line in self.lines)
         ]
-        return "\n".join((self.title, "", *table, "", ratio, *impls, *self.advice))
+        ways = [f"{way}: {why}" for way, why in dict.fromkeys((line.way, line.why_way) for line in self.lines) if why]
+        return "\n".join((self.title, "", *table, "", ratio, *impls, *ways, *self.advice))
 
     __repr__ = __str__
 
@@ -132,7 +138,8 @@ def explain(
         dense = weights + dtype.itemsize * B * S * (N * len(layers) + sum(M))
         moved = bytes_moved(call, choice.path) + (dense if delta else 0)
         kind = " + ".join(_kind(names) for _, names in layers)
-        counts[first.form, M, N, C, first.Vt.dtype, choice, moved, dense][kind] += len(layers[0][1])
+        how = _way(layers, bool(bank.in_training), choice.impl, machine)
+        counts[first.form, M, N, C, first.Vt.dtype, choice, moved, dense, *how][kind] += len(layers[0][1])
     lines = tuple(Line(", ".join(kinds), sum(kinds.values()), *rest) for rest, kinds in counts.items())
     size = f"{_plural(B, 'sequence')} of {_plural(S, 'token')}" if S > 1 else _plural(B, "token")
     title = f"{type(model).__name__} on {machine.name}: {size}, {_experts_in_words(experts)}"
@@ -140,9 +147,39 @@ def explain(
 
 
 def _together(bank: ExpertBank) -> Iterator[list[tuple[SVFLinear, tuple[str, ...]]]]:
-    """The bank's layers with their names, the members of a group in one list. No groups while experts train."""
-    for _, found in groupby(bank.layers, lambda pair: id(pair[0] if bank.in_training else pair[0].group or pair[0])):
+    """The bank's layers with their names, the members of a group in one list; alone where the group does not work, and
+    while experts train."""
+
+    def together(pair: tuple[SVFLinear, tuple[str, ...]]) -> int:
+        layer, _ = pair
+        shares = layer.group and not bank.in_training and layer.group.unshared() is None
+        return id(layer.group if shares else layer)
+
+    for _, found in groupby(bank.layers, together):
         yield list(found)
+
+
+def _way(
+    layers: Sequence[tuple[SVFLinear, tuple[str, ...]]], training: bool, impl: str, machine: Device
+) -> tuple[str, str]:
+    """`Line.way` and `Line.why_way` of layers that `_together` found."""
+    first, _ = layers[0]
+    if training:
+        return "each matrix", "with gradients no two layers share a product; without, as if nothing were in training"
+    parted = first.group.unshared() if first.group and len(layers) == 1 else None
+    apart = f", of each layer alone: {parted}" if parted else ""
+    if first.form == "factored":
+        return "one call", apart.removeprefix(", ")
+    if not isinstance(first, DeltaLinear):
+        return "each matrix", "a stack is called by its mixture-of-experts layer"
+    group = first.group if len(layers) > 1 and first.group else first.alone()
+    if reason := group.unshared():
+        return "after each layer", f"{reason}; its change is added to what the layer returns"
+    if not group.overwrites():
+        return "one call", f"a dense layer may keep what it returns, so y is a new tensor{apart}"
+    if not dispatch.adds_in_place(impl, machine):
+        return "one call", f"{impl} writes y into a new tensor{apart}"
+    return "one call, in place", f"products and changes of layers that read the same input are made at once{apart}"
 
 
 def _advice(lines: Sequence[Line], one: bool, bank: ExpertBank) -> Iterator[str]:

@@ -68,8 +68,10 @@ def test_a_token_has_the_same_bits_among_others_and_a_zero_row_those_of_base(dty
         assert not torch.equal(y, base)
 
 
-@NO_CPP
-def test_the_memory_of_the_bases_is_used_and_nothing_around_it():
+@pytest.mark.parametrize("machine", [pytest.param("this", marks=NO_CPP), "without C++"])
+def test_the_memory_of_the_bases_is_used_and_nothing_around_it(machine, monkeypatch):
+    if machine != "this":
+        monkeypatch.setattr(dispatch, "device_of", lambda device: WITHOUT_CPP)
     V, Us, scale, x, bases = problem((2, 1), torch.float32)
     rooms = [torch.full((b.numel() + 64,), torch.nan) for b in bases]
     given = [room[32:-32].view(b.shape).copy_(b) for room, b in zip(rooms, bases, strict=True)]
@@ -80,6 +82,26 @@ def test_the_memory_of_the_bases_is_used_and_nothing_around_it():
         assert y.isfinite().all()
         assert room[:32].isnan().all()
         assert room[-32:].isnan().all()
+
+
+@pytest.mark.parametrize("factors", [None, torch.float16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tokens_have_the_bits_of_the_op(dtype, factors, monkeypatch):
+    """In fp16 products of bf16 are made with fp16 factors, and y in fp32: its memory is no base's."""
+    monkeypatch.setattr(dispatch, "device_of", lambda device: WITHOUT_CPP)
+    V, Us, scale, x, bases = problem((5, 40), dtype, factors)
+    scale[0], ids = 0, torch.tensor([0, 1, 2, 0, 3])
+    bases[0][..., ::3] = -0.0
+    with torch.no_grad():
+        want = svf_linear_group(x, V, Us, scale, ids, bases, impl="torch")
+        given = [b.clone() for b in bases]
+        got = Prepared(V, Us, scale).add(x, ids, given)
+        assert all(torch.equal(y, w) for y, w in zip(got, want, strict=True))
+        assert [y is b for y, b in zip(got, given, strict=True)] == [
+            (dtype, factors) != (torch.bfloat16, torch.float16)
+        ] * 3
+        wide = torch.cat(bases, -1).split(Ms, -1)  # rows that are not contiguous
+        assert all(torch.equal(y, w) for y, w in zip(Prepared(V, Us, scale).add(x, ids, list(wide)), want, strict=True))
 
 
 @NO_CPP

@@ -5,8 +5,11 @@ import torch
 
 import t2kernels as t2
 from t2kernels.factors.matrices import stored_bytes
+from t2kernels.layers.linear import DeltaLinear
 from t2kernels.ops import dispatch, plan
 from t2kernels.ops.device import Device
+from t2kernels.ops.impls import cpp_kernels
+from t2kernels.ops.prepared import Prepared
 from tests.helpers.families import build
 
 PLAIN = Device("cpu", "CPU", (("cpp", "not built"), ("cuda", "not built"), ("triton", "needs a GPU")))
@@ -102,3 +105,82 @@ def test_bad_questions():
             t2.explain(model, batch)
     with pytest.raises(ValueError, match="2 experts for 3 sequences"):
         t2.explain(model, torch.zeros(3, 4), ["a", "b"])
+
+
+def calls(model, monkeypatch):
+    """(members, whether y is the memory of the products) of each call of a forward; and the matrices called alone."""
+    made, alone, add, add_to = [], [], Prepared.add, DeltaLinear.add_to
+
+    def watched(op, x, ids, bases):
+        ys = add(op, x, ids, bases)
+        made.append((len(op.Us), all(y.data_ptr() == b.data_ptr() for y, b in zip(ys, bases, strict=True))))
+        return ys
+
+    with monkeypatch.context() as here, torch.no_grad():
+        here.setattr(Prepared, "add", watched)
+        here.setattr(DeltaLinear, "add_to", lambda layer, y, x: alone.append(layer.path) or add_to(layer, y, x))
+        model(torch.randint(0, 9, (3, 1)), experts="a")
+    return made, alone
+
+
+def patched_with_an_expert(model):
+    bank = t2.patch_model(model, form="delta", rank=4)
+    bank.add("a", bank.expert({n: torch.rand(k) + 0.5 for n, k in bank.matrices.items()}))
+    return bank
+
+
+@pytest.mark.skipif(cpp_kernels.CPP.unsupported_device(torch.device("cpu")) is not None, reason="not built")
+def test_it_says_in_how_many_calls(monkeypatch):
+    model = build("llama")
+    model.model.layers[0].self_attn.k_proj.forward = model.model.layers[0].self_attn.k_proj.forward  # as accelerate
+    bank = patched_with_an_expert(model)
+    said = t2.explain(model, 3)
+    made, alone = calls(model, monkeypatch)
+    assert sorted(made) == sorted((len(x.M), True) for x in said.lines if "call" in x.way for _ in range(x.count))
+    (apart,) = [x for x in said.lines if x.way == "after each layer"]
+    assert [path.rpartition(".")[2] for path in alone] == [apart.kind] == ["k_proj"]
+    assert "the forward of a dense layer was replaced" in apart.why_way
+    without = [x for x in said.lines if x.way == "one call, in place" and "alone: the forward" in x.why_way]
+    assert [x.kind for x in without] in (["q_proj, v_proj"], ["q_proj", "v_proj"])
+    assert "one call, in place: " in str(said)
+    assert "after each layer: the forward" in str(said)
+    bank.start_training("new")
+    assert {x.way for x in t2.explain(model, 3).lines} == {"each matrix"}
+
+
+def test_it_says_what_is_not_in_place(monkeypatch):
+    monkeypatch.setattr(dispatch, "device_of", lambda device: PLAIN)
+    model = build("llama")
+    patched_with_an_expert(model)
+    made, alone = calls(model, monkeypatch)
+    assert {in_place for _, in_place in made} == {True}  # torch does it too, on a CPU
+    assert not alone
+    assert {x.way for x in t2.explain(model, 3).lines} == {"one call, in place"}
+    assert {x.way for x in t2.explain(model, 3, machine=GPU).lines} == {"one call"}
+    assert "triton writes y into a new tensor" in str(t2.explain(model, 3, machine=GPU))
+
+    class Kept(torch.nn.Linear):
+        pass
+
+    other = build("llama")
+    other.model.layers[0].mlp.down_proj.__class__ = Kept
+    patched_with_an_expert(other)
+    assert "a dense layer may keep what it returns" in str(t2.explain(other, 3))
+    made, _ = calls(other, monkeypatch)
+    assert (
+        sorted(made) == [(1, True)] * 3 + [(2, True)] * 2 + [(3, True)] * 2
+    )  # `add` was not asked for the other layer
+
+
+def test_a_group_that_gave_up_and_forms_without_a_dense_layer(monkeypatch):
+    model = build("llama")
+    bank = patched_with_an_expert(model)
+    bank.layers[0][0].group.wasted = 9
+    apart = [x for x in t2.explain(model, 3).lines if "alone: the members got different inputs" in x.why_way]
+    made, _ = calls(model, monkeypatch)
+    assert sum(x.count for x in apart) == 3
+    assert [members for members, _ in made] == [1, 1, 1, 1, 2, 1, 3, 1, 2, 1]
+    for family, form, way in (("llama", "factored", "one call"), ("mixtral", "delta", "each matrix")):
+        model = build(family)
+        t2.patch_model(model, form=form)
+        assert any(x.way == way and x.form == form for x in t2.explain(model, 3).lines)

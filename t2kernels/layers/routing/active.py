@@ -3,6 +3,9 @@
 Each patched model has one `Routing`. A forward puts its route on a stack of its own thread, because two threads may run
 the same model with different experts. Code outside a forward asks for experts with scopes (`layers.routing.scopes`); a
 block that a backward pass computes again finds the route of its forward (`layers.routing.recompute`).
+
+What runs and which scopes are open is kept in globals and not in a `Routing`. torch.compile takes every tensor that it
+finds through a module for one that never moves, and a CUDA graph would then be recorded again for each new ids.
 """
 
 from __future__ import annotations
@@ -19,14 +22,18 @@ from .recompute import Recomputation, backward_pass, sequence_number
 from .route import Route
 from .scopes import AmbiguousScopeError, Scope, Scopes
 
+_here = threading.local()  # stack: the entrances of this thread, of all models
+
 
 class Entrance:
     """A forward that runs in this thread.
 
-    module: the module that it entered; first: the autograd sequence number at its start; route: its experts
+    routing: that of its model; module: the module that it entered
+    first: the autograd sequence number at its start; route: its experts
     """
 
-    def __init__(self, module: nn.Module, first: int):
+    def __init__(self, routing: Routing, module: nn.Module, first: int):
+        self.routing: Routing = routing
         self.module: nn.Module = module
         self.first: int = first
         self.route: Route | None = None
@@ -41,7 +48,6 @@ class Routing:
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
         self.scopes: Scopes = Scopes()
         self.recomputation: Recomputation = Recomputation()
         self.default: Route | None = None  # of every thread
@@ -52,8 +58,18 @@ class Routing:
     @property
     def active(self) -> Route | None:
         """The route of the layer that runs now, or None: the base model. Raises AmbiguousScopeError."""
-        stack = getattr(self._local, "stack", None)
-        return stack[-1].route if stack else self._without_entrance()
+        stack = getattr(_here, "stack", None)
+        if not stack:
+            return self._without_entrance()
+        last = stack[-1]
+        if last.routing is self:
+            return last.route
+        mine = self._running()  # the forward of another model inside one of this model
+        return mine[-1].route if mine else self._without_entrance()
+
+    def _running(self) -> list[Entrance]:
+        """The forwards of this model that run in this thread, the innermost last."""
+        return [e for e in getattr(_here, "stack", ()) if e.routing is self]
 
     def _without_entrance(self) -> Route | None:
         if torch.compiler.is_compiling():
@@ -72,23 +88,28 @@ class Routing:
 
     def enter(self, module: nn.Module) -> Entrance:
         """Begin a forward of `module` as the base model; `leave` ends it. The caller sets its route."""
-        if not hasattr(self._local, "stack"):
-            self._local.stack = []
+        if not hasattr(_here, "stack"):
+            _here.stack = []
         compiling = torch.compiler.is_compiling()
-        self._local.stack.append(Entrance(module, 0 if compiling else sequence_number()))
-        return self._local.stack[-1]
+        entrance = Entrance(self, module, 0 if compiling else sequence_number())
+        _here.stack.append(entrance)
+        return entrance
 
     def inherited(self) -> Route | None:
         """The route of a forward that has just entered and names no experts itself. Raises AmbiguousScopeError."""
-        stack = self._local.stack
-        return stack[-2].route if len(stack) > 1 else self._without_entrance()
+        mine = self._running()
+        return mine[-2].route if len(mine) > 1 else self._without_entrance()
 
     def leave(self, module: nn.Module, output: object = None) -> None:
         """End the forward of `module`, if one has begun: a hook before ours may have raised."""
-        stack = getattr(self._local, "stack", None)
-        if not stack or stack[-1].module is not module:
+        mine = self._running()
+        if not mine or mine[-1].module is not module:
             return
-        entrance = stack.pop()
+        entrance = mine[-1]
+        if _here.stack[-1] is entrance:
+            _here.stack.pop()
+        else:  # a forward of another model began inside it and was not ended
+            _here.stack.remove(entrance)
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self.recomputation.record(entrance.route, entrance.first, output)
 

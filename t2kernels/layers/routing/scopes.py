@@ -87,6 +87,7 @@ class Scope:
 
 
 _innermost: ContextVar[Scope | None] = ContextVar("t2kernels_scope", default=None)
+_here = threading.local()  # mirror: the scopes that this thread opened, of all models, innermost last
 
 
 class Scopes:
@@ -96,11 +97,12 @@ class Scopes:
         self._lock = threading.Lock()
         self._open: set[Scope] = set()  # those that other threads must know of
         self.any_open: bool = False  # read by compiled code, which cannot read a set
-        self._local = threading.local()
 
     def opened(self, scope: Scope) -> None:
         """Note a scope of this thread."""
-        self.mirror().append(scope)
+        if not hasattr(_here, "mirror"):
+            _here.mirror = []
+        _here.mirror.append(scope)
         if not scope.private:
             with self._lock:
                 self._open.add(scope)
@@ -108,18 +110,12 @@ class Scopes:
 
     def closed(self, scope: Scope) -> None:
         """Forget a scope, from whichever thread it is closed."""
-        mirror = self.mirror()
+        mirror = getattr(_here, "mirror", ())
         if scope in mirror:
             mirror.remove(scope)
         with self._lock:
             self._open.discard(scope)
             self.any_open = bool(self._open)
-
-    def mirror(self) -> list[Scope]:
-        """The scopes that this thread opened, innermost last."""
-        if not hasattr(self._local, "mirror"):
-            self._local.mirror = []
-        return self._local.mirror
 
     def visible(self) -> Scope | None:
         """The innermost scope of this context, whether or not it is clear that the running code belongs to it."""
@@ -146,9 +142,9 @@ class Scopes:
 
     def innermost_compiled(self) -> Scope | None:
         """The same for code that torch.compile traces."""
-        mirror = getattr(self._local, "mirror", None)
-        if mirror:
-            scope = mirror[-1]
+        mine = [scope for scope in getattr(_here, "mirror", ()) if scope.scopes is self]
+        if mine:
+            scope = mine[-1]
             if scope.isolated:
                 raise AmbiguousScopeError(
                     "a compiled model cannot see a scope that an asyncio task or a generator opened; pass "

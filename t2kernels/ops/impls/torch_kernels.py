@@ -15,7 +15,7 @@ from t2kernels.ops.device import Device
 from t2kernels.ops.planner import Call, Choice, Path, dense_path
 from t2kernels.ops.precision import backward_precision, forward_precision
 
-from .implementation import Added, Expansion, Implementation, Operands
+from .implementation import Added, Expansion, Implementation, InPlace, Operands
 
 ScaleRows = Callable[..., Tensor]
 """A function with the arguments of `scale_rows`."""
@@ -60,6 +60,10 @@ class Torch(Implementation):
     def expand(self, choice: Choice, given: Expansion) -> list[Tensor]:
         """See `Implementation`."""
         return expand(*given)
+
+    def prepare(self, V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
+        """See `Implementation`; nothing is looked up, but y needs no memory of its own."""
+        return prepare(V, Us, scale)
 
     def backward(
         self, dys: list[Tensor], given: Operands, need_dx: bool, need_dscale: bool, h: Tensor | None
@@ -163,6 +167,23 @@ def expand(
         for c, U, base, bias in zip(columns, Us, bases, biases, strict=True)
     ]
     return ys if len(lead) == 1 else [y.reshape(*lead, y.shape[-1]) for y in ys]
+
+
+def prepare(V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace:
+    """`forward` into the memory of the bases, with its bits. In a prefill of 512 tokens and 36 components the copy of a
+    base costs 2.5 to 3 % of its product (AMD EPYC, fp32 and bf16)."""
+    columns = list(_columns(Us))
+
+    def run(x: Tensor, ids: Tensor, bases: list[Tensor], starts: Sequence[int] | None = None) -> bool:
+        once = forward_precision(x.dtype, V.dtype).y == 1  # else y is made in fp32
+        if starts is not None or not once or not all(map(Tensor.is_contiguous, bases)):
+            return False
+        g = shrink(x, V, scale, ids)
+        for c, U, base in zip(columns, Us, bases, strict=True):
+            base.view(-1, U.shape[0]).addmm_(g[:, c], _floats(U, g.dtype).t())
+        return True
+
+    return run
 
 
 def materialised(
