@@ -147,7 +147,7 @@ def unobserved(x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> b
         _CAN_TELL
         and not torch.is_grad_enabled()
         and type(x) is type(V) is type(U) is type(scale) is type(ids) is Tensor
-        and x.device.type == "cpu"
+        and x.is_cpu
         and not torch.compiler.is_compiling()
         and not _dispatch_modes()
         and _transform() is None

@@ -34,7 +34,7 @@ ISAS = ("portable", "avx2", "avx512")
 # which is read instead.
 TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
     ("avx512", torch.float32, torch.float32): 16,
-    ("avx512", torch.bfloat16, torch.bfloat16): 16,
+    ("avx512", torch.bfloat16, torch.bfloat16): 64,
     ("avx2", torch.float32, torch.float32): 4,
     ("avx2", torch.bfloat16, torch.bfloat16): 16,
     **{
@@ -55,10 +55,12 @@ TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
 }
 
 
-# For bf16 alone torch has instructions of its own with AVX-512, twice as fast as widening; what it pays is fixed, about
-# 30 us a call of small products. Above 4 tokens C++ is ahead up to this many tokens times numbers in the factors: at
-# 0.15 M numbers up to 16 tokens (0.56 of torch's time), at 0.5 M up to 8 (0.86); at 0.7 M and 8 they are even.
-BF16_WORK, AVX512_BF16 = 5.6e6, ("avx512", torch.bfloat16, torch.bfloat16)
+# For bf16 alone torch has instructions of its own with AVX-512, twice as fast as widening; what it pays is fixed: 50 us
+# for a call of small products, 90 us for two members, 105 us for three. Above 4 tokens C++ is ahead up to this many
+# tokens times numbers in the factors, for the first member and for each further one: at T = 32 and rank 64 of a
+# 576-wide model it takes 0.46 of torch's time for q, k, v, 0.43 for o, 0.71 for gate and up, 0.65 for down. With two
+# threads for torch the first is even at 6 M; with one, at 9 M.
+BF16_WORK, AVX512_BF16 = (6e6, 4e6), ("avx512", torch.bfloat16, torch.bfloat16)
 
 
 class Cpp(Implementation):
@@ -111,7 +113,8 @@ class Cpp(Implementation):
         most = TOKENS.get((device.isa, call.x, call.factors), 0) if here is None else here
         if 0 < call.T <= most:
             work = call.T * sum(C * (call.N + M) for M, C in zip(call.M, call.C, strict=True))
-            if here is None and call.T > 4 and work > BF16_WORK and (device.isa, call.x, call.factors) == AVX512_BF16:
+            most_work = BF16_WORK[0] + BF16_WORK[1] * (len(call.M) - 1)
+            if here is None and call.T > 4 and work > most_work and (device.isa, call.x, call.factors) == AVX512_BF16:
                 return f"in bfloat16 torch is ahead in calls as large as this ({call.T} tokens)"
             return None
         formats = f"{call.x} with {call.factors} factors on {device.isa}".replace("torch.", "")

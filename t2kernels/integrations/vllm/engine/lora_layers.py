@@ -266,9 +266,10 @@ def adapt(layer: Any, path: ExpertPath) -> None:
     base = layer.quant_method
     # A copy keeps the method's class and its other methods, which vLLM asks for.
     method = copy.copy(base)
+    of_base, add = base.apply, path.add  # not `layer.svf`: a module is slow to look up its children
 
     def apply(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return layer.svf.add(base.apply(layer, x, bias), x)
+        return add(of_base(layer, x, bias), x)
 
     method.apply = apply
     layer.svf = path
