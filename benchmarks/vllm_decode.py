@@ -10,7 +10,7 @@ Each arm is an engine in processes of its own, eager, on one thread; the first h
 same greedy requests, every request of a step with another expert. A number is the median of round-by-round ratios of
 CPU time, over all processes of an engine, to the first arm. `--before` adds the plugin of another checkout, `--lora`
 vLLM's own LoRA, without the plugin, with as many adapters of that rank on the same matrices. Before anything is timed,
-the log-probabilities of a prompt are compared with those of the model in fp32, whose weights are the expert's or the
+the log-probabilities of an answer are compared with those of the model in fp32, whose weights are the expert's or the
 adapter's; twice the error of that model in the engines' dtype is allowed. Rows are appended to
 benchmarks/results/vllm_decode.jsonl.
 """
@@ -39,6 +39,8 @@ import t2kernels as t2
 EXPERTS = 8
 PROMPT = list(range(300, 332))
 """The tokens of every request begin with these."""
+CHECKED = 12
+"""Tokens of an answer whose log-probabilities are compared."""
 
 
 # --- one arm, in a process of its own
@@ -68,12 +70,13 @@ def arm(where: str, model: str, factors: str, kind: str, rank: int, folder: str,
                 streams, tokens = asked.recv()
                 prompts = [{"prompt_token_ids": [*PROMPT, 400 + i]} for i in range(streams)]
                 who = [experts[i % len(experts)] for i in range(streams)]
-                check = {"prompt_logprobs": 0} if tokens == 1 else {}
+                check = {"logprobs": 0} if streams == 1 and tokens == CHECKED else {}
                 sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **check)
                 outputs = llm.generate(prompts, sampling, lora_request=who, use_tqdm=False)
-                if tokens == 1:
-                    places = zip(outputs[0].prompt_logprobs[1:], outputs[0].prompt_token_ids[1:], strict=True)
-                    asked.send([place[token].logprob for place, token in places])
+                if check:
+                    (out,) = outputs[0].outputs
+                    found = [place[t].logprob for place, t in zip(out.logprobs, out.token_ids, strict=True)]
+                    asked.send((list(out.token_ids), found))
                 else:
                     asked.send([list(o.outputs[0].token_ids) for o in outputs])
 
@@ -138,19 +141,23 @@ def expert_files(folder: Path, factors: t2.Factors, rank: int) -> None:
 
 
 def exact(
-    model: str, factors: t2.Factors, expert: t2.Expert | t2.LoraAdapter | None, dtype: torch.dtype = torch.float32
+    model: str,
+    factors: t2.Factors,
+    expert: t2.Expert | t2.LoraAdapter | None,
+    answer: list[int],
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """log p of each token of the first prompt but the first, with W + U diag(sigma (z - 1)) Vᵀ, or W + B A."""
+    """log p of each token of an answer to the first prompt, with W + U diag(sigma (z - 1)) Vᵀ, or W + B A."""
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    ids = torch.tensor([[*PROMPT, 400]])
+    ids = torch.tensor([[*PROMPT, 400, *answer]])
     with torch.no_grad():
         for name, (B, A) in (expert.pairs if isinstance(expert, t2.LoraAdapter) else {}).items():
             dense.get_submodule(name).weight += B @ A
         for name, z in (expert.z if isinstance(expert, t2.Expert) else {}).items():
             U, sigma, V = (t.float() for t in factors[name])
             dense.get_submodule(name).weight += (U * (sigma * (z - 1))) @ V.t()
-        logits = dense.to(dtype)(ids).logits[0, :-1].float().log_softmax(-1)
-    return logits.gather(1, ids[0, 1:, None])[:, 0]
+        logits = dense.to(dtype)(ids).logits[0, len(PROMPT) : -1].float().log_softmax(-1)
+    return logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
 @contextlib.contextmanager
@@ -201,12 +208,10 @@ def main() -> None:
                     expert = t2.LoraAdapter.load(Path(place) / f"lora-{rank}-0")
                 elif name != "no experts":
                     expert = t2.Expert.load(Path(place) / f"{rank}-0")
-                want = exact(args.model, factors, expert)
-                answered, own = (
-                    torch.tensor(one.ask(1, 1)),
-                    exact(args.model, factors, expert, getattr(torch, args.dtype)),
-                )
-                error, allowed = (((t - want).norm() / want.norm()).item() for t in (answered, own))
+                answer, answered = one.ask(1, CHECKED)
+                given = args.model, factors, expert, answer
+                want, own = exact(*given), exact(*given, getattr(torch, args.dtype))
+                error, allowed = (((t - want).norm() / want.norm()).item() for t in (torch.tensor(answered), own))
                 errors[name] = require(name, error, 2 * allowed + 1e-5)
             for n in args.streams:
                 for i in range(args.repeats + 1):

@@ -146,7 +146,8 @@ def run(
 
 def prepare(x: Tensor, V: Tensor, Us: list[Tensor], scale: Tensor, expert_ids: Tensor) -> InPlace | None:
     """What adds the change of a group to bases in place, for calls of these sizes; None: `run` is all there is."""
-    return _implementation(plan(x, V, Us, expert_ids, base=True)).prepare(V, Us, scale)
+    choice = plan(x, V, Us, expert_ids, base=True)
+    return None if choice.path == "dense" else _implementation(choice).prepare(V, Us, scale)
 
 
 def run_saving(

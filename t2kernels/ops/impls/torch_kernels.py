@@ -15,7 +15,7 @@ from t2kernels.ops.device import Device
 from t2kernels.ops.planner import Call, Choice, Path, dense_path
 from t2kernels.ops.precision import backward_precision, forward_precision
 
-from .implementation import Added, Expansion, Implementation, Operands
+from .implementation import Added, Expansion, Implementation, InPlace, Operands
 
 ScaleRows = Callable[..., Tensor]
 """A function with the arguments of `scale_rows`."""
@@ -60,6 +60,10 @@ class Torch(Implementation):
     def expand(self, choice: Choice, given: Expansion) -> list[Tensor]:
         """See `Implementation`."""
         return expand(*given)
+
+    def prepare(self, V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
+        """See `Implementation`."""
+        return prepare(V, Us, scale, self.row_scaling)
 
     def backward(
         self, dys: list[Tensor], given: Operands, need_dx: bool, need_dscale: bool, h: Tensor | None
@@ -163,6 +167,24 @@ def expand(
         for c, U, base, bias in zip(columns, Us, bases, biases, strict=True)
     ]
     return ys if len(lead) == 1 else [y.reshape(*lead, y.shape[-1]) for y in ys]
+
+
+def prepare(V: Tensor, Us: list[Tensor], scale: Tensor, row_scaling: ScaleRows = scale_rows) -> InPlace:
+    """`forward` in place for one group. New memory for y costs more than the products: 1.5 ms for two members of 1536
+    columns and 264 tokens in bf16, 0.3 ms in place (one thread of an AMD EPYC)."""
+
+    def run(x: Tensor, ids: Tensor, bases: list[Tensor], starts: Sequence[int] | None = None) -> bool:
+        how = forward_precision(x.dtype, V.dtype)
+        if how.y != 1 or not all(y.is_contiguous() and y.dtype == how.dtype for y in bases):
+            return False
+        g, rows = shrink(x, V, scale, ids, row_scaling), [y.view(-1, y.shape[-1]) for y in bases]
+        if starts is not None:
+            rows = [rows[0][:, s : s + U.shape[0]] for s, U in zip(starts, Us, strict=True)]
+        for y, c, U in zip(rows, _columns(Us), Us, strict=True):
+            y.addmm_(g[:, c], _floats(U, how.dtype).t())  # one rounding
+        return True
+
+    return run
 
 
 def materialised(

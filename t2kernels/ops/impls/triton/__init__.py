@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from t2kernels.ops.device import Device
-from t2kernels.ops.impls.implementation import Expansion, Implementation, Operands
+from t2kernels.ops.impls.implementation import Expansion, Implementation, InPlace, Operands
 from t2kernels.ops.impls.torch_kernels import ScaleRows, Torch
 from t2kernels.ops.planner import Call, Choice, Path, dense_path
 from t2kernels.ops.tuning.tables import read_table
@@ -44,6 +44,10 @@ class Triton(Torch):
         from .matmul import row_scaling
 
         return row_scaling
+
+    def prepare(self, V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
+        """See `Implementation`: the kernels write new tensors."""
+        return None
 
     def unsupported_device(self, device: torch.device) -> str | None:
         """See `Implementation`."""
