@@ -55,12 +55,13 @@ TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
 }
 
 
-# For bf16 alone torch has instructions of its own with AVX-512, twice as fast as widening; what it pays is fixed: 50 us
-# for a call of small products, 90 us for two members, 105 us for three. Above 4 tokens C++ is ahead up to this many
-# tokens times numbers in the factors, for the first member and for each further one: at T = 32 and rank 64 of a
-# 576-wide model it takes 0.46 of torch's time for q, k, v, 0.43 for o, 0.71 for gate and up, 0.65 for down. With two
-# threads for torch the first is even at 6 M; with one, at 9 M.
-BF16_WORK, AVX512_BF16 = (6e6, 4e6), ("avx512", torch.bfloat16, torch.bfloat16)
+# For bf16 alone torch has instructions of its own with AVX-512, twice as fast as widening; what it pays is fixed, 40 us
+# for a call of small products, 65 us for two members, 80 us for three. Above 4 tokens C++ is ahead up to this many
+# tokens times numbers in the factors, for the first member and for each further one. Both in place, one thread of an
+# AMD EPYC, C++ over torch for q, k, v / o / gate and up / down of a 576-wide model: rank 64 at 8 tokens 0.20 / 0.21 /
+# 0.38 / 0.27, at 32 tokens 0.54 / 0.48 / 1.02 / 0.69; even at 17 M, 9 M, 9 M and 8 M. With two threads torch's
+# products take half.
+BF16_WORK, AVX512_BF16 = (6e6, 3e6), ("avx512", torch.bfloat16, torch.bfloat16)
 
 
 class Cpp(Implementation):
