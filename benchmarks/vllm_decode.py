@@ -89,10 +89,14 @@ class Arm:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(checkout.resolve()), os.environ.get("PYTHONPATH", "")])
-        with Listener(where, "AF_UNIX") as listener:
-            command = [sys.executable, __file__, "--arm", where, *arguments]
-            self.process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-            self.connection: Connection = listener.accept()
+        self.listener = Listener(where, "AF_UNIX")
+        command = [sys.executable, __file__, "--arm", where, *arguments]
+        self.process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        self.connection: Connection | None = None
+
+    def wait(self) -> None:
+        """Until the engine has started."""
+        self.connection = self.listener.accept()
         self.connection.recv()
 
     def ask(self, streams: int, tokens: int) -> list:
@@ -112,7 +116,11 @@ class Arm:
 
     def close(self) -> None:
         every = [self.process, *self.process.children(recursive=True)]
-        self.connection.close()  # the engine then ends its processes
+        self.listener.close()
+        if self.connection is None:
+            self.process.kill()
+        else:
+            self.connection.close()  # the engine then ends its processes
         for process in psutil.wait_procs(every, 30)[1]:
             process.kill()
 
@@ -173,6 +181,8 @@ def engines(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Arm]]:
         for name, checkout, kind, rank in wanted:
             given = [args.model, str(args.factors), kind, str(rank), str(folder), args.dtype]
             found[name] = Arm(str(folder / secrets.token_hex(4)), checkout, *given)
+        for one in found.values():
+            one.wait()
         yield found
     finally:
         for one in found.values():

@@ -204,6 +204,9 @@ def test_a_spool_keeps_copies_of_adapters(files, tmp_path):
     assert (requests.load(other).pairs["a"].B == 3).all()
     assert spool.take(files[0], ()) != where
     assert len(list(spool.path.iterdir())) == 3
+    (tmp_path / "half").mkdir()
+    with pytest.raises(t2.MissingFileError, match="half holds no adapter_config"):
+        spool.take(tmp_path / "half", ())
     (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(t2.InputError, match=f"{re.escape(str(folder))} is an adapter of type 'IA3'"):
         spool.take(folder, ())

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Container
 from pathlib import Path
 
-from t2kernels import InputError
+from t2kernels import InputError, MissingFileError
 from t2kernels.experts.exchange.peft_files import CONFIG, WEIGHTS
 from t2kernels.experts.expert import ExpertError
 from t2kernels.integrations.vllm.requests import digest
@@ -30,13 +30,15 @@ class Spool:
         """Copy an expert's file, or the folder of a LoRA adapter. used: addresses whose copies must stay.
 
         Returns the address of the copy. Raises ExpertError if the file is not an expert, InputError if the folder is no
-        LoRA adapter, OSError if one cannot be read or written (disk full).
+        LoRA adapter, MissingFileError if it lacks a file, OSError if one cannot be read or written (disk full).
         """
         new = self.path / f".{uuid.uuid4().hex}"
         try:
             if file.is_dir():
                 new.mkdir()
                 for part in (CONFIG, WEIGHTS):
+                    if not (file / part).is_file():
+                        raise MissingFileError(f"{file} holds no {part}; wanted the folder of a LoRA adapter of PEFT")
                     shutil.copyfile(file / part, new / part)
             else:
                 shutil.copyfile(file, new)
