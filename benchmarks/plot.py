@@ -370,8 +370,19 @@ def of_cpp(rows: list[dict]) -> str:
     return markdown(["model", "form", "factors", "batch", "torch, tokens/s", "C++, tokens/s", "C++ over torch"], lines)
 
 
+def of_vllm_decode(rows: list[dict]) -> str:
+    """Tokens a CPU second of each arm, and in brackets the ratio to the arm without experts."""
+    streams = sorted({r["streams"] for r in rows})
+    cells: dict[str, dict[int, str]] = {}
+    for r in rows:
+        cells.setdefault(r["arm"], {})[r["streams"]] = f"{r['rate']:.0f} ({r['of_no_experts']:.2f})"
+    head = ["arm", *(f"{n} streams" for n in streams)]
+    return markdown(head, ([arm, *(found.get(n, "") for n in streams)] for arm, found in cells.items()))
+
+
 TABLES = {
     "cpp": of_cpp,
+    "vllm_decode": of_vllm_decode,
     "generation": of_generation,
     "real_decode": of_real_decode,
     "ops": of_ops,

@@ -1,6 +1,6 @@
 """How many tokens a CPU second does vLLM make with experts, beside the same vLLM without them?
 
-    python benchmarks/vllm_decode.py MODEL FACTORS --ranks 36 64 256 --streams 1 8
+    python benchmarks/vllm_decode.py MODEL FACTORS --ranks 16 64 256 --streams 8 32 --lora 16
     python benchmarks/vllm_decode.py MODEL FACTORS --before ../other-checkout
 
 MODEL: a checkpoint's directory; FACTORS: written by `t2 decompose MODEL`, with at least the largest rank. Runs in the
@@ -8,9 +8,11 @@ environment of the Makefile's test-vllm.
 
 Each arm is an engine in processes of its own, eager, on one thread; the first has no experts. They take turns with the
 same greedy requests, every request of a step with another expert. A number is the median of round-by-round ratios of
-CPU time, over all processes of an engine, to the first arm. `--before` adds the plugin of another checkout. Before
-anything is timed, the log-probabilities of a prompt are compared with those of the model in fp32, whose weights are
-the expert's. Rows are appended to benchmarks/results/vllm_decode.jsonl.
+CPU time, over all processes of an engine, to the first arm. `--before` adds the plugin of another checkout, `--lora`
+vLLM's own LoRA, without the plugin, with as many adapters of that rank on the same matrices. Before anything is timed,
+the log-probabilities of an answer are compared with those of the model in fp32, whose weights are the expert's or the
+adapter's; twice the error of that model in the engines' dtype is allowed. Rows are appended to
+benchmarks/results/vllm_decode.jsonl.
 """
 
 from __future__ import annotations
@@ -34,20 +36,27 @@ from transformers import AutoModelForCausalLM
 
 import t2kernels as t2
 
-EXPERTS = 6
+EXPERTS = 8
 PROMPT = list(range(300, 332))
 """The tokens of every request begin with these."""
+CHECKED = 12
+"""Tokens of an answer whose log-probabilities are compared."""
 
 
 # --- one arm, in a process of its own
 
 
-def arm(where: str, model: str, factors: str, rank: int | None, folder: str, dtype: str) -> None:
-    """Start an engine and answer requests of `main` until it hangs up. rank: None: without experts"""
+def arm(where: str, model: str, factors: str, kind: str, rank: int, folder: str, dtype: str) -> None:
+    """Start an engine and answer requests of `main` until it hangs up. kind: "none", "experts" or "lora" """
     from vllm import LLM, SamplingParams
 
     settings, experts = {}, [None]
-    if rank:
+    if kind == "lora":
+        from vllm.lora.request import LoRARequest
+
+        settings = {"enable_lora": True, "max_loras": EXPERTS, "max_lora_rank": rank}
+        experts = [LoRARequest(f"l{i}", i + 1, f"{folder}/lora-{rank}-{i}") for i in range(EXPERTS)]
+    if kind == "experts":
         from t2kernels.integrations.vllm import engine_args, expert
 
         settings = engine_args(factors=factors, rank=rank, rows=EXPERTS + 2)
@@ -61,12 +70,13 @@ def arm(where: str, model: str, factors: str, rank: int | None, folder: str, dty
                 streams, tokens = asked.recv()
                 prompts = [{"prompt_token_ids": [*PROMPT, 400 + i]} for i in range(streams)]
                 who = [experts[i % len(experts)] for i in range(streams)]
-                check = {"prompt_logprobs": 0} if tokens == 1 else {}
+                check = {"logprobs": 0} if streams == 1 and tokens == CHECKED else {}
                 sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **check)
                 outputs = llm.generate(prompts, sampling, lora_request=who, use_tqdm=False)
-                if tokens == 1:
-                    places = zip(outputs[0].prompt_logprobs[1:], outputs[0].prompt_token_ids[1:], strict=True)
-                    asked.send([place[token].logprob for place, token in places])
+                if check:
+                    (out,) = outputs[0].outputs
+                    found = [place[t].logprob for place, t in zip(out.logprobs, out.token_ids, strict=True)]
+                    asked.send((list(out.token_ids), found))
                 else:
                     asked.send([list(o.outputs[0].token_ids) for o in outputs])
 
@@ -79,10 +89,14 @@ class Arm:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(checkout.resolve()), os.environ.get("PYTHONPATH", "")])
-        with Listener(where, "AF_UNIX") as listener:
-            command = [sys.executable, __file__, "--arm", where, *arguments]
-            self.process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-            self.connection: Connection = listener.accept()
+        self.listener = Listener(where, "AF_UNIX")
+        command = [sys.executable, __file__, "--arm", where, *arguments]
+        self.process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        self.connection: Connection | None = None
+
+    def wait(self) -> None:
+        """Until the engine has started."""
+        self.connection = self.listener.accept()
         self.connection.recv()
 
     def ask(self, streams: int, tokens: int) -> list:
@@ -102,12 +116,27 @@ class Arm:
 
     def close(self) -> None:
         every = [self.process, *self.process.children(recursive=True)]
-        self.connection.close()  # the engine then ends its processes
+        self.listener.close()
+        if self.connection is None:
+            self.process.kill()
+        else:
+            self.connection.close()  # the engine then ends its processes
         for process in psutil.wait_procs(every, 30)[1]:
             process.kill()
 
 
 # --- what is compared
+
+
+def adapter_files(folder: Path, factors: t2.Factors, rank: int) -> None:
+    """LoRA adapters of every matrix, about as large as the experts."""
+    for i in range(EXPERTS):
+        pairs = {}
+        for name in factors:
+            M, N = factors.shape(name)
+            B, A = torch.randn(M, rank) / M**0.5, torch.randn(rank, N) / N**0.5
+            pairs[name] = 0.1 * float(factors.sigmas[name][0]) * B, A
+        t2.LoraAdapter(pairs).save(folder / f"lora-{rank}-{i}")
 
 
 def expert_files(folder: Path, factors: t2.Factors, rank: int) -> None:
@@ -119,30 +148,41 @@ def expert_files(folder: Path, factors: t2.Factors, rank: int) -> None:
         t2.Expert.trained_on(factors, z).save(folder / f"{rank}-{i}")
 
 
-def exact(model: str, factors: t2.Factors, expert: t2.Expert | None) -> torch.Tensor:
-    """log p of each token of the first prompt but the first, in fp32 with W + U diag(sigma (z - 1)) Vᵀ."""
+def exact(
+    model: str,
+    factors: t2.Factors,
+    expert: t2.Expert | t2.LoraAdapter | None,
+    answer: list[int],
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """log p of each token of an answer to the first prompt, with W + U diag(sigma (z - 1)) Vᵀ, or W + B A."""
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    ids = torch.tensor([[*PROMPT, 400]])
+    ids = torch.tensor([[*PROMPT, 400, *answer]])
     with torch.no_grad():
-        for name, z in (expert.z if expert else {}).items():
+        for name, (B, A) in (expert.pairs if isinstance(expert, t2.LoraAdapter) else {}).items():
+            dense.get_submodule(name).weight += B @ A
+        for name, z in (expert.z if isinstance(expert, t2.Expert) else {}).items():
             U, sigma, V = (t.float() for t in factors[name])
             dense.get_submodule(name).weight += (U * (sigma * (z - 1))) @ V.t()
-        logits = dense(ids).logits[0, :-1].log_softmax(-1)
-    return logits.gather(1, ids[0, 1:, None])[:, 0]
+        logits = dense.to(dtype)(ids).logits[0, len(PROMPT) : -1].float().log_softmax(-1)
+    return logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
 @contextlib.contextmanager
 def engines(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Arm]]:
     """An engine of every arm, by name."""
     here, found = Path(__file__).parent.parent, {}
-    wanted = [("no experts", here, None)]
+    wanted = [("no experts", here, "none", 0)]
     for r in args.ranks:
-        wanted += [(f"before, {r}", args.before, r)] if args.before else []
-        wanted.append((f"{r} components", here, r))
+        wanted += [(f"before, {r}", args.before, "experts", r)] if args.before else []
+        wanted.append((f"{r} components", here, "experts", r))
+    wanted += [(f"vLLM's LoRA, {r}", here, "lora", r) for r in args.lora]
     try:
-        for name, checkout, rank in wanted:
-            given = [args.model, str(args.factors), str(rank or 0), str(folder), args.dtype]
+        for name, checkout, kind, rank in wanted:
+            given = [args.model, str(args.factors), kind, str(rank), str(folder), args.dtype]
             found[name] = Arm(str(folder / secrets.token_hex(4)), checkout, *given)
+        for one in found.values():
+            one.wait()
         yield found
     finally:
         for one in found.values():
@@ -154,6 +194,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("factors", type=Path)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64])
+    parser.add_argument("--lora", type=int, nargs="*", default=[], help="ranks of vLLM's own LoRA")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--repeats", type=int, default=5)
@@ -167,15 +208,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for r in args.ranks:
             expert_files(Path(place), factors, r)
+        for r in args.lora:
+            adapter_files(Path(place), factors, r)
         with engines(args, Path(place)) as found:
-            allowed, errors = 0.0, {}
+            errors = {}
             for name, one in found.items():
-                rank = name.split()[0 if name.endswith("components") else -1]
-                expert = None if name == "no experts" else t2.Expert.load(Path(place) / f"{rank}-0")
-                want = exact(args.model, factors, expert)
-                error = ((torch.tensor(one.ask(1, 1)) - want).norm() / want.norm()).item()
-                allowed = allowed or 2 * error + 1e-5
-                errors[name] = require(name, error, allowed)
+                expert, rank = None, name.split()[0 if name.endswith("components") else -1]
+                if "LoRA" in name:
+                    expert = t2.LoraAdapter.load(Path(place) / f"lora-{rank}-0")
+                elif name != "no experts":
+                    expert = t2.Expert.load(Path(place) / f"{rank}-0")
+                answer, answered = one.ask(1, CHECKED)
+                given = args.model, factors, expert, answer
+                want, own = exact(*given), exact(*given, getattr(torch, args.dtype))
+                error, allowed = (((t - want).norm() / want.norm()).item() for t in (torch.tensor(answered), own))
+                errors[name] = require(name, error, 2 * allowed + 1e-5)
             for n in args.streams:
                 for i in range(args.repeats + 1):
                     for one in found.values():
@@ -195,7 +242,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "--arm" in sys.argv:
-        where, model, factors, rank, folder, dtype = sys.argv[2:]
-        arm(where, model, factors, int(rank) or None, folder, dtype)
+        where, model, factors, kind, rank, folder, dtype = sys.argv[2:]
+        arm(where, model, factors, kind, int(rank), folder, dtype)
     else:
         main()

@@ -63,16 +63,17 @@ class LoraColumns(nn.Module):
 
 
 def attach(layer: SVFLinear, columns: LoraColumns) -> None:
-    """Put columns beside a layer, in the place of older ones."""
+    """Put columns beside a layer, in the place of older ones. A layer without a dense layer computes by other means."""
     module = _module(layer)
-    if not hasattr(layer, "lora"):
+    if not hasattr(layer, "lora") and module is not None:
         module.register_forward_hook(lora_hook)
     layer.add_module("lora", columns)
 
 
 def detach(layer: SVFLinear) -> None:
     """Undo `attach`."""
-    remove_hook(_module(layer), lora_hook)
+    if (module := _module(layer)) is not None:
+        remove_hook(module, lora_hook)
     del layer.lora
 
 

@@ -73,7 +73,10 @@ def call(T, M=HIDDEN, N=HIDDEN, C=None, **more):
         (call(1, layout=(("cpp", "V lies badly"),)), CPP, "torch", "mm"),
         (call(5), CPP, "torch", "mm"),  # bf16 factors
         (Call(16, 576, (1536,) * 2, (36,) * 2, base=True), CPP, "cpp", "stream"),  # bf16 too, but a small call
-        (Call(17, 576, (1536,) * 2, (36,) * 2, base=True), CPP, "torch", "mm"),
+        (Call(32, 576, (1536,) * 2, (64,) * 2, base=True), CPP, "cpp", "stream"),
+        (Call(32, 576, (3072,), (128,), base=True), CPP, "torch", "mm"),  # for one member torch pays less
+        (Call(32, 576, (1536,) * 2, (128,) * 2, base=True), CPP, "torch", "mm"),
+        (Call(65, 576, (1536,) * 2, (8,) * 2, base=True), CPP, "torch", "mm"),
         (Call(5, 576, (1536,) * 2, (36,) * 2, base=True), CPP._replace(stream_tokens=((BF16, 4),)), "torch", "mm"),
         (call(9), CPP._replace(stream_tokens=((BF16, 9),)), "cpp", "stream"),
         (call(16, x=torch.float32, factors=torch.float32), CPP, "cpp", "stream"),

@@ -14,6 +14,14 @@ WITHOUT_CPP = Device(missing=(("cpp", "not wanted"),), unchecked=(("triton", "no
 NO_CPP = pytest.mark.skipif(cpp_kernels.CPP.unsupported_device(torch.device("cpu")) is not None, reason="not built")
 
 
+MACHINES = pytest.mark.parametrize("machine", [pytest.param("this", marks=NO_CPP), "without C++"])
+
+
+def on(machine, monkeypatch):
+    if machine != "this":
+        monkeypatch.setattr(dispatch, "device_of", lambda device: WITHOUT_CPP)
+
+
 def problem(lead, dtype, factors=None):
     factors = factors or dtype
     V = (torch.randn(sum(Cs), N) / N**0.5).to(factors).t()
@@ -30,12 +38,11 @@ def exact(V, Us, scale, x, ids, bases):
     ]
 
 
-@pytest.mark.parametrize("machine", ["this", "without C++"])
+@MACHINES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lead, ids", [((1, 1), ()), ((8, 1), (8,)), ((3, 4), (3,)), ((2, 9), (2, 9)), ((70,), ())])
 def test_as_exact_as_the_op(lead, ids, dtype, machine, monkeypatch):
-    if machine != "this":
-        monkeypatch.setattr(dispatch, "device_of", lambda device: WITHOUT_CPP)
+    on(machine, monkeypatch)
     V, Us, scale, x, bases = problem(lead, dtype)
     expert_ids = torch.randint(0, E, ids, dtype=torch.int32)
     want = exact(V, Us, scale, x, expert_ids, bases)
@@ -68,10 +75,9 @@ def test_a_token_has_the_same_bits_among_others_and_a_zero_row_those_of_base(dty
         assert not torch.equal(y, base)
 
 
-@pytest.mark.parametrize("machine", [pytest.param("this", marks=NO_CPP), "without C++"])
+@MACHINES
 def test_the_memory_of_the_bases_is_used_and_nothing_around_it(machine, monkeypatch):
-    if machine != "this":
-        monkeypatch.setattr(dispatch, "device_of", lambda device: WITHOUT_CPP)
+    on(machine, monkeypatch)
     V, Us, scale, x, bases = problem((2, 1), torch.float32)
     rooms = [torch.full((b.numel() + 64,), torch.nan) for b in bases]
     given = [room[32:-32].view(b.shape).copy_(b) for room, b in zip(rooms, bases, strict=True)]
@@ -104,10 +110,11 @@ def test_many_tokens_have_the_bits_of_the_op(dtype, factors, monkeypatch):
         assert all(torch.equal(y, w) for y, w in zip(Prepared(V, Us, scale).add(x, ids, list(wide)), want, strict=True))
 
 
-@NO_CPP
+@MACHINES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("T", [1, 5, 9])
-def test_outputs_that_lie_in_the_rows_of_one_tensor(T, dtype):
+@pytest.mark.parametrize("T", [1, 5, 9, 70])
+def test_outputs_that_lie_in_the_rows_of_one_tensor(T, dtype, machine, monkeypatch):
+    on(machine, monkeypatch)
     V, Us, scale, x, bases = problem((T,), dtype)
     ids, gap = torch.randint(0, E, (T,), dtype=torch.int32), 3
     with torch.inference_mode():

@@ -91,7 +91,9 @@ def test_bad_experts_are_refused_and_the_engine_goes_on(llm, world, tmp_path):
     refused(strange, VLLMValidationError, "trained with a different decomposition")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
-    refused(tmp_path / "lora", VLLMValidationError, "LoRA adapter")
+    refused(tmp_path / "lora", LoRAAdapterNotFoundError, "lora")  # without its weights
+    (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(b"")
+    refused(tmp_path / "lora", VLLMValidationError, "type None; only LORA")
     pairs = [(PROMPTS[0], 1), (PROMPTS[1], 0)]
     assert not wrong(ask(llm, world, pairs), world, pairs)
 

@@ -190,6 +190,33 @@ def test_errors_of_clients(client, server):
         client.completions.create(model="auto", prompt=[[1, 5, 9]], max_tokens=2)
 
 
+def test_a_lora_adapter_is_served_beside_experts(server, world, texts):
+    shapes, folder = t2.Factors.load(world.factors), server.folder / "style"
+    model, tokenizer = tiny.load()
+    pairs = {}
+    for name in shapes:
+        M, N = shapes.shape(name)
+        B, A = torch.randn(M, 4) * 0.3 * float(shapes.sigmas[name][0]) / M**0.5, torch.randn(4, N) / N**0.5
+        pairs[name] = B, A
+        with torch.no_grad():
+            model.get_submodule(name).weight += B @ A
+    t2.LoraAdapter(pairs).save(folder)
+    wanted = [tokenizer.decode(a, skip_special_tokens=True) for a in answers_of(model, tokenizer, PROMPTS)]
+    status, said, _ = server.post("/v1/load_lora_adapter", lora_name="style", lora_path=str(folder))
+    assert status == 200, said
+    assert [server.ask("style", p)[1] for p in PROMPTS] == wanted
+    assert [server.ask("math", p)[1] for p in PROMPTS] == [texts["math", p] for p in PROMPTS]
+    status, said, _ = server.post("/v1/completions", model="mix:math=0.5,style=0.5", prompt="a", max_tokens=1)
+    assert status == 400, said
+    assert "mixtures of experts only" in said
+    (folder / "adapter_model.safetensors").unlink()
+    status, said, _ = server.post("/v1/load_lora_adapter", lora_name="other", lora_path=str(folder))
+    assert status == 400, said
+    assert server.ask("style", PROMPTS[0])[1] == wanted[0]  # the server has a copy
+    assert server.post("/v1/unload_lora_adapter", lora_name="style")[0] == 200
+    assert server.ask("style", PROMPTS[0])[0] == 404
+
+
 def test_experts_come_and_go(server, world, texts):
     def load(name, path, **more):
         return server.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(path), **more)[:2]

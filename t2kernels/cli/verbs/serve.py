@@ -200,12 +200,14 @@ def _serve_vllm(
 ) -> None:
     if not vllm_is_installed():
         raise PackageError("--engine vllm: vllm is not installed here; install it, or use --engine transformers")
+    from t2kernels.experts.exchange.peft_files import CONFIG
     from t2kernels.integrations.vllm.server import launch as vllm
     from t2kernels.tiny import smollm2
 
     named = _shipped(model) if experts is None else {}
     if experts is not None:
         named |= {path.stem: path for path in sorted(experts.glob("*.safetensors"))}
+        named |= {path.parent.name: path.parent for path in sorted(experts.glob(f"*/{CONFIG}"))}
     if Path(model).suffix == GGUF or model == smollm2.NAME:
         raise InputError(f"--engine vllm: {model} is a GGUF file; give the directory of its original checkpoint")
     model = locate(model).source if model == models.TINY else model  # vLLM looks for any other model itself

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Adapters(Mapping[str, LoraAdapter]):
         self._count = rows
         self._held: dict[str, LoraAdapter] = {}
         self._weights: dict[int, dict[str, float]] = {}  # row -> {adapter: weight}
+        self.laid: Callable[[], None] | None = None  # called when columns were laid anew
 
     def __getitem__(self, name: str) -> LoraAdapter:
         return self._held[name]
@@ -119,3 +120,5 @@ class Adapters(Mapping[str, LoraAdapter]):
             like = {"device": layer.scale.device, "dtype": layer.dtype}
             A, B = torch.cat([p.A for p in pairs]).to(**like), torch.cat([p.B for p in pairs], 1).to(**like)
             attach(layer, LoraColumns(A, B.contiguous(), weight.to(layer.scale.device), layer.routing))
+        if self.laid is not None:
+            self.laid()

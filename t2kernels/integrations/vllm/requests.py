@@ -1,5 +1,7 @@
 """Experts as vLLM's LoRA requests, and the addresses in those requests by which a worker finds an expert's file.
 
+A LoRA adapter, the folder that PEFT saved, has an address as an expert's file has.
+
 An address is `{path}#{digest}`, or `mix:[[weight, address], ...]`. vLLM keys its prefix cache by a request's name and
 address. The digest is that of the expert's numbers, so a file that is replaced by another expert has another address,
 and never gets the keys and values of the expert that was there before.
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2kernels import InputError
+from t2kernels.experts.exchange.lora import LoraAdapter
+from t2kernels.experts.exchange.peft_files import CONFIG, WEIGHTS, is_adapter
 from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.experts.files import require_file
 from t2kernels.experts.names import MIX
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 Source = str | os.PathLike[str]
-"""An expert's file."""
+"""An expert's file, or the folder of a LoRA adapter."""
 Mixture = Mapping[str, float] | Mapping[Path, float]
 """{file: weight}."""
 
@@ -48,15 +52,15 @@ _addresses: dict[str, str] = {}  # name -> the first address that it was used fo
 
 
 def expert(name: str, source: Source | Mixture) -> LoRARequest:
-    """An SVF expert, as `lora_request=` of `LLM.generate` and `AsyncLLM.generate`.
+    """An SVF expert, or a LoRA adapter, as `lora_request=` of `LLM.generate` and `AsyncLLM.generate`.
 
-    name: how vLLM reports it; source: its file, or a mixture {file: weight}, z = 1 + Σ weight (z_k - 1), made into a
-        row on first use
+    name: how vLLM reports it; source: its file, the folder of a LoRA adapter that PEFT saved, or a mixture of experts
+        {file: weight}, z = 1 + Σ weight (z_k - 1), made into a row on first use
     The id is a hash of name and z, so it is the same on every machine, whatever the file's path and header. Files are
     read here once, so that a broken one never reaches the engine.
 
-    Raises ValueError (no name), ExpertError (no file, not an expert, weight not finite), ExpertMismatch (a mixture of
-    experts of different factors).
+    Raises ValueError (no name, a folder that is no LoRA adapter), ExpertError (no file, not an expert, weight not
+    finite), ExpertMismatch (a mixture of experts of different factors).
     """
     from vllm.lora.request import LoRARequest
 
@@ -87,8 +91,14 @@ def address(source: Source | Mixture) -> str:
             if not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise ExpertError(f"the weight of {path} in a mixture is {weight!r}; wanted a finite number")
         return mixture([(address(path), float(weight)) for path, weight in source.items()])
-    path = require_file(source).resolve()
+    path = place_of(source)
     return f"{path}#{digest(path)}"
+
+
+def place_of(source: Source) -> Path:
+    """The absolute path of an expert's file, or of the folder of an adapter. Raises ExpertError if there is neither."""
+    path = Path(source).expanduser()
+    return (path if is_adapter(path) else require_file(source)).resolve()
 
 
 def mixture(parts: Sequence[tuple[str, float]]) -> str:
@@ -97,7 +107,7 @@ def mixture(parts: Sequence[tuple[str, float]]) -> str:
 
 
 def digest(path: Path) -> str:
-    """16 hexadecimal digits of the digest of the expert in a file.
+    """16 hexadecimal digits of the digest of the expert in a file, or of the adapter in a folder.
 
     Raises ExpertError if there is none, or it cannot be read.
     """
@@ -110,19 +120,34 @@ def digest(path: Path) -> str:
         raise ExpertError(f"{path} cannot be read: {e}") from e
 
 
-def state_of(path: Path) -> tuple[int, int, int]:
-    """Inode, size and modification time [ns] of an expert's file, which change when the file does. Raises OSError."""
+def state_of(path: Path) -> tuple[int, ...]:
+    """Inode, size and modification time [ns] of an expert's file, which change when the file does; the same of both
+    files of an adapter, the newer one last. Raises OSError."""
+    if is_adapter(path):
+        a, b = sorted((os.stat(path / file) for file in (CONFIG, WEIGHTS)), key=lambda s: s.st_mtime_ns)
+        return a.st_ino, a.st_size, a.st_mtime_ns, b.st_ino, b.st_size, b.st_mtime_ns
     s = os.stat(path if path.exists() else path.with_name(path.name + ".safetensors"))
     return s.st_ino, s.st_size, s.st_mtime_ns
 
 
 @functools.lru_cache(4096)  # many prompts with one expert read its file once: 3 MB take 5 ms
 def _digest(path: Path, *state: int) -> str:
-    return _short(Expert.load(path))
+    return _short(_load(path))
 
 
-def _short(of: Expert) -> str:
-    return of.digest()[:16]
+def _load(path: Path) -> Expert | LoraAdapter:
+    return LoraAdapter.load(path) if is_adapter(path) else Expert.load(path)
+
+
+def _short(of: Expert | LoraAdapter) -> str:
+    if isinstance(of, Expert):
+        return of.digest()[:16]
+    whole = hashlib.sha256()
+    for name, pair in sorted(of.pairs.items()):
+        whole.update(f"{name} {[list(t.shape) for t in pair]}".encode())
+        for t in pair:
+            whole.update(t.contiguous().numpy().data)
+    return whole.hexdigest()[:16]
 
 
 def files(where: str) -> list[str]:
@@ -130,24 +155,27 @@ def files(where: str) -> list[str]:
     return [DIGEST.sub("", part) for part, _ in _parts(where)]
 
 
-def load(where: str) -> Expert:
-    """The expert at an address.
+def load(where: str) -> Expert | LoraAdapter:
+    """The expert, or the adapter, at an address.
 
-    Raises ExpertError for a file that is missing, not an expert, or replaced since its address was made.
+    Raises ExpertError for a file that is missing, not an expert, or replaced since its address was made, and for a
+    mixture with an adapter in it; InputError for a folder that is no LoRA adapter.
     """
     loaded = []
     for part, weight in _parts(where):
         wanted = DIGEST.search(part)
         path = Path(DIGEST.sub("", part))
-        if (path / "adapter_config.json").is_file():
-            raise ExpertError(
-                f"{path} is a LoRA adapter; an engine that serves SVF experts serves no LoRA adapters beside them"
-            )
-        found = Expert.load(path)
+        found = _load(path)
         if wanted and (now := _short(found)) != wanted[1]:
             raise ExpertError(
                 f"{path} was replaced since it was asked for (digest {now}, then {wanted[1]}); ask for it again"
             )
+        if isinstance(found, LoraAdapter):
+            if where.startswith(MIX):
+                raise ExpertError(
+                    f"{path} is a LoRA adapter, and vLLM gets mixtures of experts only; mix them with patch_model"
+                )
+            return found
         if stacks := [n for n in found.z if STACK in n]:
             more = ", ..." if len(stacks) > 1 else ""
             raise ExpertError(

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from enum import Enum
 from importlib import metadata
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
@@ -18,7 +19,7 @@ from t2kernels import tiny
 from t2kernels.experts.expert import ExpertError
 from t2kernels.factors.factor import svd
 from t2kernels.integrations.vllm import constants, engine_args, requests, support
-from t2kernels.integrations.vllm.engine.check import origin_of
+from t2kernels.integrations.vllm.engine.check import check_adapter, check_request, origin_of
 from t2kernels.integrations.vllm.engine.model_folder import is_factored, write_checkpoint
 from t2kernels.integrations.vllm.server.launch import check_experts, command
 from t2kernels.integrations.vllm.server.served import Refused, ServedExperts
@@ -134,6 +135,84 @@ def test_mixtures(expert, files):
             requests.load(text)
 
 
+def adapter_at(folder, value):
+    return t2.LoraAdapter({"a": (torch.full((3, 1), value), torch.ones(1, 2))}).save(folder)
+
+
+def test_a_folder_of_an_adapter_is_a_source(expert, files, tmp_path):
+    folder = adapter_at(tmp_path / "lora", 2.0)
+    first = expert("style", folder)
+    assert re.fullmatch(rf"{re.escape(str(folder))}#[0-9a-f]{{16}}", first.lora_path)
+    assert first == expert("style", folder)
+    assert requests.files(first.lora_path) == [str(folder)]
+    assert requests.load(first.lora_path).equals(t2.LoraAdapter.load(folder))
+    same = adapter_at(tmp_path / "copy", 2.0)
+    assert requests.digest(same) == requests.digest(folder)
+    adapter_at(folder, 3.0)  # the same sizes
+    second = expert("style", folder)
+    assert second.lora_path != first.lora_path
+    assert second.lora_int_id != first.lora_int_id
+    with pytest.raises(ExpertError, match="was replaced since"):
+        requests.load(first.lora_path)
+    with pytest.raises(ExpertError, match="mixtures of experts only"):
+        expert("both", {files[0]: 0.5, folder: 0.5})
+
+
+def test_an_adapter_is_checked_by_names_and_shapes():
+    shapes = {"a": (3, 2)}
+    check_adapter(t2.LoraAdapter({"a": (torch.ones(3, 1), torch.ones(1, 2))}), shapes)
+    with pytest.raises(ExpertError, match="b, which is no matrix of the factors"):
+        check_adapter(t2.LoraAdapter({"b": (torch.ones(3, 1), torch.ones(1, 2))}), shapes)
+    with pytest.raises(ExpertError, match=r"is \[2, 2\], the model has \[3, 2\]"):
+        check_adapter(t2.LoraAdapter({"a": (torch.ones(2, 1), torch.ones(1, 2))}), shapes)
+
+
+def test_an_adapter_needs_an_engine_that_compiles_nothing(monkeypatch, expert, files, tmp_path):
+    class CUDAGraphMode(Enum):
+        NONE, FULL = 0, 2
+
+    class Wrong(Exception):
+        def __init__(self, *args, **more):
+            super().__init__(*args)
+
+    exceptions, configs = ModuleType("vllm.exceptions"), ModuleType("vllm.config")
+    exceptions.LoRAAdapterNotFoundError = exceptions.VLLMValidationError = Wrong
+    configs.CUDAGraphMode = CUDAGraphMode
+    monkeypatch.setitem(sys.modules, exceptions.__name__, exceptions)
+    monkeypatch.setitem(sys.modules, configs.__name__, configs)
+    t2.Factors({"a": svd(torch.randn(3, 2))}).save(tmp_path / "factors")
+    folder = adapter_at(tmp_path / "lora", 2.0)
+
+    def check(mode, graphs):
+        how = SimpleNamespace(mode=mode, cudagraph_mode=graphs)
+        settings = {KEY: {"factors": str(tmp_path / "factors")}}
+        check_request(SimpleNamespace(additional_config=settings, compilation_config=how), expert("style", folder))
+
+    check(0, CUDAGraphMode.NONE)
+    for bad in ((3, CUDAGraphMode.NONE), (0, CUDAGraphMode.FULL)):
+        with pytest.raises(Wrong, match="enforce_eager=True"):
+            check(*bad)
+
+
+def test_a_spool_keeps_copies_of_adapters(files, tmp_path):
+    folder, spool = adapter_at(tmp_path / "lora", 2.0), Spool()
+    where = spool.take(folder, ())
+    assert spool.take(folder, ()) == where
+    adapter_at(folder, 3.0)
+    assert (requests.load(where).pairs["a"].B == 2).all()
+    other = spool.take(folder, ())
+    assert (requests.load(other).pairs["a"].B == 3).all()
+    assert spool.take(files[0], ()) != where
+    assert len(list(spool.path.iterdir())) == 3
+    (tmp_path / "half").mkdir()
+    with pytest.raises(t2.MissingFileError, match="half holds no adapter_config"):
+        spool.take(tmp_path / "half", ())
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(t2.InputError, match=f"{re.escape(str(folder))} is an adapter of type 'IA3'"):
+        spool.take(folder, ())
+    assert len(list(spool.path.iterdir())) == 3
+
+
 def test_files_that_are_none(expert, tmp_path):
     with pytest.raises(ExpertError, match="does not exist"):
         expert("x", tmp_path / "nothing")
@@ -142,7 +221,7 @@ def test_files_that_are_none(expert, tmp_path):
         expert("x", tmp_path / "pickle")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ExpertError, match="LoRA adapter"):
+    with pytest.raises(t2.MissingFileError, match=r"holds no adapter_model\.safetensors"):
         requests.load(str(tmp_path / "adapter"))
     with pytest.raises(ValueError, match="non-empty string"):
         expert("", tmp_path / "nothing")

@@ -17,6 +17,7 @@ from t2kernels.integrations.vllm.settings import Settings
 from t2kernels.layers.linear import SVFLinear
 from t2kernels.layers.routing.active import Routing
 
+from .adapter_path import follow
 from .check import origin_of
 from .lora_layers import ExpertPath, Member, adapt, check_weights, delta_member, members_of
 
@@ -74,8 +75,10 @@ def build_delta(
             f"{type(model).__name__}: {some}; decompose the checkpoint that is served, with targets that it has"
         )
     bank = ExpertBank(pairs, rows, origin_of(factors), routing, {n: ("delta", "vLLM") for _, (n,) in pairs})
-    for layer, members, made in found:
-        adapt(layer, ExpertPath(members, made, layer.output_partition_sizes, token_rows))
+    paths = [ExpertPath(members, made, layer.output_partition_sizes, token_rows) for layer, members, made in found]
+    for (layer, _, _), path in zip(found, paths, strict=True):
+        adapt(layer, path)
+    follow(bank, paths)
     logger.info("SVF experts at %d layers: %s", len(found), bank.describe())
     return bank
 

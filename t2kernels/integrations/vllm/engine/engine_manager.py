@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from t2kernels import InputError
-from t2kernels.experts.expert import Expert, ExpertError
+from t2kernels import InputError, T2Error
+from t2kernels.experts.exchange.lora import LoraAdapter
+from t2kernels.experts.expert import Expert
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm.constants import QUANTIZATION
 from t2kernels.integrations.vllm.requests import files, state_of
 from t2kernels.integrations.vllm.settings import Settings
 from t2kernels.integrations.vllm.support import check_hooks, refuse
 
+from .adapter_path import cut
 from .build import build_delta
 from .manager import ExpertManager, most_tokens
 
@@ -62,14 +64,15 @@ class EngineManager(ExpertManager):
         model.lora_manager = self
         return model
 
-    def read(self, name: str, where: str) -> Expert:
-        """The expert at an address.
+    def read(self, name: str, where: str) -> Expert | LoraAdapter:
+        """The expert, or this rank's part of the adapter, at an address.
 
         Raises ExpertError, or vLLM's LoRAAdapterNotFoundError (404) if a file is missing.
         """
         try:
-            return super().read(name, where)
-        except ExpertError:
+            found = super().read(name, where)
+            return cut(found, self.bank) if isinstance(found, LoraAdapter) else found
+        except T2Error:
             from vllm.exceptions import LoRAAdapterNotFoundError
 
             try:

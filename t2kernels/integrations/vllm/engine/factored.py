@@ -21,6 +21,7 @@ from t2kernels.integrations.vllm.constants import QUANTIZATION
 from t2kernels.layers.linear import SVFLinear
 from t2kernels.layers.routing.active import Routing
 
+from .adapter_path import follow
 from .check import origin_of
 from .lora_layers import SHARD_BYTES, ExpertPath, FactoredMember, Member, ShardedPath, members_of
 
@@ -139,4 +140,5 @@ def build_factored(model: nn.Module, rows: int, token_rows: Tensor) -> ExpertBan
     for layer, m in zip(found, made, strict=True):
         layer.svf = m.path(layer, token_rows)
         del layer.svf_made
+    follow(bank, [layer.svf for layer in found])
     return bank

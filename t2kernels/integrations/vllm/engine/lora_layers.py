@@ -30,6 +30,8 @@ from t2kernels.ops.dispatch import expand, shrink
 from t2kernels.ops.op import call, call_group
 from t2kernels.ops.prepared import Prepared
 
+from .adapter_path import AdapterPath
+
 SHARD_BYTES = 64 << 20
 """Factors of at least this size are sharded by layout="auto".
 
@@ -161,6 +163,10 @@ class ExpertPath(nn.Module):
         self.widths = [sum(sizes[p] for p in piece) for piece in pieces]
         self.places = [pieces.index(m.parts) for m in members]
         self.starts = [sum(self.widths[:i]) for i in self.places]
+        self.adapters: AdapterPath | None = None
+        for m, layer in zip(members, layers, strict=True):
+            layer.member = m
+        self._layers, self._laid = list(layers), [None] * len(layers)  # in a list: no children of this module
         self.step: Any | None = None  # the manager: `step.tokens` is the number of tokens of the running step
         self._op: Prepared = Prepared(Vt.t(), self.Us, scale)  # on a CPU factors and tables stay where they are
 
@@ -190,8 +196,11 @@ class ExpertPath(nn.Module):
             x = x.to(y.dtype)
         x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         rows = self.rows_of(x2)
-        if y.is_cpu and y.is_contiguous() and self._op.add_within(x2, rows, y, self.starts):
-            return y
+        if not (y.is_cpu and y.is_contiguous() and self._op.add_within(x2, rows, y, self.starts)):
+            y = self._added(y, x2, rows)
+        return y if self.adapters is None else self.adapters.add(y, x2, rows)
+
+    def _added(self, y: Tensor, x2: Tensor, rows: Tensor) -> Tensor:
         pieces = list(y.reshape(-1, y.shape[-1]).split(self.widths, -1))
         made = self._new(x2, rows, [pieces[i] for i in self.places], None)
         if len(pieces) == 1:
@@ -203,12 +212,31 @@ class ExpertPath(nn.Module):
     def make(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """((x V) * scale[rows]) Uᵀ + bias, [..., sum of sizes]."""
         lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        if self.count == 1:
-            y = self._new(x, self.rows_of(x), [], bias)[0]
-        else:
-            y = torch.cat(self._new(x, self.rows_of(x), [], None), -1)
-            y = y if bias is None else y.add_(bias)
+        rows = self.rows_of(x)
+        y = self._made(x, rows, bias)
+        y = y if self.adapters is None else self.adapters.add(y, x, rows)
         return y.reshape(*lead, y.shape[-1])
+
+    def lay_adapters(self) -> None:
+        """Take what the bank has laid at the layer's matrices: the adapters that it holds now."""
+        now = [getattr(layer, "lora", None) for layer in self._layers]
+        if all(a is b for a, b in zip(now, self._laid, strict=True)):
+            return
+        found = [
+            (layer, start)
+            for layer, start, lora in zip(self._layers, self.starts, now, strict=True)
+            if lora is not None
+        ]
+        layers, starts = zip(*found, strict=True) if found else ((), ())
+        self.adapters = AdapterPath(layers, starts, sum(self.widths)) if found else None
+        self._laid = now
+
+    def _made(self, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """`make` of the factors alone."""
+        if self.count == 1:
+            return self._new(x, rows, [], bias)[0]
+        y = torch.cat(self._new(x, rows, [], None), -1)
+        return y if bias is None else y.add_(bias)
 
     def _new(self, x: Tensor, rows: Tensor, bases: list[Tensor], bias: Tensor | None) -> list[Tensor]:
         """base + ((x V) * scale[rows]) Uᵀ of each member in new memory; bias: of a single member."""
@@ -243,12 +271,10 @@ class ShardedPath(ExpertPath):
         super().__init__(members, layers, sizes, token_rows)
         self.row_parallel, self.ranks = row_parallel, ranks
 
-    def make(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """((x V) * scale[rows]) Uᵀ + bias, [..., sum of sizes]."""
+    def _made(self, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
         from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_reduce_scatter
 
-        lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        g = shrink(x, self.Vt.t(), self.scale, self.rows_of(x))
+        g = shrink(x, self.Vt.t(), self.scale, rows)
         if self.row_parallel:
             g = tensor_model_parallel_reduce_scatter(g.contiguous(), -1)
         else:
@@ -257,8 +283,7 @@ class ShardedPath(ExpertPath):
             shares = g.split([U.shape[1] // self.ranks for U in self.Us], -1)
             g = torch.cat([s.reshape(x.shape[0], -1) for s in shares], -1)
         y = torch.cat(expand(g, self.Us, [None] * self.count, [None] * self.count, x.dtype, x.shape[:-1]), -1)
-        y = y if bias is None else y.add_(bias)
-        return y.reshape(*lead, y.shape[-1])
+        return y if bias is None else y.add_(bias)
 
 
 def adapt(layer: Any, path: ExpertPath) -> None:
@@ -266,9 +291,10 @@ def adapt(layer: Any, path: ExpertPath) -> None:
     base = layer.quant_method
     # A copy keeps the method's class and its other methods, which vLLM asks for.
     method = copy.copy(base)
+    of_base, add = base.apply, path.add  # not `layer.svf`: a module is slow to look up its children
 
     def apply(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return layer.svf.add(base.apply(layer, x, bias), x)
+        return add(of_base(layer, x, bias), x)
 
     method.apply = apply
     layer.svf = path

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from t2kernels import InputError, StateError
 from t2kernels.experts.bank import ExpertBank
+from t2kernels.experts.exchange.lora import LoraAdapter
 from t2kernels.experts.expert import Expert
 from t2kernels.integrations.vllm.requests import DIGEST, load
 
@@ -133,6 +134,7 @@ class ExpertManager:
             self._known.move_to_end(number)
             return True
         expert = self.read(request.lora_name, where)
+        self._let_go(number)
         self.bank.add(str(number), expert, self.max_error, replace=True)
         self._dummies.discard(number)
         self._known[number] = where
@@ -144,9 +146,15 @@ class ExpertManager:
             self.remove_adapter(old)
         return True
 
-    def read(self, name: str, where: str) -> Expert:
-        """The expert at an address. name: for messages. Raises ExpertError."""
+    def read(self, name: str, where: str) -> Expert | LoraAdapter:
+        """The expert, or this rank's part of the adapter, at an address. name: for messages. Raises ExpertError."""
         return load(where)
+
+    def _let_go(self, number: int) -> None:
+        """Release the rows of the last step if one of them has an adapter that is about to leave: it is over."""
+        if number in self._rows and str(number) in self.bank.adapters:
+            self.bank.unpin(self._held)
+            self._held, self._rows, self._stale = [], {0: 0}, True
 
     def remove_adapter(self, number: int) -> bool:
         """Drop an expert from host memory; False if it is not there.
@@ -156,6 +164,7 @@ class ExpertManager:
         if self._known.pop(number, None) is None:
             return False
         self._dummies.discard(number)
+        self._let_go(number)
         self.bank.remove(str(number))
         self._stale |= number in self._rows
         return True

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from t2kernels import InputError
+from t2kernels.experts.exchange.lora import LoraAdapter
+from t2kernels.experts.exchange.peft_files import is_adapter
 from t2kernels.experts.expert import Expert
 from t2kernels.experts.names import AUTO, BASE, MIX
 from t2kernels.factors.checkpoint import name_of
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm.api import engine_args
 from t2kernels.integrations.vllm.constants import FACTS, GROUP
-from t2kernels.integrations.vllm.engine.check import origin_of
+from t2kernels.integrations.vllm.engine.check import check_adapter, origin_of, shapes_of
 from t2kernels.integrations.vllm.engine.model_folder import is_factored
 from t2kernels.integrations.vllm.support import release
 
@@ -44,7 +46,8 @@ def serve(
 
     model: a checkpoint's directory, or an id on the hub; one that `t2 decompose --format vllm` wrote is served in
         factored form
-    experts: {name: file}; factors: directory that `t2 decompose` wrote for the model (delta form)
+    experts: {name: file, or the folder of a LoRA adapter of PEFT}
+    factors: directory that `t2 decompose` wrote for the model (delta form)
     api_key: which clients must send; None: none; rows: as in `engine_args`; options: further arguments of vLLM's own
         command line
     Raises, before the engine is started, UnsupportedVllm, or ValueError or ExpertError for what it could not serve.
@@ -81,9 +84,13 @@ def check_experts(model: str, experts: Mapping[str, Path], factors: str | Path |
         raise InputError(
             f"{model} is no factored checkpoint: pass factors=DIR, written by `t2 decompose {model} --out DIR`"
         )
-    origin = origin_of(Factors.load(place))
+    given = Factors.load(place)
+    origin = origin_of(given)
     for path in experts.values():
-        Expert.load(Path(path)).check(origin)
+        if is_adapter(path):
+            check_adapter(LoraAdapter.load(path), shapes_of(given))
+        else:
+            Expert.load(Path(path)).check(origin)
     return sorted({Path(p).expanduser().resolve().parent for p in experts.values()})
 
 

@@ -1,4 +1,4 @@
-"""`ServedExperts`: the experts of a running server by name. Expert files, mixtures on first use, and "auto".
+"""`ServedExperts`: the experts of a running server by name. Expert files, LoRA adapters, mixtures, and "auto".
 
 Each of them becomes an entry in vLLM's own list of adapters, so the server treats it as an adapter everywhere. An entry
 is never changed: replacing an expert makes a new entry with a new id, and running requests finish with the entry that
@@ -15,9 +15,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from t2kernels import InputError, MissingFileError
 from t2kernels.adapt.question import Question, asked_of
+from t2kernels.experts.exchange.peft_files import is_adapter
 from t2kernels.experts.expert import Expert, ExpertError
-from t2kernels.experts.files import require_file
 from t2kernels.experts.names import AUTO, MIX, parse_mixture, write_mixture
 from t2kernels.integrations.vllm import requests
 from t2kernels.integrations.vllm.engine.check import check_request
@@ -101,7 +102,7 @@ class ServedExperts:
         """The address of a copy of an expert's file. Raises Refused."""
         try:
             return self.spool.take(self._allowed(path), {r.lora_path for r in self.models.lora_requests.values()})
-        except ExpertError as e:
+        except (ExpertError, InputError, MissingFileError) as e:  # a folder without its weights is not a full disk
             raise Refused(HTTPStatus.BAD_REQUEST, str(e)) from None
         except OSError as e:
             raise Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"{path} could not be copied: {e}") from None
@@ -109,7 +110,7 @@ class ServedExperts:
     def _allowed(self, path: str) -> Path:
         """The file at a path that a client gave. Raises Refused if it does not exist or lies outside the roots."""
         try:
-            file = require_file(path).resolve()
+            file = requests.place_of(path)
         except ExpertError as e:
             raise Refused(HTTPStatus.NOT_FOUND, str(e)) from None
         if not any(file.is_relative_to(root) for root in self.roots):
@@ -212,7 +213,7 @@ class ServedExperts:
 
     def _manifest(self, name: str) -> dict:
         (file,) = requests.files(self.models.lora_requests[name].lora_path)
-        return Expert.load(Path(file)).manifest
+        return {} if is_adapter(file) else Expert.load(Path(file)).manifest
 
     async def log_likelihoods(self, asked: Any, labels: Sequence[str], judge: str | None) -> list[float]:
         """log p(label | asked) of each label by requests to the engine; 0 and -inf where one token decides, and only

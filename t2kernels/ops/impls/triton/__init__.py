@@ -46,7 +46,7 @@ class Triton(Torch):
         return row_scaling
 
     def prepare(self, V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
-        """See `Implementation`; a launch looks up what it needs."""
+        """See `Implementation`: the kernels write new tensors."""
         return None
 
     def unsupported_device(self, device: torch.device) -> str | None:
