@@ -53,7 +53,7 @@ def _colocated(context: EngineContext, options: dict[str, Any]) -> RolloutEngine
             'rollout_options={"model": DIRECTORY}'
         )
     factors, folder = options.pop("factors", None), None
-    widest = max(bank_of(model).expert_ranks.values())
+    widest = max(bank_of(model).matrices.values())
     if factors is None and not is_factored(place):
         folder = tempfile.TemporaryDirectory(prefix="t2kernels-factors-")
         factors = Path(folder.name) / "factors"
