@@ -102,10 +102,6 @@ class SVFConfig(TrainingArguments):
     temperature: float = field(
         default=1.0, metadata={"help": "Of the sampling and of the log-probabilities; 0 is greedy."}
     )
-    rollout: str = field(default="transformers", metadata={"help": "transformers, vllm, or vllm:URL,URL"})
-    rollout_options: dict[str, Any] | None = field(default=None, metadata={"help": "Arguments of the engine."})
-    max_staleness: int = field(default=0, metadata={"help": "Updates between drawing and training; 0: on-policy."})
-    importance_cap: float | None = field(default=2.0, metadata={"help": "The largest weight of a sampled token."})
     reward_range: list[float] | None = field(
         default_factory=lambda: [0.0, 1.0], metadata={"help": "Rewards are cut to [low, high]."}
     )
@@ -127,6 +123,11 @@ class SVFConfig(TrainingArguments):
 
     keep_best: bool = field(default=False, metadata={"help": "End with the expert of the best evaluation."})
     history: str | None = field(default=None, metadata={"help": "A JSONL file for every log."})
+
+    rollout: str = field(default="transformers", metadata={"help": "transformers, vllm, or vllm:URL,URL"})
+    rollout_options: dict[str, Any] | None = field(default=None, metadata={"help": "Arguments of the engine."})
+    max_staleness: int = field(default=0, metadata={"help": "Updates between drawing and training; 0: on-policy."})
+    importance_cap: float | None = field(default=2.0, metadata={"help": "The largest weight of a sampled token."})
 
     learning_rate: float = field(
         default=0.02, metadata={"help": "Of Adam; about the largest move of a raw z in one step."}

@@ -133,7 +133,7 @@ def _short(of: Expert) -> str:
 
 
 def files(where: str) -> list[str]:
-    """The paths of files in an address, without digests. Raises ExpertError for a mixture that `mixture` did not write."""
+    """The paths of files in an address, without digests. Raises ExpertError for a mixture that is not `mixture`'s."""
     return [DIGEST.sub("", part) for part, _ in _parts(where) if not part.startswith(memory.MEMORY)]
 
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from t2kernels import StateError
+from t2kernels import InputError, StateError
 from t2kernels.experts.expert import Expert
 from t2kernels.integrations.vllm import requests
+from t2kernels.integrations.vllm.engine.check import check_request
 from t2kernels.rollout.engines import Draw, RolloutEngine
 from t2kernels.rollout.generation import Rollout, Sampler
 
 from . import memory
-from .prompts import tokens_of, whole_names
+from .unpadded import tokens_of, whole_names
 
 
 class ColocatedEngine(RolloutEngine):
@@ -31,15 +32,29 @@ class ColocatedEngine(RolloutEngine):
 
     def publish(self, policy: str, expert: Expert) -> int:
         """As `RolloutEngine.publish`: each worker takes the row, and answers with the digest of what it has."""
-        data = memory.pack(expert, whole=whole_names(policy, self._seen))
+        whole = whole_names(policy, self._seen)
+        data = memory.pack(expert, whole)
         where, wanted = memory.address_of(policy, expert), expert.digest()
         memory.keep(where, expert)
+        request = requests.request(policy, where)
+        if whole:
+            self._check(request)
         answers = self.llm.collective_rpc("t2_take_row", args=(where, data))
         for rank, answer in enumerate(answers):
             if answer != wanted:
                 raise StateError(f"worker {rank} of the engine took {policy!r} with digest {answer}, not {wanted}")
-        self._requests[policy] = requests.request(policy, where)
+        self._requests[policy] = request
         return len(data) * len(answers)
+
+    def _check(self, request: Any) -> None:
+        """Raise InputError if the engine has other factors than the policy."""
+        from vllm.exceptions import VLLMValidationError
+
+        try:
+            check_request(self.llm.llm_engine.vllm_config, request)
+        except VLLMValidationError as e:
+            memory.drop(request.lora_path)
+            raise InputError(f"the engine cannot draw with the policy in training: {e}") from None
 
     def draw(self, ids: Tensor, mask: Tensor, policies: Sequence[str | None], how: Draw) -> Rollout:
         """As `RolloutEngine.draw`, in one batch of the engine."""

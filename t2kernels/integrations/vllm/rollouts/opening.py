@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from t2kernels import InputError
+from t2kernels import InputError, tiny
 from t2kernels.rollout.engines import EngineContext, RolloutEngine
 from t2kernels.rollout.patched import bank_of
 
@@ -52,6 +52,7 @@ def _colocated(context: EngineContext, options: dict[str, Any]) -> RolloutEngine
             'rollout="vllm" loads the checkpoint of the model, and this model has no name: pass '
             'rollout_options={"model": DIRECTORY}'
         )
+    place = tiny.path() if place == tiny.NAME else place
     factors, folder = options.pop("factors", None), None
     widest = max(bank_of(model).matrices.values())
     if factors is None and not is_factored(place):

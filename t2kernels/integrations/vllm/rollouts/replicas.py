@@ -21,7 +21,7 @@ from t2kernels.rollout.engines import Draw, RolloutEngine
 from t2kernels.rollout.generation import Rollout, Sampler
 
 from . import memory
-from .prompts import tokens_of, whole_names
+from .unpadded import tokens_of, whole_names
 
 TIMEOUT = 600.0
 """Seconds for one answer. A prompt may wait for all others."""
@@ -61,8 +61,8 @@ class ReplicaEngine(RolloutEngine):
             answer = self._ask(url, f"{UPLOAD}?lora_name={quote(policy)}", data, {"x-digest": wanted}, policy)
             if answer.get("digest") != wanted:
                 raise StateError(
-                    f"replica {url} took {policy!r} with digest {answer.get('digest')}, not {wanted}: its requests would "
-                    "be answered by another policy"
+                    f"replica {url} took {policy!r} with digest {answer.get('digest')}, not {wanted}: its requests "
+                    "would be answered by another policy"
                 )
             if answer.get("logprobs_mode") != PROCESSED and url not in self._raw:
                 self._raw.append(url)
