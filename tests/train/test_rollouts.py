@@ -160,7 +160,13 @@ def test_a_run_is_that_of_rollouts_of_the_model_itself(tmp_path, fakes):
 
 def test_stale_rollouts_are_of_the_version_that_drew_them(tmp_path, fakes):
     tr = make(
-        tmp_path, max_staleness=2, max_steps=6, per_device_train_batch_size=1, importance_cap=None, warmup_steps=0
+        tmp_path,
+        max_staleness=2,
+        max_steps=6,
+        per_device_train_batch_size=1,
+        importance_cap=None,
+        warmup_steps=0,
+        num_generations=3,
     )
     taken, take = [], tr.rollout
 
