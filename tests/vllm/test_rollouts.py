@@ -39,7 +39,8 @@ def patched(world):
 
 @pytest.fixture(scope="module")
 def colocated(world, patched):
-    more = {"logprobs_mode": "processed_logprobs", "worker_extension_cls": memory.WORKER}
+    more: dict = {"enable_chunked_prefill": False, "max_num_batched_tokens": 128}  # else it takes no seeds
+    more |= {"logprobs_mode": "processed_logprobs", "worker_extension_cls": memory.WORKER}
     with engine(world.model, **engine_args(factors=world.factors, rows=3, rank=RANK, **more)) as llm:
         yield ColocatedEngine(llm, patched[2])
 
@@ -163,7 +164,7 @@ def make(tmp_path, experts="a", **changes):
 
 @pytest.mark.parametrize("stale", [0, 1])
 def test_experts_train_with_an_engine_that_the_trainer_starts(tmp_path, world, stale):
-    options = {k: v for k, v in SMALL.items() if k not in ("dtype", "disable_log_stats")}
+    options = {k: v for k, v in SMALL.items() if k not in ("dtype", "max_num_batched_tokens")}
     tr = make(
         tmp_path, {"a": ROWS, "b": ROWS[:12]}, rollout="vllm", max_staleness=stale,
         rollout_options={**options, "factors": str(world.factors)},

@@ -11,6 +11,7 @@ from t2kernels import InputError, StateError
 from t2kernels.experts.expert import Expert
 from t2kernels.integrations.vllm import requests
 from t2kernels.integrations.vllm.engine.check import check_request
+from t2kernels.integrations.vllm.support import takes_seeds
 from t2kernels.rollout.engines import Draw, RolloutEngine
 from t2kernels.rollout.generation import Rollout, Sampler
 
@@ -61,12 +62,13 @@ class ColocatedEngine(RolloutEngine):
         from vllm import SamplingParams
 
         prompts, n = tokens_of(ids, mask), how.samples
+        seeded = takes_seeds(self.llm.llm_engine.vllm_config)
         greedy = how.temperature == 0  # vLLM draws one greedy sample; the others are the same
         settings = [
             SamplingParams(
                 n=1 if greedy else n, temperature=how.temperature, top_p=1.0, top_k=0, logprobs=0, detokenize=False,
                 max_tokens=self.sampler.max_new_tokens, ignore_eos=True, stop_token_ids=list(self.sampler.ends),
-                seed=None if greedy else how.seed + i * n,
+                seed=None if greedy or not seeded else how.seed + i * n,
             )
             for i in range(len(prompts))
         ]  # fmt: skip

@@ -50,6 +50,7 @@ class ReplicaEngine(RolloutEngine):
         self.timeout: float = timeout
         self._seen: set[str] = set()
         self._raw: list[str] = []  # replicas whose log-probabilities are those before the temperature
+        self._seeded: set[str] = set()  # replicas that take seeds
         self._base: dict[str, str] = {}  # url -> its name of the base model
         self._threads = ThreadPoolExecutor(EACH * len(self.urls), "replica")
 
@@ -66,6 +67,8 @@ class ReplicaEngine(RolloutEngine):
                 )
             if answer.get("logprobs_mode") != PROCESSED and url not in self._raw:
                 self._raw.append(url)
+            if answer.get("takes_seeds"):
+                self._seeded.add(url)
 
         self._all(send, self.urls)
         return len(data) * len(self.urls)
@@ -89,7 +92,7 @@ class ReplicaEngine(RolloutEngine):
                 "max_tokens": self.sampler.max_new_tokens, "temperature": how.temperature, "top_p": 1.0, "top_k": 0,
                 "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
                 "logprobs": 0, "return_token_ids": True, "ignore_eos": True, "skip_special_tokens": False,
-                "stop_token_ids": list(self.sampler.ends), "seed": None if greedy else how.seed + i * n,
+                "stop_token_ids": list(self.sampler.ends), "seed": None if greedy or url not in self._seeded else how.seed + i * n,
             }  # fmt: skip
             what = policies[i] or "the base model"
             answer = self._ask(url, "/v1/completions", json.dumps(body).encode(), {}, what)

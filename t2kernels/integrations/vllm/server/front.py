@@ -15,7 +15,7 @@ from typing import Any
 
 from t2kernels import InputError
 from t2kernels.experts.names import AUTO, MIX
-from t2kernels.integrations.vllm.support import asks_for_experts
+from t2kernels.integrations.vllm.support import asks_for_experts, takes_seeds
 
 from .served import Refused, ServedExperts
 from .uploads import Uploads
@@ -77,8 +77,9 @@ class FrontEnd:
                 digest = await app.state.t2_uploads.take(name, await request.body(), wanted)
             except Refused as e:
                 return JSONResponse(error(e.status, str(e)), e.status)
-            mode = app.state.t2_experts.config.model_config.logprobs_mode
-            return JSONResponse({"message": f"expert {name!r} is served", "digest": digest, "logprobs_mode": mode})
+            config = app.state.t2_experts.config
+            facts = {"logprobs_mode": config.model_config.logprobs_mode, "takes_seeds": takes_seeds(config)}
+            return JSONResponse({"message": f"expert {name!r} is served", "digest": digest, **facts})
 
         # FastAPI must find the class itself: this module's annotations are strings, and Request is a local name.
         for route in (load_route, unload_route, upload_route):
