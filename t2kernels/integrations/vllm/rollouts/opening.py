@@ -71,8 +71,6 @@ def _colocated(context: EngineContext, options: dict[str, Any]) -> RolloutEngine
     }
     if model.device.type == "cuda":
         settings["gpu_memory_utilization"] = SHARE
-    else:
-        settings["enable_chunked_prefill"] = False  # with it an engine on the CPU takes no seeds
     arguments = engine_args(factors=factors, **{**settings, **options})
 
     from vllm import LLM

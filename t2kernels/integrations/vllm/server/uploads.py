@@ -21,6 +21,7 @@ class Uploads:
 
     def __init__(self, served: ServedExperts) -> None:
         self.served: ServedExperts = served
+        self._lock = asyncio.Lock()
         self._there: dict[str, Expert] = {}  # address -> expert, of all that are in the workers
 
     async def take(self, name: str, data: bytes, wanted: str | None) -> str:
@@ -29,7 +30,6 @@ class Uploads:
         Each worker takes it and compares the digest, before the first request can ask for it. A name that is served
         gets the new one. Raises Refused, and then nothing has changed.
         """
-        await self.sweep()
         try:
             check_name(name, version=True)
             expert = await asyncio.to_thread(memory.unpack, data)
@@ -39,20 +39,26 @@ class Uploads:
         if wanted is not None and found != wanted:
             raise Refused(HTTPStatus.BAD_REQUEST, f"{name!r} arrived with digest {found}, not {wanted}; send it again")
         where = memory.address_of(name, expert)
-        if where not in self._there and len(self._there) >= MOST:
-            raise Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"{MOST} uploaded experts are in use; unload some first")
-        self._there[where] = expert
-        memory.keep(where, expert)
-        try:
-            await self.served.call("t2_take_row", where, data)
-            await self.served.serve(name, where)
-        except BaseException:
-            await self.sweep()
-            raise
+        async with self._lock:  # a sweep in between would take it for one that is not served any more
+            await self._sweep()
+            if where not in self._there and len(self._there) >= MOST:
+                raise Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"{MOST} uploaded experts are in use; unload some")
+            self._there[where] = expert
+            memory.keep(where, expert)
+            try:
+                await self.served.call("t2_take_row", where, data)
+                await self.served.serve(name, where)
+            except BaseException:
+                await self._sweep()
+                raise
         return found
 
     async def sweep(self) -> None:
         """Forget those that are not served any more, and that no request waits for or runs with."""
+        async with self._lock:
+            await self._sweep()
+
+    async def _sweep(self) -> None:
         used = self.served.used()
         for where in [w for w in self._there if not any(w in path for path in used)]:
             del self._there[where]
