@@ -4,6 +4,9 @@ import contextlib
 import signal
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 
 import pytest
 import torch
@@ -197,8 +200,19 @@ def two_servers(world, folder):
             servers.append(server)
             stack.callback(stop, server)
         for server in servers:
-            server.wait()
+            started(server)
         yield servers
+
+
+def started(server):
+    """Wait until a server answers; two of them load at a time."""
+    for _ in range(1000):
+        assert server.process.poll() is None, "the server has ended"
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{server.url}/health", timeout=2)
+            return
+        time.sleep(0.5)
+    raise TimeoutError
 
 
 def stop(server):
@@ -255,9 +269,6 @@ def test_two_servers_draw_and_a_killed_one_fails_the_step_by_name(world, patched
 
 
 def raw_post(server, name, data, digest):
-    import urllib.error
-    import urllib.request
-
     request = urllib.request.Request(
         f"{server.url}/v1/upload_lora_adapter?lora_name={name}", data,
         {"Authorization": "Bearer secret", "x-digest": digest},

@@ -87,12 +87,13 @@ class ReplicaEngine(RolloutEngine):
 
         def ask(i: int) -> list[dict[str, Any]]:
             url = self.urls[i % len(self.urls)]
+            seed = None if greedy or url not in self._seeded else how.seed + i * n
             body = {
                 "model": policies[i] or self._base_of(url), "prompt": prompts[i], "n": 1 if greedy else n,
                 "max_tokens": self.sampler.max_new_tokens, "temperature": how.temperature, "top_p": 1.0, "top_k": 0,
                 "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
                 "logprobs": 0, "return_token_ids": True, "ignore_eos": True, "skip_special_tokens": False,
-                "stop_token_ids": list(self.sampler.ends), "seed": None if greedy or url not in self._seeded else how.seed + i * n,
+                "stop_token_ids": list(self.sampler.ends), "seed": seed,
             }  # fmt: skip
             what = policies[i] or "the base model"
             answer = self._ask(url, "/v1/completions", json.dumps(body).encode(), {}, what)
