@@ -46,7 +46,8 @@ class Arm:
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         t2.patch_model(model, form="delta", factors=args.factors, rank=args.rank)
         options = {
-            "model": args.model, "factors": args.factors, "max_model_len": min(256, model.config.max_position_embeddings), "max_num_seqs": args.completions,
+            "model": args.model, "factors": args.factors, "max_num_seqs": args.completions,
+            "max_model_len": min(256, model.config.max_position_embeddings),
             "enforce_eager": True,
         }  # fmt: skip
         config = SVFConfig(
