@@ -51,6 +51,8 @@ class Rollout:
     advantages, weights: [B] fp32, or None before they are known
     experts: [B] the name of each row's expert, or empty
     old: [B, C] log-probabilities under the policy that drew the completions, or None
+    sampled: [B, C] fp32 log-probabilities that the sampler itself drew the tokens with, or None if it is the trainer's
+        own forward
     """
 
     ids: Tensor
@@ -60,6 +62,31 @@ class Rollout:
     weights: Tensor | None = None
     experts: Sequence[str | None] = ()
     old: Tensor | None = None
+    sampled: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        pad: int,
+        device: torch.device | str = "cpu",
+        sampled: Sequence[Sequence[float]] | None = None,
+    ) -> Rollout:
+        """A rollout of these tokens, padded. prompts, completions: [B] lists, a completion with its end token
+
+        sampled: log-probabilities of the tokens of each completion, or None
+        """
+        P, C = (max(map(len, part)) for part in (prompts, completions))
+        ids = torch.full((len(prompts), P + C), pad, dtype=torch.int64)
+        mask, known = torch.zeros_like(ids), torch.zeros(len(prompts), C)
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            there = slice(P - len(prompt), P + len(completion))
+            ids[i, there], mask[i, there] = torch.tensor([*prompt, *completion]), 1
+            if sampled is not None:
+                known[i, : len(completion)] = torch.tensor(sampled[i])
+        own = None if sampled is None else known.to(device)
+        return cls(ids.to(device), mask.to(device), mask[:, P:].bool().to(device), sampled=own)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -93,6 +120,7 @@ class Rollout:
             None if self.weights is None else self.weights[rows],
             [self.experts[i] for i in rows.tolist()] if self.experts else (),
             None if self.old is None else self.old[rows, :length],
+            None if self.sampled is None else self.sampled[rows, :length],
         )
 
 

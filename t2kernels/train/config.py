@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from t2kernels import InputError
 from t2kernels.rollout.checks import check_setting
+from t2kernels.rollout.engines import parse_spec
 
 from .arguments import UnsupportedSettingError, unsupported
 from .processes import unsupported_environment
@@ -34,6 +35,14 @@ class SVFConfig(TrainingArguments):
     Rollouts
     max_new_tokens: tokens of the longest completion; None: the task's, else 64
     num_generations: completions of each prompt (G)
+    rollout: the engine that draws: "transformers", the model in training; "vllm", an engine of its own on this machine;
+        "vllm:URL,URL", running servers. A step publishes the policy to it, as one row of numbers
+    rollout_options: for the engine (docs/howto/vllm-rollouts.md): "factors", "model", "rows", "timeout", and arguments
+        of vLLM's LLM
+    max_staleness: updates that a policy may be behind when its completions are trained on. k: those of the next k
+        updates are drawn while this one trains; 0: on-policy, one after the other
+    importance_cap: a token that another policy drew counts pi / mu, mu the sampler's own probability, but at most this
+        much; None: not cut. It applies where an engine tells its probabilities, as "vllm" does
     temperature: of the sampling *and* of every log-probability and KL, so that the gradient is that of the expected
         reward under the distribution that was sampled from. 0: greedy rollouts with log-probabilities at
         temperature 1, as in the release; that is not a policy gradient.
@@ -115,6 +124,11 @@ class SVFConfig(TrainingArguments):
     keep_best: bool = field(default=False, metadata={"help": "End with the expert of the best evaluation."})
     history: str | None = field(default=None, metadata={"help": "A JSONL file for every log."})
 
+    rollout: str = field(default="transformers", metadata={"help": "transformers, vllm, or vllm:URL,URL"})
+    rollout_options: dict[str, Any] | None = field(default=None, metadata={"help": "Arguments of the engine."})
+    max_staleness: int = field(default=0, metadata={"help": "Updates between drawing and training; 0: on-policy."})
+    importance_cap: float | None = field(default=2.0, metadata={"help": "The largest weight of a sampled token."})
+
     learning_rate: float = field(
         default=0.02, metadata={"help": "Of Adam; about the largest move of a raw z in one step."}
     )
@@ -184,6 +198,19 @@ class SVFConfig(TrainingArguments):
         if self.num_iterations > 1 and self.clip is None:
             raise InputError(
                 f"num_iterations={self.num_iterations} trains on completions of an older policy: set clip, such as 0.2"
+            )
+        check_setting(self.max_staleness >= 0, "max_staleness", self.max_staleness, "0 (on-policy) or more")
+        check_setting(
+            self.importance_cap is None or self.importance_cap >= 1,
+            "importance_cap",
+            self.importance_cap,
+            "at least 1, or None",
+        )
+        parse_spec(self.rollout)
+        if self.max_staleness and self.num_iterations > 1:
+            raise InputError(
+                f"max_staleness={self.max_staleness} with num_iterations={self.num_iterations}: both train on "
+                "completions of an older policy; choose one"
             )
         if self.reward_range is not None:
             self.reward_range = [float(v) for v in self.reward_range]

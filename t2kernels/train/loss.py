@@ -45,6 +45,17 @@ def row_weights(kind: str, lengths: Sequence[int], groups: Sequence[Hashable], l
     return [1 / by_kind[kind](length, group) for length, group in zip(lengths, groups, strict=True)]
 
 
+def importance_ratio(log_probs: Tensor, sampled: Tensor, mask: Tensor, cap: float | None = None) -> Tensor:
+    """min(pi(y_it) / mu(y_it), cap): what a token counts that another policy drew, mu the sampler's own probability.
+
+    log_probs: [B, C] log pi, of the policy in training; sampled: [B, C] log mu; mask: [B, C] bool
+    cap: truncated importance sampling, the rho of IMPALA (arXiv 1802.01561, section 4.1); None: not cut
+    Returns [B, C] without a gradient, 1 outside `mask`.
+    """
+    ratio = torch.where(mask, log_probs.detach() - sampled, 0).exp()
+    return ratio if cap is None else ratio.clamp(max=cap)
+
+
 def reinforce_loss(
     token_log_probs: Tensor,
     mask: Tensor,
@@ -54,6 +65,7 @@ def reinforce_loss(
     kl_coef: float = 0.0,
     old: Tensor | None = None,
     clip: float | None = None,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """Σ_i weights_i (-Σ_t a_it + kl_coef Σ_t KL_it)        (arXiv 2501.06252, section 3.1, equation 2)
 
@@ -64,6 +76,7 @@ def reinforce_loss(
     mask: [B, C] bool
     advantages: [B]; weights: [B], 1/B for a mean
     old: log-probabilities under the policy that the samples were drawn from; clip: more than 0, or None: no cut
+    importance: [B, C] factors of a_it, from `importance_ratio`, for tokens that another policy drew; None: 1
     Returns a scalar.
     """
     log_probs = torch.where(mask, token_log_probs, 0)
@@ -73,6 +86,8 @@ def reinforce_loss(
     else:
         ratio = (log_probs - torch.where(mask, old, 0)).exp()
         gain = ratio * A if clip is None else torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+    if importance is not None:
+        gain = importance * gain
     per_row = -torch.where(mask, gain, 0).sum(1)
     if kl is not None:
         per_row = per_row + kl_coef * torch.where(mask, kl, 0).sum(1)

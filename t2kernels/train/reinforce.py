@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,17 +17,18 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl
 from t2kernels import InputError, InputTypeError
 from t2kernels.rollout.chat import as_completion
 from t2kernels.rollout.generation import Rollout, Sampler
-from t2kernels.rollout.rewards import Scorer, advantages
+from t2kernels.rollout.rewards import Scorer
 
 from .arguments import UnsupportedSettingError, refused_method, unsupported, unsupported_argument
 from .config import SVFConfig
 from .data import Problems
-from .loss import reinforce_loss, row_weights
+from .loss import importance_ratio, reinforce_loss
 from .policy.answers import right_answers
-from .policy.choosing import ChoiceTrainer
 from .policy.options import Choices
+from .policy.rolling import RolloutTrainer
 from .policy.scores import TokenScorer
 from .processes import alone_by_mistake, gather, seed_by_rank
+from .steering.gap import Gap
 from .steering.measures import Measures, statistics
 from .steering.watch import Watch
 from .trainer_methods import check_trainer, unsupported_part
@@ -36,7 +36,7 @@ from .trainer_methods import check_trainer, unsupported_part
 logger: logging.Logger = logging.getLogger(__name__)
 
 
-class ReinforceTrainer(ChoiceTrainer):
+class ReinforceTrainer(RolloutTrainer):
     """Samples completions, scores them, and follows the gradient of the expected reward less a KL penalty:
 
         ∇ E[r] = E[A ∇ log pi(y | x)]
@@ -123,12 +123,14 @@ class ReinforceTrainer(ChoiceTrainer):
         self.option_scorer: TokenScorer = TokenScorer(args.logits_memory, 1.0, args.kl_direction, whole=sharded)
         speaks = self.is_world_process_zero() and not args.supervised  # a sure policy is what right answers ask for
         self.measures: Measures = Measures(Watch(speaks), len(self.scorers) > 1)
+        self.gap: Gap = Gap(args.importance_cap)
         self._kept: list[list[Rollout]] = []  # of the steps since the last rollout, for num_iterations
         self._micro: tuple[int, int] = (-1, 0)  # (step, batches of it so far)
 
     def _begin(self) -> None:
         """Called when model, optimiser and data of a run are ready, before its first step."""
         self._kept, self._micro = [], (-1, 0)
+        self.begin_drawing()
         seed_by_rank(self.args.seed, self.accelerator.process_index, self.accelerator.num_processes)
 
     # --- a step
@@ -149,6 +151,7 @@ class ReinforceTrainer(ChoiceTrainer):
                     loss = self.compute_loss(model, piece) / self.current_gradient_accumulation_steps
                 self.accelerator.backward(loss)
             total += loss.detach()
+        self.gap.end_of_batch(self.measures, self.stale)
         self.measures.end_of_batch()
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             clear_device_cache()
@@ -187,61 +190,6 @@ class ReinforceTrainer(ChoiceTrainer):
             row = rollout.ids.shape[1] * self.scorer.activation_bytes(model, rollout, self.routing)
         return max(1, min(args.loss_batch_size or len(rollout), int(memory / max(row, 1))))
 
-    @torch.no_grad()
-    def rollout(self, rows: Sequence[Mapping[str, Any]]) -> Rollout:
-        """Draw `num_generations` completions of each row's prompt and score them."""
-        args, samples = self.args, self.args.num_generations
-        prompts = [row["prompt"] for row in rows]
-        ids, mask = self.sampler.encode(prompts, args.device)
-        routing = self.routing([row.get("expert") for row in rows])
-        out = self.sampler.draw(
-            self.accelerator.unwrap_model(self.model), ids, mask, args.temperature, samples, **routing
-        )
-        rows = [row for row in rows for _ in range(samples)]
-        out.experts = [row.get("expert") for row in rows]
-        prompts = [row["prompt"] for row in rows]
-        lengths, tokens = out.completion.sum(1), out.completion_ids()
-        texts = self.sampler.read(tokens, prompts)
-        rewards = self.score(rows, texts, tokens)
-        cut = rewards if args.reward_range is None else rewards.clamp(*args.reward_range)
-        parts = gather(
-            list(zip(out.experts, rewards.tolist(), cut.tolist(), lengths.tolist(), strict=True)),
-            self.accelerator.num_processes,
-        )
-        everyone = [one for part in parts for one in part]
-        names = [name for name, *_ in everyone]
-        scored = [(name, reward, value) for name, reward, value, _ in everyone]
-        self.measures.watch.rewards([one for one in scored if not math.isnan(one[1])], args.reward_range)
-        start = sum(map(len, parts[: self.accelerator.process_index]))
-        out.advantages = self._advantages(cut, out.experts, scored, start).to(ids.device)
-        self._weigh(out, names, [length for *_, length in everyone], start)
-        there = (~rewards.isnan()).nonzero()[:, 0]  # NaN: no reward applies
-        self.measures.note([out.experts[i] for i in there.tolist()], reward=rewards[there], accuracy=rewards[there] > 0)
-        self.measures.note(out.experts, completion_length=lengths)
-        self.measures.answers(out.experts, prompts, texts, rewards > 0)
-        return out
-
-    def answers(self, rows: Sequence[Mapping[str, Any]]) -> Rollout:
-        """The right answers of the rows, in the place of completions."""
-        out = right_answers(self.sampler, rows, self.args.device)
-        lengths = out.completion.sum(1)
-        parts = gather(list(zip(out.experts, lengths.tolist(), strict=True)), self.accelerator.num_processes)
-        names, everyone = zip(*(one for part in parts for one in part), strict=True)
-        self._weigh(out, names, everyone, sum(map(len, parts[: self.accelerator.process_index])))
-        self.measures.note(out.experts, completion_length=lengths)
-        return out
-
-    def _weigh(self, out: Rollout, names: Sequence[str | None], lengths: Sequence[int], start: int) -> None:
-        """Set the weights of the rows, which begin at `start` among those of all processes.
-
-        A mean for each expert, not over the batch: its gradient must not depend on the other rows of the batch.
-        """
-        self._counts(names)
-        limit = self.sampler.max_new_tokens
-        weights = row_weights(self.args.loss_type, [max(1, length) for length in lengths], names, limit)
-        own = weights[start : start + len(out)]
-        out.weights = torch.tensor(own, dtype=torch.float32, device=out.ids.device) * self.accelerator.num_processes
-
     def compute_loss(
         self, model: nn.Module, inputs: Rollout | Choices, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
@@ -262,9 +210,15 @@ class ReinforceTrainer(ChoiceTrainer):
         self.measures.note(inputs.experts, entropy=scores.entropy.sum(1) / mask.sum(1).clamp(min=1))
         if args.num_iterations > 1 and inputs.old is None:
             inputs.old = scores.log_probs.detach()  # the first update is by the policy that drew
+        importance = None
+        if inputs.sampled is not None:
+            now = scores.log_probs if inputs.old is None else inputs.old
+            self.gap.add(now, inputs.sampled, mask)
+            importance = importance_ratio(now, inputs.sampled, mask, args.importance_cap)
         return reinforce_loss(
-            scores.log_probs, mask, inputs.advantages, inputs.weights, kl, args.kl_coef, inputs.old, args.clip
-        )
+            scores.log_probs, mask, inputs.advantages, inputs.weights, kl, args.kl_coef, inputs.old, args.clip,
+            importance,
+        )  # fmt: skip
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As Trainer's. "warmup_stable_decay" without arguments goes down to 5 % over the last 30 % of the steps."""
@@ -276,21 +230,6 @@ class ReinforceTrainer(ChoiceTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
         finally:
             self.args.lr_scheduler_kwargs = kwargs
-
-    def _advantages(
-        self,
-        cut: Tensor,
-        experts: Sequence[str | None],
-        everyone: Sequence[tuple[str | None, float, float]],
-        start: int,
-    ) -> Tensor:
-        """[B] of this process, whose rows begin at `start` in `everyone`, the (expert, reward, cut reward) of all."""
-        args = self.args
-        if args.advantage != "batch":
-            return advantages(cut, experts, args.num_generations, args.advantage, args.advantage_clip)
-        names, _, values = zip(*everyone, strict=True)
-        out = advantages(torch.tensor(values, dtype=torch.float32), names, 1, "batch", args.advantage_clip)
-        return out[start : start + len(cut)]
 
     # --- evaluation
 

@@ -215,6 +215,12 @@ class SVFTrainer(ReinforceTrainer):
         names = [e if e in self.bank else None for e in experts]
         return {"expert_ids": self.bank.ids(names[0] if len(set(names)) == 1 else names)}
 
+    def policy(self, name: str) -> Expert | None:
+        """The expert as it is now, or None for a name that is not in the bank. Factors are not named again in it."""
+        if name not in self.bank:
+            return None
+        return self.bank[name]
+
     def reference(self) -> contextlib.AbstractContextManager[object]:
         """The base model."""
         return self.bank.routing.hold(None)

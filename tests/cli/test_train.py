@@ -105,3 +105,27 @@ def test_a_log_without_kl_is_shown_without():
         "accuracy": "right 50%",
     }
     assert shown([]) == {}
+
+
+def test_an_engine_that_is_not_there_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("t2kernels.cli.models.load", lambda *a, **k: pytest.fail("it loaded the model"))
+    text = t2_("train", "--rollout", "vlm", "--out", tmp_path / "mine", code=1)
+    assert "there is no engine 'vlm'; there are" in " ".join(text.split())
+
+
+def test_the_options_of_an_engine_reach_the_trainer(tmp_path, monkeypatch):
+    seen = {}
+
+    def learn(loaded, task, name, **settings):
+        seen.update(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("t2kernels.cli.verbs.train.learn", learn)
+    factors = tmp_path / "factors"
+    t2.decompose(str(t2.tiny.path()), factors, rank=4)
+    t2_(
+        "train", *QUICK, "--rollout", "vllm", "--max-staleness", 2, "--factors", factors, "--out", tmp_path / "mine",
+        code=130,
+    )  # fmt: skip
+    assert (seen["rollout"], seen["max_staleness"]) == ("vllm", 2)
+    assert seen["rollout_options"] == {"factors": str(factors)}

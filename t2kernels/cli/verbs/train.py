@@ -17,6 +17,7 @@ from t2kernels.cli.learning import Stopped, learn
 from t2kernels.evaluation import Score, scores
 from t2kernels.experts.names import BASE, CLASSIFIER, check_name
 from t2kernels.rollout.chat import prompt_form
+from t2kernels.rollout.engines import parse_spec
 from t2kernels.tasks.base import bucket
 
 from .evaluate import show_accuracies
@@ -67,6 +68,12 @@ def train(
     ),
     loss_batch: int = typer.Option(32, min=1, help="Rows of one forward and backward; fewer take less memory."),
     temperature: float = typer.Option(1.0, help="Sampling temperature of the completions; 0 is greedy."),
+    rollout: str = typer.Option(
+        "transformers", help="Who draws completions: transformers, vllm (here), or vllm:URL,URL, running servers."
+    ),
+    max_staleness: int = typer.Option(
+        0, min=0, help="With vllm: draw so many steps ahead, while a step trains; 0: one after the other."
+    ),
     param: str = typer.Option("raw", help="'raw': z = 1 + p; 'sigmoid': as the authors (needs --form factored)."),
     seed: int = typer.Option(0, min=0, max=2**32 - 1, help="The same seed gives the same expert on the same machine."),
     max_new_tokens: int = typer.Option(
@@ -119,6 +126,7 @@ def train(
         raise InputError(f"--classes goes with --task classify, not with --task {task}")
     if plot is not None:
         curve.check(plot)
+    parse_spec(rollout)
     parts = {Path(name).stem: t2.tasks.load(name) for name in comma_list(classes or "")}
     chosen = None if parts else t2.tasks.load(task, check=check)
     check_name(into.stem if into else chosen.name if chosen else CLASSIFIER)  # before the model is loaded
@@ -146,6 +154,8 @@ def train(
     start, log = time.perf_counter(), history or into.parent / f"{into.stem}.history.jsonl"
     own = {"max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": lr, "kl_coef": kl}
     settings: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
+    if rollout == "vllm" and factors and Path(factors).is_dir():
+        settings["rollout_options"] = {"factors": factors}
     if report_to is not None:
         settings |= {"report_to": comma_list(report_to), "output_dir": str(into.parent / f"{into.stem}.runs")}
     if checkpoints is not None:
@@ -168,6 +178,8 @@ def train(
             written_coef=written,
             loss_batch_size=loss_batch,
             temperature=temperature,
+            rollout=rollout,
+            max_staleness=max_staleness,
             parametrisation=param,
             supervised=sft,
             seed=seed,

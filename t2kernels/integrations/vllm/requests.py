@@ -27,6 +27,8 @@ from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.experts.files import require_file
 from t2kernels.experts.names import MIX
 
+from .rollouts import memory
+
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
@@ -62,14 +64,19 @@ def expert(name: str, source: Source | Mixture) -> LoRARequest:
     Raises ValueError (no name, a folder that is no LoRA adapter), ExpertError (no file, not an expert, weight not
     finite), ExpertMismatch (a mixture of experts of different factors).
     """
-    from vllm.lora.request import LoRARequest
-
     if not isinstance(name, str) or not name:
         raise InputError(f"an expert's name is a non-empty string, not {name!r}")
     where = address(source)
     if where not in _read:
         load(where)
         _read.add(where)
+    return request(name, where)
+
+
+def request(name: str, where: str) -> LoRARequest:
+    """The request for the expert at an address that the engine can read. name: as in `expert`"""
+    from vllm.lora.request import LoRARequest
+
     # vLLM compares requests by name: it would take two experts under one name in one step for one.
     if _addresses.setdefault(name, where) != where:
         name = f"{name}@{hashlib.sha256(where.encode()).hexdigest()[:8]}"
@@ -151,8 +158,13 @@ def _short(of: Expert | LoraAdapter) -> str:
 
 
 def files(where: str) -> list[str]:
-    """The paths in an address, without digests. Raises ExpertError for a mixture that `mixture` did not write."""
-    return [DIGEST.sub("", part) for part, _ in _parts(where)]
+    """The paths of files in an address, without digests. Raises ExpertError for a mixture that is not `mixture`'s."""
+    return [DIGEST.sub("", part) for part, _ in _parts(where) if not part.startswith(memory.MEMORY)]
+
+
+def resident(where: str) -> bool:
+    """Whether this process holds what an address has in memory (`rollouts.memory`). Raises as `files`."""
+    return all(memory.is_kept(part) for part, _ in _parts(where) if part.startswith(memory.MEMORY))
 
 
 def load(where: str) -> Expert | LoraAdapter:
@@ -165,8 +177,9 @@ def load(where: str) -> Expert | LoraAdapter:
     for part, weight in _parts(where):
         wanted = DIGEST.search(part)
         path = Path(DIGEST.sub("", part))
-        found = _load(path)
-        if wanted and (now := _short(found)) != wanted[1]:
+        held = part.startswith(memory.MEMORY)
+        found = memory.find(part) if held else _load(path)
+        if wanted and not held and (now := _short(found)) != wanted[1]:
             raise ExpertError(
                 f"{path} was replaced since it was asked for (digest {now}, then {wanted[1]}); ask for it again"
             )

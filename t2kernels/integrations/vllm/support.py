@@ -173,6 +173,14 @@ def refuse(config: Any) -> None:
         raise UnsupportedVllm(f"SVF experts do not work with {'; '.join(on)}. Turn it off for this engine")
 
 
+def takes_seeds(config: Any) -> bool:
+    """False if a request with a seed would end an engine with this `VllmConfig`.
+
+    vLLM 0.32 sets a generator back after each part of a prompt but the last, and one of the CPU cannot be set back.
+    """
+    return config.device_config.device_type != "cpu" or not config.scheduler_config.enable_chunked_prefill
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)

@@ -151,10 +151,11 @@ def pieces(
             length[at, :k] = 1 / normalised(torch.ones(k), texts[i], norms[i])
         single = all(len(option) == 1 for i in part for option in rows[i][1])
         if single:
-            drawn = _rollout([(rows[i][0], rows[i][1][0]) for i in part], pad, device)
+            drawn = Rollout.of([rows[i][0] for i in part], [rows[i][1][0] for i in part], pad, device)
             tokens = torch.tensor([[*(o[0] for o in rows[i][1]), *[pad] * (K - len(rows[i][1]))] for i in part])
         else:
-            drawn, tokens = _rollout([(rows[i][0], option) for i in part for option in rows[i][1]], pad, device), None
+            pairs = [(rows[i][0], option) for i in part for option in rows[i][1]]
+            drawn, tokens = Rollout.of(*zip(*pairs, strict=True), pad, device), None
         own = [experts[i] for i in part]
         drawn.experts = own if single else [experts[i] for i in part for _ in rows[i][1]]
         yield Choices(
@@ -168,13 +169,3 @@ def pieces(
             [prompts[i] for i in part],
             [texts[i] for i in part],
         )
-
-
-def _rollout(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, device: torch.device) -> Rollout:
-    P, C = (max(map(len, part)) for part in zip(*rows, strict=True))
-    ids = torch.full((len(rows), P + C), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, (prompt, option) in enumerate(rows):
-        ids[i, P - len(prompt) : P + len(option)] = torch.tensor([*prompt, *option])
-        mask[i, P - len(prompt) : P + len(option)] = 1
-    return Rollout(ids.to(device), mask.to(device), mask[:, P:].bool().to(device))

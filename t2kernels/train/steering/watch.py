@@ -19,6 +19,10 @@ SURE = 0.05
 """Share of the first batches' entropy below which the policy has stopped trying other answers."""
 FAR = 4.0
 """Nats of KL a completion that are no cause for concern, however fast it grew."""
+GAP = 0.1
+"""Mean |log pi - log mu| of a token, from which sampler and trainer do not run one policy."""
+CUT = 0.1
+"""Share of cut importance ratios from which the gradient is far from that of the samples."""
 ADVICE = (
     "lower learning_rate, raise kl_coef, or compare completions of one prompt (num_generations=4, "
     'advantage="leave_one_out"); keep_best=True with an eval_dataset keeps the best expert so far'
@@ -113,6 +117,25 @@ class Watch:
                 )  # fmt: skip
             if len(past) < PATIENCE:
                 past.append(entropy)
+
+    def sampler(self, gap: float, largest: float, cut: float, stale: int) -> None:
+        """Warn if the engine that draws runs another policy than the trainer, or one that is too old.
+
+        gap: mean |log pi - log mu| of a token; largest: pi / mu; cut: share of ratios above the cap; stale: updates
+            between the policy that drew and the one in training
+        """
+        if self._again(None, "gap", not stale and gap > GAP, 2):
+            logger.warning(
+                "the sampler and the trainer give a token log-probabilities that are %.2f nats apart on average "
+                "(largest ratio %.3g): they do not run one policy; compare their weights, factors, rank and dtype",
+                gap, largest,
+            )  # fmt: skip
+        if self._again(None, "cut", cut > CUT):
+            logger.warning(
+                "%.0f %% of the tokens count less than they should, since they are much likelier now than when they "
+                "were drawn, %d updates ago: lower max_staleness or learning_rate, or raise importance_cap",
+                100 * cut, stale,
+            )  # fmt: skip
 
     def _again(self, expert: Hashable, sign: str, seen: bool, patience: int = PATIENCE) -> bool:
         """Whether a sign was seen `patience` times in a row now, for the first time."""

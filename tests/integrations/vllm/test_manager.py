@@ -254,3 +254,13 @@ def test_steps_of_many_requests(patched, files, tokens):
         run(manager, files, *runs)
         right(manager, files, *runs)
     empty(manager)
+
+
+def test_an_address_is_forgotten_under_all_of_its_ids(manager, files):
+    for number in (1, 2):
+        manager.add_adapter(request(number, files[1]))
+    manager.add_adapter(request(3, files[3]))
+    manager.forget(str(files[1]))
+    assert manager.list_adapters() == {3}
+    manager.forget("mem:nobody#0123456789abcdef")
+    assert manager.list_adapters() == {3}

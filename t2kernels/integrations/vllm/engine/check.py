@@ -16,7 +16,7 @@ from t2kernels.experts.expert import ExpertError
 from t2kernels.experts.origin import Origin
 from t2kernels.factors.store import Factors
 from t2kernels.integrations.vllm.constants import FACTS
-from t2kernels.integrations.vllm.requests import STACK, files, load, state_of
+from t2kernels.integrations.vllm.requests import STACK, files, load, resident, state_of
 from t2kernels.integrations.vllm.settings import Settings
 
 
@@ -41,6 +41,8 @@ def check_request(config: Any, request: Any) -> None:
     settings = Settings.of(config) or Settings()
     place = settings.factors or str(Path(config.model_config.model) / FACTS)
     try:
+        if not resident(request.lora_path):
+            raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
         states = tuple((f, state_of(Path(f))) for f in files(request.lora_path))
         if _check(request.lora_path, states, place, settings.rank, settings.max_error) and not _eager(config):
             raise ExpertError(

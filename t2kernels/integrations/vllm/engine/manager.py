@@ -169,6 +169,11 @@ class ExpertManager:
         self._stale |= number in self._rows
         return True
 
+    def forget(self, where: str) -> None:
+        """Drop the expert at an address from host memory, under all of its ids."""
+        for number in [i for i, known in self._known.items() if known == where]:
+            self.remove_adapter(number)
+
     def remove_all_adapters(self) -> None:
         """Remove the warm-up's experts only.
 

@@ -1,6 +1,7 @@
 """HTTP: the endpoint plugin `FrontEnd` of vLLM's server. vLLM loads it if VLLM_PLUGINS names it.
 
-It answers `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` in vLLM's place, and replaces the models "auto" and
+It answers `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` in vLLM's place, takes experts as bytes at
+`/v1/upload_lora_adapter?lora_name=NAME` (header x-digest), and replaces the models "auto" and
 "mix:..." of a request by the name of a served expert, before vLLM sees it. `served.ServedExperts` does the work.
 """
 
@@ -14,9 +15,10 @@ from typing import Any
 
 from t2kernels import InputError
 from t2kernels.experts.names import AUTO, MIX
-from t2kernels.integrations.vllm.support import asks_for_experts
+from t2kernels.integrations.vllm.support import asks_for_experts, takes_seeds
 
 from .served import Refused, ServedExperts
+from .uploads import Uploads
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
 """The requests whose model may be "auto" or a mixture."""
@@ -37,7 +39,7 @@ class FrontEnd:
     required_tasks: tuple[str, ...] = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        """Add the two routes and the middleware `Models` to a FastAPI app, before the server starts."""
+        """Add the three routes and the middleware `Models` to a FastAPI app, before the server starts."""
         from fastapi import Request
         from fastapi.responses import JSONResponse
 
@@ -60,6 +62,7 @@ class FrontEnd:
 
         async def unload(served: ServedExperts, body: dict[str, Any]) -> str:
             await served.unload(str(body["lora_name"]))
+            await app.state.t2_uploads.sweep()
             return f"expert {body['lora_name']!r} is not served any more"
 
         async def load_route(request: Request):
@@ -68,11 +71,22 @@ class FrontEnd:
         async def unload_route(request: Request):
             return await answer(request, unload)
 
+        async def upload_route(request: Request):
+            try:
+                name, wanted = request.query_params.get("lora_name", ""), request.headers.get("x-digest")
+                digest = await app.state.t2_uploads.take(name, await request.body(), wanted)
+            except Refused as e:
+                return JSONResponse(error(e.status, str(e)), e.status)
+            config = app.state.t2_experts.config
+            facts = {"logprobs_mode": config.model_config.logprobs_mode, "takes_seeds": takes_seeds(config)}
+            return JSONResponse({"message": f"expert {name!r} is served", "digest": digest, **facts})
+
         # FastAPI must find the class itself: this module's annotations are strings, and Request is a local name.
-        for route in (load_route, unload_route):
+        for route in (load_route, unload_route, upload_route):
             route.__annotations__["request"] = Request
         app.post("/v1/load_lora_adapter")(load_route)
         app.post("/v1/unload_lora_adapter")(unload_route)
+        app.post("/v1/upload_lora_adapter")(upload_route)
         app.add_middleware(Models)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
@@ -94,6 +108,7 @@ class FrontEnd:
         state.t2_experts = ServedExperts(
             engine_client, state.openai_serving_models, config, modules if given is None else given, built_in
         )
+        state.t2_uploads = Uploads(state.t2_experts)
         for name, path in getattr(args, "t2kernels_experts", {}).items():
             try:
                 await state.t2_experts.load(name, path)

@@ -24,6 +24,7 @@ from t2kernels.integrations.vllm.api import engine_args
 from t2kernels.integrations.vllm.constants import FACTS, GROUP
 from t2kernels.integrations.vllm.engine.check import check_adapter, origin_of, shapes_of
 from t2kernels.integrations.vllm.engine.model_folder import is_factored
+from t2kernels.integrations.vllm.rollouts.memory import WORKER
 from t2kernels.integrations.vllm.support import release
 
 
@@ -108,6 +109,7 @@ def command(
     out = ["--model", str(model), "--served-model-name", name_of(model)[0], BASE, "--host", host, "--port", str(port)]
     out += ["--enable-lora", "--max-loras", str(engine["max_loras"]), "--max-cpu-loras", str(engine["max_cpu_loras"])]
     out += ["--additional-config", json.dumps(engine["additional_config"])]
+    out += ["--worker-extension-cls", WORKER]
     out += ["--shutdown-timeout", "30"]  # seconds for running requests to finish
     if api_key:
         out += ["--api-key", api_key]

@@ -22,6 +22,7 @@ from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.experts.names import AUTO, MIX, parse_mixture, write_mixture
 from t2kernels.integrations.vllm import requests
 from t2kernels.integrations.vllm.engine.check import check_request
+from t2kernels.integrations.vllm.rollouts.memory import MEMORY
 from t2kernels.rollout.chat import encode, has_template, user_message
 from t2kernels.rollout.labels import encode_labels, split_labels
 
@@ -90,6 +91,22 @@ class ServedExperts:
                     HTTPStatus.BAD_REQUEST, f"expert {name!r} is being served already; pass load_inplace to replace it"
                 )
             await self._serve(name, await asyncio.to_thread(self._address, path))
+
+    async def serve(self, name: str, where: str) -> None:
+        """Serve the expert at an address that the engine can read, also under a name that is in use. Raises Refused."""
+        if name == AUTO or self.models.is_base_model(name):
+            raise Refused(HTTPStatus.BAD_REQUEST, f"an expert cannot be called {name!r}: the name is reserved")
+        async with self._lock:
+            await self._serve(name, where)
+
+    async def call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker. Raises Refused if the engine has died."""
+        return await self._answered(self.engine.collective_rpc(method, args=args))
+
+    def used(self) -> set[str]:
+        """The addresses that are served, and those of requests that wait or run."""
+        asked = (state.lora_request for state in list(self.engine.output_processor.request_states.values()))
+        return {r.lora_path for r in (*self.models.lora_requests.values(), *asked) if r is not None}
 
     async def unload(self, name: str) -> None:
         """Stop serving an expert; running requests finish with it. Raises Refused."""
@@ -205,7 +222,11 @@ class ServedExperts:
 
     def question(self) -> tuple[str | None, Question]:
         """(who is asked, None: the base model; the question). Raises Refused if there is nothing to choose from."""
-        manifests = {n: self._manifest(n) for n in self.models.lora_requests if n not in self._mixtures}
+        manifests = {
+            name: self._manifest(name)
+            for name, request in self.models.lora_requests.items()
+            if name not in self._mixtures and not request.lora_path.startswith(MEMORY)
+        }
         try:
             return asked_of(manifests, self.engine.get_tokenizer(), self.tiny)
         except ValueError as e:
