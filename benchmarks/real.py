@@ -60,8 +60,9 @@ def load(name: str, tokenizer: Any) -> Task:
 
 
 def run(
-    file: str, arm: str, seed: int, steps: int, batch: int, rate: float, count: int, name: str, folder: Path | None
-) -> dict:
+    file: str, arm: str, seed: int, steps: int, batch: int, rate: float, count: int, name: str, folder: Path | None,
+    loss: str,
+) -> dict:  # fmt: skip
     """One run: a fresh model, judged, trained and judged again. Returns what was measured.
 
     folder: where its expert is saved, as TASK-SEED.safetensors; None: nowhere. LoRA is not saved.
@@ -75,6 +76,7 @@ def run(
         max_steps=steps,
         per_device_train_batch_size=batch,
         learning_rate=rate,
+        policy_loss=loss,
         use_cpu=True,
         report_to="none",
         logging_steps=1,
@@ -96,6 +98,7 @@ def run(
         "steps": steps,
         "batch": batch,
         "learning_rate": rate,
+        "loss": loss,
         "N": len(test),
         "base_accuracy": round(before["eval_accuracy"], 4),
         "accuracy": round(after["eval_accuracy"], 4),
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, help="of every arm; by default each arm's own")
+    parser.add_argument("--loss", default=SVFConfig.policy_loss, choices=["expected", "log"], help="policy_loss")
     parser.add_argument("--n", type=int, default=400, help="at most so many test rows")
     parser.add_argument("--save", type=Path, metavar="DIR", help="where to put the experts, for real_adapt.py")
     parser.add_argument("--out", type=Path, default=RESULTS / "real.jsonl")
@@ -130,7 +134,7 @@ def main() -> None:
             for seed in arguments.seeds:
                 rate = arguments.lr or RATES[arm]
                 sizes = arguments.steps, arguments.batch, rate, arguments.n
-                row = run(file, arm, seed, *sizes, arguments.model, arguments.save)
+                row = run(file, arm, seed, *sizes, arguments.model, arguments.save, arguments.loss)
                 append(arguments.out, row | facts)
                 rows.append(row)
     for row in rows:

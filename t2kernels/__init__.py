@@ -76,6 +76,18 @@ class PackageError(T2Error, ModuleNotFoundError):
 
 _SUBPACKAGES = ("adapt", "evaluation", "tasks", "tiny", "train")
 
+
+def printable(value: object) -> str:
+    """str(value) with halves of surrogate pairs replaced by "?", so that it can be printed and encoded."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def one_line(e: BaseException) -> str:
+    """The message of an exception without line breaks, or its class if it has no message."""
+    text = e.args[0] if isinstance(e, KeyError) and e.args else e  # str of a KeyError is its message in quotes
+    return " ".join(printable(text).split()) or type(e).__name__
+
+
 __all__ = [
     "Expert",
     "ExpertBank",

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from t2kernels import T2Error
+from t2kernels import T2Error, printable
 
 TEMPORARY: str = ".tmp"  # a file with this ending was left by a killed process; no reader opens one
 MANIFEST_KEY: str = "t2kernels"
@@ -303,17 +303,6 @@ def why_unreadable(path: str | Path) -> str:
     if len(start) < 8:
         return f"it has only {len(start)} bytes"
     return "it is truncated, damaged, or in another format"
-
-
-def printable(value: object) -> str:
-    """str(value) with halves of surrogate pairs replaced by "?", so that it can be printed and encoded."""
-    return str(value).encode("utf-8", "replace").decode()
-
-
-def one_line(e: BaseException) -> str:
-    """The message of an exception without line breaks, or its class if it has no message."""
-    text = e.args[0] if isinstance(e, KeyError) and e.args else e  # str of a KeyError is its message in quotes
-    return " ".join(printable(text).split()) or type(e).__name__
 
 
 def _table(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

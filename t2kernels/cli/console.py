@@ -19,8 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
-from t2kernels import InputError, T2Error
-from t2kernels.storage import one_line
+from t2kernels import InputError, T2Error, one_line
 
 out: Console = Console(highlight=False)
 err: Console = Console(stderr=True, highlight=False)

@@ -9,8 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from t2kernels import HubError, InputError, MissingFileError, PackageError, T2Error
-from t2kernels.storage import one_line
+from t2kernels import HubError, InputError, MissingFileError, PackageError, T2Error, one_line
 
 from .console import err, is_missing
 

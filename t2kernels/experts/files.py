@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from t2kernels import printable
 from t2kernels.factors import schema
 from t2kernels.factors.identity import ExpertError
-from t2kernels.storage import FileError, parse_json, printable, read_tensors, why_unreadable, write_tensors
+from t2kernels.storage import FileError, parse_json, read_tensors, why_unreadable, write_tensors
 
 FORMAT = 1
 SUFFIX = ".safetensors"

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2kernels import InputError
+from t2kernels import InputError, printable
 from t2kernels.factors.factor import Factor
 from t2kernels.factors.identity import ExpertError, ExpertMismatch
 from t2kernels.factors.store import Factors
 from t2kernels.layers.scale import z_from_logits
-from t2kernels.storage import digest_of, printable
+from t2kernels.storage import digest_of
 
 # The release numbers its vectors in the order of the "mlp" weights in the state dict of Llama and Mistral, the only
 # models that it supports. The order stands here and is not read from a model: gate and up have the same length, so a

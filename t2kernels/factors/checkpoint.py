@@ -10,8 +10,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from t2kernels import InputError, MissingFileError
-from t2kernels.storage import one_line, read_json, why_unreadable
+from t2kernels import InputError, MissingFileError, one_line
+from t2kernels.storage import read_json, why_unreadable
 
 from .matrices import Matrix, Targets, find_matrices
 

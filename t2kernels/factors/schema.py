@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from t2kernels.storage import printable
+from t2kernels import printable
 
 
 @dataclass(frozen=True)

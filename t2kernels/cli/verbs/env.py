@@ -14,8 +14,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from t2kernels import one_line
 from t2kernels.cli.console import out
-from t2kernels.storage import one_line
 
 PACKAGES: tuple[str, ...] = (
     "t2kernels",

@@ -17,7 +17,6 @@ from t2kernels.cli.learning import Stopped, learn
 from t2kernels.evaluation import Score, scores
 from t2kernels.experts.names import BASE, CLASSIFIER, check_name
 from t2kernels.rollout.chat import prompt_form
-from t2kernels.rollout.engines import parse_spec
 from t2kernels.tasks.base import bucket
 
 from .evaluate import show_accuracies
@@ -117,6 +116,7 @@ def train(
     [dim]$[/] t2 train --task reviews.csv --check choice --model ./checkpoint --form delta --rank 1/16 --plot run.svg
     """
     import t2kernels as t2
+    from t2kernels.rollout.engines import parse_spec
     from t2kernels.train.steering import curve
     from t2kernels.train.steering.history import read
 

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t2kernels import HubError
-from t2kernels.storage import one_line
+from t2kernels import HubError, one_line
 from t2kernels.tasks.hub.network import unreachable
 
 FILE = "expert.safetensors"

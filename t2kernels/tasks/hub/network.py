@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from t2kernels import one_line
+
 SECONDS = 5
 """Time in which the hub must answer."""
 
@@ -19,8 +21,6 @@ def unreachable() -> str | None:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)
         return None
     except Exception as e:  # errors of httpx, or of the fork of it that newer versions of the hub's client use
-        from t2kernels.storage import one_line  # it imports torch, which tasks do without
-
         return f"{constants.ENDPOINT} cannot be reached ({one_line(e)})"
 
 
