@@ -71,6 +71,15 @@ def trained(rows: list[dict]) -> str:
     return table(head, lines)
 
 
+def gains(rows: list[dict]) -> str:
+    """The gain of SVF experts over the base model, task by task, in points."""
+    found = defaultdict(list)
+    for row in rows:
+        if row["arm"].startswith("svf"):
+            found[row["task"]].append(100 * (row["accuracy"] - row["base_accuracy"]))
+    return ", ".join(f"{NAMES[task].partition(',')[0]} {statistics.mean(values):+.0f}" for task, values in found.items())
+
+
 def routed(rows: list[dict]) -> str:
     """Each arm on mixed traffic, over seeds."""
     cells = defaultdict(list)
@@ -105,6 +114,7 @@ def main() -> None:
     real, adapt = read("real.jsonl"), read("real_adapt.jsonl")
     blocks = {
         "trained": trained(real),
+        "gains": gains(real) + " points",
         "routed": routed(adapt),
         "few-shot": few_shot(adapt),
         "machine": ", ".join(dict.fromkeys(r["machine"].split(",")[0] for r in real + adapt)),

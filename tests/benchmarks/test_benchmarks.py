@@ -146,6 +146,16 @@ def test_the_page_follows_from_the_rows(monkeypatch, tmp_path):
     assert (tmp_path / "benchmarks.md").read_text() == before, "run python benchmarks/plot.py"
 
 
+def test_the_page_of_real_models_is_that_of_the_rows(monkeypatch, tmp_path):
+    import real_tables
+
+    before = real_tables.OUT.read_text()
+    monkeypatch.setattr(real_tables, "OUT", tmp_path / "real-models.md")
+    real_tables.main()
+    assert real_tables.OUT.read_text() == before, "run python benchmarks/real_tables.py"
+    assert "{{" not in before
+
+
 def test_committed_rows_say_where_they_are_from():
     for path in (BENCHMARKS / "results").glob("*.jsonl"):
         for line in path.read_text().splitlines():
