@@ -238,7 +238,8 @@ def test_two_servers_draw_and_a_killed_one_fails_the_step_by_name(world, patched
         agrees(replicas.draw(ids, mask, policies, Draw(0.0, 1)), patched, policies)
         samples = replicas.draw(ids, mask, policies, Draw(1.0, 3, 5))
         assert len(samples) == 18
-        assert len({tuple(c) for c in samples.completion_ids()[:3]}) == 3
+        drawn = [tuple(c) for c in samples.completion_ids()]
+        assert any(len(set(drawn[i : i + 3])) > 1 for i in range(0, 18, 3))  # samples of a prompt are not one text
         replicas.drop(["http@0"])
         with pytest.raises(StateError, match=r"replica http://.* refused 'http@0': HTTP 404"):
             replicas.draw(ids, mask, ["http@0"] * 6, Draw(0.0, 1))
