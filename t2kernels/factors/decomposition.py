@@ -18,7 +18,7 @@ from t2kernels import InputError, InputTypeError
 from t2kernels.storage import FileError, header, verify
 
 from . import linalg, schema
-from .algorithms.lanczos import pays
+from .algorithms.leading import pays
 from .checkpoint import Checkpoint, name_of
 from .factor import Factor, keep, read_factor, reconstruction_error, resolve_rank
 from .formats import FORMATS, check_format, convert

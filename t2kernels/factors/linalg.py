@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .algorithms.lanczos import leading, pays
+from .algorithms.leading import leading, pays
 from .algorithms.products import matmul, signs
 
 __all__ = ["CHECKED", "PROBES", "SAFE", "SVD", "TOLERANCE", "matmul", "residual", "signs", "svd"]
@@ -48,7 +48,7 @@ class SVD(NamedTuple):
 
     U: [M, k], sigma: [k] descending, Vt: [k, N], all fp64
     algorithm: "block-lanczos-fp64", "gram-eigh-fp64" or "svd-fp64"
-    residual: over sigma_1, Frobenius: as `residual` computes it, or that of Aᵀ U alone by "block-lanczos-fp64"
+    residual: over sigma_1, Frobenius, as `residual` computes it
     """
 
     U: Tensor
@@ -86,13 +86,16 @@ def residual(A: Tensor, U: Tensor, sigma: Tensor, Vt: Tensor) -> float:
     Estimated, to within a third, on 16 fixed +-1 combinations of the components: the cost of 16 components, not k. No
     single component is off by more than the result.
     """
-    probes = torch.stack([signs(sigma.numel(), 3 + i) for i in range(PROBES)], 1).to(U)  # [k, PROBES]
-    weighted = sigma[:, None] * probes
-    inward, outward = Vt.t() @ probes, U @ probes
-    left = torch.cat([rows.to(U) @ inward for rows in A.split(ROWS)]) - U @ weighted
-    right = -(Vt.t() @ weighted)
-    for rows, part in zip(A.split(ROWS), outward.split(ROWS), strict=True):
-        right += rows.to(U).t() @ part
+    probes = torch.stack([signs(sigma.numel(), 3 + i) for i in range(PROBES)]).to(U)  # [PROBES, k]
+    weighted = probes * sigma
+    inward, outward = probes @ Vt, probes @ U.t()
+    left, right = -(weighted @ U.t()), -(weighted @ Vt)
+    wide = U.new_empty(min(ROWS, A.shape[0]), A.shape[1])  # new memory for each part would cost more than the product
+    for at in range(0, A.shape[0], ROWS):
+        part = A[at : at + ROWS]
+        rows = wide[: part.shape[0]].copy_(part)
+        left[:, at : at + ROWS] += inward @ rows.t()
+        right.addmm_(outward[:, at : at + ROWS], rows)
     return (
         torch.maximum(left.norm(), right.norm()) / PROBES**0.5 / sigma[0].clamp_min(torch.finfo(U.dtype).tiny)
     ).item()
@@ -109,10 +112,11 @@ def _leading(A: Tensor, k: int) -> SVD | None:
     else:
         unit = 1.0
     wide = A.shape[0] < A.shape[1]
-    found = leading(A.t() if wide else A, k)
-    if found is None:
+    A = (A.t() if wide else A).contiguous()
+    found = leading(A, k)
+    if found is None or not (reached := residual(A, *found[:3])) <= TOLERANCE:
         return None
-    U, sigma, Vt, reached = found
+    U, sigma, Vt, _ = found
     return SVD(*((Vt.t(), sigma * unit, U.t()) if wide else (U, sigma * unit, Vt)), "block-lanczos-fp64", reached)
 
 
