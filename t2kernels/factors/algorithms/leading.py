@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gram import gram, times
+from .gram import gram, halves, times
 from .krylov import Space, misses, orthonormal
 from .products import matmul, signs
 
@@ -27,7 +27,7 @@ SMALLEST, WIDEST = 16, 128
 PER_EXTRA, EXTRA = 8, 16  # components beyond k, k / PER_EXTRA and at least EXTRA, so that the last ones have neighbours
 REACH: float = 4e-4  # of X: the space is large enough
 SOLVE: int = 8  # iterations for t, at most
-ENOUGH: float = 2e-8  # ||D' - D|| / ||D|| of D = U diag(sigma (z - 1)) Vᵀ, for a random z. fp32 rounds D by 4e-8
+ENOUGH: float = 1e-8  # ||D' - D|| / ||D|| of D = U diag(sigma (z - 1)) Vᵀ, for a random z. fp32 rounds D by 4e-8
 REFINEMENTS: int = 3  # at most; real spectra take one
 ROWS: int = 1024  # of A that are in fp64 at a time
 
@@ -55,7 +55,7 @@ def leading(A: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, float] | None:
     p = min(k + max(EXTRA, k // PER_EXTRA), A.shape[1])
     if not space.grow(k, p, REACH):
         return None
-    solver = _Solver(space, min(p, space.m))
+    solver = _Solver(space, min(p, space.m), torch.bfloat16 if halves(A) else torch.float32)
     X = solver.leading.double()
     for _ in range(REFINEMENTS):
         found = _components(A, X)
@@ -122,11 +122,12 @@ class _Solver:
     In the space 1 / (lambda - theta) is known for each direction; outside of it theta is about its mean there.
     """
 
-    def __init__(self, space: Space, p: int) -> None:
+    def __init__(self, space: Space, p: int, dtype: torch.dtype) -> None:
         self.G, self.Q, self.p = space.G, space.Q, p
+        self.half = space.Q.to(dtype)
         theta, N = space.theta, space.G.shape[0]
         self.inner = theta[p:]  # [m - p]
-        self.others = space.S[:, p:].contiguous()  # [m, m - p]
+        self.others = space.S[:, p:].to(dtype).contiguous()  # [m, m - p]
         self.outside = ((space.G.diagonal().sum() - theta.sum()) / max(1, N - space.m)).clamp_min(0)
         self.leading: Tensor = matmul(space.S[:, :p].t(), space.Q)  # [p, N]
 
@@ -137,28 +138,33 @@ class _Solver:
         t = self._near(values, V, rest)
         # The others are left so: their lambda may be below eigenvalues of G that V does not hold.
         values, rest, z = values[:k], rest[:k], t[:k].clone()
-        first = rest.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        tiny = torch.finfo(torch.float32).tiny
+        first = rest.norm(dim=1).clamp_min(tiny)
         x, direction, before = torch.zeros_like(rest), torch.zeros_like(rest), torch.ones_like(values)
+        weight = (values[:, 0] / values.sum()).sqrt()
+        lacks, at = torch.ones_like(first), 0  # what each solution lacks; those before number `at` are done
         for n in range(SOLVE):
-            z = self._near(values, V, rest) if n else z
-            size = (z * rest).sum(1, keepdim=True)
-            direction = z + direction * (size / before)
-            image = values * direction - matmul(direction, self.G)
+            z = self._near(values[at:], V, rest[at:]) if n else z
+            size = (z * rest[at:]).sum(1, keepdim=True)
+            d = z + direction[at:] * (size / before[at:])
+            image = values[at:] * d - matmul(d, self.G)
             image -= matmul(matmul(image, V.t()), V)
-            length = (direction * image).sum(1, keepdim=True)
+            length = (d * image).sum(1, keepdim=True)
             step = torch.where(length > 0, size / length, 0)
             # lambda - G is singular to this G's accuracy: a component that gets worse stays as it is
-            after = rest - step * image
-            good = (after.norm(dim=1) <= 4 * first)[:, None]
-            x, rest = torch.where(good, x + step * direction, x), torch.where(good, after, rest)
-            direction = torch.where(good, direction, 0)
-            before = size.clamp_min(torch.finfo(torch.float32).tiny)
+            after = rest[at:] - step * image
+            good = (after.norm(dim=1) <= 4 * first[at:])[:, None]
+            x[at:] += torch.where(good, step * d, 0)
+            rest[at:] = torch.where(good, after, rest[at:])
+            direction[at:] = torch.where(good, d, 0)
+            before[at:] = size.clamp_min(tiny)
+            lacks[at:] = rest[at:].norm(dim=1) / first[at:]
             turned = x.norm(dim=1) * unit.float()
-            # what the solution lacks, and what is of second order
-            off = turned * (rest.norm(dim=1) / first + turned.max())
-            error = ((off.square() * values[:, 0]).sum() / values.sum()).sqrt().item()
+            off = turned * (lacks + turned.max()) * weight  # turned.max(): what is of second order
+            error = off.norm().item()
             if error <= ENOUGH:
                 break
+            at += int((off[at:] > ENOUGH / (2 * k**0.5)).int().argmax())
         t[:k] = x
         return t * unit.float(), error
 
@@ -166,7 +172,11 @@ class _Solver:
         """The preconditioner: about r / (lambda - G), orthogonal to V."""
         least = 1e-3 * values.min()
         far = (values - self.outside).clamp_min(least)
-        inside = matmul(matmul(r, self.Q.t()), self.others)  # [p, m - p]
+        inside = self._times(self._times(r, self.half.t()), self.others)  # [p, m - p]
         inside = inside / (values - self.inner).clamp_min(least) - inside / far
-        z = r / far + matmul(matmul(inside, self.others.t()), self.Q)
+        z = r / far + self._times(self._times(inside, self.others.t()), self.half)
         return z - matmul(matmul(z, V.t()), V)
+
+    def _times(self, X: Tensor, Y: Tensor) -> Tensor:
+        """X Y in fp32, rounded to bf16 where that is quicker: a preconditioner needs no more."""
+        return matmul(X, Y) if Y.dtype == torch.float32 else (X.bfloat16() @ Y).float()
