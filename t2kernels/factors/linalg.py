@@ -32,9 +32,9 @@ __all__ = ["CHECKED", "PROBES", "SAFE", "SVD", "TOLERANCE", "matmul", "residual"
 #   scipy propack fp32                  1.8-8 s  2e-6      4.0 s  2e-6
 #   scipy propack fp64                    4.4 s  1e-10     8.0 s  5e-11
 # propack is twice as fast at a small k, and slower at k = 1024 (18 s in fp32, 76 s in fp64).
-# Block Lanczos (`algorithms.lanczos`) answers where k <= R/5 and R >= 1024. CPU seconds of one thread on a shared
-# machine, 256 components, in brackets this one beside it: power law 4096 x 4096 3.7 (18.5), 14336 x 4096 10.8 (25.8);
-# flat 4096 x 4096 about 8.5 (20.7).
+# `algorithms.leading` answers where k <= R/5 and R >= 1024. CPU seconds of one thread on a shared machine with
+# AVX512-BF16, bf16 weights, 256 components, in brackets the exact path beside it: power law 4096 x 4096 2.4 (19.1),
+# 14336 x 4096 4.6 (26.7).
 
 TOLERANCE: float = 1e-7  # of residual and of orthogonality; fp32 rounds a component by as much
 CHECKED: int = 64  # the last columns: orthogonality is lost first among the smallest singular values
@@ -61,7 +61,7 @@ class SVD(NamedTuple):
 def svd(A: Tensor, k: int) -> SVD:
     """The k leading components of a finite A [M, N], on A's device (on the CPU if the device has no fp64).
 
-    Few components of a large matrix come from block Lanczos (`algorithms.lanczos`), all others from the Gram matrix of
+    Few components of a large matrix come from block Lanczos (`algorithms.leading`), all others from the Gram matrix of
     the smaller side. If that does not reach TOLERANCE (rank-deficient or zero A), LAPACK's or cuSOLVER's full SVD in
     fp64 is used.
     """
