@@ -18,7 +18,7 @@ from t2kernels import InputError, InputTypeError
 from t2kernels.storage import FileError, header, verify
 
 from . import linalg, schema
-from .algorithms.lanczos import pays
+from .algorithms.leading import pays
 from .checkpoint import Checkpoint, name_of
 from .factor import Factor, keep, read_factor, reconstruction_error, resolve_rank
 from .formats import FORMATS, check_format, convert
@@ -225,11 +225,14 @@ def working_set(M: int, N: int) -> int:
 def cpu_seconds(M: int, N: int, k: int) -> float:
     """Seconds of one core for k components, by measured rates: within a factor of two elsewhere.
 
-    Measured on a core of an AMD EPYC with AVX-512 and torch 2.13, decaying spectra: block Lanczos 3.7 s for 256
-    components of 4096 x 4096 and 10.8 s of 14336 x 4096; the exact path 18.5 s and 25.8 s.
+    Measured on a core of an AMD EPYC with AVX512-BF16 and torch 2.13, bf16 weights, decaying spectra: block Lanczos
+    2.4 s for 256 components of 4096 x 4096 and 4.6 s of 14336 x 4096; the exact path 19.1 s and 26.7 s. A flat
+    spectrum, or weights in fp32, take longer.
     """
     R = min(M, N)
-    return 8e-10 * M * N * k if pays(M, N, k) else 2 * M * N * R / 53e9 + 2.3e-10 * R**3
+    if pays(M, N, k):  # the Gram matrix, products with A in fp64, and the space and the corrections on the smaller side
+        return 6.5e-12 * M * N * R + 8.5e-11 * M * N * k + 3.5e-10 * R * R * k
+    return 2 * M * N * R / 53e9 + 2.3e-10 * R**3
 
 
 def _map(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .algorithms.lanczos import leading, pays
+from .algorithms.leading import leading, pays
 from .algorithms.products import matmul, signs
 
 __all__ = ["CHECKED", "PROBES", "SAFE", "SVD", "TOLERANCE", "matmul", "residual", "signs", "svd"]
@@ -32,9 +32,9 @@ __all__ = ["CHECKED", "PROBES", "SAFE", "SVD", "TOLERANCE", "matmul", "residual"
 #   scipy propack fp32                  1.8-8 s  2e-6      4.0 s  2e-6
 #   scipy propack fp64                    4.4 s  1e-10     8.0 s  5e-11
 # propack is twice as fast at a small k, and slower at k = 1024 (18 s in fp32, 76 s in fp64).
-# Block Lanczos (`algorithms.lanczos`) answers where k <= R/5 and R >= 1024. CPU seconds of one thread on a shared
-# machine, 256 components, in brackets this one beside it: power law 4096 x 4096 3.7 (18.5), 14336 x 4096 10.8 (25.8);
-# flat 4096 x 4096 about 8.5 (20.7).
+# `algorithms.leading` answers where k <= R/5 and R >= 1024. CPU seconds of one thread on a shared machine with
+# AVX512-BF16, bf16 weights, 256 components, in brackets the exact path beside it: power law 4096 x 4096 2.4 (19.1),
+# 14336 x 4096 4.6 (26.7).
 
 TOLERANCE: float = 1e-7  # of residual and of orthogonality; fp32 rounds a component by as much
 CHECKED: int = 64  # the last columns: orthogonality is lost first among the smallest singular values
@@ -48,7 +48,7 @@ class SVD(NamedTuple):
 
     U: [M, k], sigma: [k] descending, Vt: [k, N], all fp64
     algorithm: "block-lanczos-fp64", "gram-eigh-fp64" or "svd-fp64"
-    residual: over sigma_1, Frobenius: as `residual` computes it, or that of Aᵀ U alone by "block-lanczos-fp64"
+    residual: over sigma_1, Frobenius, as `residual` computes it
     """
 
     U: Tensor
@@ -61,7 +61,7 @@ class SVD(NamedTuple):
 def svd(A: Tensor, k: int) -> SVD:
     """The k leading components of a finite A [M, N], on A's device (on the CPU if the device has no fp64).
 
-    Few components of a large matrix come from block Lanczos (`algorithms.lanczos`), all others from the Gram matrix of
+    Few components of a large matrix come from block Lanczos (`algorithms.leading`), all others from the Gram matrix of
     the smaller side. If that does not reach TOLERANCE (rank-deficient or zero A), LAPACK's or cuSOLVER's full SVD in
     fp64 is used.
     """
@@ -86,13 +86,16 @@ def residual(A: Tensor, U: Tensor, sigma: Tensor, Vt: Tensor) -> float:
     Estimated, to within a third, on 16 fixed +-1 combinations of the components: the cost of 16 components, not k. No
     single component is off by more than the result.
     """
-    probes = torch.stack([signs(sigma.numel(), 3 + i) for i in range(PROBES)], 1).to(U)  # [k, PROBES]
-    weighted = sigma[:, None] * probes
-    inward, outward = Vt.t() @ probes, U @ probes
-    left = torch.cat([rows.to(U) @ inward for rows in A.split(ROWS)]) - U @ weighted
-    right = -(Vt.t() @ weighted)
-    for rows, part in zip(A.split(ROWS), outward.split(ROWS), strict=True):
-        right += rows.to(U).t() @ part
+    probes = torch.stack([signs(sigma.numel(), 3 + i) for i in range(PROBES)]).to(U)  # [PROBES, k]
+    weighted = probes * sigma
+    inward, outward = probes @ Vt, probes @ U.t()
+    left, right = -(weighted @ U.t()), -(weighted @ Vt)
+    wide = U.new_empty(min(ROWS, A.shape[0]), A.shape[1])  # new memory for each part would cost more than the product
+    for at in range(0, A.shape[0], ROWS):
+        part = A[at : at + ROWS]
+        rows = wide[: part.shape[0]].copy_(part)
+        left[:, at : at + ROWS] += inward @ rows.t()
+        right.addmm_(outward[:, at : at + ROWS], rows)
     return (
         torch.maximum(left.norm(), right.norm()) / PROBES**0.5 / sigma[0].clamp_min(torch.finfo(U.dtype).tiny)
     ).item()
@@ -109,10 +112,11 @@ def _leading(A: Tensor, k: int) -> SVD | None:
     else:
         unit = 1.0
     wide = A.shape[0] < A.shape[1]
-    found = leading(A.t() if wide else A, k)
-    if found is None:
+    A = (A.t() if wide else A).contiguous()
+    found = leading(A, k)
+    if found is None or not (reached := residual(A, *found[:3])) <= TOLERANCE:
         return None
-    U, sigma, Vt, reached = found
+    U, sigma, Vt, _ = found
     return SVD(*((Vt.t(), sigma * unit, U.t()) if wide else (U, sigma * unit, Vt)), "block-lanczos-fp64", reached)
 
 

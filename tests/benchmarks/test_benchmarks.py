@@ -162,3 +162,12 @@ def test_committed_rows_say_where_they_are_from():
             row = json.loads(line)
             assert {"machine", "versions", "commit", "command"} <= row.keys(), path
             assert not {"/work", "/tmp", "/home"} & set(row["command"].split()), path
+
+
+@pytest.mark.parametrize("targets", [[], ["q_proj", "down_proj"]])
+def test_a_large_layer(targets):
+    import large_layer
+
+    row = large_layer.one("nano", 1 / 4, targets)
+    assert row["matrices"] == (len(targets) or 7)
+    assert row["off_experts"] <= 1.5 * row["off_base"] < row["experts_move"]

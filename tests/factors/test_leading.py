@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from t2kernels.factors import linalg
-from t2kernels.factors.algorithms import lanczos
+from t2kernels.factors.algorithms import gram as grams
+from t2kernels.factors.algorithms import leading as algorithm
+from t2kernels.factors.algorithms.krylov import misses
 from t2kernels.factors.factor import keep, svd
 from t2kernels.factors.identity import sketch
 
@@ -46,10 +48,10 @@ def test_an_expert_does_the_same_as_with_the_exact_components(name, shape, dtype
     A = with_spectrum(SPECTRA[name], *shape).to(dtype)
     k = 32
     wide = A.t() if shape[0] < shape[1] else A
-    found = lanczos.leading(wide.contiguous(), k)
+    found = algorithm.leading(wide.contiguous(), k)
     assert found is not None
     U, sigma, Vt, reached = found
-    assert reached <= lanczos.ENOUGH
+    assert reached <= algorithm.ENOUGH
     assert linalg.residual(wide.double(), U, sigma, Vt) <= 2e-7
     one = torch.eye(k, dtype=torch.float64)
     torch.testing.assert_close(U.t() @ U, one, rtol=0, atol=1e-7)
@@ -67,9 +69,9 @@ def test_an_expert_does_the_same_as_with_the_exact_components(name, shape, dtype
 def test_the_start_is_fixed_and_signs_do_not_matter():
     A = with_spectrum(SPECTRA["power law"], 600, 512)
     torch.manual_seed(1)
-    first = lanczos.leading(A, 32)
+    first = algorithm.leading(A, 32)
     torch.manual_seed(2)
-    again = lanczos.leading(A, 32)
+    again = algorithm.leading(A, 32)
     assert all(torch.equal(x, y) for x, y in zip(first[:3], again[:3], strict=True))
     U, sigma, Vt = exact(A, 32)
     theirs = keep(linalg.SVD(U, sigma, Vt, "", 0.0))
@@ -87,7 +89,7 @@ def test_the_start_is_fixed_and_signs_do_not_matter():
     ids=["rank 20", "zero", "identity", "flat"],
 )
 def test_it_gives_up_rather_than_answer_wrongly(A):
-    assert lanczos.leading(A, 32 if len(A) == 512 else 80) is None
+    assert algorithm.leading(A, 32 if len(A) == 512 else 80) is None
 
 
 def test_more_equal_values_than_a_block_has_columns_are_all_found_or_none():
@@ -96,7 +98,7 @@ def test_more_equal_values_than_a_block_has_columns_are_all_found_or_none():
     copy = torch.eye(512)  # exact copies: no rounding tells them apart
     copy[range(40, 512), range(40, 512)] = 0.5 * i[40:].float() ** -0.5
     for matrix in (A, copy):
-        found = lanczos.leading(matrix, 64)
+        found = algorithm.leading(matrix, 64)
         assert found is None or found[1][:40].sub(1).abs().max() < 1e-6
 
 
@@ -104,8 +106,8 @@ def test_a_component_that_the_space_does_not_hold_is_seen():
     A = with_spectrum(SPECTRA["power law"], 600, 512)
     _, sigma, Vt = exact(A, 33)
     keep_all = [n for n in range(33) if n != 5]
-    assert not lanczos.misses(A, sigma[:32], Vt[:32])
-    assert lanczos.misses(A, sigma[keep_all], Vt[keep_all])
+    assert not misses(grams.gram(A), sigma[:32], Vt[:32])
+    assert misses(grams.gram(A), sigma[keep_all], Vt[keep_all])
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-60, 2.0**60])
@@ -124,11 +126,67 @@ def test_large_matrices_come_from_it_and_small_ones_do_not(scale):
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_no_setting_of_fp32_products_changes_it(precision):
     A = with_spectrum(SPECTRA["power law"], 600, 512)
-    first = lanczos.leading(A, 16)
+    first = algorithm.leading(A, 16)
     try:
         torch.set_float32_matmul_precision(precision)
-        again = lanczos.leading(A, 16)
+        again = algorithm.leading(A, 16)
     finally:
         torch.set_float32_matmul_precision("highest")
     torch.testing.assert_close(first[1], again[1], rtol=1e-12, atol=0)
-    assert again[3] <= lanczos.ENOUGH
+    assert again[3] <= algorithm.ENOUGH
+
+
+@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize("shape", [(1500, 700), (700, 700), (37, 5)])
+def test_the_gram_matrix_and_products_with_bf16_weights_have_nearly_the_accuracy_of_fp32(shape, halves, monkeypatch):
+    monkeypatch.setattr(grams, "halves", lambda A: halves)
+    A, X = normal(*shape, seed=5).bfloat16(), normal(9, shape[1], seed=6)
+    wide = A.double()
+    for found, wanted in (
+        (grams.gram(A), wide.t() @ wide),
+        (grams.times(X, A), X.double() @ wide.t()),
+        (grams.times(X * 1e-30, A).double() * 1e30, X.double() @ wide.t()),
+    ):
+        assert (found.double() - wanted).norm() <= 6e-6 * wanted.norm()
+    assert torch.equal(grams.gram(A), grams.gram(A).t())
+
+
+@pytest.mark.parametrize("halves", [True, False])
+def test_bf16_products_do_not_decide_the_accuracy(halves, monkeypatch):
+    for module in (grams, algorithm):
+        monkeypatch.setattr(module, "halves", lambda A: halves)
+    A = with_spectrum(SPECTRA["bulk with spikes"], 700, 512).bfloat16()
+    U, sigma, Vt, error = algorithm.leading(A, 48)
+    truth, change = exact(A, 48), 0.25 * normal(48, seed=3).double()
+    wanted = effect(*truth, change)
+    off = (effect(U, sigma, Vt, change) - wanted).norm() / wanted.norm()
+    assert off <= 3 * algorithm.ENOUGH
+    assert error <= algorithm.ENOUGH
+
+
+@pytest.mark.parametrize("shape", [(1100, 1024), (1024, 1500)])
+def test_a_flat_spectrum_is_right(shape):
+    A = normal(*shape, seed=8).bfloat16()
+    k = 48
+    found = linalg.svd(A, k)
+    assert found.residual <= linalg.TOLERANCE
+    truth, change = exact(A, k), 0.25 * normal(k, seed=3).double()
+    torch.testing.assert_close(found.sigma, truth[1], rtol=1e-10, atol=0)
+    wanted = effect(*truth, change)
+    assert (effect(found.U, found.sigma, found.Vt, change) - wanted).norm() <= 3e-8 * wanted.norm()
+
+
+def test_the_bytes_are_the_same_each_time_and_threads_change_only_rounding():
+    A = with_spectrum(SPECTRA["power law"], 1100, 512).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first, again = algorithm.leading(A, 32), algorithm.leading(A, 32)
+        torch.set_num_threads(2)
+        two = algorithm.leading(A, 32)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for x, y in zip(first[:3], again[:3], strict=True))
+    change = 0.25 * normal(32, seed=3).double()
+    wanted = effect(*first[:3], change)
+    assert (effect(*two[:3], change) - wanted).norm() <= 3e-8 * wanted.norm()
