@@ -77,7 +77,9 @@ def gains(rows: list[dict]) -> str:
     for row in rows:
         if row["arm"].startswith("svf"):
             found[row["task"]].append(100 * (row["accuracy"] - row["base_accuracy"]))
-    return ", ".join(f"{NAMES[task].partition(',')[0]} {statistics.mean(values):+.0f}" for task, values in found.items())
+    return ", ".join(
+        f"{NAMES[task].partition(',')[0]} {statistics.mean(values):+.0f}" for task, values in found.items()
+    )
 
 
 def routed(rows: list[dict]) -> str:
