@@ -1,6 +1,7 @@
 """Rollouts of a trainer from a vLLM engine: each version answers as HF does with it, in memory, prefix cache on."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -221,6 +222,8 @@ def stop(server):
         server.process.wait(60)
     except subprocess.TimeoutExpired:
         server.process.kill()
+    with contextlib.suppress(ProcessLookupError):  # an engine that its server left behind
+        os.killpg(server.process.pid, signal.SIGKILL)
     sys.stdout.write((server.folder / "log").read_text()[-2000:])
 
 
@@ -256,7 +259,7 @@ def test_two_servers_draw_and_a_killed_one_fails_the_step_by_name(world, patched
 
         def killing(rows):
             if tr.state.global_step == 2:
-                servers[1].process.kill()
+                os.killpg(servers[1].process.pid, signal.SIGKILL)
                 servers[1].process.wait()
             return rollout(rows)
 

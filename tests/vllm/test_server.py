@@ -61,7 +61,10 @@ class Server:
             options=options,
         )
         self.process = subprocess.Popen(
-            [sys.executable, script, json.dumps(settings)], stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, script, json.dumps(settings)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that a test can kill its engine with it
         )
         self.url = f"http://127.0.0.1:{self.port}"
 
