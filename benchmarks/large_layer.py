@@ -5,7 +5,8 @@
 
 The weights are random in bf16: components of decaying size on a Gaussian bulk, as trained weights have. A batch of
 three rows, the base model and two experts, runs in one call. Each row is compared with merged weights in fp32, and the
-base model's with the layer before it was patched, bit for bit. A row is appended to benchmarks/results/large_layer.jsonl.
+base model's with the layer before it was patched, bit for bit. A row is appended to
+benchmarks/results/large_layer.jsonl.
 """
 
 from __future__ import annotations
