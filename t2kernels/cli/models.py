@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -109,7 +111,7 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Load
     else:
         files = locate(name)
         tokenizer = _tokenizer(files)
-        with reading(name), _no_bars() if name == smollm2.NAME else contextlib.nullcontext():
+        with reading(name), _no_bars(gguf=True) if name == smollm2.NAME else contextlib.nullcontext():
             model = AutoModelForCausalLM.from_pretrained(files.source, dtype=wanted or "auto", **files.arguments)
         if files.gguf:
             # transformers has the directory there
@@ -142,15 +144,22 @@ def _tokenizer(files: ModelFiles) -> Any:
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Turn off the progress bars of transformers, for a model that loads in a moment."""
+def _no_bars(gguf: bool = False) -> Iterator[None]:
+    """Turn off the progress bars of transformers, for a model that loads in a moment. gguf: that of its GGUF reader too,
+    which does not ask whether bars are wanted."""
     from transformers.utils import logging
 
     before = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils") if gguf else None
+    drawn = getattr(reader, "tqdm", None)
+    if drawn is not None:
+        vars(reader)["tqdm"] = functools.partial(drawn, disable=True)
     try:
         yield
     finally:
+        if drawn is not None:
+            vars(reader)["tqdm"] = drawn
         if before:
             logging.enable_progress_bar()
 

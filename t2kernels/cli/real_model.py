@@ -20,7 +20,7 @@ from .verbs.train import compare
 LIVE = "tickets"
 TEXTS: dict[str, tuple[str, ...]] = {
     "questions": ("Which river runs through Vienna?", "How many bones are in a hand?"),
-    "reviews": ("funny in the wrong places", "two hours that i would gladly spend again"),
+    "reviews": ("all noise and no music", "two hours that i would gladly spend again"),
 }
 """{expert that comes with the model: texts to ask it about}"""
 

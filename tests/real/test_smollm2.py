@@ -84,7 +84,7 @@ def test_the_first_screen_of_the_readme_prints_what_it_says(loaded, capsys):
 
 @pytest.mark.parametrize(
     ("name", "text", "label"),
-    [("questions", "How many bones are in a hand?", "number"), ("reviews", "funny in the wrong places", "negative")],
+    [("questions", "How many bones are in a hand?", "number"), ("reviews", "all noise and no music", "negative")],
 )
 def test_the_experts_that_come_with_it_fit_and_write_the_label(loaded, factors, name, text, label):
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
