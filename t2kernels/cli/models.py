@@ -145,8 +145,10 @@ def _tokenizer(files: ModelFiles) -> Any:
 
 @contextlib.contextmanager
 def _no_bars(gguf: bool = False) -> Iterator[None]:
-    """Turn off the progress bars of transformers, for a model that loads in a moment. gguf: that of its GGUF reader too,
-    which does not ask whether bars are wanted."""
+    """Turn off the progress bars of transformers, for a model that loads in a moment.
+
+    gguf: that of its GGUF reader too, which does not ask whether bars are wanted
+    """
     from transformers.utils import logging
 
     before = logging.is_progress_bar_enabled()
