@@ -155,13 +155,10 @@ class ChangeTrainer(ReinforceTrainer):
             return super().evaluate(*args, **kwargs)
 
 
-def prepare(task_name: str, kind: str, seed: int, rate: float, steps: int = STEPS) -> tuple[ChangeTrainer, int]:
-    """(trainer, how many numbers it trains) of one run, on a fresh model."""
-    task = tasks.load(task_name)
-    model, tokenizer = tiny.load()
-    changes = change(model, kind, seed)
-    args = SVFConfig(
-        f"beyond-{os.getpid()}",
+def settings(name: str, task: tasks.Task, seed: int, rate: float, steps: int) -> SVFConfig:
+    """The settings of a run, of this benchmark and of continual.py. name: of its folder."""
+    return SVFConfig(
+        f"{name}-{os.getpid()}",
         seed=seed,
         max_steps=steps,
         per_device_train_batch_size=PROMPTS,
@@ -170,6 +167,14 @@ def prepare(task_name: str, kind: str, seed: int, rate: float, steps: int = STEP
         max_new_tokens=task.max_new_tokens,
         use_cpu=True,
     )
+
+
+def prepare(task_name: str, kind: str, seed: int, rate: float, steps: int = STEPS) -> tuple[ChangeTrainer, int]:
+    """(trainer, how many numbers it trains) of one run, on a fresh model."""
+    task = tasks.load(task_name)
+    model, tokenizer = tiny.load()
+    changes = change(model, kind, seed)
+    args = settings("beyond", task, seed, rate, steps)
     data = problems({"change": task}, "train", "train")
     trainer = ChangeTrainer(model, args, data, None, {"change": Scorer.of(task.reward)}, processing_class=tokenizer)
     trainer.changes = changes

@@ -14,7 +14,6 @@ seed and stage is appended to benchmarks/results/continual.jsonl. `beyond_pages.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 from beyond_z import OUT as TUNED
-from beyond_z import PROMPTS, best_rates
+from beyond_z import best_rates, settings
 from measure import RESULTS, append, machine, weights
 from paper import read
 from rl import LoraTrainer, lora
@@ -33,7 +32,7 @@ from t2kernels import tasks, tiny
 from t2kernels.adapt import Classifier, Question
 from t2kernels.evaluation import answers
 from t2kernels.rollout.rewards import Scorer
-from t2kernels.train import SVFConfig, SVFTrainer
+from t2kernels.train import SVFTrainer
 from t2kernels.train.data import problems
 
 OUT = RESULTS / "continual.jsonl"
@@ -41,19 +40,6 @@ SEQUENCE = ("math", "code", "reason", "classify")
 WAYS = ("experts", "one z", "one LoRA")
 RANK = 8
 STEPS, N = 40, 150
-
-
-def settings(task: tasks.Task, seed: int, rate: float, steps: int) -> SVFConfig:
-    return SVFConfig(
-        f"continual-{os.getpid()}",
-        seed=seed,
-        max_steps=steps,
-        per_device_train_batch_size=PROMPTS,
-        learning_rate=rate,
-        kl_coef=0.0,  # what a kind forgets is its own doing, not held by a penalty
-        max_new_tokens=task.max_new_tokens,
-        use_cpu=True,
-    )
 
 
 class Learner:
@@ -72,7 +58,7 @@ class Learner:
     def learn(self, name: str) -> None:
         """Train on one task, after those before it."""
         task = tasks.load(name)
-        args = settings(task, self.seed, self.rate, self.steps)
+        args = settings("continual", task, self.seed, self.rate, self.steps)
         if self.way == "one LoRA":
             data, scorers = problems({"lora": task}, "train", "train"), {"lora": Scorer.of(task.reward)}
             LoraTrainer(self.model, args, data, None, scorers, processing_class=self.tokenizer).train()

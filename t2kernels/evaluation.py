@@ -182,7 +182,7 @@ def choices(
     options: for each prompt the texts to choose from; norm: "sum" or "length"
     Other arguments as of `answers`. The meter counts no tokens, only seconds.
     """
-    from t2kernels.rollout.labels import normalised, option_log_likelihoods
+    from t2kernels.rollout.labels import likeliest, option_log_likelihoods
     from t2kernels.rollout.patched import bank_of
 
     bank = None if experts is None else bank_of(model)
@@ -196,7 +196,7 @@ def choices(
             option_log_likelihoods(model, tokenizer, prompts[part], options[part], rows),
             strict=True,
         ):
-            chosen.append(some[int(normalised(sums, some, norm).argmax())])
+            chosen.append(likeliest(sums, some, norm))
         if done:
             done(len(prompts[part]))
     if meter is not None:

@@ -14,7 +14,7 @@ from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.rollout.chat import AnyPrompt, as_completion
 from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
-from t2kernels.rollout.labels import normalised, option_log_likelihoods
+from t2kernels.rollout.labels import likeliest, option_log_likelihoods
 from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.prefix import forward, hoist, prefill
 from t2kernels.rollout.rewards import Reward, Scorer, is_task
@@ -158,10 +158,9 @@ class Examples:
                 options * count,
                 chunk.repeat_interleave(len(self)),
             )
-            scored = [
-                normalised(found, some, self.chooser.norm) for found, some in zip(sums, options * count, strict=True)
+            chosen = [
+                likeliest(found, some, self.chooser.norm) for found, some in zip(sums, options * count, strict=True)
             ]
-            chosen = [some[int(found.argmax())] for found, some in zip(scored, options * count, strict=True)]
             got, said = rewarded(self.scorer, self.rows, chosen, 1)
             rewards.append(got)
             answers += said

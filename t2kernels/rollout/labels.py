@@ -90,6 +90,14 @@ def normalised(sums: Tensor, options: Sequence[str], norm: str) -> Tensor:
     return sums if norm == "sum" else sums / torch.tensor([len(o) for o in options], dtype=sums.dtype).to(sums.device)
 
 
+def likeliest(sums: Tensor, options: Sequence[str], norm: str) -> str:
+    """The option of the largest log-likelihood, as `normalised` compares them; of equals the first.
+
+    Arguments and errors as of `normalised`.
+    """
+    return options[int(normalised(sums, options, norm).argmax())]
+
+
 def option_log_likelihoods(
     model: nn.Module,
     tokenizer: Any,

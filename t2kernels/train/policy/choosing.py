@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerState
 from t2kernels import InputError
 from t2kernels.rollout.chat import as_completion
 from t2kernels.rollout.generation import Sampler
-from t2kernels.rollout.labels import normalised, option_log_likelihoods
+from t2kernels.rollout.labels import likeliest, option_log_likelihoods
 from t2kernels.rollout.rewards import RewardContext, Scorer
 from t2kernels.train.config import SVFConfig
 from t2kernels.train.processes import gather
@@ -158,7 +158,7 @@ class ChoiceTrainer(Trainer):
             ids = ids.expand(len(rows))
         found = option_log_likelihoods(model, self.sampler.tokenizer, prompts, texts, ids)
         best = [
-            some[int(normalised(sums, some, self.choosers[row.get("expert")].norm).argmax())]
+            likeliest(sums, some, self.choosers[row.get("expert")].norm)
             for row, some, sums in zip(rows, texts, found, strict=True)
         ]
         return self.score(rows, [as_completion(t, p) for t, p in zip(best, prompts, strict=True)]).tolist()
