@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from t2kernels.rollout.rewards import Reward, Scorer
 from t2kernels.storage import temporary_beside, write_json
 
 from . import trainer_state as checkpoint
-from .config import SVFConfig
+from .config import SVFConfig, default_learning_rate
 from .data import by_expert, problems, validation_of
 from .policy.scores import AtHead
 from .reinforce import ReinforceTrainer, check_arguments
@@ -94,7 +95,8 @@ class SVFTrainer(ReinforceTrainer):
     ) -> None:
         bank = bank_of(model)
         self.bank: ExpertBank = bank
-        args = check_arguments(SVFConfig() if args is None else args, kwargs)
+        # What is not set is filled in, in a copy: the same settings may train on another model.
+        args = copy(check_arguments(SVFConfig() if args is None else args, kwargs))
         data, tasks = by_expert(train_dataset, experts)
         train = problems(data, "train", "train_dataset")
         names = train.experts
@@ -115,6 +117,8 @@ class SVFTrainer(ReinforceTrainer):
             raise InputError(f"init has {sorted(unknown)}, but the experts in training are {names}")
         if args.max_new_tokens is None and tasks:
             args.max_new_tokens = max(getattr(t, "max_new_tokens", 64) for t in tasks.values())
+        if args.learning_rate is None:
+            args.learning_rate = default_learning_rate(len(bank.matrices))
         rewards = reward if isinstance(reward, Mapping) else dict.fromkeys(names, reward)
         scorers = {}
         for name in names:
