@@ -10,6 +10,7 @@ Each layer knows how it enters a model and leaves it: `install(model, matrix)` a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -270,7 +271,7 @@ class DeltaLinear(SVFLinear):
         module = self.dense_module(model)
         if row:
             change = matmul(self.U.float() * self.table()[row], self.Vt.float())  # [M, N]
-            module.weight.add_((change.t() if self.transposed else change).to(module.weight.device))
+            merge(module.weight, change, self.transposed)
         del module.svf
         remove_hook(module, delta_hook)
         delta_forward.remove(module)
@@ -317,6 +318,12 @@ class DeltaLinear(SVFLinear):
         if group is not None and (out := group.expanded(self, y, x, route)) is not None:
             return out
         return add_delta(y, x, self.V, self.U, self.table(), route.fit(x.shape[:-1]))
+
+
+def merge(weight: Tensor, change: Tensor, transposed: bool) -> None:
+    """weight += change, in place. change: [M, N]; transposed: whether the weight is stored as [N, M]."""
+    with torch.inference_mode() if weight.is_inference() else contextlib.nullcontext():  # written nowhere else
+        weight.add_((change.t() if transposed else change).to(weight.device))
 
 
 def add_delta(y: Tensor, x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import t2kernels as t2
+from t2kernels.experts.exchange.lora import LoraAdapter
 from t2kernels.experts.rows import RowCounts, Rows
 from tests.helpers.families import build
 
@@ -414,6 +415,60 @@ def test_a_copy_has_the_experts_but_no_live_tensors(bank):
         assert sorted(other.ids(["d", "e", "f"]).tolist()) == [1, 2, 3]
     assert bank.rows_in_use == 3
     assert sorted(held.tolist()) == [1, 2, 3]
+
+
+class Meanwhile(torch.nn.Module):
+    """The last part of a model. While it is copied, another thread could do `work`."""
+
+    work = None
+
+    def __deepcopy__(self, memo):
+        self.work()
+        return Meanwhile()
+
+    def __reduce__(self):
+        self.work()
+        return Meanwhile, ()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("change", ["evict", "replace", "remove", "mixture", "adapter"])
+def test_a_copy_that_is_made_while_the_bank_changes_answers_with_its_experts(bank, change, duplicate):
+    x = torch.randint(3, 60, (1, 5))
+    shapes = {n: layer.dense_module(bank.model).weight.shape for layer, (n,) in bank.layers}
+
+    def lora():
+        return LoraAdapter({n: (torch.randn(M, 2) * 0.2, torch.randn(2, N) * 0.2) for n, (M, N) in shapes.items()})
+
+    for name in "abcd":
+        bank.add(name, draw(bank))
+    bank.add("l", lora())
+    bank.ids(["l", "a", "b"])
+
+    def work():
+        if change == "evict":
+            bank.ids(["c", "d"])
+        elif change == "replace":
+            bank.add("a", draw(bank), replace=True)
+        elif change == "remove":
+            bank.remove("a")
+            bank.add("e", draw(bank))
+        elif change == "mixture":
+            bank.ids([{"a": 0.5, "b": 0.5}, {"l": 0.5, "c": 1.0}])
+        else:
+            bank.add("m", lora())
+            bank.remove("l")
+            bank.ids(["m"])
+
+    bank.model.model.meanwhile = Meanwhile()
+    bank.model.model.meanwhile.work = work
+    other = duplicate(bank.model)
+    names = [None, *bank.names, {"a" if "a" in bank else "b": 0.5, "c": 0.5}]
+    assert [None, *other.t2_bank.names] == names[:-1]
+    with torch.no_grad():
+        for name in names:
+            want = bank.model(x, experts=name).logits
+            torch.testing.assert_close(other(x, experts=name).logits, want, atol=1e-6, rtol=1e-6, msg=str(name))
 
 
 def test_readers_see_a_whole_bank_while_writers_change_it(bank, tmp_path):
