@@ -149,10 +149,9 @@ class Scopes:
             return None
         if scope.owner is not None and not _is_running(scope.owner):
             raise AmbiguousScopeError(
-                f"the scope {scope.scope.label} was opened by a generator ({scope.owner.f_code.co_qualname}) that is not "
-                "running now, and this forward is not part of it; pass experts=... to each call inside a "
-                "generator instead of "
-                "bank.use(...)"
+                f"the scope {scope.scope.label} was opened by a generator ({scope.owner.f_code.co_qualname}) that is "
+                "not running now, and this forward is not part of it; pass experts=... to each call inside a "
+                "generator instead of bank.use(...)"
             )
         return scope
 
