@@ -24,6 +24,7 @@ from t2kernels.layers.routing.active import Routing
 from .exchange.lora import LoraAdapter
 from .exchange.peft_files import is_adapter
 from .expert import Expert, ExpertError
+from .files import SUFFIX
 from .loading import LoadedExperts
 from .names import check_files, check_name
 from .origin import Origin
@@ -164,10 +165,12 @@ class ExpertBank(LoadedExperts):
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write every expert to `folder`/NAME.safetensors, and every adapter to a folder NAME. Returns the paths.
 
-        Raises NameRefused for two names that differ only in case, before anything is written; OSError.
+        Raises NameRefused, before anything is written, for two names that differ only in case, or a name and one in the
+        folder; OSError.
         """
+        there = [path.stem if path.suffix == SUFFIX else path.name for path in Path(folder).glob("*")]
         with self._lock:
-            check_files(self.names)
+            check_files(self.names, there)
             adapters = dict(self.table.adapters)
             kept = {name: e for name, e in self._experts.items() if name not in adapters}
             training = {name: self[name] for name in self._training}

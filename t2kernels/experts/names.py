@@ -61,9 +61,12 @@ def check_name(name: str, version: bool = False) -> str:
     return name
 
 
-def check_files(names: Iterable[str]) -> None:
-    """Raise NameRefused if two names would be one file where a file system ignores case."""
-    seen: list[str] = []
+def check_files(names: Iterable[str], there: Iterable[str] = ()) -> None:
+    """Raise NameRefused if two names would be one file where a file system ignores case.
+
+    there: names of files in the folder that `names` are written to
+    """
+    seen = list(there)
     for name in names:
         other = same_file(check_name(name, version=True), seen)
         if other is not None:

@@ -27,7 +27,7 @@ from t2kernels.ops.stream_order import finish
 from . import delta_forward
 from .dense.link import Link
 from .dense.probe import format_of, is_ordinary, unsupported_gradient
-from .forward_hooks import remove_hook
+from .forward_hooks import foreign_hooks, remove_hook
 from .groups import Group
 from .routing.active import Routing
 from .routing.route import Route
@@ -294,14 +294,20 @@ class DeltaLinear(SVFLinear):
         return self._own
 
     def probe_kind(self) -> object:
-        """Type and format of the dense layer; None if it is a plain one of torch or transformers."""
+        """Type, format and hooks of the dense layer; None if it is a plain one of torch or transformers without any."""
         module = self.base()
-        return None if module is None or is_ordinary(module) else format_of(module)
+        hooks = () if module is None else foreign_hooks(module)
+        return None if module is None or (is_ordinary(module) and not hooks) else (*format_of(module), hooks)
 
     def unsupported_training(self) -> str | None:
         """See `SVFLinear`; the dense layer is run (`layers.dense.probe`)."""
         module = self.base()
-        return None if module is None else self.probe(module)
+        try:
+            return None if module is None else self.probe(module)
+        except Exception:
+            if is_ordinary(module):  # one of its hooks wants other inputs
+                return None
+            raise
 
     def unsupported_merge(self, model: nn.Module) -> str | None:
         """A quantised weight cannot take an expert in."""
