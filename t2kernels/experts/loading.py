@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2kernels import InputError, InputTypeError, OutOfRangeError, UnknownNameError
+from t2kernels import InputError, InputTypeError, OutOfRangeError, StateError, UnknownNameError
 from t2kernels.layers.routing.active import Routing
 from t2kernels.layers.routing.route import Route
 from t2kernels.layers.routing.scopes import Scope
@@ -193,6 +194,23 @@ class LoadedExperts(Columns):
 
     # --- the caller holds the lock
 
+    def _is_default(self, name: str) -> bool:
+        return name in self._default if isinstance(self._default, Mapping) else name == self._default
+
+    def _check_default(self, name: str) -> None:
+        """Raise StateError if `name` is the default and its new values would find no row beside the old ones."""
+        if self._is_default(name) and not self._rows.has_room_for(object()):
+            raise StateError(
+                f"{name!r} is bank.default, or a part of it, and no row is free for its new values: "
+                "set bank.default = None first, or patch with more rows"
+            )
+
+    def _renew_default(self, name: str) -> None:
+        """Let the default use the new values of an expert."""
+        if self._is_default(name):
+            with contextlib.suppress(StateError):  # training has ended: the row of the default holds the same values
+                self.default = self._default
+
     def _load(self, key: Key) -> int:
         delta = self._delta(key)
         row = self._rows.take(key)
@@ -205,6 +223,12 @@ class LoadedExperts(Columns):
             delta = torch.zeros(self.width, dtype=torch.float32, device="cpu")
             for name, weight in key:
                 delta.add_(self._experts[name][0], alpha=weight)
+            # What lies between experts that can run can run.
+            between = all(w >= 0 for _, w in key) and sum(w for _, w in key) <= 1
+            if not between and (reason := self.table.unsupported(delta)):
+                raise InputError(
+                    f"the mixture {dict(key)} cannot run on this model: {reason}; make its weights smaller"
+                )
             return delta
         return self._experts[key][0]
 

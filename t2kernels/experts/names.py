@@ -147,6 +147,8 @@ def key_of(name: Name) -> Key | None:
             f"{name!r} is no expert: give a name, None for the base model, or a mixture {{name: weight}}"
         )
     for n, weight in name.items():
+        if isinstance(weight, str) or not hasattr(weight, "__float__"):
+            raise InputTypeError(f"the weight of {n!r} in a mixture is {weight!r}; wanted a number")
         if not math.isfinite(weight):
             raise InputError(f"the weight of {n!r} in a mixture is {weight}; wanted a finite number")
     return tuple(sorted((n, float(weight)) for n, weight in name.items() if weight)) or None
