@@ -24,6 +24,7 @@ from t2kernels.layers.routing.active import Routing
 from .exchange.lora import LoraAdapter
 from .exchange.peft_files import is_adapter
 from .expert import Expert, ExpertError
+from .files import SUFFIX
 from .loading import LoadedExperts
 from .names import check_files, check_name
 from .origin import Origin
@@ -135,27 +136,33 @@ class ExpertBank(LoadedExperts):
         with self._lock:
             self._check_free(name, replace)  # again: another thread may have added it while the file was read
             if name in self._experts:
+                self._check_default(name)
                 self._drop_adapter(name)
                 self._drop_mixtures_of(name)
             self._experts[name] = (delta, manifest)
             row = self._rows.find(name)
             if row is not None and not self._rows.is_pinned(row):
                 self.table.write(row, delta)
-                return
-            self._rows.drop(name)
-            if self._rows.has_free():
-                self._load(name)
+            else:
+                self._rows.drop(name)
+                if self._rows.has_free():
+                    self._load(name)
+            self._renew_default(name)
 
     def remove(self, name: str) -> None:
         """Forget an expert. A running forward that uses it finishes with it; then its row is free.
 
-        Raises KeyError for an unknown name, ValueError for an expert in training, RuntimeError for an adapter that a
-        forward or live ids use.
+        Raises KeyError for an unknown name, ValueError for an expert in training, RuntimeError for the default and for
+        an adapter that a forward or live ids use.
         """
         with self._lock:
             self._require(name)
             if name in self._training:
                 raise InputError(f"{name!r} is in training; stop_training({name!r}) first")
+            if self._is_default(name):
+                raise StateError(
+                    f"{name!r} is bank.default, or a part of it: set bank.default to another expert, or to None, first"
+                )
             self._drop_adapter(name)
             del self._experts[name]
             self._drop_mixtures_of(name)
@@ -164,10 +171,12 @@ class ExpertBank(LoadedExperts):
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write every expert to `folder`/NAME.safetensors, and every adapter to a folder NAME. Returns the paths.
 
-        Raises NameRefused for two names that differ only in case, before anything is written; OSError.
+        Raises NameRefused, before anything is written, for two names that differ only in case, or a name and one in the
+        folder; OSError.
         """
+        there = [path.stem if path.suffix == SUFFIX else path.name for path in Path(folder).glob("*")]
         with self._lock:
-            check_files(self.names)
+            check_files(self.names, there)
             adapters = dict(self.table.adapters)
             kept = {name: e for name, e in self._experts.items() if name not in adapters}
             training = {name: self[name] for name in self._training}
@@ -199,6 +208,7 @@ class ExpertBank(LoadedExperts):
         with self._lock:
             self._check_free(name, replace)
             self.table.adapters.check(name, adapter)
+            self._check_default(name)
             self._drop_adapter(name)
             self._drop_mixtures_of(name)
             self._rows.drop(name)
@@ -206,6 +216,7 @@ class ExpertBank(LoadedExperts):
             self._experts[name] = (torch.zeros(self.width, dtype=torch.float32, device="cpu"), {})
             if self._rows.has_free():
                 self._load(name)
+            self._renew_default(name)
 
     def _drop_adapter(self, name: str) -> None:
         """Remove the columns of an adapter, if it is one. Raises StateError if a row that is in use needs them."""

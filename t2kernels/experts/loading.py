@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import threading
 import weakref
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2kernels import InputError, InputTypeError, OutOfRangeError, UnknownNameError
+from t2kernels import InputError, InputTypeError, OutOfRangeError, StateError, UnknownNameError
 from t2kernels.layers.routing.active import Routing
 from t2kernels.layers.routing.route import Route
 from t2kernels.layers.routing.scopes import Scope
@@ -192,18 +194,47 @@ class LoadedExperts(Columns):
 
     # --- the caller holds the lock
 
+    def _is_default(self, name: str) -> bool:
+        return name in self._default if isinstance(self._default, Mapping) else name == self._default
+
+    def _check_default(self, name: str) -> None:
+        """Raise StateError if `name` is the default and its new values would find no row beside the old ones."""
+        if self._is_default(name) and not self._rows.has_room_for(object()):
+            raise StateError(
+                f"{name!r} is bank.default, or a part of it, and no row is free for its new values: "
+                "set bank.default = None first, or patch with more rows"
+            )
+
+    def _renew_default(self, name: str) -> None:
+        """Let the default use the new values of an expert."""
+        if self._is_default(name):
+            with contextlib.suppress(StateError):  # training has ended: the row of the default holds the same values
+                self.default = self._default
+
     def _load(self, key: Key) -> int:
+        delta = self._delta(key)
+        row = self._rows.take(key)
+        self._write(row, key, delta)
+        self._counts.loaded(key)
+        return row
+
+    def _delta(self, key: Key) -> Tensor:
         if isinstance(key, tuple):
             delta = torch.zeros(self.width, dtype=torch.float32, device="cpu")
             for name, weight in key:
                 delta.add_(self._experts[name][0], alpha=weight)
-        else:
-            delta = self._experts[key][0]
-        row = self._rows.take(key)
+            # What lies between experts that can run can run.
+            between = all(w >= 0 for _, w in key) and sum(w for _, w in key) <= 1
+            if not between and (reason := self.table.unsupported(delta)):
+                raise InputError(
+                    f"the mixture {dict(key)} cannot run on this model: {reason}; make its weights smaller"
+                )
+            return delta
+        return self._experts[key][0]
+
+    def _write(self, row: int, key: Key, delta: Tensor) -> None:
         self.table.write(row, delta)
         self.table.adapters.set(row, dict(key) if isinstance(key, tuple) else {key: 1.0})
-        self._counts.loaded(key)
-        return row
 
     def _drop_mixtures_of(self, name: str) -> None:
         self._rows.drop_where(lambda key: isinstance(key, tuple) and any(n == name for n, _ in key))
@@ -226,10 +257,18 @@ class LoadedExperts(Columns):
         # A lock and the pins of live tensors cannot be copied. In a copy only the experts in training hold their rows.
         with self._lock:
             state = {k: v for k, v in self.__dict__.items() if k != "_lock"}
-            return {**state, "_experts": dict(self._experts), "_rows": self._rows.copy(self._training)}
+            table = copy.copy(self.table)
+            table.adapters = self.table.adapters.copy()
+            rows = self._rows.copy(self._training)
+            return {**state, "_experts": dict(self._experts), "_rows": rows, "table": table}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=Lock())
+        # Another thread may have given a row to another expert after the layers were copied, so the rows are written.
+        self.table.adapters.lay()
+        for key, row in self._rows.items():
+            if key not in self._training:
+                self._write(row, key, self._delta(key))
         self.routing.training, self.default = len(self._training), self._default
 
 

@@ -61,9 +61,12 @@ def check_name(name: str, version: bool = False) -> str:
     return name
 
 
-def check_files(names: Iterable[str]) -> None:
-    """Raise NameRefused if two names would be one file where a file system ignores case."""
-    seen: list[str] = []
+def check_files(names: Iterable[str], there: Iterable[str] = ()) -> None:
+    """Raise NameRefused if two names would be one file where a file system ignores case.
+
+    there: names of files in the folder that `names` are written to
+    """
+    seen = list(there)
     for name in names:
         other = same_file(check_name(name, version=True), seen)
         if other is not None:
@@ -144,6 +147,8 @@ def key_of(name: Name) -> Key | None:
             f"{name!r} is no expert: give a name, None for the base model, or a mixture {{name: weight}}"
         )
     for n, weight in name.items():
+        if isinstance(weight, str) or not hasattr(weight, "__float__"):
+            raise InputTypeError(f"the weight of {n!r} in a mixture is {weight!r}; wanted a number")
         if not math.isfinite(weight):
             raise InputError(f"the weight of {n!r} in a mixture is {weight}; wanted a finite number")
     return tuple(sorted((n, float(weight)) for n, weight in name.items() if weight)) or None

@@ -164,10 +164,14 @@ class Rows:
     def copy(self, keep: Iterable[Hashable]) -> Rows:
         """A copy in which the rows of the keys `keep` have one pin each, and no other row has any.
 
-        The pins of live tensors belong to the original model, not to its copy.
+        The pins of live tensors and the rows of a search belong to the original model, not to its copy.
         """
         other = Rows(self.count, self.counts)
-        other._rows = self._rows.copy()
+        other._rows = OrderedDict((key, row) for key, row in self._rows.items() if isinstance(key, (str, tuple)))
         other._free = sorted(set(other._free) - set(other._rows.values()))
         other._pins = Counter(self._rows[k] for k in keep)
         return other
+
+    def items(self) -> list[tuple[Hashable, int]]:
+        """[(key, row)], the least recently used first."""
+        return list(self._rows.items())

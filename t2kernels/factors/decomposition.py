@@ -195,7 +195,10 @@ def _read(path: Path, name: str, wanted: dict[str, Any]) -> _Done | None:
     check_matrix(path, name, record)
     with safe_open(path, framework="pt") as f:
         sigma, sketched = (f.get_tensor(f"{name}.{part}") for part in ("sigma", "sketch"))
-        again = sketched if digest else sketch(read_factor(f, name, record, record["rank"]))
+        factor = read_factor(f, name, record, record["rank"])
+        again = sketched if digest else sketch(factor)
+    if fingerprint(factor) != record["fingerprint"]:
+        raise FileError("its factors are not those of the fingerprint in its header")
     # Without a digest the sketch is computed again, from factors that may have been rounded since.
     if sketched.shape != sigma.shape or not torch.allclose(sketched, again, rtol=TOLERANCE, atol=TOLERANCE):
         raise FileError(f"{name}.sketch {list(sketched.shape)} is not that of its factors")

@@ -40,6 +40,12 @@ def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
                 d.pop(key, None)
 
 
+def foreign_hooks(module: nn.Module) -> tuple[Callable[..., Any], ...]:
+    """The forward hooks and forward pre-hooks of a module that are not of this library."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return tuple(h for h in hooks if not (getattr(h, "__module__", None) or "").startswith("t2kernels."))
+
+
 def has_other_hooks(module: nn.Module, own: Callable[..., Any] | None = None) -> bool:
     """True if a module has a forward hook or forward pre-hook besides `own`."""
     return bool(module._forward_pre_hooks) or any(h is not own for h in module._forward_hooks.values())

@@ -10,6 +10,7 @@ Each layer knows how it enters a model and leaves it: `install(model, matrix)` a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from t2kernels.ops.stream_order import finish
 from . import delta_forward
 from .dense.link import Link
 from .dense.probe import format_of, is_ordinary, unsupported_gradient
-from .forward_hooks import remove_hook
+from .forward_hooks import foreign_hooks, remove_hook
 from .groups import Group
 from .routing.active import Routing
 from .routing.route import Route
@@ -270,7 +271,7 @@ class DeltaLinear(SVFLinear):
         module = self.dense_module(model)
         if row:
             change = matmul(self.U.float() * self.table()[row], self.Vt.float())  # [M, N]
-            module.weight.add_((change.t() if self.transposed else change).to(module.weight.device))
+            merge(module.weight, change, self.transposed)
         del module.svf
         remove_hook(module, delta_hook)
         delta_forward.remove(module)
@@ -293,14 +294,20 @@ class DeltaLinear(SVFLinear):
         return self._own
 
     def probe_kind(self) -> object:
-        """Type and format of the dense layer; None if it is a plain one of torch or transformers."""
+        """Type, format and hooks of the dense layer; None if it is a plain one of torch or transformers without any."""
         module = self.base()
-        return None if module is None or is_ordinary(module) else format_of(module)
+        hooks = () if module is None else foreign_hooks(module)
+        return None if module is None or (is_ordinary(module) and not hooks) else (*format_of(module), hooks)
 
     def unsupported_training(self) -> str | None:
         """See `SVFLinear`; the dense layer is run (`layers.dense.probe`)."""
         module = self.base()
-        return None if module is None else self.probe(module)
+        try:
+            return None if module is None else self.probe(module)
+        except Exception:
+            if is_ordinary(module):  # one of its hooks wants other inputs
+                return None
+            raise
 
     def unsupported_merge(self, model: nn.Module) -> str | None:
         """A quantised weight cannot take an expert in."""
@@ -317,6 +324,12 @@ class DeltaLinear(SVFLinear):
         if group is not None and (out := group.expanded(self, y, x, route)) is not None:
             return out
         return add_delta(y, x, self.V, self.U, self.table(), route.fit(x.shape[:-1]))
+
+
+def merge(weight: Tensor, change: Tensor, transposed: bool) -> None:
+    """weight += change, in place. change: [M, N]; transposed: whether the weight is stored as [N, M]."""
+    with torch.inference_mode() if weight.is_inference() else contextlib.nullcontext():  # written nowhere else
+        weight.add_((change.t() if transposed else change).to(weight.device))
 
 
 def add_delta(y: Tensor, x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def attach(layer: SVFLinear, columns: LoraColumns) -> None:
     """Put columns beside a layer, in the place of older ones. A layer without a dense layer computes by other means."""
     module = _module(layer)
     if not hasattr(layer, "lora") and module is not None:
+        remove_hook(module, lora_hook)  # of a copy that another thread's `attach` was in the middle of
         module.register_forward_hook(lora_hook)
     layer.add_module("lora", columns)
 

@@ -24,7 +24,7 @@ from t2kernels.factors.linalg import matmul
 from t2kernels.factors.matrices import Matrix, is_plain
 
 from .dense.link import Link
-from .linear import SVFLinear, add_delta
+from .linear import SVFLinear, add_delta, merge
 from .private import require
 
 IMPLEMENTATION = "t2kernels_svf"
@@ -65,7 +65,7 @@ class DeltaStack(SVFLinear):
             weights, scale = getattr(module, self.tensor), self.table()[row]
             for e in range(weights.shape[0]):
                 change = matmul(self.U[e].float() * scale[e], self.Vt[e].float())  # [M, N]
-                weights[e].add_((change.t() if self.transposed else change).to(weights.device))
+                merge(weights[e], change, self.transposed)
         delattr(module, f"svf_{self.tensor}")
         if not installed(module):
             module.config = module.svf_base_config

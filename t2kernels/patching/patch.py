@@ -30,6 +30,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode(False)  # factors made in inference mode could not be trained on
+@torch.no_grad()
 def patch_model(
     model: nn.Module,
     targets: Targets = "all",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import t2kernels as t2
+from t2kernels.experts.exchange.lora import LoraAdapter
 from t2kernels.experts.rows import RowCounts, Rows
 from tests.helpers.families import build
 
@@ -414,6 +415,120 @@ def test_a_copy_has_the_experts_but_no_live_tensors(bank):
         assert sorted(other.ids(["d", "e", "f"]).tolist()) == [1, 2, 3]
     assert bank.rows_in_use == 3
     assert sorted(held.tolist()) == [1, 2, 3]
+
+
+def test_the_default_follows_its_expert(bank):
+    x = torch.randint(3, 60, (1, 5))
+    for name in "ab":
+        bank.add(name, draw(bank))
+
+    def same(name):
+        with torch.no_grad():
+            return torch.allclose(bank.model(x).logits, bank.model(x, experts=name).logits, atol=1e-6)
+
+    for default in ("a", {"a": 0.5, "b": 0.5}):
+        bank.default = default
+        assert same(default)
+        for _ in range(3):
+            bank.add("a", draw(bank), replace=True)
+            assert same(default)
+        with pytest.raises(t2.T2Error, match=r"'a' is bank\.default"):
+            bank.remove("a")
+        assert same(default)
+    bank.default = "a"
+    held = bank.ids(["b", {"a": 0.5, "b": 0.5}])  # with the default all three rows
+    before = bank["a"]
+    with pytest.raises(t2.T2Error, match=r"no row is free.*set bank\.default = None first"):
+        bank.add("a", draw(bank), replace=True)
+    assert bank["a"] == before
+    assert same("a")
+    bank.default = None
+    bank.remove("a")
+    assert len(held) == 2
+
+
+def test_the_default_stays_when_its_training_ends(bank):
+    x = torch.randint(3, 60, (1, 5))
+    bank.start_training("t")
+    for p in bank.trained_parameters("t").values():
+        p.data.normal_(std=0.3)
+    bank.default = "t"
+    bank.add("a", draw(bank))
+    held = bank.ids(["a", {"a": 0.5}])
+    with torch.no_grad():
+        want = bank.model(x).logits
+        bank.stop_training("t")
+        torch.testing.assert_close(bank.model(x).logits, want)
+        del held
+        torch.testing.assert_close(bank.model(x, experts="t").logits, want)
+
+
+def test_a_mixture_that_cannot_be_finite_is_refused(bank):
+    bank.add("a", draw(bank, 50))
+    bank.add("b", draw(bank))
+    for weights in ({"a": 3e38}, {"a": 3e38, "b": -3e38}):
+        for ask in (bank.ids, bank.use, lambda w: setattr(bank, "default", w)):
+            with pytest.raises(ValueError, match=r"the mixture .* cannot run on this model"):
+                ask(weights)
+    assert bank.default is None
+    assert bank.ids({"a": 2.0, "b": -1.0}).dim() == 0
+    for weight in ("1", None, [1]):
+        with pytest.raises(TypeError, match="wanted a number"):
+            bank.ids({"a": weight})
+
+
+class Meanwhile(torch.nn.Module):
+    """The last part of a model. While it is copied, another thread could do `work`."""
+
+    work = None
+
+    def __deepcopy__(self, memo):
+        self.work()
+        return Meanwhile()
+
+    def __reduce__(self):
+        self.work()
+        return Meanwhile, ()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("change", ["evict", "replace", "remove", "mixture", "adapter"])
+def test_a_copy_that_is_made_while_the_bank_changes_answers_with_its_experts(bank, change, duplicate):
+    x = torch.randint(3, 60, (1, 5))
+    shapes = {n: layer.dense_module(bank.model).weight.shape for layer, (n,) in bank.layers}
+
+    def lora():
+        return LoraAdapter({n: (torch.randn(M, 2) * 0.2, torch.randn(2, N) * 0.2) for n, (M, N) in shapes.items()})
+
+    for name in "abcd":
+        bank.add(name, draw(bank))
+    bank.add("l", lora())
+    bank.ids(["l", "a", "b"])
+
+    def work():
+        if change == "evict":
+            bank.ids(["c", "d"])
+        elif change == "replace":
+            bank.add("a", draw(bank), replace=True)
+        elif change == "remove":
+            bank.remove("a")
+            bank.add("e", draw(bank))
+        elif change == "mixture":
+            bank.ids([{"a": 0.5, "b": 0.5}, {"l": 0.5, "c": 1.0}])
+        else:
+            bank.add("m", lora())
+            bank.remove("l")
+            bank.ids(["m"])
+
+    bank.model.model.meanwhile = Meanwhile()
+    bank.model.model.meanwhile.work = work
+    other = duplicate(bank.model)
+    names = [None, *bank.names, {"a" if "a" in bank else "b": 0.5, "c": 0.5}]
+    assert [None, *other.t2_bank.names] == names[:-1]
+    with torch.no_grad():
+        for name in names:
+            want = bank.model(x, experts=name).logits
+            torch.testing.assert_close(other(x, experts=name).logits, want, atol=1e-6, rtol=1e-6, msg=str(name))
 
 
 def test_readers_see_a_whole_bank_while_writers_change_it(bank, tmp_path):

@@ -190,6 +190,14 @@ def test_two_names_of_one_file_are_not_saved(bank, tmp_path):
     bank.add("math@2", draw(bank))  # versions, as a server keeps them
     assert [p.name for p in bank.save(tmp_path)] == ["math.safetensors", "math@2.safetensors"]
     assert bank.ids({"math": 0.5, "math@2": 0.5}).shape == ()
+    bank.save(tmp_path)  # over its own files
+    bank.remove("math")
+    bank.add("MATH", draw(bank))
+    before = (tmp_path / "math.safetensors").read_bytes()
+    with pytest.raises(t2.T2Error, match="'math' and 'MATH' differ only in case"):
+        bank.save(tmp_path)
+    assert (tmp_path / "math.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_checkpoint_that_was_changed_is_refused(bank, tmp_path):

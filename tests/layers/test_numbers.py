@@ -222,6 +222,26 @@ def test_weights_that_inference_mode_made_are_named(form):
         bank.start_training("t")
 
 
+@FORMS
+@pytest.mark.parametrize("inside", [True, False])
+def test_weights_that_inference_mode_made_and_that_require_gradients_are_patched(form, inside):
+    plain = build("llama")
+    with torch.inference_mode():
+        model = copy.deepcopy(plain).requires_grad_(True)
+        want = plain(X).logits
+    with torch.inference_mode(inside):
+        bank = t2.patch_model(model, form=form)
+        bank.add("a", random_expert(bank))
+    with torch.no_grad():
+        torch.testing.assert_close(model(X).logits, want, atol=1e-5, rtol=1e-5)
+        asked = model(X, experts="a").logits
+        assert (asked - want).abs().max() > 1e-2
+    with torch.inference_mode(inside):
+        t2.unpatch_model(model, expert="a")
+    with torch.no_grad():
+        torch.testing.assert_close(model(X).logits, asked, atol=1e-5, rtol=1e-5)
+
+
 class Detached(nn.Linear):
     def forward(self, x):
         return super().forward(x.detach())

@@ -1,10 +1,15 @@
 """A base layer whose gradient is missing or wrong is found out before anything is trained on it."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
+import t2kernels as t2
+from t2kernels.experts.trainables import GradientError
 from t2kernels.layers.dense.probe import unsupported_gradient
+from tests.helpers.families import build
 
 
 def asked(module, dtype=torch.float32):
@@ -30,6 +35,8 @@ class Wrong(torch.autograd.Function):
             "none": None,
             "sign": -right,
             "shifted": right.roll(1, -1),
+            "half": right / 2,
+            "threefold": right * 3,
         }
         return wrong[ctx.kind], None, None
 
@@ -44,7 +51,7 @@ class Layer(nn.Module):
         return Wrong.apply(x, self.weight, self.kind)
 
 
-@pytest.mark.parametrize("kind", ["zero", "noise", "nan", "none", "sign", "shifted"])
+@pytest.mark.parametrize("kind", ["zero", "noise", "nan", "none", "sign", "shifted", "half", "threefold"])
 def test_a_wrong_gradient_is_named(kind):
     assert "gradient" in asked(Layer(kind))
 
@@ -53,6 +60,32 @@ def test_a_right_gradient_passes():
     assert asked(Layer("right")) is None
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert asked(nn.Linear(96, 64).to(dtype), dtype) is None
+
+
+def of_a_batch(hook):
+    """This hook refuses inputs that are not [B, S, N]."""
+
+    def wrapped(module, args, *rest):
+        return hook(module, args, *rest) if args[0].dim() == 3 else 1 / 0
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "add, right",
+    [
+        (lambda layer: layer.register_forward_hook(lambda module, args, out: out.detach()), False),
+        (lambda layer: layer.register_forward_pre_hook(lambda module, args: (args[0].detach(),)), False),
+        (lambda layer: layer.register_forward_hook(lambda module, args, out: None), True),
+        (lambda layer: layer.register_forward_hook(of_a_batch(lambda module, args, out: None)), True),
+    ],
+)
+def test_hooks_of_a_base_layer_are_asked_too(add, right):
+    model = build("llama")
+    add(model.model.layers[1].mlp.up_proj)
+    bank = t2.patch_model(model, form="delta", rank=8)
+    with contextlib.nullcontext() if right else pytest.raises(GradientError, match="up_proj"):
+        bank.start_training("t")
 
 
 def test_no_gradient_at_all_is_named():

@@ -206,6 +206,86 @@ def test_context_managers_made_of_generators(world):
     assert torch.equal(answer(model, x), want[None])
 
 
+class Entered:
+    """A context manager of one's own around a scope."""
+
+    def __init__(self, scope):
+        self.scope = scope
+
+    def __enter__(self):
+        return self.scope.__enter__()
+
+    def __exit__(self, *error):
+        return self.scope.__exit__(*error)
+
+
+@contextlib.contextmanager
+def function_of(scope):
+    with scope:
+        yield
+
+
+@pytest.mark.parametrize("how", [lambda scope: scope, Entered, function_of])
+def test_a_scope_that_is_opened_for_a_generator_cannot_leak_either(world, how):
+    model, bank, x, want = world
+
+    def enter(stack):
+        stack.enter_context(how(bank.use("a")))
+
+    def steps():
+        with contextlib.ExitStack() as stack:
+            enter(stack)
+            while True:
+                yield answer(model, x)
+
+    one = steps()
+    assert torch.equal(next(one), want["a"])
+    with pytest.raises(AmbiguousScopeError, match="generator"):
+        answer(model, x)
+    assert torch.equal(next(one), want["a"])
+    one.close()
+    assert torch.equal(answer(model, x), want[None])
+
+
+def test_a_scope_is_entered_while_it_is_open(world):
+    model, bank, x, want = world
+    scope = bank.use("a")
+    for _ in range(2):
+        with scope, bank.use("b"), scope:
+            assert torch.equal(answer(model, x), want["a"])
+        assert torch.equal(answer(model, x), want[None])
+    with scope:
+        with scope:
+            pass
+        assert torch.equal(answer(model, x), want["a"])
+
+    async def ask(other):
+        with scope:
+            await asyncio.sleep(0)
+            with bank.use(other):
+                await asyncio.sleep(0)
+                one = torch.equal(answer(model, x), want[other])
+            return one and torch.equal(answer(model, x), want["a"])
+
+    async def everyone():
+        return await asyncio.gather(*[ask(n) for n in "bcb"])
+
+    assert all(asyncio.run(everyone()))
+    assert torch.equal(answer(model, x), want[None])
+
+
+def test_a_scope_that_another_thread_closes(world):
+    model, bank, x, want = world
+    scope = bank.use("a")
+    with bank.use("b"):
+        scope.__enter__()
+        assert isinstance(in_thread(lambda: scope.__exit__(None, None, None)), AmbiguousScopeError)
+        assert torch.equal(answer(model, x), want["b"])
+        with pytest.raises(AmbiguousScopeError):
+            scope.__exit__(None, None, None)
+    assert torch.equal(answer(model, x), want[None])
+
+
 def test_scopes_that_end_out_of_order(world):
     model, bank, x, want = world
     a, b = bank.use("a"), bank.use("b")

@@ -199,6 +199,10 @@ SENTENCES = {
     "pruning": lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
     "old weight norm": lambda layer: torch.nn.utils.weight_norm(layer),
     "the dictionary": lambda layer: layer._parameters.update(weight=torch.nn.Parameter(torch.ones(2))),
+    "its default": lambda layer: layer._parameters.setdefault("weight", torch.nn.Parameter(torch.ones(2))),
+    "its union": lambda layer: layer._parameters.__ior__({"weight": torch.nn.Parameter(torch.ones(2))}),
+    "a gradient": lambda layer: setattr(layer.weight, "grad", torch.ones(layer.weight.shape)),
+    "dlpack": lambda layer: torch.from_dlpack(layer.weight).zero_(),
     "a state dict": lambda layer: layer.state_dict()["weight"].zero_(),
     "functional_call": lambda layer: torch.func.functional_call(layer, {"weight": torch.ones(2)}, torch.ones(1, 32)),
 }
@@ -212,6 +216,14 @@ def test_a_write_to_a_factored_weight_is_refused_in_one_sentence(write):
     t2.patch_model(model, form="factored")
     with pytest.raises(ReadOnlyWeightError, match=r"unpatch_model\(model\) first"):
         write(model.model.layers[0].mlp.up_proj)
+
+
+def test_a_factored_weight_is_not_swapped():
+    model = build("llama")
+    t2.patch_model(model, form="factored")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(RuntimeError, match="weakref"):  # torch's own check
+        torch.utils.swap_tensors(weight, torch.ones(weight.shape))
 
 
 def test_a_factored_weight_is_read_by_numpy():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from t2kernels import InputError
-from t2kernels.layers.linear import SVFLinear
+from t2kernels.layers.linear import SVFLinear, merge
 from t2kernels.layers.lora_columns import LoraColumns, attach, detach
 
 from .lora import LoraAdapter
@@ -61,6 +62,17 @@ class Adapters(Mapping[str, LoraAdapter]):
             self._weights = {row: {n: w for n, w in of.items() if n != name} for row, of in self._weights.items()}
             self._lay(gone.pairs)
 
+    def copy(self) -> Adapters:
+        """The same adapters, layers and rows; a change of the one does not change the other."""
+        other = copy.copy(self)
+        other._held, other._weights = dict(self._held), dict(self._weights)
+        return other
+
+    def lay(self) -> None:
+        """Make the columns of all layers anew. No row uses an adapter afterwards."""
+        self._weights = {}
+        self._lay(self._adapted().union(*(adapter.pairs for adapter in self._held.values())))
+
     def rows_of(self, name: str) -> list[int]:
         """The rows that were last written with an adapter, or a mixture of it."""
         return [row for row, weights in self._weights.items() if name in weights]
@@ -92,7 +104,7 @@ class Adapters(Mapping[str, LoraAdapter]):
             layer: Any = self._layers[n]
             if row and self._weights.get(row):
                 change, weight = layer.lora.change(row), layer.dense_module(model).weight
-                weight.add_((change.t() if layer.transposed else change).to(weight.device))
+                merge(weight, change, layer.transposed)
             detach(layer)
         self._held, self._weights = {}, {}
 

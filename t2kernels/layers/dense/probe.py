@@ -20,6 +20,8 @@ DIRECTIONS = 24
 CORRELATION = 0.9
 """Smallest correlation of predicted and seen changes. A right gradient of an int8 layer gives .99, of nf4 .99; a wrong
 one gives 0 within .2."""
+SLOPE = 1.35
+"""Largest factor between predicted and seen changes. 24 directions tell it to 10 % where they correlate least."""
 
 
 def is_ordinary(module: nn.Module) -> bool:
@@ -78,10 +80,14 @@ def _compare(module: nn.Module, x: Tensor, moved: Tensor, generator: torch.Gener
     if not gradient.isfinite().all():
         return "the gradient of its input is not finite"
     predicted = torch.stack([(gradient.double() * d.double()).sum() for d in moved])
+    slope = ((predicted @ seen) / (predicted @ predicted)).item()
     correlation = torch.corrcoef(torch.stack([predicted, seen]))[0, 1].item()
     if not correlation >= CORRELATION:
         return (
             "the gradient of its input is wrong (it predicts the output's changes with a correlation of "
             f"{correlation:.2f}; expected 1)"
         )
+    if not 1 / SLOPE <= slope <= SLOPE:
+        size = "small" if slope > 1 else "large"
+        return f"the gradient of its input is too {size}, by a factor of {max(slope, 1 / slope):.2g}"
     return None

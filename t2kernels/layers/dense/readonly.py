@@ -6,6 +6,7 @@ every in-place operation on it, on its views and on its `.data` raises.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ from t2kernels import T2Error
 
 _DATA = torch.Tensor.data
 _REQUIRES_GRAD = torch.Tensor.requires_grad
+_GRAD = torch.Tensor.grad
 
 
 class ReadOnlyWeightError(T2Error, RuntimeError):
@@ -39,12 +41,14 @@ class ReadOnlyWeight(Tensor):
     """
 
     plain: Tensor
+    held: weakref.ref[ReadOnlyWeight]
 
     @staticmethod
     def __new__(cls, plain: Tensor) -> ReadOnlyWeight:
         """plain: the tensor to be read."""
         new = torch.Tensor._make_subclass(cls, plain.detach())
         new.plain = plain
+        new.held = weakref.ref(new)  # torch.utils.swap_tensors refuses a tensor that has one
         return new
 
     @classmethod
@@ -61,6 +65,10 @@ class ReadOnlyWeight(Tensor):
             func == _REQUIRES_GRAD.__set__ and args[1]
         ):
             refuse("training it")
+        if func == _GRAD.__set__:
+            refuse("setting .grad")
+        if func == Tensor.__dlpack__:
+            refuse("what another library writes into it (read a copy, .clone())")
         if func in (Tensor.numpy, Tensor.__array__):
             array = func(args[0].plain, *args[1:], **kwargs)
             array.flags.writeable = False
@@ -118,6 +126,16 @@ class NoWeight(dict[str, Any]):
         """As of a dict, by `__setitem__`."""
         for name, value in dict(*others, **values).items():
             self[name] = value
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """As of a dict, by `__setitem__`."""
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def __ior__(self, other: Any) -> NoWeight:
+        self.update(other)
+        return self
 
     def pop(self, name: str, *default: Any) -> Any:
         """As of a dict; without a default, "weight" raises ReadOnlyWeightError."""

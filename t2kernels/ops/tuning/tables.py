@@ -14,7 +14,7 @@ import torch
 from t2kernels import InputError
 from t2kernels.storage import read_json, write_json
 
-from .tiles import KERNELS, Tiles, dtype_of, key
+from .tiles import DTYPES, KERNELS, Tiles, dtype_of, key
 
 TABLES = Path(__file__).parent / "tuned"
 Timed = tuple[str, int, int, int, torch.dtype, torch.dtype]
@@ -22,7 +22,8 @@ Timed = tuple[str, int, int, int, torch.dtype, torch.dtype]
 LARGEST: int = 1024
 """Of the sizes of a tile."""
 _NAMES = [field.name for field in fields(Tiles)]
-_SHAPE = re.compile(rf"({'|'.join(KERNELS)})/\w+/\w+/[1-9]\d*x[1-9]\d*")
+_TYPE = f"({'|'.join(DTYPES)})"
+_SHAPE = re.compile(rf"({'|'.join(KERNELS)})/{_TYPE}/{_TYPE}/[1-9][0-9]*x[1-9][0-9]*")
 
 
 def user_folder() -> Path:

@@ -22,6 +22,8 @@ SMS = {8: 108, 9: 132, 10: 148}
 # KB of shared memory that a block may have, by capability; 99 for others, such as (8, 9).
 _SHARED_KB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in _NAMES.items()}
+"""{name in the key of a table: dtype}."""
 MEMBERS = 4  # matrices of one launch of the skinny expand: q, k, v and one more
 
 
@@ -200,4 +202,4 @@ def key(kernel: str, rows: int, K: int, x_dtype: torch.dtype, w_dtype: torch.dty
 
 def dtype_of(name: str) -> torch.dtype:
     """The dtype of a name in a key. Raises KeyError."""
-    return {short: dtype for dtype, short in _NAMES.items()}[name]
+    return DTYPES[name]

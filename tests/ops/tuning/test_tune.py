@@ -268,6 +268,7 @@ SHAPE = "expand/bf16/bf16/64x32"
                 [2**40, 16, 64, 1, 4, 3],
             )
         ],
+        ({"tiles": {"shrink/bf16/fp8/8x8": {"1": [32, 16, 64, 1, 4, 3]}}}, "shrink/bf16/fp8/8x8"),
         ({"checked": 3}, "checked"),
         ({"pair_tokens": None}, "pair_tokens"),
         ({"pair_tokens": -1}, "pair_tokens"),
