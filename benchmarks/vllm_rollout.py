@@ -28,7 +28,7 @@ from typing import Any
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # vLLM leaves a core to its front end; here that waits for the engine, and the trainer too
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
 
 import torch
 from measure import RESULTS, append, interleaved, machine, require, show, timing
@@ -40,6 +40,10 @@ from t2kernels.rollout.engines import Draw
 from t2kernels.rollout.generation import completion_logits, log_probs
 from t2kernels.train import SVFConfig, SVFTrainer
 
+TRL = "TRL, PEFT LoRA r=16"
+ARMS = ("transformers", "vllm", TRL)
+RATE = 1e-6
+"""Learning rate of the timed steps: the arms do all the work, and draw completions of like lengths."""
 PROMPTS = [f"Write one short sentence about the number {i} and a river." for i in range(64)]
 
 
@@ -87,7 +91,7 @@ class Arm(Rewarded):
         model.requires_grad_(False)
         tr: Any = self.trainer
         self.parameters: list[Any] = tr.bank.start_training("mine")
-        self.optimizer = torch.optim.Adam(self.parameters, lr=1e-3)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=RATE)
         tr.current_gradient_accumulation_steps = 1
         self.batch: dict[str, Any] = {"rows": [tr.train_dataset[i] for i in range(len(rows))]}
         tr.begin_drawing()
@@ -131,22 +135,23 @@ class Arm(Rewarded):
 class Peer(Rewarded):
     """GRPO of TRL on LoRA of PEFT, rank 16. Its `train` runs in a thread that waits before each step."""
 
-    def __init__(self, args: argparse.Namespace, steps: int) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         import peft
         import trl
         from datasets import Dataset
+        from datasets.table import InMemoryTable
 
         super().__init__()
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         model, tokenizer = load(args)
         config = trl.GRPOConfig(
-            tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=args.completions, num_generations=4,
-            max_completion_length=args.tokens, beta=0.0, learning_rate=1e-3, use_cpu=True, bf16=False,
-            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=steps,
+            tempfile.mkdtemp(), max_steps=args.steps + 1, per_device_train_batch_size=args.completions, num_generations=4,
+            max_completion_length=args.tokens, beta=0.0, learning_rate=RATE, use_cpu=True, bf16=False,
+            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=args.steps + 1,
             disable_tqdm=True,
         )  # fmt: skip
         lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        outer = self
+        outer, rows = self, [{"prompt": p} for p in PROMPTS[: args.completions // 4]]
 
         class Pause(TrainerCallback):
             def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -157,7 +162,7 @@ class Peer(Rewarded):
 
         self.trainer = trl.GRPOTrainer(
             model, reward_funcs=self.reward, args=config, peft_config=lora, processing_class=tokenizer,
-            train_dataset=Dataset.from_list([{"prompt": p} for p in PROMPTS[: args.completions // 4]]),
+            train_dataset=Dataset(InMemoryTable.from_pylist(rows), fingerprint="prompts"),
             callbacks=[Pause()],
         )  # fmt: skip
         threading.Thread(target=self.trainer.train, daemon=True).start()
@@ -165,6 +170,12 @@ class Peer(Rewarded):
     def step(self) -> None:
         self.go.release()
         self.done.acquire()
+
+
+def able(arms: list[str]) -> list[str]:
+    """The arms that can run here: TRL and PEFT may be missing."""
+    there = all(importlib.util.find_spec(name) for name in ("trl", "peft"))
+    return [name for name in arms if name != TRL or there]
 
 
 def agree(arm: Arm, tokens: int) -> float:
@@ -190,6 +201,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--updates", type=int, default=15)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="ratios are to the first")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm_rollout.jsonl")
     args = parser.parse_args()
@@ -232,10 +244,12 @@ def compare(args: argparse.Namespace, vllm: Arm) -> None:
     if not args.steps:
         return
 
-    arms: dict[str, Any] = {"transformers": Arm(args, "transformers"), "vllm": vllm}
-    if all(importlib.util.find_spec(name) for name in ("trl", "peft")):
-        arms["TRL, PEFT LoRA r=16"] = Peer(args, args.steps + 1)
-    table = Table("rollouts of", "s a step", "of it drawn", "of transformers", "tokens")
+    with torch.no_grad():
+        for p in vllm.parameters:
+            p.zero_()  # all arms draw from the base model: completions are of like lengths
+    make = {"transformers": lambda: Arm(args, "transformers"), "vllm": lambda: vllm, TRL: lambda: Peer(args)}
+    arms: dict[str, Any] = {name: make[name]() for name in able(args.arms)}
+    table = Table("rollouts of", "s a step", "of it drawn", f"of {args.arms[0]}", "tokens drawn")
     found = interleaved({name: arm.step for name, arm in arms.items()}, args.steps, 1)
     for name, t in found.items():
         arm = arms[name]
@@ -245,7 +259,13 @@ def compare(args: argparse.Namespace, vllm: Arm) -> None:
             name, f"{t.median:.2f}", "" if drawn is None else f"{drawn:.2f}", f"{t.ratio:.2f}", f"{tokens:.0f}"
         )
         row = {"what": "step", "arm": name, "seconds": t.median, "low": t.low, "high": t.high, "ratio": t.ratio}
-        row |= {"drawn": drawn, "drawn_tokens": tokens, "completions": args.completions, "tokens": args.tokens}
+        row |= {
+            "over": args.arms[0],
+            "drawn": drawn,
+            "drawn_tokens": tokens,
+            "completions": args.completions,
+            "tokens": args.tokens,
+        }
         append(args.out, row | facts)
     show(table)
 
