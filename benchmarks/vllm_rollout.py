@@ -145,10 +145,10 @@ class Peer(Rewarded):
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         model, tokenizer = load(args)
         config = trl.GRPOConfig(
-            tempfile.mkdtemp(), max_steps=args.steps + 1, per_device_train_batch_size=args.completions, num_generations=4,
-            max_completion_length=args.tokens, beta=0.0, learning_rate=RATE, use_cpu=True, bf16=False,
-            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=args.steps + 1,
-            disable_tqdm=True,
+            tempfile.mkdtemp(), max_steps=args.steps + 1, per_device_train_batch_size=args.completions // 4,
+            gradient_accumulation_steps=4, num_generations=4, max_completion_length=args.tokens, beta=0.0,
+            learning_rate=RATE, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+            save_strategy="no", logging_steps=args.steps + 1, disable_tqdm=True,
         )  # fmt: skip
         lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         outer, rows = self, [{"prompt": p} for p in PROMPTS[: args.completions // 4]]
