@@ -10,7 +10,8 @@ test-vllm, with an engine in a process of its own, on the same cores.
 2. A step: rollout, loss and update of each trainer in turn, on the same prompts; with TRL and PEFT installed also of
    TRL's GRPO on LoRA of rank 16, without its default gradient checkpointing. `drawn`: seconds of the rollout alone.
 
-Before anything is timed, the log-probabilities that vLLM tells are compared with those of the model in training. Rows are appended to benchmarks/results/vllm_rollout.jsonl.
+Before anything is timed, the log-probabilities that vLLM tells are compared with those of the model in training. Rows
+are appended to benchmarks/results/vllm_rollout.jsonl.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Arm(Rewarded):
         }  # fmt: skip
         config = SVFConfig(
             tempfile.mkdtemp(), max_new_tokens=args.tokens, num_generations=4, use_cpu=True, kl_coef=0.0,
-            reward_range=None, advantage="group", rollout=engine,
+            reward_range=None, advantage="group", rollout=engine, loss_memory=2**30,
             rollout_options=options if engine == "vllm" else None,
         )  # fmt: skip
         rows = [{"prompt": p} for p in PROMPTS[: args.completions // 4]]
@@ -145,10 +146,10 @@ class Peer(Rewarded):
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         model, tokenizer = load(args)
         config = trl.GRPOConfig(
-            tempfile.mkdtemp(), max_steps=args.steps + 1, per_device_train_batch_size=args.completions // 4,
-            gradient_accumulation_steps=4, num_generations=4, max_completion_length=args.tokens, beta=0.0,
+            tempfile.mkdtemp(), max_steps=args.steps + args.warmup, per_device_train_batch_size=args.completions // 8,
+            gradient_accumulation_steps=8, num_generations=4, max_completion_length=args.tokens, beta=0.0,
             learning_rate=RATE, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-            save_strategy="no", logging_steps=args.steps + 1, disable_tqdm=True,
+            save_strategy="no", logging_steps=args.steps + args.warmup, disable_tqdm=True,
         )  # fmt: skip
         lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         outer, rows = self, [{"prompt": p} for p in PROMPTS[: args.completions // 4]]
@@ -201,6 +202,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--updates", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=1, help="steps of each arm before the timed ones")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="ratios are to the first")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm_rollout.jsonl")
@@ -250,7 +252,7 @@ def compare(args: argparse.Namespace, vllm: Arm) -> None:
     make = {"transformers": lambda: Arm(args, "transformers"), "vllm": lambda: vllm, TRL: lambda: Peer(args)}
     arms: dict[str, Any] = {name: make[name]() for name in able(args.arms)}
     table = Table("rollouts of", "s a step", "of it drawn", f"of {args.arms[0]}", "tokens drawn")
-    found = interleaved({name: arm.step for name, arm in arms.items()}, args.steps, 1)
+    found = interleaved({name: arm.step for name, arm in arms.items()}, args.steps, args.warmup)
     for name, t in found.items():
         arm = arms[name]
         drawn = statistics.median(arm.drawn[-args.steps :]) if arm.drawn else None

@@ -14,7 +14,8 @@ Item = TypeVar("Item")
 TORCHRUN = "torchrun --nproc_per_node N SCRIPT"
 DEEPSPEED = (
     "experts in DeepSpeed were never tested, and z is small: there is no optimiser state worth sharding. Start with "
-    f"{TORCHRUN}; for a base model that does not fit, call fully_shard in a loop of your own (docs/howto/several-gpus.md)"
+    f"{TORCHRUN}; for a base model that does not fit, call fully_shard in a loop of your own "
+    "(docs/howto/several-gpus.md)"
 )
 
 

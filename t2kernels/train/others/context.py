@@ -55,10 +55,9 @@ def experts(
     before. If the block raises, no training is left open and the bank has none of the experts; the mapping keeps them
     as far as they got.
 
-    Raises StateError if the model has experts in training already, for a trainer that uses DeepSpeed, for one process of
-    accelerate in the place of several, or if no gradient but zero has reached the experts by the end of the block;
-    InputError for a model that is not patched, a name that is taken or refused, or an `init` that
-    does not fit.
+    Raises StateError if the model has experts in training already, for a trainer that uses DeepSpeed, for one process
+    of accelerate in the place of several, or if no gradient but zero has reached the experts by the end of the block;
+    InputError for a model that is not patched, a name that is taken or refused, or an `init` that does not fit.
     """
     bank = bank_of(model)
     given = [names] if isinstance(names, str) else list(names)
