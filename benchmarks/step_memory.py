@@ -39,7 +39,7 @@ LOGITS = 2**28
 ARMS = {"checkpointing": (True, 2**40), "pieces of 1 GiB": (False, 2**30)}
 """{arm: (gradient checkpointing, loss_memory)}."""
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
-"""glibc gives large blocks back at once. By default it raises the limit to 32 MB, and keeps freed tensors below that."""
+"""glibc gives large blocks back at once. By default the limit grows to 32 MB, and freed tensors below are kept."""
 LLAMA_8B = LlamaConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=128256, tie_word_embeddings=False,
