@@ -43,17 +43,15 @@ class Expert:
         manifest: Mapping[str, Any] | None = None,
         sketch: Mapping[str, Tensor] | None = None,
     ):
-        self.z: dict[str, Tensor] = {name: _vector(name, v) for name, v in z.items()}
+        self.z: dict[str, Tensor] = _vectors(z)
         self.manifest: dict[str, Any] = dict(manifest or {})
         self.sketch: dict[str, Tensor] = {}
-        for name, s in (sketch or {}).items():
-            if name not in self.z:
-                continue
-            s, n = _vector(name, s, "sketch"), self.z[name].numel()
+        # Rounded here as the file rounds it, so that a saved expert equals this one.
+        for name, s in _vectors({n: s for n, s in (sketch or {}).items() if n in self.z}, "sketch", torch.half).items():
+            n = self.z[name].numel()
             if s.numel() < n:
                 raise ExpertError(f"{name}: its sketch has {s.numel()} components, z has {n}; wanted one for each")
-            # Rounded here as the file rounds it, so that a saved expert equals this one.
-            self.sketch[name] = s[:n].half().float()
+            self.sketch[name] = s[:n]
 
     @classmethod
     def trained_on(cls, factors: Factors | Origin, z: Mapping[str, Tensor], **manifest: Any) -> Expert:
@@ -311,19 +309,29 @@ class Expert:
         return f"expert{f' {name!r}' if name else ''}{f' (trained on {base})' if base else ''}"
 
 
-def _vector(name: str, v: Tensor, kind: str = "z") -> Tensor:
-    """[R] fp32 on the CPU, a copy. Raises ExpertError."""
-    if not isinstance(v, Tensor) or not v.is_floating_point() or v.dim() != 1:
-        given = f"{v.dtype} {list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
-        raise ExpertError(f"{name}: {kind} is {given}; wanted a floating-point vector [R]")
-    v = v.detach().cpu().to(torch.float32, copy=True)
-    bad = (~torch.isfinite(v)).nonzero()
-    if len(bad):
+def _vectors(given: Mapping[str, Tensor], kind: str = "z", rounded: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """{matrix: [R] fp32 on the CPU}, copies that share one memory, rounded to a dtype. Raises ExpertError.
+
+    One check and one cast of all: a model has hundreds of matrices, and one by one they take milliseconds.
+    """
+    for name, v in given.items():
+        if not isinstance(v, Tensor) or not v.is_floating_point() or v.dim() != 1:
+            what = f"{v.dtype} {list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+            raise ExpertError(f"{name}: {kind} is {what}; wanted a floating-point vector [R]")
+    if not given:
+        return {}
+    whole = torch.cat([v.detach().to("cpu", torch.float32) for v in given.values()])
+    made = dict(zip(given, whole.split([v.numel() for v in given.values()]), strict=True))
+    if not torch.isfinite(whole).all():
+        name, v = next((n, v) for n, v in made.items() if not torch.isfinite(v).all())
+        bad = (~torch.isfinite(v)).nonzero()
         raise ExpertError(
             f"{name}: {kind} holds {v[bad[0]].item()} at component {bad[0].item()} "
             f"({len(bad)} in all are not finite); train it again"
         )
-    return v
+    if rounded != torch.float32:
+        whole.copy_(whole.to(rounded))
+    return made
 
 
 def _check_same_factors(experts: list[Expert]) -> None:

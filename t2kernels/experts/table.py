@@ -5,6 +5,7 @@ Writes are in place and allocate nothing that outlives them, so a captured CUDA 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -74,11 +75,19 @@ class ScaleTable:
         self.adapters: Adapters = Adapters({n[0]: layer for layer, n in layers if layer.sigma.dim() == 1}, rows)
         self._bind()
 
+    @functools.cached_property
+    def _sigma(self) -> Tensor:
+        """[C] fp64 on the CPU, sigma of all layers."""
+        return torch.cat([s.layer.sigma.double().cpu().reshape(-1) for s in self.slots])
+
     def unsupported(self, delta: Tensor) -> str | None:
         """Why a row cannot be written, or None: sigma z must be finite in the dtype of its layer.
 
         delta: [C] z - 1 of all matrices
         """
+        limits = {s.layer.dtype: torch.finfo(s.layer.dtype).max for s in self.slots}
+        if self.width and float((self._sigma * (delta.double() + 1)).abs().max()) <= min(limits.values()):
+            return None  # all layers at once: there are hundreds
         for s in self.slots:
             sigma, z = s.layer.sigma.double().cpu().reshape(-1), delta[s.start : s.stop].double() + 1
             largest, limit = float((sigma * z).abs().max()), torch.finfo(s.layer.dtype).max

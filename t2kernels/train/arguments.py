@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 
 from t2kernels import T2Error
 
+from .processes import DEEPSPEED
+
 _EVALUATION = "evaluate() answers with generate and scores the text; it keeps no logits and no labels"
 _LABELS = "the trainer learns from rewards of text, so there are no labels"
 _COMPILE = "the shapes of rollouts change with every step, so each step would compile again"
@@ -58,7 +60,7 @@ REFUSED: dict[str, str] = {
     "parallelism_config": "an expert trains on whole copies of the model; start more processes for more data",
     "remove_unused_columns": "the reward needs the columns",
     "length_column_name": _LENGTHS,
-    "deepspeed": "experts in DeepSpeed were never tested; z is small, so plain torchrun needs no ZeRO",
+    "deepspeed": DEEPSPEED,
     "fsdp": _FSDP,
     "fsdp_config": _FSDP,
     "debug": "its hooks stay on the model after training",

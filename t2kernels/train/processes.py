@@ -11,33 +11,49 @@ from transformers import set_seed
 Item = TypeVar("Item")
 
 
+TORCHRUN = "torchrun --nproc_per_node N SCRIPT"
+DEEPSPEED = (
+    "experts in DeepSpeed were never tested, and z is small: there is no optimiser state worth sharding. Start with "
+    f"{TORCHRUN}; for a base model that does not fit, call fully_shard in a loop of your own "
+    "(docs/howto/several-gpus.md)"
+)
+
+
 def unsupported_environment() -> str | None:
     """Why the settings of `accelerate launch` are refused, with the name of the setting; None if they work."""
     value = os.environ.get
-    if value("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
-        return "accelerate was started with DeepSpeed, in which experts were never tested; leave it out"
+    if under_deepspeed():
+        return f"accelerate was started with DeepSpeed: {DEEPSPEED}"
     if value("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes"):
         return "accelerate was started with FSDP, in which the trainer was never run; leave it out"
     if value("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no"):
         return "accelerate was started with --dynamo_backend, but the shapes of rollouts change with every step"
     if value("ACCELERATE_MIXED_PRECISION", "no").lower() == "fp8":
         return "accelerate was started with --mixed_precision fp8, which replaces linear layers; take bf16"
+    return lone_launch()
+
+
+def under_deepspeed() -> bool:
+    """Whether accelerate would use DeepSpeed: `accelerate launch`, a plugin or `TrainingArguments(deepspeed=...)` set
+    this."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes")
+
+
+def lone_launch() -> str | None:
+    """Why the one process of `accelerate launch --cpu --num_processes 2` is refused; None elsewhere.
+
+    accelerate leaves an address for the others to meet at, but starts none, and tells no number of processes.
+    """
+    set_by_accelerate = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
+    if set_by_accelerate <= set(os.environ) and "WORLD_SIZE" not in os.environ:
+        return f"accelerate launch was asked for several processes, and without a GPU it starts one: take {TORCHRUN}"
     return None
 
 
 def alone_by_mistake(processes: int) -> str | None:
-    """Why a single process was probably meant to be one of several; None if there are several, or one was meant.
-
-    `accelerate launch --cpu --num_processes 2` starts one process. It leaves an address for the others to meet at, but
-    no number of processes.
-    """
-    if processes > 1:
-        return None
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    """Why a single process was probably meant to be one of several; None if there are several, or one was meant."""
+    if processes == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
         return f"WORLD_SIZE is {os.environ['WORLD_SIZE']}"
-    set_by_accelerate = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
-    if set_by_accelerate <= set(os.environ) and "WORLD_SIZE" not in os.environ:
-        return "accelerate launch was asked for several processes (without a GPU it starts one)"
     return None
 
 

@@ -1,7 +1,6 @@
 """Two processes train as one would: the same z, logs of all, samples of their own, the same bits after a resume."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -10,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2kernels.train import processes
+import t2kernels as t2
+from t2kernels import StateError, train
+from t2kernels.train import SVFConfig, processes
+from t2kernels.train.arguments import UnsupportedSettingError
 from tests.helpers import two_processes
 
 # At the default rate of .02 the KL jumps from .02 to .6 in a step: such a path enlarges the rounding of sums over 8
@@ -154,19 +156,60 @@ def test_nothing_is_said_about_unused_parameters(two):
     assert "trains alone" not in two[2]
 
 
-def test_a_lone_process_of_accelerate_is_noticed(tmp_path, monkeypatch, caplog):
+@pytest.fixture
+def alone(monkeypatch):
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
-    assert processes.alone_by_mistake(1) is None
+
+
+def test_a_lone_process_of_accelerate_is_refused(tmp_path, monkeypatch, alone):
+    assert processes.lone_launch() is None
     # What `accelerate launch --cpu --num_processes 2` sets for the one process that it starts.
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert processes.alone_by_mistake(1) is None
+    assert processes.lone_launch() is None
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(UnsupportedSettingError, match="it starts one: take torchrun"):
+        two_processes.run(str(tmp_path), {"max_steps": 1})
+    model, _ = t2.tiny.load()
+    t2.patch_model(model)
+    with pytest.raises(StateError, match="it starts one: take torchrun"), train.experts(model, "mine"):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert processes.lone_launch() is None
+
+
+def test_the_real_accelerate_launch_is_refused_by_name(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from t2kernels.train import SVFConfig\nSVFConfig('out', use_cpu=True)\nprint('went on')\n")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "accelerate launch was asked for several processes" in done.stderr
+    assert "went on" not in done.stdout
+
+
+def test_a_process_that_should_be_one_of_several_is_warned_of(monkeypatch, alone):
+    assert processes.alone_by_mistake(1) is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert processes.alone_by_mistake(2) is None
-    with caplog.at_level(logging.WARNING, logger="t2kernels"):
-        two_processes.run(str(tmp_path), {"max_steps": 1, "per_device_train_batch_size": 2})
-    assert [r.getMessage() for r in caplog.records if "trains alone" in r.getMessage()]
+    assert processes.alone_by_mistake(1) == "WORLD_SIZE is 2"
+
+
+def test_deepspeed_is_refused_with_what_to_do_instead(tmp_path, monkeypatch):
+    with pytest.raises(UnsupportedSettingError, match=r"deepspeed=.* is not supported.*torchrun.*fully_shard"):
+        SVFConfig(str(tmp_path), deepspeed={"zero_optimization": {"stage": 2}})
+    model, _ = t2.tiny.load()
+    t2.patch_model(model)
+    ids = torch.tensor([[1, 2]])
+    with train.experts(model, "mine"):
+        model(input_ids=ids).logits[..., 5].sum().backward()
+        # What accelerate's plugin, its launcher and TrainingArguments(deepspeed=...) set, here inside the block.
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(StateError, match=r"DeepSpeed trains this model: .*torchrun"):
+            model(input_ids=ids)
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,29 @@ def test_experts_train_with_an_engine_that_the_trainer_starts(tmp_path, world, s
     assert not torch.equal(*moved)
 
 
+def test_the_same_seed_is_the_same_run(tmp_path, world):
+    """An engine that the trainer starts takes seeds on a CPU as well: what it draws does not depend on which requests
+    run together."""
+    options = {k: v for k, v in SMALL.items() if k not in ("dtype", "max_num_batched_tokens")}
+    runs = []
+    for name in ("one", "two"):
+        tr = make(tmp_path / name, rollout="vllm", rollout_options={**options, "factors": str(world.factors)})
+        drawn, rollout = [], tr.rollout
+
+        def noted(rows, drawn=drawn, rollout=rollout):
+            drawn.append((out := rollout(rows)).completion_ids())
+            return out
+
+        tr.rollout = noted
+        tr.train()
+        runs.append((drawn, torch.cat(list(tr.experts["a"].z.values()))))
+    (drawn, z), (again, z_again) = runs
+    assert len(drawn) == 3
+    assert len({tuple(c) for c in drawn[0]}) > 4, "samples differ"
+    assert drawn == again
+    torch.testing.assert_close(z, z_again, rtol=0, atol=1e-4)
+
+
 # --- servers
 
 

@@ -19,7 +19,7 @@ from t2kernels.experts.expert import Expert, ExpertError
 from t2kernels.experts.names import check_files
 from t2kernels.rollout.modes import frozen
 from t2kernels.rollout.patched import bank_of
-from t2kernels.train.processes import alone_by_mistake
+from t2kernels.train.processes import DEEPSPEED, lone_launch, under_deepspeed
 
 from .packed import pack, unpack
 
@@ -55,9 +55,9 @@ def experts(
     before. If the block raises, no training is left open and the bank has none of the experts; the mapping keeps them
     as far as they got.
 
-    Raises StateError if the model has experts in training already, or if no gradient but zero has reached them by the
-    end of the block; InputError for a model that is not patched, a name that is taken or refused, or an `init` that
-    does not fit.
+    Raises StateError if the model has experts in training already, for a trainer that uses DeepSpeed, for one process
+    of accelerate in the place of several, or if no gradient but zero has reached the experts by the end of the block;
+    InputError for a model that is not patched, a name that is taken or refused, or an `init` that does not fit.
     """
     bank = bank_of(model)
     given = [names] if isinstance(names, str) else list(names)
@@ -72,8 +72,8 @@ def experts(
             "experts that train together in one train.experts(model, [...])"
         )
     check_files(given)
-    if reason := alone_by_mistake(int(os.environ.get("WORLD_SIZE") or 1)):
-        logger.warning("this process trains alone, but %s: start it with torchrun --nproc_per_node N", reason)
+    if reason := lone_launch():
+        raise StateError(reason)
     trained = TrainedExperts(model, bank, given, parametrisation)
     finished = False
     with contextlib.ExitStack() as stack:
@@ -219,6 +219,7 @@ class TrainedExperts(Mapping[str, Expert]):
         for name in self.order:
             for p in self.bank.trained_parameters(name).values():
                 hooks.append(p.register_hook(lambda grad, name=name: self._note(name, grad)))
+        hooks.append(self.model.register_forward_pre_hook(_refuse_deepspeed))
         hooks.append(self.model.register_load_state_dict_pre_hook(self._before_load))
         hooks.append(self.model.register_load_state_dict_post_hook(self._after_load))
         saves = hasattr(self.model, "save_pretrained")
@@ -260,3 +261,8 @@ class TrainedExperts(Mapping[str, Expert]):
 
     def __repr__(self) -> str:
         return f"TrainedExperts({', '.join(self.order)})"
+
+
+def _refuse_deepspeed(module: nn.Module, args: Any) -> None:
+    if under_deepspeed():
+        raise StateError(f"DeepSpeed trains this model: {DEEPSPEED}")

@@ -6,9 +6,11 @@ one in this process, `RowWorker` takes one in each worker of an engine.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -24,8 +26,13 @@ WORKER: str = f"{__name__}.RowWorker"
 KEY = "t2kernels"
 SHORT = 16
 """Hexadecimal digits of the digest in an address."""
+ALL = "z"
+"""The one tensor of an expert that is sent without the names of its matrices."""
+LAYOUTS = 64
+"""How many lists of matrices a process remembers. A model has one, unless its experts cover different matrices."""
 
 _kept: dict[str, Expert] = {}  # address -> expert, of this process
+_layouts: dict[str, dict[str, int]] = {}  # digest -> {matrix: size}, of this process
 
 
 def address_of(name: str, expert: Expert) -> str:
@@ -61,20 +68,22 @@ def drop(where: str) -> None:
 
 
 def pack(expert: Expert, whole: bool = False) -> bytes:
-    """The bytes of an expert on its way: 4 for each number, and a header with the names of its matrices.
+    """The bytes of an expert on its way: 4 for each number, and a header of a hundred.
 
-    whole: also what its factors are recognised by, which is compared with those of the engine
+    whole: also the names of its matrices, and what its factors are recognised by, which is compared with those of the
+        engine. Who was sent one expert whole can read every other of the same matrices without
     """
-    tensors: dict[str, Tensor] = {f"{n}.z": v for n, v in expert.z.items()}
-    facts: dict[str, Any] = {}
-    if whole:
-        tensors |= {f"{n}.sketch": s.half() for n, s in expert.sketch.items()}
+    if whole or not expert.z:
         facts = {k: v for k, v in expert.manifest.items() if k in ("base_model", "fingerprint", "fingerprints")}
-    return save(tensors, {KEY: json.dumps(facts)})
+        tensors = {f"{n}.z": v for n, v in expert.z.items()}
+        tensors |= {f"{n}.sketch": s.half() for n, s in expert.sketch.items()}
+        return save(tensors, {KEY: json.dumps(facts)})
+    layout = _remember(expert)
+    return save({ALL: torch.cat([expert.z[n] for n in _layouts[layout]])}, {KEY: json.dumps({"layout": layout})})
 
 
 def unpack(data: bytes) -> Expert:
-    """The expert of `pack`. Raises ExpertError for bytes that are none."""
+    """The expert of `pack`. Raises ExpertError for bytes that are none, and for matrices that were never named here."""
     try:
         tensors = load(data)
         header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -82,6 +91,8 @@ def unpack(data: bytes) -> Expert:
     except (SafetensorError, ValueError, KeyError, TypeError) as e:
         raise ExpertError(f"{len(data)} bytes that are no expert ({e}); send what `pack` makes") from None
     check_manifest(facts, "an expert that was sent")
+    if set(tensors) == {ALL} and "layout" in facts:
+        return Expert(_spread(tensors[ALL], str(facts["layout"])))
     z: dict[str, Tensor] = {}
     sketch: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -91,7 +102,32 @@ def unpack(data: bytes) -> Expert:
         (z if kind == "z" else sketch)[name] = tensor
     if not z:
         raise ExpertError("an expert that was sent has no matrix at all")
-    return Expert(z, facts, sketch)
+    expert = Expert(z, facts, sketch)
+    _remember(expert)
+    return expert
+
+
+def _remember(expert: Expert) -> str:
+    """The name of an expert's layout, its matrices and their sizes in order, which this process knows from now on."""
+    ranks = dict(sorted(expert.ranks.items()))
+    name = hashlib.sha256(json.dumps(ranks).encode()).hexdigest()[:SHORT]
+    _layouts.pop(name, None)
+    _layouts[name] = ranks
+    while len(_layouts) > LAYOUTS:
+        del _layouts[next(iter(_layouts))]
+    return name
+
+
+def _spread(flat: Tensor, layout: str) -> dict[str, Tensor]:
+    ranks = _layouts.get(layout)
+    if ranks is None:
+        raise ExpertError(
+            f"an expert was sent as numbers alone, and which matrices they are of ({layout}) was never said to this "
+            "process: send one with its names first (`pack(expert, whole=True)`)"
+        )
+    if flat.shape != (sum(ranks.values()),):
+        raise ExpertError(f"an expert was sent as {list(flat.shape)} numbers; its matrices have {sum(ranks.values())}")
+    return dict(zip(ranks, flat.split(list(ranks.values())), strict=True))
 
 
 class RowWorker:

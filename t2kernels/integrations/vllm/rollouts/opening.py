@@ -71,6 +71,8 @@ def _colocated(context: EngineContext, options: dict[str, Any]) -> RolloutEngine
     }
     if model.device.type == "cuda":
         settings["gpu_memory_utilization"] = SHARE
+    elif not {"enable_chunked_prefill", "max_num_batched_tokens"} & set(options):
+        settings["enable_chunked_prefill"] = False  # else vLLM takes no seeds on a CPU: see `takes_seeds`
     arguments = engine_args(factors=factors, **{**settings, **options})
 
     from vllm import LLM
