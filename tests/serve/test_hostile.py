@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import select
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 import t2kernels as t2
 from t2kernels.experts.expert import ExpertError
 from tests.helpers.families import build
-from tests.helpers.serving import served, wait_until
+from tests.helpers.serving import httpx, served, wait_until
 
 pytest.importorskip("fastapi")
 process = pytest.importorskip("t2kernels.serve.server")
@@ -330,6 +331,52 @@ def test_a_connection_too_many_is_refused_and_the_others_go_on():
         for made in (*held, more):
             made.close()
         wait_until(lambda: client.get("/health").status_code == 200, "the others are answered again")
+
+
+def test_who_reads_nothing_of_the_answers_is_cut_off_and_others_are_answered(monkeypatch):
+    monkeypatch.setattr(process, "WRITE_SECONDS", 0.3)
+    with served(process=True) as (client, _):
+        made = socket.create_connection((client.base_url.host, client.base_url.port), timeout=60)
+        many = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000  # answers of 100 MB
+        with contextlib.suppress(OSError):
+            made.sendall(many)
+        gone = select.poll()
+        gone.register(made, select.POLLERR)
+        assert ask(client, "math", "1+2+3?").status_code == 200
+        assert gone.poll(60_000), "the connection is still open"
+        assert ask(client, "math", "1+2+3?").status_code == 200
+
+
+def test_a_body_in_pieces_of_one_byte_is_read_a_little_at_a_time(monkeypatch):
+    """h11 takes a time for each piece, and the event loop answers nobody else meanwhile."""
+    sizes, real = [], process.Connection.data_received
+
+    def received(self, data):
+        sizes.append(len(data))
+        real(self, data)
+
+    monkeypatch.setattr(process.Connection, "data_received", received)
+    with served(process=True) as (client, _):
+        body = json.dumps({"model": "math", "prompt": "1+2+3?", "max_tokens": 2}) + " " * 50_000
+        answer = client.post(
+            "/v1/completions",
+            content=(body[i : i + 1].encode() for i in range(len(body))),
+            headers={"Content-Type": "application/json"},
+        )
+        assert answer.status_code == 200
+        with contextlib.suppress(httpx.TransportError):  # it may be cut off before it has sent all
+            head = client.get("/health", headers={"X-Long": "a" * 200_000})
+            assert head.status_code == 400
+        assert client.get("/health").status_code == 200
+    assert max(sizes) <= process.READ_BYTES
+    assert sum(sizes) > 300_000
+
+
+@pytest.mark.parametrize("body", [b'{"model": "base", "prompt": "\xff"}', b"\x1f\x8b\x08\x00"])
+def test_a_body_that_is_no_text_is_told_so(client, body):
+    answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "the body cannot be read as JSON: it is not text in UTF-8"
 
 
 def test_metrics_survive_the_end_of_the_engine():

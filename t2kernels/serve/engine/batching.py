@@ -9,6 +9,7 @@ anything runs.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from t2kernels import InputError
 from t2kernels.serve.http.errors import EngineError
+
+from .apart import as_bias, attending_apart, fits, spread
 
 TESTED: tuple[str, ...] = ("5.24",)
 """Versions of transformers that this file was tested with."""
@@ -71,6 +74,7 @@ def check_transformers() -> None:
         (continuous_api.OutputRouter, "deliver_batch", ["self", "outputs"]),
         (input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors", ["self", *batch]),
         (input_outputs.ContinuousBatchingIOs, "get_model_kwargs", ["self", "use_padding"]),
+        (model_runner.ModelRunner, "compute_batch", ["self", "model", "batch_data"]),
         (model_runner.ModelRunner, "_sample", ["self", "scores", "output_ids"]),
     ):
         found = list(inspect.signature(getattr(owner, name)).parameters) if hasattr(owner, name) else None
@@ -104,14 +108,43 @@ def make_manager(
         """Adds expert_ids to the inputs of the model. They have static storage, as all inputs have."""
 
         def prepare_batch_tensors(self, requests_in_batch, *args, **kwargs):
-            super().prepare_batch_tensors(requests_in_batch, *args, **kwargs)
+            self.apart = self.config._attn_implementation == "sdpa" and fits(requests_in_batch)
+            mask = self.attention_mask
+            if self.apart:
+                self.attention_mask = None  # it need not be written
+            try:
+                super().prepare_batch_tensors(requests_in_batch, *args, **kwargs)
+            finally:
+                self.attention_mask = mask
             self.expert_ids.fill(requests_in_batch, self.num_q_tokens)
 
         def get_model_kwargs(self, use_padding=False):
-            return {**super().get_model_kwargs(use_padding), "expert_ids": self.expert_ids.of_batch(self.num_q_tokens)}
+            kwargs = {
+                **super().get_model_kwargs(use_padding),
+                "expert_ids": self.expert_ids.of_batch(self.num_q_tokens),
+            }
+            if self.apart:
+                ends = [
+                    self.cumulative_seqlens_k[kind][: self.num_q_tokens + 1] for kind in self.cache.cache_allocators
+                ]
+                longest = [self.max_length_k[kind] for kind in self.cache.cache_allocators]
+                places = [spread(*each) for each in zip(kwargs["read_index"], ends, longest, strict=True)]
+                kwargs["read_index"] = [index for index, _ in places]
+                masks = [as_bias(seen, self.model_dtype) for _, seen in places]
+                kinds = dict(zip(self.cache.cache_allocators, masks, strict=True))
+                kwargs |= {"attention_mask": kinds if len(kinds) > 1 else masks[0], "is_causal": False}
+            return kwargs
 
     class Runner(model_runner.ModelRunner):
-        """Samples each request in its own way."""
+        """Samples each request in its own way. Steps of one token for each request attend to each request apart."""
+
+        def compute_batch(self, model, batch_data):
+            with (
+                attending_apart(model.config.get_text_config())
+                if self.inputs_and_outputs.apart
+                else contextlib.nullcontext()
+            ):
+                super().compute_batch(model, batch_data)
 
         def _sample(self, scores, output_ids):
             # Further rows of scores belong to requests whose prompt continues in a later step.
@@ -168,15 +201,15 @@ def make_manager(
 
 
 def finite_update(update: Callable[..., Any]) -> Callable[..., Any]:
-    """The cache's `update`, which never stores a key or value beyond `HUGE`.
+    """The cache's `update`, which never stores a key or value beyond `HUGE`, and 0 in place of NaN.
 
-    All requests of a step lie in one packed row, and a mask separates them: keys of others have weight 0. But 0 * NaN
-    is NaN, so one request whose expert overflows would spoil the answers of all. With 0 in place of such numbers only
-    its own are.
+    Where the requests of a step lie in one packed row, a mask separates them: keys of others have weight 0. But 0 * NaN
+    is NaN, so one request whose expert overflows would spoil the answers of all. So only its own are.
     """
 
     def finite(t: Tensor) -> Tensor:
-        return t.masked_fill(~(t.abs() < HUGE), 0)
+        most = min(HUGE, torch.finfo(t.dtype).max)
+        return t.clamp(-most, most).nan_to_num_(0.0)
 
     def checked(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return update(finite(key_states), finite(value_states), *args, **kwargs)
