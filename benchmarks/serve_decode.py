@@ -3,10 +3,11 @@
     python benchmarks/serve_decode.py MODEL FACTORS --ranks 36 256 --streams 8 32
 
 MODEL: a checkpoint's directory; FACTORS: written by `t2 decompose MODEL`, with at least the largest rank. The first arm
-is transformers' continuous batching of the dense model, as `transformers serve` runs it. The others are `Engine` with
-the base model's row, and with another of 8 experts for each request of a step. All share the dense weights, and take
-turns with the same greedy requests. A number is the median of round-by-round ratios of the process's CPU time to the
-first arm; `bytes` is what the numbers of weights and factors alone predict.
+is transformers' continuous batching of the dense model, as `transformers serve` runs it. Then there is `Engine` with
+the base model's row, and with another of 8 experts for each request of a step; and `generate`, which answers all
+prompts, of one length, in one batch without a queue or pages: about what the best loop would. All share the dense
+weights, and take turns with the same greedy requests. A number is the median of round-by-round ratios of the process's
+CPU time to the first; `bytes` is what the numbers of weights and factors alone predict.
 
 Before anything is timed, the log-probabilities of an answer are compared with those of the model in fp32 whose weights
 are the expert's; twice the error of that model in the engine's dtype is allowed. Rows are appended to
@@ -31,6 +32,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from vllm_decode import CHECKED, EXPERTS, PROMPT, exact, expert_files
 
 import t2kernels as t2
+from t2kernels.layers.dense.head import contiguous_head
 from t2kernels.serve.engine.batching import BatchSettings
 from t2kernels.serve.engine.engine import Engine
 from t2kernels.serve.engine.sampling import Sampling
@@ -84,6 +86,20 @@ def ours(engine: Engine, names: list[str | None]) -> Arm:
     return ask
 
 
+def whole(model: torch.nn.Module, **experts: Any) -> Arm:
+    """The arm that generates all answers in one batch. experts: arguments of `generate`, which may be longer"""
+
+    def ask(streams: int, tokens: int) -> list[list[int]]:
+        ids = torch.tensor(prompts(streams))
+        given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+        given |= {name: (some * streams)[:streams] for name, some in experts.items()}
+        with contiguous_head(model):
+            out = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **given)
+        return out[:, ids.shape[1] :].tolist()
+
+    return lambda streams, tokens: asyncio.to_thread(ask, streams, tokens)
+
+
 async def error(engine: Engine, model: str, factors: t2.Factors, expert: t2.Expert, dtype: torch.dtype) -> float:
     """How far the log-probabilities of an answer are from the expert's in fp32, relative to them."""
     sampling = Sampling(logprobs=0)
@@ -110,6 +126,7 @@ async def measure(args: argparse.Namespace, rank: int, folder: Path, table: Tabl
     manager, dense_arm = plain(dense, settings)
     mixed = [f"e{i}" for i in range(EXPERTS)]
     arms = {PLAIN: dense_arm, "base row": ours(engine, [None]), f"{EXPERTS} experts": ours(engine, mixed)}
+    arms |= {"generate, no experts": whole(dense), f"generate, {EXPERTS} experts": whole(delta, experts=mixed)}
     for n in args.streams:
         seconds: dict[str, list[float]] = {name: [] for name in arms}
         for i in range(args.repeats + 1):
@@ -124,7 +141,8 @@ async def measure(args: argparse.Namespace, rank: int, folder: Path, table: Tabl
         for name, t in timing(seconds).items():
             rate, of = n * args.tokens / t.median, 1 / t.ratio
             row = {"model": Path(args.model).name, "dtype": args.dtype, "rank": rank, "streams": n, "arm": name}
-            row |= {"rate": rate, "of_plain": of, "bytes": predicted(delta) if name != PLAIN else 1.0, "error": off}
+            row |= {"rate": rate, "of_plain": of, "bytes": 1.0 if "no experts" in name else predicted(delta)}
+            row["error"] = off
             append(args.out, row | machine())
             table.add_row(str(rank), str(n), name, f"{rate:.1f}", f"{of:.3f}", f"{1 / row['bytes']:.3f}")
     await engine.drain(1)

@@ -201,15 +201,15 @@ def make_manager(
 
 
 def finite_update(update: Callable[..., Any]) -> Callable[..., Any]:
-    """The cache's `update`, which never stores a key or value beyond `HUGE`, and 0 in place of NaN.
+    """The cache's `update`, which never stores a key or value beyond `HUGE`.
 
     Where the requests of a step lie in one packed row, a mask separates them: keys of others have weight 0. But 0 * NaN
-    is NaN, so one request whose expert overflows would spoil the answers of all. So only its own are.
+    is NaN, so one request whose expert overflows would spoil the answers of all. With 0 in place of such numbers only
+    its own are.
     """
 
     def finite(t: Tensor) -> Tensor:
-        most = min(HUGE, torch.finfo(t.dtype).max)
-        return t.clamp(-most, most).nan_to_num_(0.0)
+        return torch.where(t.abs() < HUGE, t, 0)
 
     def checked(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return update(finite(key_states), finite(value_states), *args, **kwargs)
