@@ -5,8 +5,8 @@
 transformers lays the tokens of all requests in one row, and the keys of all requests in another; without flash
 attention a mask then hides from each token the keys of the other requests. For B requests of L tokens that computes
 B x B L products, of which B L count. A step of one token a request needs no such row: here the keys of each request lie
-in a row of their own, padded to the longest. SmolLM2-135M in bf16, one thread of an AMD EPYC: see
-docs/reference/server.md.
+in a row of their own, padded to the longest. 32 requests of SmolLM2-135M in bf16 with prompts of 33 tokens make 1.27
+times the tokens a CPU second (one thread of an AMD EPYC, benchmarks/serve_decode.py).
 """
 
 from __future__ import annotations
