@@ -66,6 +66,26 @@ def test_an_expert_that_overflows_fails_its_own_requests_only(tmp_path, size):
         assert "NaN" not in streamed
 
 
+@pytest.mark.parametrize("part", ["k_proj", "v_proj"])
+def test_an_expert_whose_keys_alone_overflow_gets_no_wrong_answer(tmp_path, part):
+    """They are kept out of the cache, so the outputs are finite, and wrong."""
+    (tmp_path / "experts").mkdir()
+    with served(experts=tmp_path / "experts") as (client, service):
+        wanted = [ask(client, "math", p).json()["choices"][0]["text"] for p in PROMPTS]
+        bank = service.model.t2_bank
+        z = {n: torch.full((k,), 1e30 if part in n else 1.0) for n, k in bank.matrices.items()}
+        body = bank.expert(z).save(tmp_path / "huge").read_bytes()
+        kind = {"Content-Type": "application/octet-stream"}
+        assert client.post("/v1/experts?name=huge", content=body, headers=kind).status_code == 201
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(3):
+                bad = [pool.submit(ask, client, "huge", p * 4, max_tokens=40) for p in PROMPTS]
+                good = [pool.submit(ask, client, "math", p) for p in PROMPTS]
+                assert [f.result().json()["choices"][0]["text"] for f in good] == wanted
+                assert {f.result().status_code for f in bad} == {500}
+        assert service.model.t2_bank.rows_in_use == 0
+
+
 def test_a_request_whose_outputs_are_not_finite_is_told_once(caplog):
     failed, generations = [], [steps.Generation(str(i), [1], "e", 4, steps.GREEDY, *3 * [None], False) for i in (0, 1)]
     logits = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])

@@ -139,6 +139,7 @@ def make_manager(
         """Samples each request in its own way. Steps of one token for each request attend to each request apart."""
 
         def compute_batch(self, model, batch_data):
+            self.largest.clear()
             with (
                 attending_apart(model.config.get_text_config())
                 if self.inputs_and_outputs.apart
@@ -148,8 +149,15 @@ def make_manager(
 
         def _sample(self, scores, output_ids):
             # Further rows of scores belong to requests whose prompt continues in a later step.
-            names = [r.state.request_id for r in self.inputs_and_outputs.requests_in_batch if r.has_new_token]
-            output_ids[0, : len(names)].copy_(sample(scores[0, : len(names)], names))
+            requests = self.inputs_and_outputs.requests_in_batch
+            names = [r.state.request_id for r in requests if r.has_new_token]
+            self.lost |= overflown(self.largest, requests)  # perhaps in a part of a prompt that has no token yet
+            scores = scores[0, : len(names)]
+            if lost := self.lost.intersection(names):
+                rows = torch.tensor([name in lost for name in names], device=scores.device)
+                scores = scores.masked_fill(rows[:, None], float("nan"))
+                self.lost -= lost
+            output_ids[0, : len(names)].copy_(sample(scores, names))
 
     class Manager(continuous_api.ContinuousBatchingManager):
         """Gives the batch processor the two classes above."""
@@ -166,7 +174,9 @@ def make_manager(
                         f"continuous batching uses {type(found).__name__}; it was tested with {known.__name__} only"
                     )
                 found.__class__ = ours
-            processor.cache.update = finite_update(processor.cache.update)
+            runner = processor.model_runner
+            runner.largest, runner.lost = [], set()
+            processor.cache.update = finite_update(processor.cache.update, runner.largest)
             processor.inputs_and_outputs.expert_ids = ExpertIds(processor.cache.max_batch_tokens, self.model.device)
             return processor
 
@@ -200,21 +210,38 @@ def make_manager(
     return manager
 
 
-def finite_update(update: Callable[..., Any]) -> Callable[..., Any]:
-    """The cache's `update`, which never stores a key or value beyond `HUGE`.
+def finite_update(update: Callable[..., Any], largest: list[Tensor]) -> Callable[..., Any]:
+    """The cache's `update`, which never stores keys or values beyond `HUGE`: those of such a token are 0.
 
     Where the requests of a step lie in one packed row, a mask separates them: keys of others have weight 0. But 0 * NaN
-    is NaN, so one request whose expert overflows would spoil the answers of all. With 0 in place of such numbers only
-    its own are.
+    is NaN, so one request whose expert overflows would spoil the answers of all.
+
+    largest: takes the largest key, or value, of each token of the step, [1, T] for each call; NaN where there is one
     """
 
-    def finite(t: Tensor) -> Tensor:
-        return torch.where(t.abs() < HUGE, t, 0)
+    def finite(t: Tensor) -> Tensor:  # [1, H, T, D]
+        most = t.abs().amax((1, 3))
+        largest.append(most)
+        return torch.where(most[:, None, :, None] < HUGE, t, 0)
 
     def checked(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return update(finite(key_states), finite(value_states), *args, **kwargs)
 
     return checked
+
+
+def overflown(largest: Sequence[Tensor], requests: Sequence[Any]) -> set[str]:
+    """The ids of the requests of a step that had a key or value beyond `HUGE`. Their answers cannot be right.
+
+    largest: of `finite_update`; requests: of the step, in order, each with `query_length` tokens
+    """
+    if not largest:
+        return set()
+    wrong = ~(torch.stack(list(largest)).amax(0)[0] < HUGE)
+    if not bool(wrong.any()):
+        return set()
+    pieces = wrong.split([r.query_length for r in requests])
+    return {r.state.request_id for r, piece in zip(requests, pieces, strict=True) if piece.any()}
 
 
 class ExpertIds:
