@@ -54,7 +54,7 @@ def last_run(name: str) -> list[dict]:
         cell = lambda r: tuple(r.get(k) for k in ("model", "dtype", "rank", "tokens", "length", "arm"))  # noqa: E731
         return list({cell({"length": 1} | r): r for r in rows if not r["inference_mode"]}.values())
     if name == "vllm_decode":  # a command for some of the ranks: the last row of each cell
-        return list({(r["streams"], r["arm"]): r for r in rows}.values())
+        return list({(r["streams"], r["arm"]): r for r in rows if not r["arm"].startswith("before")}.values())
     if name == "rl" or not rows:
         return rows
     same = lambda r: (r["command"], r["commit"]) == (rows[-1]["command"], rows[-1]["commit"])  # noqa: E731
