@@ -1,6 +1,7 @@
 """One bad expert or request harms nobody else."""
 
 import contextlib
+import importlib
 import json
 import random
 import select
@@ -249,6 +250,52 @@ def test_others_are_answered_while_a_prompt_is_tokenised():
             assert client.get("/health").status_code == client.head("/health").status_code == 200
             answered.set()
             assert slow.result().status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "slow"),
+    [
+        ("/tokenize", {"prompt": "1+1?" * 8, "return_token_strs": True}, "http.encoding.encode"),
+        ("/v1/completions", {"prompt": "1+" * 50, "echo": True, "logprobs": 20, "max_tokens": 0}, "answer.logprobs_of"),
+        ("/v1/completions", {"prompt": "1+" * 50, "echo": True, "logprobs": 20, "stream": True}, "answer._large_event"),
+        ("/v1/completions", {"prompt": "1+" * 9, "logprobs": 20, "n": 20}, "http.encoding.encode"),
+    ],
+)
+def test_others_are_answered_while_a_large_answer_is_made(monkeypatch, path, fields, slow):
+    begun, answered = threading.Event(), threading.Event()
+    for module in ("http.encoding", "answer"):
+        monkeypatch.setattr(f"t2kernels.serve.{module}.MANY", 20)
+    with served() as (client, _):
+        body = {"model": "base", **({} if path == "/tokenize" else {"max_tokens": 8, "temperature": 0}), **fields}
+        wanted = client.post(path, json=body)
+        place = f"t2kernels.serve.{slow}"
+        module, _, name = place.rpartition(".")
+        real = getattr(importlib.import_module(module), name)
+
+        def blocked(*given):
+            begun.set()
+            assert answered.wait(60)
+            return real(*given)
+
+        monkeypatch.setattr(place, blocked)
+        with ThreadPoolExecutor(1) as pool:
+            large = pool.submit(client.post, path, json=body)
+            assert begun.wait(60)
+            assert client.get("/health").status_code == 200
+            answered.set()
+            got = large.result()
+        assert got.status_code == wanted.status_code == 200
+        if not fields.get("stream"):
+            unlike = {"id": None, "created": None}
+            assert {**got.json(), **unlike} == {**wanted.json(), **unlike}
+
+
+def test_a_large_answer_is_the_same_json_as_a_small_one():
+    encoding = importlib.import_module("t2kernels.serve.http.encoding")
+    body = {"a": [1, -2.5, None, True], "é\n": {"x": [{"token": '"', "logprob": -0.25}] * 50}, "empty": [[], {}]}
+    assert encoding.encode(body) == encoding.JSONResponse(body).body
+    with pytest.raises(ValueError, match="JSON compliant"):
+        encoding.encode({"a": float("nan")})
 
 
 # --- web pages
