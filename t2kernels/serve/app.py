@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -79,7 +80,8 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = await asyncio.to_thread(service.metrics.text)  # 50 lines an expert
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     add_routes(app, service)
     add_tokenizing(app, service)
