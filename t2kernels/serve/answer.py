@@ -17,13 +17,13 @@ from t2kernels.serve.experts.registry import Chosen, ExpertRegistry
 from t2kernels.serve.http import protocol
 from t2kernels.serve.http.access import Facts
 from t2kernels.serve.http.choices import envelope, logprobs_of, part_choice, usage, whole_choice
-from t2kernels.serve.http.encoding import MANY, encode
 from t2kernels.serve.http.errors import APIError
 from t2kernels.serve.http.metrics import Metrics
 from t2kernels.serve.http.text import Decoder
 from t2kernels.serve.http.tools import ToolReader
 from t2kernels.serve.http.vocabulary import Vocabulary
 
+from .large_answers import MANY, encode
 from .prompts import Prepared
 from .service import Service
 

@@ -14,13 +14,13 @@ from t2kernels.experts.names import AUTO
 from t2kernels.serve.experts.registry import Chosen
 from t2kernels.serve.http.access import facts_of
 from t2kernels.serve.http.choices import usage
-from t2kernels.serve.http.encoding import respond_json
 from t2kernels.serve.http.errors import APIError
 from t2kernels.serve.http.protocol import ChatRequest, CompletionRequest
 from t2kernels.serve.http.responses import ResponsesRequest, Written
 
 from .answer import Answer, Part
 from .auto import AutoPrompt
+from .large_answers import respond_json
 from .prompts import limit_of, prepare
 from .service import Service
 

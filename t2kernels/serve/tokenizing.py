@@ -11,10 +11,10 @@ from pydantic import BaseModel, Field, model_validator
 from starlette.responses import Response
 
 from t2kernels import InputError
-from t2kernels.serve.http.encoding import respond_json
 from t2kernels.serve.http.errors import bad
 from t2kernels.serve.http.protocol import chat_of
 
+from .large_answers import respond_json
 from .prompts import check_length, check_text, check_tokens, encode_chat
 from .service import Service
 

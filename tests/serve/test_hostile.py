@@ -255,15 +255,15 @@ def test_others_are_answered_while_a_prompt_is_tokenised():
 @pytest.mark.parametrize(
     ("path", "fields", "slow"),
     [
-        ("/tokenize", {"prompt": "1+1?" * 8, "return_token_strs": True}, "http.encoding.encode"),
+        ("/tokenize", {"prompt": "1+1?" * 8, "return_token_strs": True}, "large_answers.encode"),
         ("/v1/completions", {"prompt": "1+" * 50, "echo": True, "logprobs": 20, "max_tokens": 0}, "answer.logprobs_of"),
         ("/v1/completions", {"prompt": "1+" * 50, "echo": True, "logprobs": 20, "stream": True}, "answer._large_event"),
-        ("/v1/completions", {"prompt": "1+" * 9, "logprobs": 20, "n": 20}, "http.encoding.encode"),
+        ("/v1/completions", {"prompt": "1+" * 9, "logprobs": 20, "n": 20}, "large_answers.encode"),
     ],
 )
 def test_others_are_answered_while_a_large_answer_is_made(monkeypatch, path, fields, slow):
     begun, answered = threading.Event(), threading.Event()
-    for module in ("http.encoding", "answer"):
+    for module in ("large_answers", "answer"):
         monkeypatch.setattr(f"t2kernels.serve.{module}.MANY", 20)
     with served() as (client, _):
         body = {"model": "base", **({} if path == "/tokenize" else {"max_tokens": 8, "temperature": 0}), **fields}
@@ -291,7 +291,7 @@ def test_others_are_answered_while_a_large_answer_is_made(monkeypatch, path, fie
 
 
 def test_a_large_answer_is_the_same_json_as_a_small_one():
-    encoding = importlib.import_module("t2kernels.serve.http.encoding")
+    encoding = importlib.import_module("t2kernels.serve.large_answers")
     body = {"a": [1, -2.5, None, True], "é\n": {"x": [{"token": '"', "logprob": -0.25}] * 50}, "empty": [[], {}]}
     assert encoding.encode(body) == encoding.JSONResponse(body).body
     with pytest.raises(ValueError, match="JSON compliant"):
