@@ -53,6 +53,8 @@ def last_run(name: str) -> list[dict]:
     if name == "real_decode":  # a command a model: the last row of each cell
         cell = lambda r: tuple(r.get(k) for k in ("model", "dtype", "rank", "tokens", "length", "arm"))  # noqa: E731
         return list({cell({"length": 1} | r): r for r in rows if not r["inference_mode"]}.values())
+    if name == "vllm_decode":  # a command for some of the ranks: the last row of each cell
+        return list({(r["streams"], r["arm"]): r for r in rows if not r["arm"].startswith("before")}.values())
     if name == "rl" or not rows:
         return rows
     same = lambda r: (r["command"], r["commit"]) == (rows[-1]["command"], rows[-1]["commit"])  # noqa: E731
@@ -374,14 +376,27 @@ def of_vllm_decode(rows: list[dict]) -> str:
     """Tokens a CPU second of each arm, and in brackets the ratio to the arm without experts."""
     streams = sorted({r["streams"] for r in rows})
     cells: dict[str, dict[int, str]] = {}
-    for r in rows:
+    first = lambda r: [int(n) for n in r["arm"].split() if n.isdigit()]  # noqa: E731
+    for r in sorted(rows, key=lambda r: ("LoRA" in r["arm"], first(r))):
         cells.setdefault(r["arm"], {})[r["streams"]] = f"{r['rate']:.0f} ({r['of_no_experts']:.2f})"
     head = ["arm", *(f"{n} streams" for n in streams)]
     return markdown(head, ([arm, *(found.get(n, "") for n in streams)] for arm, found in cells.items()))
 
 
+def of_serve_decode(rows: list[dict]) -> str:
+    """Tokens a CPU second of each arm, and in brackets the ratio to transformers' own batching."""
+    streams = sorted({r["streams"] for r in rows})
+    cells: dict[str, dict[int, str]] = {}
+    for r in rows:
+        cells.setdefault(r["arm"], {})[r["streams"]] = f"{r['rate']:.0f} ({r['of_plain']:.2f})"
+    predicted = {r["arm"]: f"{1 / r['bytes']:.2f}" for r in rows}
+    head = ["arm", *(f"{n} streams" for n in streams), "bytes alone"]
+    return markdown(head, ([arm, *(found.get(n, "") for n in streams), predicted[arm]] for arm, found in cells.items()))
+
+
 TABLES = {
     "cpp": of_cpp,
+    "serve_decode": of_serve_decode,
     "vllm_decode": of_vllm_decode,
     "generation": of_generation,
     "real_decode": of_real_decode,

@@ -6,13 +6,12 @@
 MODEL: a checkpoint's directory; FACTORS: written by `t2 decompose MODEL`, with at least the largest rank. Runs in the
 environment of the Makefile's test-vllm.
 
-Each arm is an engine in processes of its own, eager, on one thread; the first has no experts. They take turns with the
+Each arm is an engine in a process of its own, eager, on one thread; the first has no experts. They take turns with the
 same greedy requests, every request of a step with another expert. A number is the median of round-by-round ratios of
-CPU time, over all processes of an engine, to the first arm. `--before` adds the plugin of another checkout, `--lora`
-vLLM's own LoRA, without the plugin, with as many adapters of that rank on the same matrices. Before anything is timed,
-the log-probabilities of an answer are compared with those of the model in fp32, whose weights are the expert's or the
-adapter's; twice the error of that model in the engines' dtype is allowed. Rows are appended to
-benchmarks/results/vllm_decode.jsonl.
+CPU time to the first arm. `--before` adds the plugin of another checkout, `--lora` vLLM's own LoRA, without the plugin,
+with as many adapters of that rank on the same matrices. Before anything is timed, the log-probabilities of an answer
+are compared with those of the model in fp32, whose weights are the expert's or the adapter's; twice the error of that
+model in the engines' dtype is allowed. Rows are appended to benchmarks/results/vllm_decode.jsonl.
 """
 
 from __future__ import annotations
@@ -62,6 +61,7 @@ def arm(where: str, model: str, factors: str, kind: str, rank: int, folder: str,
         settings = engine_args(factors=factors, rank=rank, rows=EXPERTS + 2)
         experts = [expert(f"e{i}", f"{folder}/{rank}-{i}") for i in range(EXPERTS)]
     sizes = {"max_model_len": 512, "max_num_seqs": 32, "enforce_eager": True, "enable_prefix_caching": False}
+    sizes |= {"distributed_executor_backend": "uni"}  # with the variable below: one process, 2 GB instead of 4
     llm = LLM(model, dtype=dtype, disable_log_stats=True, **sizes, **settings)
     with Client(where, "AF_UNIX") as asked:
         asked.send("ready")
@@ -88,6 +88,7 @@ class Arm:
         self.seconds: list[float] = []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
+        environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         environment["PYTHONPATH"] = os.pathsep.join([str(checkout.resolve()), os.environ.get("PYTHONPATH", "")])
         self.listener = Listener(where, "AF_UNIX")
         command = [sys.executable, __file__, "--arm", where, *arguments]

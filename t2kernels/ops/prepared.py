@@ -51,6 +51,10 @@ class Prepared:
         run = self._prepared(x, expert_ids)
         return run is not None and run(x, expert_ids, [y], starts)
 
+    def prepared(self, x: Tensor, expert_ids: Tensor) -> InPlace | None:
+        """What `add_within` runs for such an x and such ids, for calls that nobody watches; None: nothing is run."""
+        return self._prepared(x, expert_ids)
+
     def _prepared(self, x: Tensor, expert_ids: Tensor) -> InPlace | None:
         if not unobserved(x, self.V, self.Us[0], self.scale, expert_ids):
             return None

@@ -148,7 +148,7 @@ async def _receive(http: Request, place: Path) -> None:
                 size += len(piece)
                 file.write(piece)
             file.flush()
-            os.fsync(file.fileno())
+            await asyncio.to_thread(os.fsync, file.fileno())  # seconds on a slow disk
     except ClientDisconnect:
         raise APIError(499, "the client has hung up") from None
     except OSError as error:

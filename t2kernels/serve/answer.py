@@ -23,6 +23,7 @@ from t2kernels.serve.http.text import Decoder
 from t2kernels.serve.http.tools import ToolReader
 from t2kernels.serve.http.vocabulary import Vocabulary
 
+from .large_answers import MANY, encode
 from .prompts import Prepared
 from .service import Service
 
@@ -249,10 +250,8 @@ class Answer:
                 tokens[part.index] += part.tokens
                 calls[part.index] += [{k: v for k, v in call.items() if k != "index"} for call in part.calls]
                 finishes[part.index] = part.finish or ""
-        choices = [
-            whole_choice(chat, i, text, finishes[i], self._logprobs(chat, i, tokens[i], 0, 0), calls[i])
-            for i, text in enumerate(texts)
-        ]
+        reported = [await self._logprobs(chat, i, shown, 0, 0) for i, shown in enumerate(tokens)]
+        choices = [whole_choice(chat, i, text, finishes[i], reported[i], calls[i]) for i, text in enumerate(texts)]
         return {
             **envelope(chat, self.model, self.chosen.fingerprint),
             "choices": choices,
@@ -284,9 +283,11 @@ class Answer:
                         or i not in begun
                         or self.samplings[i].logprobs is not None
                     ):
-                        logprobs = self._logprobs(chat, i, part.tokens, reported[i], characters[i])
+                        logprobs = await self._logprobs(chat, i, part.tokens, reported[i], characters[i])
                         choice = part_choice(chat, i, part.text, part.finish, logprobs, i not in begun, part.calls)
-                        yield _event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+                        body = {**head, "choices": [choice], **({"usage": None} if with_usage else {})}
+                        many = self.entries(len(part.tokens)) > MANY
+                        yield await asyncio.to_thread(_large_event, body) if many else _event(body)
                         begun.add(i)
                     characters[i] += len(part.text)
                     reported[i] += len(part.tokens)
@@ -302,14 +303,25 @@ class Answer:
             self.close()
         yield b"data: [DONE]\n\n"
 
-    def _logprobs(
+    def entries(self, tokens: int) -> int:
+        """How many log-probabilities are shown with so many tokens."""
+        wanted = self.request.wanted_logprobs()
+        return 0 if wanted is None else tokens * (1 + wanted)
+
+    async def _logprobs(
         self, chat: bool, index: int, tokens: Sequence[int], start: int, characters: int
     ) -> protocol.JSON | None:
         sampling = self.samplings[index]
         if sampling.logprobs is None:
             return None
-        return logprobs_of(chat, self.vocabulary, tokens, sampling.reported[start : start + len(tokens)], characters)
+        given = chat, self.vocabulary, tokens, sampling.reported[start : start + len(tokens)], characters
+        many = self.entries(len(tokens)) > MANY
+        return await asyncio.to_thread(logprobs_of, *given) if many else logprobs_of(*given)
 
 
 def _event(body: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(body, ensure_ascii=False, allow_nan=False)}\n\n".encode()
+
+
+def _large_event(body: dict[str, Any]) -> bytes:
+    return b"data: " + encode(body) + b"\n\n"

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from t2kernels.experts.names import AUTO
 from t2kernels.serve.experts.registry import Chosen
@@ -20,6 +20,7 @@ from t2kernels.serve.http.responses import ResponsesRequest, Written
 
 from .answer import Answer, Part
 from .auto import AutoPrompt
+from .large_answers import respond_json
 from .prompts import limit_of, prepare
 from .service import Service
 
@@ -62,7 +63,8 @@ async def answer(
         if written is not None:
             choice = whole["choices"][0]
             whole = written.whole(choice["message"]["content"], choice["finish_reason"], whole["usage"])
-        return JSONResponse(whole)
+        shown = made.generated + (made.prompt_tokens * request.n if request.echoes else 0)
+        return await respond_json(whole, made.entries(shown))
     # The status line waits for the first token, so that an error before it has a status of its own.
     parts = aiter(made)
     try:

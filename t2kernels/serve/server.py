@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from t2kernels.serve.http.errors import AddressError, EngineError
 
@@ -20,17 +20,28 @@ from .service import Service
 
 HEADER_SECONDS: float = 15
 """Seconds in which the head of a request must arrive after the connection, or after its first byte."""
+READ_BYTES: int = 16 << 10
+"""Bytes that are read from a connection at a time. A body in chunks of one byte takes 150 ms for 256 KiB, which asyncio
+would read, and nobody else is answered meanwhile."""
+WRITE_SECONDS: float = 60
+"""Seconds after which a client that reads nothing of its answer is cut off. Its connection would stay for ever."""
 LEVELS: tuple[str, ...] = ("debug", "info", "warning", "error")
 """Levels of the log."""
 
 
-class Connection(AutoHTTPProtocol):
-    """uvicorn's connection, which is closed if the head of a request does not arrive. uvicorn would wait for ever."""
+class Connection(H11Protocol):
+    """uvicorn's connection, which is closed if the head of a request does not arrive, or if nobody reads an answer.
+
+    uvicorn would wait for ever. h11 takes heads of at most 64 KiB; httptools, which uvicorn prefers where it is
+    installed, takes them of any size.
+    """
 
     def connection_made(self, transport: Any) -> None:
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
+        transport.max_size = READ_BYTES
         self._waiting: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
         self._wait()
 
     def data_received(self, data: bytes) -> None:
@@ -42,9 +53,20 @@ class Connection(AutoHTTPProtocol):
         elif self._waiting is None:
             self._wait()
 
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        super().pause_writing()
+        self._unread = asyncio.get_running_loop().call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        self._read()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._stop_waiting()
+        self._read()
         super().connection_lost(exc)
 
     def _wait(self) -> None:
@@ -54,6 +76,11 @@ class Connection(AutoHTTPProtocol):
         if self._waiting is not None:
             self._waiting.cancel()
             self._waiting = None
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
 
 class Server(uvicorn.Server):
@@ -76,6 +103,8 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             make_app(service),
             http=Connection,
+            ws="none",
+            loop="asyncio",  # `READ_BYTES` is a setting of its connections
             log_config=None,
             access_log=False,  # access.py writes it
             timeout_keep_alive=keep_alive,

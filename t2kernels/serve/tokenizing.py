@@ -8,11 +8,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, Field, model_validator
+from starlette.responses import Response
 
 from t2kernels import InputError
 from t2kernels.serve.http.errors import bad
 from t2kernels.serve.http.protocol import chat_of
 
+from .large_answers import respond_json
 from .prompts import check_length, check_text, check_tokens, encode_chat
 from .service import Service
 
@@ -53,11 +55,15 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
         text = check_text("prompt", request.prompt or "")
         return service.tokenizer(text, add_special_tokens=request.add_special_tokens)["input_ids"]
 
+    def named(request: TokenizeRequest) -> tuple[list[int], list[str] | None]:
+        tokens = tokens_of(request)
+        return tokens, [service.vocabulary.name(token) for token in tokens] if request.return_token_strs else None
+
     @app.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
-        tokens = await asyncio.to_thread(tokens_of, request)
-        words = [service.vocabulary.name(token) for token in tokens] if request.return_token_strs else None
-        return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens, "token_strs": words}
+    async def tokenize(request: TokenizeRequest) -> Response:
+        tokens, words = await asyncio.to_thread(named, request)
+        body = {"count": len(tokens), "max_model_len": service.context, "tokens": tokens, "token_strs": words}
+        return await respond_json(body, len(tokens))
 
     @app.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> dict[str, str]:

@@ -333,6 +333,24 @@ def test_other_families(family):
     assert run(model, lambda made: all_pairs(SimpleNamespace(wanted=wanted, prompts=prompts), made)) == wanted
 
 
+def test_requests_with_a_key_that_is_too_large_are_found_by_their_tokens():
+    found, largest = [], []
+    update = batching.finite_update(lambda *given: found.append(given), largest)
+    keys, values = torch.randn(2, 1, 2, 6, 4)
+    wanted = keys.clone()
+    keys[0, 1, 1, 2], wanted[0, :, 1] = float("nan"), 0
+    keys[0, 0, 5, 0], wanted[0, :, 5] = float("-inf"), 0
+    update(keys, values, 3)
+    assert torch.equal(found[0][0], wanted)
+    assert torch.equal(found[0][1], values)
+    requests = [
+        SimpleNamespace(query_length=n, state=SimpleNamespace(request_id=name))
+        for n, name in ((1, "a"), (3, "b"), (2, "c"))
+    ]
+    assert batching.overflown(largest, requests) == {"b", "c"}
+    assert batching.overflown(largest[1:], requests) == batching.overflown([], requests) == set()
+
+
 def test_a_family_that_transformers_cannot_batch_is_refused_at_the_start():
     model = build("opt")
     t2.patch_model(model)

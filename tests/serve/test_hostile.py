@@ -1,8 +1,10 @@
 """One bad expert or request harms nobody else."""
 
 import contextlib
+import importlib
 import json
 import random
+import select
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,7 @@ import torch
 import t2kernels as t2
 from t2kernels.experts.expert import ExpertError
 from tests.helpers.families import build
-from tests.helpers.serving import served, wait_until
+from tests.helpers.serving import httpx, served, wait_until
 
 pytest.importorskip("fastapi")
 process = pytest.importorskip("t2kernels.serve.server")
@@ -63,6 +65,26 @@ def test_an_expert_that_overflows_fails_its_own_requests_only(tmp_path, size):
         streamed = ask(client, "huge", PROMPTS[0], stream=True, logprobs=2).text
         assert "not finite" in streamed
         assert "NaN" not in streamed
+
+
+@pytest.mark.parametrize("part", ["k_proj", "v_proj"])
+def test_an_expert_whose_keys_alone_overflow_gets_no_wrong_answer(tmp_path, part):
+    """They are kept out of the cache, so the outputs are finite, and wrong."""
+    (tmp_path / "experts").mkdir()
+    with served(experts=tmp_path / "experts") as (client, service):
+        wanted = [ask(client, "math", p).json()["choices"][0]["text"] for p in PROMPTS]
+        bank = service.model.t2_bank
+        z = {n: torch.full((k,), 1e30 if part in n else 1.0) for n, k in bank.matrices.items()}
+        body = bank.expert(z).save(tmp_path / "huge").read_bytes()
+        kind = {"Content-Type": "application/octet-stream"}
+        assert client.post("/v1/experts?name=huge", content=body, headers=kind).status_code == 201
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(3):
+                bad = [pool.submit(ask, client, "huge", p * 4, max_tokens=40) for p in PROMPTS]
+                good = [pool.submit(ask, client, "math", p) for p in PROMPTS]
+                assert [f.result().json()["choices"][0]["text"] for f in good] == wanted
+                assert {f.result().status_code for f in bad} == {500}
+        assert service.model.t2_bank.rows_in_use == 0
 
 
 def test_a_request_whose_outputs_are_not_finite_is_told_once(caplog):
@@ -225,9 +247,55 @@ def test_others_are_answered_while_a_prompt_is_tokenised():
         with ThreadPoolExecutor(1) as pool:
             slow = pool.submit(ask, client, "math", "1+1?")
             assert begun.wait(60)
-            assert client.get("/health").status_code == 200
+            assert client.get("/health").status_code == client.head("/health").status_code == 200
             answered.set()
             assert slow.result().status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "slow"),
+    [
+        ("/tokenize", {"prompt": "1+1?" * 8, "return_token_strs": True}, "large_answers.encode"),
+        ("/v1/completions", {"prompt": "1+" * 50, "echo": True, "logprobs": 20, "max_tokens": 0}, "answer.logprobs_of"),
+        ("/v1/completions", {"prompt": "1+" * 50, "echo": True, "logprobs": 20, "stream": True}, "answer._large_event"),
+        ("/v1/completions", {"prompt": "1+" * 9, "logprobs": 20, "n": 20}, "large_answers.encode"),
+    ],
+)
+def test_others_are_answered_while_a_large_answer_is_made(monkeypatch, path, fields, slow):
+    begun, answered = threading.Event(), threading.Event()
+    for module in ("large_answers", "answer"):
+        monkeypatch.setattr(f"t2kernels.serve.{module}.MANY", 20)
+    with served() as (client, _):
+        body = {"model": "base", **({} if path == "/tokenize" else {"max_tokens": 8, "temperature": 0}), **fields}
+        wanted = client.post(path, json=body)
+        place = f"t2kernels.serve.{slow}"
+        module, _, name = place.rpartition(".")
+        real = getattr(importlib.import_module(module), name)
+
+        def blocked(*given):
+            begun.set()
+            assert answered.wait(60)
+            return real(*given)
+
+        monkeypatch.setattr(place, blocked)
+        with ThreadPoolExecutor(1) as pool:
+            large = pool.submit(client.post, path, json=body)
+            assert begun.wait(60)
+            assert client.get("/health").status_code == 200
+            answered.set()
+            got = large.result()
+        assert got.status_code == wanted.status_code == 200
+        if not fields.get("stream"):
+            unlike = {"id": None, "created": None}
+            assert {**got.json(), **unlike} == {**wanted.json(), **unlike}
+
+
+def test_a_large_answer_is_the_same_json_as_a_small_one():
+    encoding = importlib.import_module("t2kernels.serve.large_answers")
+    body = {"a": [1, -2.5, None, True], "é\n": {"x": [{"token": '"', "logprob": -0.25}] * 50}, "empty": [[], {}]}
+    assert encoding.encode(body) == encoding.JSONResponse(body).body
+    with pytest.raises(ValueError, match="JSON compliant"):
+        encoding.encode({"a": float("nan")})
 
 
 # --- web pages
@@ -330,6 +398,52 @@ def test_a_connection_too_many_is_refused_and_the_others_go_on():
         for made in (*held, more):
             made.close()
         wait_until(lambda: client.get("/health").status_code == 200, "the others are answered again")
+
+
+def test_who_reads_nothing_of_the_answers_is_cut_off_and_others_are_answered(monkeypatch):
+    monkeypatch.setattr(process, "WRITE_SECONDS", 0.3)
+    with served(process=True) as (client, _):
+        made = socket.create_connection((client.base_url.host, client.base_url.port), timeout=60)
+        many = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000  # answers of 100 MB
+        with contextlib.suppress(OSError):
+            made.sendall(many)
+        gone = select.poll()
+        gone.register(made, select.POLLERR)
+        assert ask(client, "math", "1+2+3?").status_code == 200
+        assert gone.poll(60_000), "the connection is still open"
+        assert ask(client, "math", "1+2+3?").status_code == 200
+
+
+def test_a_body_in_pieces_of_one_byte_is_read_a_little_at_a_time(monkeypatch):
+    """h11 takes a time for each piece, and the event loop answers nobody else meanwhile."""
+    sizes, real = [], process.Connection.data_received
+
+    def received(self, data):
+        sizes.append(len(data))
+        real(self, data)
+
+    monkeypatch.setattr(process.Connection, "data_received", received)
+    with served(process=True) as (client, _):
+        body = json.dumps({"model": "math", "prompt": "1+2+3?", "max_tokens": 2}) + " " * 50_000
+        answer = client.post(
+            "/v1/completions",
+            content=(body[i : i + 1].encode() for i in range(len(body))),
+            headers={"Content-Type": "application/json"},
+        )
+        assert answer.status_code == 200
+        with contextlib.suppress(httpx.TransportError):  # it may be cut off before it has sent all
+            head = client.get("/health", headers={"X-Long": "a" * 200_000})
+            assert head.status_code == 400
+        assert client.get("/health").status_code == 200
+    assert max(sizes) <= process.READ_BYTES
+    assert sum(sizes) > 300_000
+
+
+@pytest.mark.parametrize("body", [b'{"model": "base", "prompt": "\xff"}', b"\x1f\x8b\x08\x00"])
+def test_a_body_that_is_no_text_is_told_so(client, body):
+    answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "the body cannot be read as JSON: it is not text in UTF-8"
 
 
 def test_metrics_survive_the_end_of_the_engine():

@@ -9,6 +9,7 @@ anything runs.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from t2kernels import InputError
 from t2kernels.serve.http.errors import EngineError
+
+from .apart import as_bias, attending_apart, fits, spread
 
 TESTED: tuple[str, ...] = ("5.24",)
 """Versions of transformers that this file was tested with."""
@@ -71,6 +74,7 @@ def check_transformers() -> None:
         (continuous_api.OutputRouter, "deliver_batch", ["self", "outputs"]),
         (input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors", ["self", *batch]),
         (input_outputs.ContinuousBatchingIOs, "get_model_kwargs", ["self", "use_padding"]),
+        (model_runner.ModelRunner, "compute_batch", ["self", "model", "batch_data"]),
         (model_runner.ModelRunner, "_sample", ["self", "scores", "output_ids"]),
     ):
         found = list(inspect.signature(getattr(owner, name)).parameters) if hasattr(owner, name) else None
@@ -104,19 +108,56 @@ def make_manager(
         """Adds expert_ids to the inputs of the model. They have static storage, as all inputs have."""
 
         def prepare_batch_tensors(self, requests_in_batch, *args, **kwargs):
-            super().prepare_batch_tensors(requests_in_batch, *args, **kwargs)
+            self.apart = self.config._attn_implementation == "sdpa" and fits(requests_in_batch)
+            mask = self.attention_mask
+            if self.apart:
+                self.attention_mask = None  # it need not be written
+            try:
+                super().prepare_batch_tensors(requests_in_batch, *args, **kwargs)
+            finally:
+                self.attention_mask = mask
             self.expert_ids.fill(requests_in_batch, self.num_q_tokens)
 
         def get_model_kwargs(self, use_padding=False):
-            return {**super().get_model_kwargs(use_padding), "expert_ids": self.expert_ids.of_batch(self.num_q_tokens)}
+            kwargs = {
+                **super().get_model_kwargs(use_padding),
+                "expert_ids": self.expert_ids.of_batch(self.num_q_tokens),
+            }
+            if self.apart:
+                ends = [
+                    self.cumulative_seqlens_k[kind][: self.num_q_tokens + 1] for kind in self.cache.cache_allocators
+                ]
+                longest = [self.max_length_k[kind] for kind in self.cache.cache_allocators]
+                places = [spread(*each) for each in zip(kwargs["read_index"], ends, longest, strict=True)]
+                kwargs["read_index"] = [index for index, _ in places]
+                masks = [as_bias(seen, self.model_dtype) for _, seen in places]
+                kinds = dict(zip(self.cache.cache_allocators, masks, strict=True))
+                kwargs |= {"attention_mask": kinds if len(kinds) > 1 else masks[0], "is_causal": False}
+            return kwargs
 
     class Runner(model_runner.ModelRunner):
-        """Samples each request in its own way."""
+        """Samples each request in its own way. Steps of one token for each request attend to each request apart."""
+
+        def compute_batch(self, model, batch_data):
+            self.largest.clear()
+            with (
+                attending_apart(model.config.get_text_config())
+                if self.inputs_and_outputs.apart
+                else contextlib.nullcontext()
+            ):
+                super().compute_batch(model, batch_data)
 
         def _sample(self, scores, output_ids):
             # Further rows of scores belong to requests whose prompt continues in a later step.
-            names = [r.state.request_id for r in self.inputs_and_outputs.requests_in_batch if r.has_new_token]
-            output_ids[0, : len(names)].copy_(sample(scores[0, : len(names)], names))
+            requests = self.inputs_and_outputs.requests_in_batch
+            names = [r.state.request_id for r in requests if r.has_new_token]
+            self.lost |= overflown(self.largest, requests)  # perhaps in a part of a prompt that has no token yet
+            scores = scores[0, : len(names)]
+            if lost := self.lost.intersection(names):
+                rows = torch.tensor([name in lost for name in names], device=scores.device)
+                scores = scores.masked_fill(rows[:, None], float("nan"))
+                self.lost -= lost
+            output_ids[0, : len(names)].copy_(sample(scores, names))
 
     class Manager(continuous_api.ContinuousBatchingManager):
         """Gives the batch processor the two classes above."""
@@ -133,7 +174,9 @@ def make_manager(
                         f"continuous batching uses {type(found).__name__}; it was tested with {known.__name__} only"
                     )
                 found.__class__ = ours
-            processor.cache.update = finite_update(processor.cache.update)
+            runner = processor.model_runner
+            runner.largest, runner.lost = [], set()
+            processor.cache.update = finite_update(processor.cache.update, runner.largest)
             processor.inputs_and_outputs.expert_ids = ExpertIds(processor.cache.max_batch_tokens, self.model.device)
             return processor
 
@@ -167,21 +210,38 @@ def make_manager(
     return manager
 
 
-def finite_update(update: Callable[..., Any]) -> Callable[..., Any]:
-    """The cache's `update`, which never stores a key or value beyond `HUGE`.
+def finite_update(update: Callable[..., Any], largest: list[Tensor]) -> Callable[..., Any]:
+    """The cache's `update`, which never stores keys or values beyond `HUGE`: those of such a token are 0.
 
-    All requests of a step lie in one packed row, and a mask separates them: keys of others have weight 0. But 0 * NaN
-    is NaN, so one request whose expert overflows would spoil the answers of all. With 0 in place of such numbers only
-    its own are.
+    Where the requests of a step lie in one packed row, a mask separates them: keys of others have weight 0. But 0 * NaN
+    is NaN, so one request whose expert overflows would spoil the answers of all.
+
+    largest: takes the largest key, or value, of each token of the step, [1, T] for each call; NaN where there is one
     """
 
-    def finite(t: Tensor) -> Tensor:
-        return t.masked_fill(~(t.abs() < HUGE), 0)
+    def finite(t: Tensor) -> Tensor:  # [1, H, T, D]
+        most = t.abs().amax((1, 3))
+        largest.append(most)
+        return torch.where(most[:, None, :, None] < HUGE, t, 0)
 
     def checked(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return update(finite(key_states), finite(value_states), *args, **kwargs)
 
     return checked
+
+
+def overflown(largest: Sequence[Tensor], requests: Sequence[Any]) -> set[str]:
+    """The ids of the requests of a step that had a key or value beyond `HUGE`. Their answers cannot be right.
+
+    largest: of `finite_update`; requests: of the step, in order, each with `query_length` tokens
+    """
+    if not largest:
+        return set()
+    wrong = ~(torch.stack(list(largest)).amax(0)[0] < HUGE)
+    if not bool(wrong.any()):
+        return set()
+    pieces = wrong.split([r.query_length for r in requests])
+    return {r.state.request_id for r, piece in zip(requests, pieces, strict=True) if piece.any()}
 
 
 class ExpertIds:

@@ -310,11 +310,33 @@ def test_a_layer_that_sees_other_tokens_than_the_step():
     made = [DeltaLinear(factors[0], 5, E, torch.float32, Routing())]
     tables(made, zs)
     path = ExpertPath(members, made, [72], torch.zeros(8, dtype=torch.int32))
-    path.step = SimpleNamespace(tokens=4, rows=path.token_rows[:4])
+    path.step = SimpleNamespace(tokens=4, rows=path.token_rows[:4], plain=False)
     path.add(torch.zeros(6, 72), torch.randn(6, N))  # padded
     for count in (3, 9):
         with pytest.raises(RuntimeError, match="other tokens than the step's"):
             path.add(torch.zeros(count, 72), torch.randn(count, N))
+
+
+@torch.no_grad()
+def test_steps_after_the_first_ask_nothing_again_and_use_their_own_rows(monkeypatch):
+    Ws, factors, zs, ((_, members),) = world("gate_up_proj", 1, "delta")
+    made = [DeltaLinear(f, f.rank, E, torch.float32, Routing()) for f in factors]
+    tables(made, zs)
+    path, asked = ExpertPath(members, made, [W.shape[0] for W in Ws], torch.zeros(8, dtype=torch.int32)), []
+    real = path._op.prepared
+    monkeypatch.setattr(path._op, "prepared", lambda x, rows: asked.append(x) or real(x, rows))
+    for tokens in (4, 4, 1, 4, 1, 4):
+        path.step = SimpleNamespace(tokens=tokens, rows=torch.randint(0, E, (tokens,), dtype=torch.int32), plain=True)
+        x = torch.randn(tokens, N)
+        y = torch.cat([x @ W.t() for W in Ws], -1)
+        wanted = torch.cat(dense(Ws, factors, zs, x, path.step.rows), -1)
+        torch.testing.assert_close(path.add(y, x).double(), wanted, rtol=1e-4, atol=1e-4)
+    assert len(asked) == 2  # once for each number of tokens
+    path.step.plain = False
+    path.add(y, x)
+    assert len(asked) == 3
+    with pytest.raises(RuntimeError, match="other tokens than the step's"):
+        path.add(torch.zeros(3, y.shape[1]), torch.randn(3, N))
 
 
 def factored(case, ranks, layout="auto", dtype=torch.float32, rank=0, names=None, cut=None, format=None):

@@ -27,8 +27,9 @@ from t2kernels.layers.groups import Group
 from t2kernels.layers.linear import DeltaLinear, SVFLinear
 from t2kernels.layers.routing.active import Routing
 from t2kernels.ops.dispatch import expand, shrink
+from t2kernels.ops.impls.implementation import InPlace
 from t2kernels.ops.op import call, call_group
-from t2kernels.ops.prepared import Prepared
+from t2kernels.ops.prepared import KEPT, Prepared
 
 from .adapter_path import AdapterPath
 
@@ -169,6 +170,7 @@ class ExpertPath(nn.Module):
         self._layers, self._laid = list(layers), [None] * len(layers)  # in a list: no children of this module
         self.step: Any | None = None  # the manager: `step.tokens` is the number of tokens of the running step
         self._op: Prepared = Prepared(Vt.t(), self.Us, scale)  # on a CPU factors and tables stay where they are
+        self._runs: dict[tuple[int, torch.dtype], InPlace] = {}  # what `add` ran for so many tokens
 
     @property
     def Us(self) -> list[Tensor]:
@@ -192,12 +194,21 @@ class ExpertPath(nn.Module):
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y + ((x V) * scale[rows]) Uᵀ of y [..., sum of sizes] and x [..., N]. The memory of y may be used for it:
         nobody else may hold y."""
+        # The usual step of a CPU first: this code runs between two products that push it out of the caches.
+        step = self.step
+        if step is not None and step.plain and self.adapters is None and not torch.compiler.is_compiling():
+            run = self._runs.get((step.tokens, x.dtype)) if x.shape[0] == step.tokens and x.dtype is y.dtype else None
+            if run is not None and run(x, step.rows, [y], self.starts):
+                return y
         if x.dtype is not y.dtype:
             x = x.to(y.dtype)
         x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         rows = self.rows_of(x2)
-        if not (y.is_cpu and y.is_contiguous() and self._op.add_within(x2, rows, y, self.starts)):
+        run = self._op.prepared(x2, rows) if y.is_cpu and y.is_contiguous() else None
+        if run is None or not run(x2, rows, [y], self.starts):
             y = self._added(y, x2, rows)
+        elif len(self._runs) < KEPT:
+            self._runs[x2.shape[0], x2.dtype] = run
         return y if self.adapters is None else self.adapters.add(y, x2, rows)
 
     def _added(self, y: Tensor, x2: Tensor, rows: Tensor) -> Tensor:

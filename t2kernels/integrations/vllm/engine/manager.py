@@ -23,6 +23,7 @@ from t2kernels.experts.bank import ExpertBank
 from t2kernels.experts.exchange.lora import LoraAdapter
 from t2kernels.experts.expert import Expert
 from t2kernels.integrations.vllm.requests import DIGEST, load
+from t2kernels.ops.op import unobserved
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class ExpertManager:
         self._warm_up: set[str] = set()  # addresses of warm-up requests
         self.tokens: int = 0  # of the last step
         self.rows: Tensor = token_rows[:0]  # of its tokens
+        self.plain: bool = False  # whether nobody watches what torch does in the step, and it runs on a CPU
 
     # --- before each step
 
@@ -110,6 +112,7 @@ class ExpertManager:
         if count < before:
             self.token_rows[count:before].zero_()  # a graph's padding uses the base model
         self.tokens, self.rows = count, self.token_rows[:count]
+        self.plain = unobserved(*5 * (self.token_rows,))
 
     # --- experts
 
