@@ -181,13 +181,13 @@ def prepare(V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
     N, C = V.shape
     first = V.data_ptr(), C, N, V.stride(1), DTYPES[V.dtype], scale.data_ptr(), scale.shape[0], scale.stride(0)
     group = extension.load().CpuGroup(first, tuple((U.data_ptr(), *U.shape, U.stride(0)) for U in Us), isa())
-    add, threads, int64 = group.add, torch.get_num_threads, torch.int64
+    add, threads, int64, lies, at = group.add, torch.get_num_threads, torch.int64, Tensor.is_contiguous, Tensor.data_ptr
 
     def run(x: Tensor, ids: Tensor, bases: list[Tensor], starts: Sequence[int] | None = None) -> bool:
-        if not (x.is_contiguous() and ids.is_contiguous() and all(map(Tensor.is_contiguous, bases))):
+        if not (lies(x) and lies(ids) and all(map(lies, bases))):
             return False
         if starts is None:
-            ys, stride = [y.data_ptr() for y in bases], 0
+            ys, stride = list(map(at, bases)), 0
         else:
             (y,) = bases
             first, size, stride = y.data_ptr(), y.element_size(), y.shape[-1]
