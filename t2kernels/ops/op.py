@@ -143,7 +143,9 @@ def unobserved(x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> b
 
     Saves about 6 us a call on a CPU, twice the time of a product with a 128 x 128 matrix.
     """
-    return type(V) is type(U) is type(scale) is Tensor and unobserved_input(x, ids) and not torch.compiler.is_compiling()
+    return (
+        type(V) is type(U) is type(scale) is Tensor and unobserved_input(x, ids) and not torch.compiler.is_compiling()
+    )
 
 
 def unobserved_input(x: Tensor, ids: Tensor) -> bool:
