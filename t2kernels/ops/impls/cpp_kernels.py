@@ -5,7 +5,6 @@ widened to fp32 in registers, which is exact. With AVX-512's bf16 instructions x
 are, as exactly, but subnormal numbers count as 0. Products, sums and g = (x V) * scale[expert_ids] are fp32, and y is
 rounded once: it rounds nowhere where `ops.precision` does not. Each number of y depends on its own token and row alone,
 to the last bit: threads, other tokens and other members do not change the order of a sum. There is no backward.
-backward.
 """
 
 from __future__ import annotations
