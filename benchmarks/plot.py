@@ -53,6 +53,8 @@ def last_run(name: str) -> list[dict]:
     if name == "real_decode":  # a command a model: the last row of each cell
         cell = lambda r: tuple(r.get(k) for k in ("model", "dtype", "rank", "tokens", "length", "arm"))  # noqa: E731
         return list({cell({"length": 1} | r): r for r in rows if not r["inference_mode"]}.values())
+    if name == "training":  # a run of a single model has no place among the others
+        rows = [r for r in rows if "--subjects" not in r["command"]]
     if name == "rl" or not rows:
         return rows
     same = lambda r: (r["command"], r["commit"]) == (rows[-1]["command"], rows[-1]["commit"])  # noqa: E731
