@@ -28,6 +28,7 @@ SIMD = {
     "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512 "
     "-Wno-uninitialized -Wno-maybe-uninitialized",
 }
+SIMD["_avx512_bf16"] = f"{SIMD['_avx512']} -mavx512bf16"
 SWITCH = ("auto", "0", "1")
 
 

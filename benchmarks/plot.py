@@ -55,6 +55,8 @@ def last_run(name: str) -> list[dict]:
         return list({cell({"length": 1} | r): r for r in rows if not r["inference_mode"]}.values())
     if name == "vllm_decode":  # a command for some of the ranks: the last row of each cell
         return list({(r["streams"], r["arm"]): r for r in rows if not r["arm"].startswith("before")}.values())
+    if name == "training":  # a run of a single model has no place among the others
+        rows = [r for r in rows if "--subjects" not in r["command"]]
     if name == "rl" or not rows:
         return rows
     same = lambda r: (r["command"], r["commit"]) == (rows[-1]["command"], rows[-1]["commit"])  # noqa: E731

@@ -151,7 +151,7 @@ void bind_cpu(py::module_& m) {
   py::class_<Group>(m, "CpuGroup")
       .def(py::init<const py::tuple&, const py::tuple&, const char*>())
       .def("add", &Group::add);
-  // isa: None for the widest that this CPU has, or "portable", "avx2", "avx512"
+  // isa: None for the widest that this CPU has, or "portable", "avx2", "avx512", "avx512_bf16"
   m.def("cpu_isa", [](const char* isa) { return named(isa).name; }, py::arg("isa") = py::none());
   m.def("cpu_find_threads", &find_threads);
   m.def("cpu_svf_linear", [](const py::tuple& first, const py::tuple& members, int threads, const char* isa) {

@@ -14,6 +14,7 @@ struct Avx2 {
   static constexpr int lanes = 8;
   static constexpr int rows[TILE] = {8, 4, 3, 3, 2, 2, 1, 1};  // sums, weights and one x in 16 registers
   using Float = __m256;
+  using Value = Float;  // of the factors and of x
   static Float zero() { return _mm256_setzero_ps(); }
   static Float load(const float* p) { return _mm256_loadu_ps(p); }
   static Float load(const Bf16* p) {

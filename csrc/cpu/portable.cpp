@@ -12,6 +12,7 @@ struct Portable {
   struct Float {
     float v[lanes];
   };
+  using Value = Float;  // of the factors and of x
   static Float zero() { return {}; }
   template <class W>
   static Float load(const W* p) {

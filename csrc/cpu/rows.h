@@ -21,49 +21,69 @@ typename S::Float copied_part(const W* p, int n) {
 
 #define T2_UNROLL _Pragma("GCC unroll 32")  // sums stay in registers only if every loop over them is unrolled
 
-template <class S, class W, int R, int T>
+// x: fp32, padded with zeros to a whole vector, or W's own type
+template <class S, class W, class X, int R, int T>
 [[gnu::always_inline]] inline void tile(
-    const W* const (&w)[R], int64_t K, const float* x, int64_t stride_x, float* out) {
+    const W* const (&w)[R], int64_t K, const X* x, int64_t stride_x, float* out) {
   typename S::Float sum[(R * T + 3) / 4 * 4];
   T2_UNROLL for (auto& s : sum) s = S::zero();
-  const auto step = [&](const auto& row, const float* xk) __attribute__((always_inline)) {
-    typename S::Float v[R];
+  const auto step = [&](const auto& row, const auto& token) __attribute__((always_inline)) {
+    typename S::Value v[R];
     T2_UNROLL for (int r = 0; r < R; ++r) v[r] = row(r);
     T2_UNROLL for (int t = 0; t < T; ++t) {
-      const auto xv = S::load(xk + t * stride_x);
+      const auto xv = token(x + t * stride_x);
       T2_UNROLL for (int r = 0; r < R; ++r) sum[r * T + t] = S::fma(v[r], xv, sum[r * T + t]);
     }
   };
   int64_t k = 0;
-  for (; k + S::lanes <= K; k += S::lanes) step([&](int r) { return S::load(w[r] + k); }, x + k);
-  if (k < K) step([&](int r) { return S::load_part(w[r] + k, int(K - k)); }, x + k);
+  for (; k + S::lanes <= K; k += S::lanes) {
+    step([&](int r) { return S::load(w[r] + k); }, [&](const X* row) { return S::load(row + k); });
+  }
+  if (k < K) {
+    step([&](int r) { return S::load_part(w[r] + k, int(K - k)); }, [&](const X* row) {
+      if constexpr (std::is_same_v<X, float>) return S::load(row + k);
+      else return S::load_part(row + k, int(K - k));
+    });
+  }
   T2_UNROLL for (int i = 0; i < R * T; i += 4) S::sums(sum[i], sum[i + 1], sum[i + 2], sum[i + 3], out + i);
 }
 
-template <class S, class W, int T>
-void rows_by(const W* w, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, float* out) {
+template <class S, class W, class X, int T>
+void rows_by(const W* w, int64_t stride, int rows, int64_t K, const X* x, int64_t stride_x, float* out) {
   constexpr int R = S::rows[T - 1];
   static_assert(BLOCK % R == 0);
   for (int r = 0; r < rows; r += R) {
     const W* row[R];
     // behind the last row, the last one again
     for (int i = 0; i < R; ++i) row[i] = w + (r + i < rows ? r + i : rows - 1) * stride;
-    tile<S, W, R, T>(row, K, x, stride_x, out + r * T);
+    tile<S, W, X, R, T>(row, K, x, stride_x, out + r * T);
   }
 }
 
 template <class S, class W>
 void columns_of(const W* w, int64_t stride, int rows, int64_t K, float* out) {
+  constexpr int shared = 4 / sizeof(W), G = 4 * shared;  // numbers in 4 bytes, and in 16
   for (int r = 0; r < rows; r += S::lanes) {
-    for (int64_t k = 0; k < K; k += S::lanes) {
-      const int n = int(K - k < S::lanes ? K - k : S::lanes);
-      typename S::Float v[S::lanes];
-      T2_UNROLL for (int i = 0; i < S::lanes; ++i) {
-        const W* row = w + (r + i < rows ? r + i : rows - 1) * stride + k;
-        v[i] = n == S::lanes ? S::load(row) : S::load_part(row, n);
+    const W* row[S::lanes];
+    for (int i = 0; i < S::lanes; ++i) row[i] = w + (r + i < rows ? r + i : rows - 1) * stride;
+    for (int64_t k = 0; k < K; k += G) {
+      typename S::Float v[4];
+      const auto finish = [&](int n) __attribute__((always_inline)) {
+        S::transpose(v);
+        T2_UNROLL for (int j = 0; j < G; ++j) {
+          if (j < n) S::store(out + (k + j) * BLOCK + r, S::part(v[j / shared], j % shared, w));
+        }
+      };
+      if (K - k >= G) {
+        T2_UNROLL for (int i = 0; i < 4; ++i)
+          v[i] = S::quarters(row[i] + k, row[4 + i] + k, row[8 + i] + k, row[12 + i] + k);
+        finish(G);
+      } else {
+        const int n = int(K - k);
+        T2_UNROLL for (int i = 0; i < 4; ++i)
+          v[i] = S::quarters(row[i] + k, row[4 + i] + k, row[8 + i] + k, row[12 + i] + k, n * int(sizeof(W)));
+        finish(n);
       }
-      S::transpose(v);
-      for (int j = 0; j < n; ++j) S::store(out + (k + j) * BLOCK + r, v[j]);
     }
   }
 }
@@ -103,11 +123,11 @@ void across(const float* w, int64_t K, const float* x, int64_t stride_x, int T, 
   by[T - 1](w, K, x, stride_x, out);
 }
 
-template <class S, class W>
-void rows_of(const void* w, int64_t stride, int rows, int64_t K, const float* x, int64_t stride_x, int T, float* out) {
-  using F = void (*)(const W*, int64_t, int, int64_t, const float*, int64_t, float*);
-  static constexpr F by[TILE] = {rows_by<S, W, 1>, rows_by<S, W, 2>, rows_by<S, W, 3>, rows_by<S, W, 4>,
-                                 rows_by<S, W, 5>, rows_by<S, W, 6>, rows_by<S, W, 7>, rows_by<S, W, 8>};
+template <class S, class W, class X>
+void rows_of(const void* w, int64_t stride, int rows, int64_t K, const X* x, int64_t stride_x, int T, float* out) {
+  using F = void (*)(const W*, int64_t, int, int64_t, const X*, int64_t, float*);
+  static constexpr F by[TILE] = {rows_by<S, W, X, 1>, rows_by<S, W, X, 2>, rows_by<S, W, X, 3>, rows_by<S, W, X, 4>,
+                                 rows_by<S, W, X, 5>, rows_by<S, W, X, 6>, rows_by<S, W, X, 7>, rows_by<S, W, X, 8>};
   by[T - 1](static_cast<const W*>(w), stride, rows, K, x, stride_x, out);
 }
 
@@ -167,10 +187,10 @@ void narrow(int dtype, const float* sum, int stride, int n, const void* base, co
 template <class S>
 const Kernels* table() {
   if constexpr (S::transposes) {
-    static constexpr Kernels all{S::name, widen<S>, dot<S>, columns<S>, across<S>, narrow<S>};
+    static constexpr Kernels all{S::name, widen<S>, dot<S>, columns<S>, across<S>, narrow<S>, nullptr};
     return &all;
   } else {
-    static constexpr Kernels all{S::name, widen<S>, dot<S>, nullptr, nullptr, narrow<S>};
+    static constexpr Kernels all{S::name, widen<S>, dot<S>, nullptr, nullptr, narrow<S>, nullptr};
     return &all;
   }
 }

@@ -5,7 +5,8 @@
 //
 // Vt [C, N] and U [M, C] have contiguous rows and are streamed once.
 //
-// x, V and U are widened to fp32, exactly. Products, g and sums are fp32, and y is rounded once. One thread sums a
+// x, V and U are widened to fp32, exactly, or multiplied exactly as they are, where subnormal numbers in bf16 count as
+// 0. Products, g and sums are fp32, and y is rounded once. One thread sums a
 // number of y or g, in an order that depends on its row alone: threads, other tokens and other members do not change
 // its bits.
 #pragma once
@@ -68,13 +69,17 @@ struct Kernels {
   void (*across)(const float* columns, int64_t K, const float* x, int64_t stride_x, int T, float* out);
   // y[n] = base[n] + sum[n * stride] + bias[n], rounded once to dtype
   void (*narrow)(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y);
+  // `dot` for W and x in bf16, by the instruction for it. x is not padded. Null if there is none
+  void (*pairs)(const void* W, int64_t stride, int rows, int64_t K, const void* x, int64_t stride_x, int T, float* out);
 };
 
 const Kernels* portable();
 const Kernels* avx2();    // null where it was not compiled
 const Kernels* avx512();  // the same
+const Kernels* avx512_bf16();
 
-// The widest that this CPU runs, or the named one ("portable", "avx2", "avx512"); null if that cannot run here.
+// The widest that this CPU runs, or the named one ("portable", "avx2", "avx512",
+// "avx512_bf16"); null if that cannot run here.
 const Kernels* kernels(const char* name);
 
 // Find torch's OpenMP runtime, in the library at `path` or its dependencies; calls use its threads. False if there is

@@ -98,6 +98,14 @@ struct Round {
   Blocks shrinking, expanding;
 };
 
+bool in_pairs(const Kernels& k, const Shrink& s) { return k.pairs && s.dtype == BF16 && s.x_dtype == BF16; }
+
+void widen_x(Round& r) {
+  const Shrink& s = *r.in;
+  if (in_pairs(r.k, s)) return;
+  widen_rows(r.k, at(s.x, r.first * s.stride_x, s.x_dtype), s.stride_x, s.x_dtype, r.T, s.Vt.K, r.x);
+}
+
 int64_t columns(const Round& r, int i) { return r.out[i].U.K; }
 
 void shrink_rows(Round& r, bool wait) {
@@ -107,7 +115,12 @@ void shrink_rows(Round& r, bool wait) {
     by_tiles(r.T, [&](int64_t t0, int T) {
       float sums[SUMS];
       const char* Vt = at(s.Vt.data, c * s.Vt.stride, s.dtype);
-      r.k.dot(s.dtype, Vt, s.Vt.stride, rows, s.Vt.K, r.x.data + t0 * r.x.stride, r.x.stride, T, sums);
+      if (in_pairs(r.k, s)) {
+        const char* x = at(s.x, (r.first + t0) * s.stride_x, BF16);
+        r.k.pairs(Vt, s.Vt.stride, rows, s.Vt.K, x, s.stride_x, T, sums);
+      } else {
+        r.k.dot(s.dtype, Vt, s.Vt.stride, rows, s.Vt.K, r.x.data + t0 * r.x.stride, r.x.stride, T, sums);
+      }
       for (int t = 0; t < T; ++t) {
         const int64_t id = (r.first + t0 + t) / s.repeat;
         const int64_t e = s.ids64 ? static_cast<const int64_t*>(s.ids)[id] : static_cast<const int32_t*>(s.ids)[id];
@@ -163,7 +176,7 @@ void svf_linear(const Kernels& k, const Shrink& in, const Expand* out, int membe
   for (int64_t first = 0; first < in.T; first += TOKENS) {
     const int64_t T = std::min<int64_t>(TOKENS, in.T - first);
     Round r{k, &in, out, members, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {}, {}, {}};
-    widen_rows(k, at(in.x, first * in.stride_x, in.x_dtype), in.stride_x, in.x_dtype, T, in.Vt.K, r.x);
+    widen_x(r);
     float* g = room + T * r.x.stride;
     for (int i = 0; i < members; ++i) {
       r.g[i] = {g, padded(columns(r, i))};
@@ -185,7 +198,7 @@ void shrink(const Kernels& k, const Shrink& in, float* g, int threads) {
     const int64_t T = std::min<int64_t>(TOKENS, in.T - first);
     const Rows out{g + first * in.Vt.rows, in.Vt.rows};
     Round r{k, &in, &all, 1, in.dtype, in.x_dtype, first, T, {room, padded(in.Vt.K)}, {out}, {}, {}};
-    widen_rows(k, at(in.x, first * in.stride_x, in.x_dtype), in.stride_x, in.x_dtype, T, in.Vt.K, r.x);
+    widen_x(r);
     parallel(threads, [&] { shrink_rows(r, false); });
   }
 }
@@ -213,12 +226,14 @@ const Kernels* kernels(const char* name) {
 #if defined(__x86_64__)
   static const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
   static const bool has_2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #else
-  constexpr bool has_512 = false, has_2 = false;
+  constexpr bool has_512 = false, has_2 = false, has_bf16 = false;
 #endif
-  const Kernels* all[] = {has_512 && has_2 ? avx512() : nullptr, has_2 ? avx2() : nullptr, portable()};
+  const Kernels* all[] = {has_512 && has_2 && has_bf16 ? avx512_bf16() : nullptr,
+                          has_512 && has_2 ? avx512() : nullptr, has_2 ? avx2() : nullptr, portable()};
   for (const Kernels* k : all)
     if (k && (name == nullptr || std::strcmp(name, k->name) == 0)) return k;
   return nullptr;

@@ -278,14 +278,13 @@ class DeltaLinear(SVFLinear):
 
     def together(self, x: Tensor, route: Route) -> Tensor | None:
         """The output [..., M] of the dense layer for x with the change of each token's expert, made for its group at
-        once; None: it must be made the long way, by the dense layer and `add_to`."""
-        if torch.is_grad_enabled():
-            return None
-        if self.group is not None and (y := self.group.changed(self, x, route)) is not None:
+        once, without gradients; None: it must be made the long way, by the dense layer and `add_to`."""
+        group = self.group
+        if group is not None and (y := group.changed(self, x, route)) is not None:
             return y
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return None  # alone it is one op either way
-        return self.alone().changed(self, x, route)
+        return (self._own or self.alone()).changed(self, x, route)
 
     def alone(self) -> Group:
         """The group of this layer and no other."""

@@ -144,11 +144,18 @@ def unobserved(x: Tensor, V: Tensor, U: Tensor, scale: Tensor, ids: Tensor) -> b
     Saves about 6 us a call on a CPU, twice the time of a product with a 128 x 128 matrix.
     """
     return (
-        _CAN_TELL
-        and not torch.is_grad_enabled()
-        and type(x) is type(V) is type(U) is type(scale) is type(ids) is Tensor
+        type(V) is type(U) is type(scale) is Tensor and unobserved_input(x, ids) and not torch.compiler.is_compiling()
+    )
+
+
+def unobserved_input(x: Tensor, ids: Tensor) -> bool:
+    """`unobserved` for factors and a table that are known to be plain tensors, outside of an export."""
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and _CAN_TELL
+        and type(x) is type(ids) is Tensor
         and x.is_cpu
-        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
         and not _dispatch_modes()
         and _transform() is None
         and _tracing() is None

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import dispatch
 from .device import Device
 from .impls.implementation import InPlace
-from .op import call_group, unobserved
+from .op import call_group, unobserved_input
 
 KEPT = 256  # sizes of x that are remembered
 
@@ -29,6 +29,7 @@ class Prepared:
         self.V: Tensor = V
         self.Us: list[Tensor] = Us
         self.scale: Tensor = scale
+        self._plain: bool = all(type(t) is Tensor for t in (V, scale, *Us))
         self._device: Device | None = None
         self._runs: dict[tuple[torch.Size, torch.dtype, bool], InPlace | None] = {}
 
@@ -56,9 +57,9 @@ class Prepared:
         return self._prepared(x, expert_ids)
 
     def _prepared(self, x: Tensor, expert_ids: Tensor) -> InPlace | None:
-        if not unobserved(x, self.V, self.Us[0], self.scale, expert_ids):
+        if not (self._plain and unobserved_input(x, expert_ids)):
             return None
-        device = dispatch.device_of(x.device)
+        device = dispatch.probe(x.device)
         if device is not self._device or len(self._runs) >= KEPT:
             self._device, self._runs = device, {}
         key = x.shape, x.dtype, expert_ids.numel() == 1

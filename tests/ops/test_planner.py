@@ -10,6 +10,7 @@ from t2kernels.ops.planner import Call, bytes_moved, cheaper_form, could_be_dens
 NO_CUDA = ("cuda", "not built")
 CPU = Device("cpu", "CPU", (("cpp", "not built"), ("triton", "needs a GPU"), NO_CUDA))
 CPP = Device("cpu", "a CPU with AVX-512", (("triton", "needs a GPU"), NO_CUDA), isa="avx512")
+FP32 = {"x": torch.float32, "factors": torch.float32}
 CHECKED = Device("cuda", "a checked GPU", (NO_CUDA,))
 UNCHECKED = Device("cuda", "another GPU", (NO_CUDA,), (("triton", "not checked on this GPU"),))
 CUDA = Device("cuda", "a GPU with everything")
@@ -79,8 +80,19 @@ def call(T, M=HIDDEN, N=HIDDEN, C=None, **more):
         (Call(65, 576, (1536,) * 2, (8,) * 2, base=True), CPP, "torch", "mm"),
         (Call(5, 576, (1536,) * 2, (36,) * 2, base=True), CPP._replace(stream_tokens=((BF16, 4),)), "torch", "mm"),
         (call(9), CPP._replace(stream_tokens=((BF16, 9),)), "cpp", "stream"),
-        (call(16, x=torch.float32, factors=torch.float32), CPP, "cpp", "stream"),
-        (call(17, x=torch.float32, factors=torch.float32), CPP, "torch", "mm"),
+        (call(16, **FP32), CPP, "cpp", "stream"),
+        (call(1024, **FP32), CPP, "cpp", "stream"),
+        (call(1025, **FP32), CPP, "torch", "mm"),
+        (call(49, **FP32), CPP._replace(stream_tokens=(("float32 float32", 48),)), "torch", "mm"),
+        (
+            call(512, **FP32),
+            CPP._replace(stream_tokens=(("float32 float32", 64),)),
+            "cpp",
+            "stream",
+        ),  # no end was found
+        (Call(64, 576, (1536,) * 2, (36,) * 2, base=True), CPP, "torch", "mm"),
+        (Call(64, 576, (1536,) * 2, (36,) * 2, base=True), CPP._replace(isa="avx512_bf16"), "cpp", "stream"),
+        (Call(64, 576, (1536,) * 2, (64,) * 2, base=True), CPP._replace(isa="avx512_bf16"), "torch", "mm"),
         (call(16), CPP._replace(isa="avx2"), "cpp", "stream"),
         (call(1), CPP._replace(unchecked=(("cpp", "slow"),)), "torch", "mm"),
         (call(0), CPP, "torch", "mm"),

@@ -1,10 +1,10 @@
 """impl="cpp": decoding on a CPU in C++ (csrc/cpu), on torch's own threads.
 
-Each factor is read once, as it is stored, and widened in registers. Factors in fp32, bf16, fp16 or int8, x in fp32,
-bf16 or fp16. x, V and U are widened to fp32, which is exact. Products, sums and g = (x V) * scale[expert_ids] are fp32,
-and y is rounded once: it rounds nowhere where `ops.precision` does not. Each number of y depends on its own token and
-row alone, to the last bit: threads, other tokens and other members do not change the order of a sum. There is no
-backward.
+Each factor is read once, as it is stored. Factors in fp32, bf16, fp16 or int8, x in fp32, bf16 or fp16. x, V and U are
+widened to fp32 in registers, which is exact. With AVX-512's bf16 instructions x and V in bf16 are multiplied as they
+are, as exactly, but subnormal numbers count as 0. Products, sums and g = (x V) * scale[expert_ids] are fp32, and y is
+rounded once: it rounds nowhere where `ops.precision` does not. Each number of y depends on its own token and row alone,
+to the last bit: threads, other tokens and other members do not change the order of a sum. There is no backward.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from .implementation import Added, Expansion, Implementation, InPlace, Operands
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 MEMBERS = 8
-ISAS = ("portable", "avx2", "avx512")
+TUNED = 64  # `t2 tune` times no more tokens
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 # Up to this many tokens it is ahead of torch by 5 % or more on every shape of benchmarks/cpp.py, for an instruction set
 # and the dtypes of x and of the factors; for other dtypes it never is. torch converts factors of another dtype whole
 # before it multiplies. Measured on an AMD EPYC; `t2 tune --device cpu` writes this machine's own numbers into a table,
-# which is read instead.
+# which is read instead. fp32 with AVX-512: 0.47 to 0.94 of torch's time from 32 to 1024 tokens for 36 to 2048 columns,
+# on 1 and 2 threads; behind (81 us, torch 58) is rank 16 of a 128-wide model with 2 threads.
 TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
-    ("avx512", torch.float32, torch.float32): 16,
+    ("avx512", torch.float32, torch.float32): 1024,
     ("avx512", torch.bfloat16, torch.bfloat16): 64,
     ("avx2", torch.float32, torch.float32): 4,
     ("avx2", torch.bfloat16, torch.bfloat16): 16,
@@ -58,10 +60,11 @@ TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
 # For bf16 alone torch has instructions of its own with AVX-512, twice as fast as widening; what it pays is fixed, 40 us
 # for a call of small products, 65 us for two members, 80 us for three. Above 4 tokens C++ is ahead up to this many
 # tokens times numbers in the factors, for the first member and for each further one. Both in place, one thread of an
-# AMD EPYC, C++ over torch for q, k, v / o / gate and up / down of a 576-wide model: rank 64 at 8 tokens 0.20 / 0.21 /
-# 0.38 / 0.27, at 32 tokens 0.54 / 0.48 / 1.02 / 0.69; even at 17 M, 9 M, 9 M and 8 M. With two threads torch's
-# products take half.
-BF16_WORK, AVX512_BF16 = (6e6, 3e6), ("avx512", torch.bfloat16, torch.bfloat16)
+# AMD EPYC. With two threads torch's products take half.
+# avx512, q, k, v / o / gate and up / down of a 576-wide model: even at 17 M, 9 M, 9 M and 8 M.
+# avx512_bf16, one member: 0.71 of torch's time at 11 M, 0.85 at 16 M, 1.1 at 34 M; two: 0.71 at 8 M, 0.85 at 10 M, 1.2
+# at 19 M; three: 0.47 at 6 M, 0.96 at 25 M.
+BF16_WORK = {"avx512": (6e6, 3e6), "avx512_bf16": (10e6, 4e6)}
 
 
 class Cpp(Implementation):
@@ -111,11 +114,14 @@ class Cpp(Implementation):
         if device.kind != "cpu":
             return "it is for CPUs"
         here = dict(device.stream_tokens).get(f"{call.x} {call.factors}".replace("torch.", ""))
-        most = TOKENS.get((device.isa, call.x, call.factors), 0) if here is None else here
+        most = TOKENS.get((device.isa.removesuffix("_bf16"), call.x, call.factors), 0)
+        if here is not None and not TUNED <= here < most:  # up to the last one that is tuned means: at least so many
+            most = here
         if 0 < call.T <= most:
             work = call.T * sum(C * (call.N + M) for M, C in zip(call.M, call.C, strict=True))
-            most_work = BF16_WORK[0] + BF16_WORK[1] * (len(call.M) - 1)
-            if here is None and call.T > 4 and work > most_work and (device.isa, call.x, call.factors) == AVX512_BF16:
+            first, further = BF16_WORK.get(device.isa, (0, 0))
+            bf16 = first > 0 and call.x == call.factors == torch.bfloat16
+            if here is None and call.T > 4 and bf16 and work > first + further * (len(call.M) - 1):
                 return f"in bfloat16 torch is ahead in calls as large as this ({call.T} tokens)"
             return None
         formats = f"{call.x} with {call.factors} factors on {device.isa}".replace("torch.", "")
@@ -181,13 +187,13 @@ def prepare(V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
     N, C = V.shape
     first = V.data_ptr(), C, N, V.stride(1), DTYPES[V.dtype], scale.data_ptr(), scale.shape[0], scale.stride(0)
     group = extension.load().CpuGroup(first, tuple((U.data_ptr(), *U.shape, U.stride(0)) for U in Us), isa())
-    add, threads, int64 = group.add, torch.get_num_threads, torch.int64
+    add, threads, int64, lies, at = group.add, torch.get_num_threads, torch.int64, Tensor.is_contiguous, Tensor.data_ptr
 
     def run(x: Tensor, ids: Tensor, bases: list[Tensor], starts: Sequence[int] | None = None) -> bool:
-        if not (x.is_contiguous() and ids.is_contiguous() and all(map(Tensor.is_contiguous, bases))):
+        if not (lies(x) and lies(ids) and all(map(lies, bases))):
             return False
         if starts is None:
-            ys, stride = [y.data_ptr() for y in bases], 0
+            ys, stride = list(map(at, bases)), 0
         else:
             (y,) = bases
             first, size, stride = y.data_ptr(), y.element_size(), y.shape[-1]

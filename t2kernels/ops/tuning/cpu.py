@@ -23,7 +23,7 @@ from .selfcheck import Case, selfcheck
 from .tables import user_folder, write_cpu_table
 from .tuner import Progress, Shape, checked, crossover, operands, verdict
 
-TOKENS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+TOKENS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, cpp_kernels.TUNED)
 COLD = 64e6  # bytes of factors that a timing goes through: no cache of a core holds them
 Pair = Callable[[Sequence[Operands]], tuple[float, float]]
 """Problems of one size -> (seconds of a call of the C++ kernels, of torch)."""

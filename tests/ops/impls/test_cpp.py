@@ -171,6 +171,24 @@ def test_nan_and_inf_arrive_and_a_zero_row_leaves_the_bits_of_base(isa):
     assert y[3].isfinite().all()
 
 
+@pytest.mark.parametrize("N", [1, 2, 31, 32, 33, 63, 65, 300])
+def test_bf16_rows_of_any_length_are_read_to_their_end_and_give_the_same_bits_in_any_batch(isa, N):
+    C, M, T = 5, 7, 19
+    around = [
+        torch.full((rows, width + 40), torch.nan, dtype=torch.bfloat16) for rows, width in ((T, N), (C, N), (M, C))
+    ]
+    x, Vt, U = (t[:, :-40].copy_(torch.randn(t.shape[0], t.shape[1] - 40)) for t in around)
+    scale, ids = torch.randn(E, C), torch.randint(0, E, (T,))
+    y = torch.full((T, M), torch.nan, dtype=torch.bfloat16).copy_(torch.randn(T, M))
+    want = svf_linear_ref(*(t.double() for t in (x, Vt.t(), U, scale)), ids, y.double())
+    whole = cpp_kernels.forward(x, Vt.t(), [U], scale, ids, [y], [None])[0]
+    size = want.abs().max().item()
+    torch.testing.assert_close(whole.double(), want, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5 * size)
+    for t in range(T):
+        alone = cpp_kernels.forward(x[t : t + 1], Vt.t(), [U], scale, ids[t : t + 1], [y[t : t + 1]], [None])[0]
+        assert torch.equal(alone[0], whole[t])
+
+
 def test_what_lies_around_the_factors_and_in_the_scratch_is_not_used(isa):
     N, C, M = 33, 21, 50
     arguments = list(problem((5,), N, (C,), (M,)))
@@ -299,7 +317,7 @@ def test_auto_takes_it_for_few_tokens_and_never_for_gradients(monkeypatch):
     )  # base alone: nothing of the op is needed for its gradient
     y.sum().backward()
     assert torch.equal(base.grad, torch.ones_like(base))
-    many = problem((500,), 33, (7,), (50,))
+    many = problem((2000,), 33, (7,), (50,))
     assert plan(*many[:3], many[4]).impl == "torch"
 
 
