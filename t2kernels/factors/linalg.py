@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .algorithms.leading import leading, pays
-from .algorithms.products import matmul, signs
+from .algorithms.products import both, matmul, signs
 
 __all__ = ["CHECKED", "PROBES", "SAFE", "SVD", "TOLERANCE", "matmul", "residual", "signs", "svd"]
 
@@ -39,7 +39,6 @@ __all__ = ["CHECKED", "PROBES", "SAFE", "SVD", "TOLERANCE", "matmul", "residual"
 TOLERANCE: float = 1e-7  # of residual and of orthogonality; fp32 rounds a component by as much
 CHECKED: int = 64  # the last columns: orthogonality is lost first among the smallest singular values
 PROBES: int = 16
-ROWS: int = 2048  # of A that are in fp64 at a time
 SAFE: int = 300  # entries between 2^-SAFE and 2^SAFE have sums of squares in fp64
 
 
@@ -89,13 +88,8 @@ def residual(A: Tensor, U: Tensor, sigma: Tensor, Vt: Tensor) -> float:
     probes = torch.stack([signs(sigma.numel(), 3 + i) for i in range(PROBES)]).to(U)  # [PROBES, k]
     weighted = probes * sigma
     inward, outward = probes @ Vt, probes @ U.t()
-    left, right = -(weighted @ U.t()), -(weighted @ Vt)
-    wide = U.new_empty(min(ROWS, A.shape[0]), A.shape[1])  # new memory for each part would cost more than the product
-    for at in range(0, A.shape[0], ROWS):
-        part = A[at : at + ROWS]
-        rows = wide[: part.shape[0]].copy_(part)
-        left[:, at : at + ROWS] += inward @ rows.t()
-        right.addmm_(outward[:, at : at + ROWS], rows)
+    left, right = both(inward, A, outward)
+    left, right = left - weighted @ U.t(), right - weighted @ Vt
     return (
         torch.maximum(left.norm(), right.norm()) / PROBES**0.5 / sigma[0].clamp_min(torch.finfo(U.dtype).tiny)
     ).item()
