@@ -30,7 +30,7 @@ def gram(A: Tensor) -> Tensor:
     """G = AᵀA [N, N] in fp32 of A [M, N]; each number is off by about 2e-6 of itself. One triangle is computed."""
     N = A.shape[1]
     G = torch.empty(N, N, dtype=torch.float32, device=A.device)
-    narrow = A if A.dtype == torch.bfloat16 and fits(A, A) else A.float()
+    narrow = A if A.dtype == torch.bfloat16 and (fits(A, A) or halves(A)) else A.float()
     if fits(narrow, narrow):
         product(narrow.t(), narrow.t(), G, upper=True)
         for at in range(0, N, TILE):
@@ -39,7 +39,7 @@ def gram(A: Tensor) -> Tensor:
             G[at:end, at:end] = corner + corner.triu(1).t()
             G[end:, at:end] = G[at:end, end:].t()
         return G
-    rows = A.t().contiguous() if halves(A) else A.t().float()  # [N, M]
+    rows = narrow.t().contiguous() if halves(A) else narrow.t()  # [N, M]
     for at in range(0, N, TILE):
         end = min(at + TILE, N)
         G[at:end, at:] = _product(rows[at:end], rows[at:])
