@@ -32,9 +32,8 @@ __all__ = ["CHECKED", "PROBES", "SAFE", "SVD", "TOLERANCE", "matmul", "residual"
 #   scipy propack fp32                  1.8-8 s  2e-6      4.0 s  2e-6
 #   scipy propack fp64                    4.4 s  1e-10     8.0 s  5e-11
 # propack is twice as fast at a small k, and slower at k = 1024 (18 s in fp32, 76 s in fp64).
-# `algorithms.leading` answers where k <= R/5 and R >= 1024. CPU seconds of one thread on a shared machine with
-# AVX512-BF16, bf16 weights, 256 components, in brackets the exact path beside it: power law 4096 x 4096 2.4 (19.1),
-# 14336 x 4096 4.6 (26.7).
+# `algorithms.leading` answers where k <= R/5 and R >= 1024. CPU seconds of two threads with AVX512-BF16, bf16 weights,
+# 256 components, in brackets the exact path beside it: power law 4096 x 4096 1.8 (19.6), 14336 x 4096 3.0 (24.1).
 
 TOLERANCE: float = 1e-7  # of residual and of orthogonality; fp32 rounds a component by as much
 CHECKED: int = 64  # the last columns: orthogonality is lost first among the smallest singular values
