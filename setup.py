@@ -27,6 +27,7 @@ SIMD = {
     # gcc 12 warns about deliberately undefined registers in its own headers (gcc bug 105593).
     "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512 "
     "-Wno-uninitialized -Wno-maybe-uninitialized",
+    "_avx512bf16": "-mavx512f -mavx512bf16 -mavx512bw -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
 SIMD["_avx512_bf16"] = f"{SIMD['_avx512']} -mavx512bf16"
 SWITCH = ("auto", "0", "1")

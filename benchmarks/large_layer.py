@@ -1,4 +1,4 @@
-"""One decoder layer of Llama-3-70B's and of Llama-3.1-405B's shape: decompose it, patch it, serve a mixed batch.
+"""One decoder layer of Llama-3-8B's, 70B's or Llama-3.1-405B's shape: decompose it, patch it, serve a mixed batch.
 
     python benchmarks/large_layer.py                                        70B's, rank as `t2 plan` says
     python benchmarks/large_layer.py --size 405b --targets q_proj k_proj    a part of 405B's
@@ -28,6 +28,7 @@ import t2kernels as t2
 
 SIZES = {  # hidden, intermediate, heads, key-value heads: the models' config.json
     "nano": (128, 384, 4, 2),
+    "8b": (4096, 14336, 32, 8),
     "70b": (8192, 28672, 64, 8),
     "405b": (16384, 53248, 128, 8),
 }
@@ -42,6 +43,7 @@ def fill(W: Tensor) -> None:
     count = min(M, N) // 8
     sizes = 1 + 4 * torch.arange(1, count + 1).float() ** -0.5
     U, V = torch.randn(M, count) / M**0.5 * sizes, torch.randn(N, count) / N**0.5
+    U, V = U.bfloat16(), V.bfloat16()  # a product of bf16 numbers is quicker, and W is rounded as much
     for rows, u in zip(W.split(ROWS), U.split(ROWS), strict=True):
         rows.copy_(torch.randn(rows.shape) / (M**0.5 + N**0.5) + u @ V.t())
 

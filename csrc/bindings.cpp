@@ -3,12 +3,14 @@
 #include <pybind11/pybind11.h>
 
 void bind_cpu(pybind11::module_&);
+void bind_products(pybind11::module_&);
 #ifdef T2KERNELS_WITH_CUDA
 void bind_cuda(pybind11::module_&);
 #endif
 
 PYBIND11_MODULE(_C, m) {
   bind_cpu(m);
+  bind_products(m);
   m.attr("interface") = 3;  // as in ops/impls/extension.py
 #ifdef T2KERNELS_WITH_CUDA
   bind_cuda(m);

@@ -228,13 +228,14 @@ def working_set(M: int, N: int) -> int:
 def cpu_seconds(M: int, N: int, k: int) -> float:
     """Seconds of one core for k components, by measured rates: within a factor of two elsewhere.
 
-    Measured on a core of an AMD EPYC with AVX512-BF16 and torch 2.13, bf16 weights, decaying spectra: block Lanczos
-    2.4 s for 256 components of 4096 x 4096 and 4.6 s of 14336 x 4096; the exact path 19.1 s and 26.7 s. A flat
-    spectrum, or weights in fp32, take longer.
+    Measured on an AMD EPYC with AVX512-BF16 and the compiled extension, torch 2.13, bf16 weights, decaying spectra: block
+    Lanczos 1.8 s for 256 components of 4096 x 4096, 3.0 s of 14336 x 4096 and 12.6 s of 8192 x 28672; the exact path
+    19.6 s and 24.1 s of the first two. A flat spectrum takes twice as long; torch's products, without the extension,
+    1.6 times.
     """
     R = min(M, N)
     if pays(M, N, k):  # the Gram matrix, products with A in fp64, and the space and the corrections on the smaller side
-        return 6.5e-12 * M * N * R + 8.5e-11 * M * N * k + 3.5e-10 * R * R * k
+        return 2.8e-12 * M * N * R + 6e-11 * M * N * k + 2.8e-10 * R * R * k
     return 2 * M * N * R / 53e9 + 2.3e-10 * R**3
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .algorithms.leading import leading, pays
-from .algorithms.products import matmul, signs
+from .algorithms.products import both, matmul, signs
 
 __all__ = ["CHECKED", "PROBES", "SAFE", "SVD", "TOLERANCE", "matmul", "residual", "signs", "svd"]
 
@@ -32,14 +32,12 @@ __all__ = ["CHECKED", "PROBES", "SAFE", "SVD", "TOLERANCE", "matmul", "residual"
 #   scipy propack fp32                  1.8-8 s  2e-6      4.0 s  2e-6
 #   scipy propack fp64                    4.4 s  1e-10     8.0 s  5e-11
 # propack is twice as fast at a small k, and slower at k = 1024 (18 s in fp32, 76 s in fp64).
-# `algorithms.leading` answers where k <= R/5 and R >= 1024. CPU seconds of one thread on a shared machine with
-# AVX512-BF16, bf16 weights, 256 components, in brackets the exact path beside it: power law 4096 x 4096 2.4 (19.1),
-# 14336 x 4096 4.6 (26.7).
+# `algorithms.leading` answers where k <= R/5 and R >= 1024. CPU seconds of two threads with AVX512-BF16, bf16 weights,
+# 256 components, in brackets the exact path beside it: power law 4096 x 4096 1.8 (19.6), 14336 x 4096 3.0 (24.1).
 
 TOLERANCE: float = 1e-7  # of residual and of orthogonality; fp32 rounds a component by as much
 CHECKED: int = 64  # the last columns: orthogonality is lost first among the smallest singular values
 PROBES: int = 16
-ROWS: int = 2048  # of A that are in fp64 at a time
 SAFE: int = 300  # entries between 2^-SAFE and 2^SAFE have sums of squares in fp64
 
 
@@ -89,13 +87,8 @@ def residual(A: Tensor, U: Tensor, sigma: Tensor, Vt: Tensor) -> float:
     probes = torch.stack([signs(sigma.numel(), 3 + i) for i in range(PROBES)]).to(U)  # [PROBES, k]
     weighted = probes * sigma
     inward, outward = probes @ Vt, probes @ U.t()
-    left, right = -(weighted @ U.t()), -(weighted @ Vt)
-    wide = U.new_empty(min(ROWS, A.shape[0]), A.shape[1])  # new memory for each part would cost more than the product
-    for at in range(0, A.shape[0], ROWS):
-        part = A[at : at + ROWS]
-        rows = wide[: part.shape[0]].copy_(part)
-        left[:, at : at + ROWS] += inward @ rows.t()
-        right.addmm_(outward[:, at : at + ROWS], rows)
+    left, right = both(inward, A, outward)
+    left, right = left - weighted @ U.t(), right - weighted @ Vt
     return (
         torch.maximum(left.norm(), right.norm()) / PROBES**0.5 / sigma[0].clamp_min(torch.finfo(U.dtype).tiny)
     ).item()

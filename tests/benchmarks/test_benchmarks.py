@@ -164,6 +164,18 @@ def test_committed_rows_say_where_they_are_from():
             assert not {"/work", "/tmp", "/home"} & set(row["command"].split()), path
 
 
+@pytest.mark.parametrize("kind", ["power", "spikes", "flat"])
+def test_leading_components_beside_the_exact_path(kind, monkeypatch):
+    import leading
+
+    monkeypatch.setattr(leading, "RANK", 32)
+    row = leading.one(1100, 1024, kind)
+    assert row["algorithm"] == "block-lanczos-fp64"
+    assert row["exact_algorithm"] == "gram-eigh-fp64"
+    assert row["off_fp32"] < 1e-7
+    assert row["cpu_ratio"] > 0
+
+
 @pytest.mark.parametrize("targets", [[], ["q_proj", "down_proj"]])
 def test_a_large_layer(targets):
     import large_layer

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from t2kernels.factors import linalg
+from t2kernels.factors.algorithms import compiled
 from t2kernels.factors.algorithms import gram as grams
 from t2kernels.factors.algorithms import leading as algorithm
 from t2kernels.factors.algorithms.krylov import misses
@@ -18,6 +19,15 @@ def normal(*shape, seed=0):
 def with_spectrum(sigma, M, N):
     U, V = (torch.linalg.qr(normal(n, len(sigma), seed=s).double())[0] for n, s in ((M, 1), (N, 2)))
     return ((U * sigma) @ V.t()).float()
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def products(request, monkeypatch):
+    """The compiled products, and torch's, as on a machine without the extension or without AVX-512."""
+    if request.param == "torch":
+        monkeypatch.setattr(compiled, "extension", lambda: None)
+    elif not compiled.fits(torch.zeros(1, 1), torch.zeros(1, 1)):
+        pytest.skip("no compiled products here: t2kernels._C is not built, or the CPU lacks AVX-512")
 
 
 i = torch.arange(1, 513, dtype=torch.float64)
@@ -102,7 +112,7 @@ def test_more_equal_values_than_a_block_has_columns_are_all_found_or_none():
         assert found is None or found[1][:40].sub(1).abs().max() < 1e-6
 
 
-def test_a_component_that_the_space_does_not_hold_is_seen():
+def test_a_component_that_the_space_does_not_hold_is_seen(products):
     A = with_spectrum(SPECTRA["power law"], 600, 512)
     _, sigma, Vt = exact(A, 33)
     keep_all = [n for n in range(33) if n != 5]
@@ -124,7 +134,7 @@ def test_large_matrices_come_from_it_and_small_ones_do_not(scale):
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_no_setting_of_fp32_products_changes_it(precision):
+def test_no_setting_of_fp32_products_changes_it(precision, products):
     A = with_spectrum(SPECTRA["power law"], 600, 512)
     first = algorithm.leading(A, 16)
     try:
@@ -138,7 +148,9 @@ def test_no_setting_of_fp32_products_changes_it(precision):
 
 @pytest.mark.parametrize("halves", [True, False])
 @pytest.mark.parametrize("shape", [(1500, 700), (700, 700), (37, 5)])
-def test_the_gram_matrix_and_products_with_bf16_weights_have_nearly_the_accuracy_of_fp32(shape, halves, monkeypatch):
+def test_the_gram_matrix_and_products_with_bf16_weights_have_nearly_the_accuracy_of_fp32(
+    shape, halves, monkeypatch, products
+):
     monkeypatch.setattr(grams, "halves", lambda A: halves)
     A, X = normal(*shape, seed=5).bfloat16(), normal(9, shape[1], seed=6)
     wide = A.double()
@@ -152,7 +164,7 @@ def test_the_gram_matrix_and_products_with_bf16_weights_have_nearly_the_accuracy
 
 
 @pytest.mark.parametrize("halves", [True, False])
-def test_bf16_products_do_not_decide_the_accuracy(halves, monkeypatch):
+def test_bf16_products_do_not_decide_the_accuracy(halves, monkeypatch, products):
     for module in (grams, algorithm):
         monkeypatch.setattr(module, "halves", lambda A: halves)
     A = with_spectrum(SPECTRA["bulk with spikes"], 700, 512).bfloat16()
@@ -165,7 +177,7 @@ def test_bf16_products_do_not_decide_the_accuracy(halves, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(1100, 1024), (1024, 1500)])
-def test_a_flat_spectrum_is_right(shape):
+def test_a_flat_spectrum_is_right(shape, products):
     A = normal(*shape, seed=8).bfloat16()
     k = 48
     found = linalg.svd(A, k)
@@ -176,7 +188,7 @@ def test_a_flat_spectrum_is_right(shape):
     assert (effect(found.U, found.sigma, found.Vt, change) - wanted).norm() <= 3e-8 * wanted.norm()
 
 
-def test_the_bytes_are_the_same_each_time_and_threads_change_only_rounding():
+def test_the_bytes_are_the_same_each_time_and_threads_change_only_rounding(products):
     A = with_spectrum(SPECTRA["power law"], 1100, 512).bfloat16()
     before = torch.get_num_threads()
     try:

@@ -297,3 +297,11 @@ def test_an_expert_of_a_model_with_an_adapter_is_exported_for_the_base(family, t
         t2.unpatch_model(base)
         found = peft.PeftModel.from_pretrained(base, folder)(x).logits
     torch.testing.assert_close(found, want, **CLOSE)
+
+
+def test_peft_takes_no_method_that_it_does_not_list():
+    """docs/from-peft.md says so. If this fails, PEFT has opened, and SVF can be a method of `get_peft_model`."""
+    from peft.utils import register_peft_method
+
+    with pytest.raises(ValueError, match="SVF"):
+        register_peft_method(name="svf", config_cls=peft.LoraConfig, model_cls=peft.LoraModel)

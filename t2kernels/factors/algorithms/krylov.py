@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .products import matmul, signs
+from .products import large, signs
 
 FLOOR: float = 3e-7  # of a residual in fp32, over sqrt(theta_1 theta_i)
 LARGEST: float = 0.65  # of N: the largest space. A flat random spectrum needs 0.5 at k = N/16
@@ -57,7 +57,7 @@ class Space:
             self.rows = larger
         self.rows[top : top + b] = self.next
         self.m += b
-        self.next, inside, self.last = self._orthogonal(matmul(self.next, self.G))
+        self.next, inside, self.last = self._orthogonal(large(self.next, self.G))
         T = self.T.new_zeros(self.m, self.m)
         T[: self.m - b, : self.m - b] = self.T
         T[:, self.m - b :] = inside[self.locked :]
@@ -81,7 +81,7 @@ class Space:
             self.theta, self.S = values.flip(0).clamp_min(0), S.flip(1)
             values = self.theta[:k]
             wanted = (reach * (values - self.theta[min(p, self.m) - 1])).maximum(FLOOR * (values[0] * values).sqrt())
-            off = matmul(self.last.float(), self.S[self.m - self.b :, :k]).norm(dim=0)
+            off = large(self.last.float(), self.S[self.m - self.b :, :k]).norm(dim=0)
             worst = (off / wanted.clamp_min(torch.finfo(torch.float32).tiny)).max().item()
             if whole or worst <= 1:
                 return True
@@ -100,12 +100,12 @@ class Space:
     def _orthogonal(self, W: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """(Y, H, B): W = Hᵀ Q + Bᵀ Y with Y [b, N] orthonormal and orthogonal to Q. Y is None if W lies in Q."""
         Q = self.rows[: self.locked + self.m]
-        H = matmul(Q, W.t())
-        Y, L = orthonormal(W - matmul(H.t(), Q))
+        H = large(Q, W.t())
+        Y, L = orthonormal(W - large(H.t(), Q))
         if Y is None:
             return None, H.double(), L.t()
-        h = matmul(Q, Y.t())  # what rounding left, relative to W: once more is enough
-        Y, again = orthonormal(Y - matmul(h.t(), Q))
+        h = large(Q, Y.t())  # what rounding left, relative to W: once more is enough
+        Y, again = orthonormal(Y - large(h.t(), Q))
         if Y is None:
             return None, H.double(), L.t()
         return Y, H.double() + h.double() @ L.t(), (L @ again).t()

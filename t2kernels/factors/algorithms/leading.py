@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .gram import gram, halves, times
 from .krylov import Space, misses, orthonormal
-from .products import matmul, signs
+from .products import both, large, signs
 
 # Columns of a block: N / PER_BLOCK, within bounds. Wider blocks are quicker a column, and need a larger space.
 PER_BLOCK: int = 128
@@ -29,7 +29,6 @@ REACH: float = 4e-4  # of X: the space is large enough
 SOLVE: int = 8  # iterations for t, at most
 ENOUGH: float = 1e-8  # ||D' - D|| / ||D|| of D = U diag(sigma (z - 1)) Vᵀ, for a random z. fp32 rounds D by 4e-8
 REFINEMENTS: int = 3  # at most; real spectra take one
-ROWS: int = 1024  # of A that are in fp64 at a time
 
 
 def pays(M: int, N: int, k: int) -> bool:
@@ -83,13 +82,7 @@ def _components(A: Tensor, X: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] |
     X, _ = orthonormal(X)
     if X is None:
         return None
-    B, C = X.new_empty(X.shape[0], A.shape[0]), torch.zeros_like(X)
-    wide = X.new_empty(ROWS, A.shape[1])  # new memory for every widened part would cost as much as the product
-    for at in range(0, A.shape[0], ROWS):
-        part = A[at : at + ROWS]
-        rows = wide[: part.shape[0]].copy_(part)
-        B[:, at : at + ROWS] = X @ rows.t()
-        C.addmm_(B[:, at : at + ROWS], rows)
+    B, C = both(X, A)
     found = _rotated(B, X)
     if found is None:
         return None
@@ -129,7 +122,7 @@ class _Solver:
         self.inner = theta[p:]  # [m - p]
         self.others = space.S[:, p:].to(dtype).contiguous()  # [m, m - p]
         self.outside = ((space.G.diagonal().sum() - theta.sum()) / max(1, N - space.m)).clamp_min(0)
-        self.leading: Tensor = matmul(space.S[:, :p].t(), space.Q)  # [p, N]
+        self.leading: Tensor = large(space.S[:, :p].t(), space.Q)  # [p, N]
 
     def __call__(self, values: Tensor, V: Tensor, r: Tensor, k: int) -> tuple[Tensor, float]:
         """t [p, N] fp32, of which the last p - k are rough, and by how much an expert would be off with V + t."""
@@ -147,8 +140,8 @@ class _Solver:
             z = self._near(values[at:], V, rest[at:]) if n else z
             size = (z * rest[at:]).sum(1, keepdim=True)
             d = z + direction[at:] * (size / before[at:])
-            image = values[at:] * d - matmul(d, self.G)
-            image -= matmul(matmul(image, V.t()), V)
+            image = values[at:] * d - large(d, self.G)
+            image -= large(large(image, V.t()), V)
             length = (d * image).sum(1, keepdim=True)
             step = torch.where(length > 0, size / length, 0)
             # lambda - G is singular to this G's accuracy: a component that gets worse stays as it is
@@ -175,8 +168,8 @@ class _Solver:
         inside = self._times(self._times(r, self.half.t()), self.others)  # [p, m - p]
         inside = inside / (values - self.inner).clamp_min(least) - inside / far
         z = r / far + self._times(self._times(inside, self.others.t()), self.half)
-        return z - matmul(matmul(z, V.t()), V)
+        return z - large(large(z, V.t()), V)
 
     def _times(self, X: Tensor, Y: Tensor) -> Tensor:
         """X Y in fp32, rounded to bf16 where that is quicker: a preconditioner needs no more."""
-        return matmul(X, Y) if Y.dtype == torch.float32 else (X.bfloat16() @ Y).float()
+        return large(X, Y) if Y.dtype == torch.float32 else (X.bfloat16() @ Y).float()
