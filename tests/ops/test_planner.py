@@ -83,6 +83,8 @@ def call(T, M=HIDDEN, N=HIDDEN, C=None, **more):
         (call(16, **FP32), CPP, "cpp", "stream"),
         (call(1024, **FP32), CPP, "cpp", "stream"),
         (call(1025, **FP32), CPP, "torch", "mm"),
+        (Call(300, 64, (64,), (64,), one=True, **FP32), CPP, "torch", "dense"),
+        (Call(300, 64, (64,), (64,), one=True, base=True, **FP32), CPP, "cpp", "stream"),
         (call(49, **FP32), CPP._replace(stream_tokens=(("float32 float32", 48),)), "torch", "mm"),
         (
             call(512, **FP32),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from t2kernels.ops.device import Device
-from t2kernels.ops.planner import Call, Choice, Path
+from t2kernels.ops.planner import Call, Choice, Path, dense_path
 from t2kernels.ops.tuning.tables import read_cpu_table
 
 from . import extension
@@ -117,6 +117,8 @@ class Cpp(Implementation):
         most = TOKENS.get((device.isa.removesuffix("_bf16"), call.x, call.factors), 0)
         if here is not None and not TUNED <= here < most:  # up to the last one that is tuned means: at least so many
             most = here
+        if call.T > TUNED and dense_path(call) is not None:
+            return "W' made once takes fewer operations"
         if 0 < call.T <= most:
             work = call.T * sum(C * (call.N + M) for M, C in zip(call.M, call.C, strict=True))
             first, further = BF16_WORK.get(device.isa, (0, 0))
