@@ -1,4 +1,5 @@
-// C = X Yᵀ of large matrices, in wide sums: what the decomposition of weights needs and no library gives on every CPU.
+// C = X Yᵀ of large matrices, in wide sums, for the decomposition of weights: torch rounds bf16 products to bf16, and
+// its fp64 ones use half of the vector units of some CPUs.
 //
 //   c[i, j] = (add ? c[i, j] : 0) + sum_k X[i, k] Y[j, k]
 //

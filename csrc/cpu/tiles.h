@@ -40,7 +40,9 @@ struct Tiles {
       }
     }
     if (whole * S::pair < depth) {  // one number without a partner
-      for (int r = 0; r < n; ++r) out[whole * count + r] = S::item(from[r * v.stride + (depth - 1) * v.stride_k], From{});
+      for (int r = 0; r < n; ++r) {
+        out[whole * count + r] = S::item(from[r * v.stride + (depth - 1) * v.stride_k], From{});
+      }
     }
   }
 

@@ -228,10 +228,10 @@ def working_set(M: int, N: int) -> int:
 def cpu_seconds(M: int, N: int, k: int) -> float:
     """Seconds of one core for k components, by measured rates: within a factor of two elsewhere.
 
-    Measured on an AMD EPYC with AVX512-BF16 and the compiled extension, torch 2.13, bf16 weights, decaying spectra: block
-    Lanczos 1.8 s for 256 components of 4096 x 4096, 3.0 s of 14336 x 4096 and 12.6 s of 8192 x 28672; the exact path
-    19.6 s and 24.1 s of the first two. A flat spectrum takes twice as long; torch's products, without the extension,
-    1.6 times.
+    Measured on an AMD EPYC with AVX512-BF16 and the compiled extension, torch 2.13, bf16 weights, decaying spectra:
+    block Lanczos 1.8 s for 256 components of 4096 x 4096, 3.0 s of 14336 x 4096 and 12.6 s of 8192 x 28672; the
+    exact path 19.6 s and 24.1 s of the first two. A flat spectrum takes twice as long; torch's products, without
+    the extension, 1.6 times.
     """
     R = min(M, N)
     if pays(M, N, k):  # the Gram matrix, products with A in fp64, and the space and the corrections on the smaller side
