@@ -51,6 +51,7 @@ test-real: $(VENV)/.installed-test
 
 # vLLM has an environment of its own, .venv-vllm: it fixes versions of torch and transformers. Engines one after the other: each takes all cores.
 test-vllm: $(VLLM)/.installed
+	@./scripts/install-smollm2 $(VLLM)/bin/python || true
 	$(VLLM)/bin/python -m pytest -m vllm tests/vllm
 
 $(VLLM)/.installed: $(SOURCES) scripts/install-vllm $(VLLM)/.created
