@@ -15,7 +15,7 @@ from paper import read
 from paper_tables import spread as mean_and_error
 from paper_tables import table
 
-from t2kernels.train.config import RATE
+from t2kernels.train import SVFConfig
 
 PEERS = {kind: "z 16" if kind in ("core 4", "tied 13", "tied 448") else "z 128" for kind in KINDS if kind[0] != "z"}
 """{kind: the z that it is compared with}: the one of as many numbers, or the largest that there is."""
@@ -37,7 +37,7 @@ class Cells:
         tests = sorted((r for r in rows if r["split"] == "test"), key=lambda r: r["seed"])
         tuned = best_rates(rows) | {BASE: 0.0}
         self.rows = [r for r in tests if r["learning_rate"] == tuned[r["kind"]]]
-        self.at_default = [r for r in tests if (r["kind"], r["learning_rate"]) == ("z 128", RATE)]
+        self.at_default = [r for r in tests if (r["kind"], r["learning_rate"]) == ("z 128", SVFConfig.learning_rate)]
 
     def values(self, task: str, kind: str, key: str = "accuracy") -> list[float]:
         return [r[key] for r in self.rows if (r["task"], r["kind"]) == (task, kind)]
@@ -72,7 +72,7 @@ def gains(cells: Cells) -> str:
     lines = [["base model", 0, *(spread(cells.values(task, BASE)) for task in TASKS)]]
     lines += [[k, f"{numbers[k]:,}", *(spread(cells.values(task, k)) for task in TASKS)] for k in KINDS if k in numbers]
     if cells.at_default:
-        name = f"z 128 at the library's rate, {RATE}"
+        name = f"z 128 at the library's rate, {SVFConfig.learning_rate}"
         lines.append([name, f"{numbers['z 128']:,}", spread([r["accuracy"] for r in cells.at_default]), "-", "-", "-"])
     return table(["kind", "numbers", *TASKS], lines)
 

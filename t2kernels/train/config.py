@@ -22,23 +22,6 @@ POLICY_LOSSES: tuple[str, ...] = ("expected", "log")
 KL_DIRECTIONS: tuple[str, ...] = ("reverse", "forward")
 METRICS: tuple[str, ...] = ("accuracy", "reward", "completion_length")
 """What an evaluation reports. With several experts, also "EXPERT_accuracy" and so on."""
-RATE: float = 0.02
-RATE_MATRICES: int = 28
-"""The learning rate that was found for written answers, and how many matrices the model had."""
-
-
-def default_learning_rate(matrices: int) -> float:
-    """The learning rate of experts that change so many matrices: .02 sqrt(28 / matrices).
-
-    A step of Adam moves each number of an expert by about the rate, whatever the gradient, so each matrix changes its
-    output by about that share. The changes of n matrices add up to about sqrt(n) times as much, and the root takes that
-    out. .02 was found for 28 matrices; a model of 210 gets .0073.
-
-    Raises ValueError for less than one matrix.
-    """
-    if matrices < 1:
-        raise InputError(f"matrices is {matrices}; an expert changes at least 1")
-    return RATE * math.sqrt(RATE_MATRICES / matrices)
 
 
 @dataclass
@@ -102,13 +85,10 @@ class SVFConfig(TrainingArguments):
         evaluations (eval_strategy) and no checkpoints; where there are some, each holds the best so far
     history: a JSONL file that every log is written to; None: none
 
-    learning_rate: of Adam, about the largest move of a raw z in one step; None: .02 for a model of 28 matrices, less
-        for more (`default_learning_rate`)
-
-    Arguments of transformers with another default here: 150 steps of 128 prompts, warm-up over 7 % of the steps, the
-    last 30 % down to 5 % in a straight line, gradient norm cut at 1 (each expert by itself), nothing saved, no progress
-    bar, best model by accuracy. DistributedDataParallel neither looks for unused parameters (there are none) nor sends
-    buffers (the frozen factors are the same everywhere).
+    Arguments of transformers with another default here: learning_rate .02, 150 steps of 128 prompts, warm-up over 7 %
+    of the steps, the last 30 % down to 5 % in a straight line, gradient norm cut at 1 (each expert by itself), nothing
+    saved, no progress bar, best model by accuracy. DistributedDataParallel neither looks for unused parameters (there
+    are none) nor sends buffers (the frozen factors are the same everywhere).
 
     Raises ValueError for a value that is not one of these, and for an argument of transformers that would have no
     effect here (`train.arguments` lists them, with the reasons).
@@ -149,8 +129,8 @@ class SVFConfig(TrainingArguments):
     max_staleness: int = field(default=0, metadata={"help": "Updates between drawing and training; 0: on-policy."})
     importance_cap: float | None = field(default=2.0, metadata={"help": "The largest weight of a sampled token."})
 
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Of Adam; about the largest move of a raw z in one step; None: by matrices."}
+    learning_rate: float = field(
+        default=0.02, metadata={"help": "Of Adam; about the largest move of a raw z in one step."}
     )
     max_steps: int = field(default=150, metadata={"help": "Updates; -1: num_train_epochs decides."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Prompts a step."})
@@ -203,8 +183,8 @@ class SVFConfig(TrainingArguments):
             self.temperature,
             "0 (greedy) or more",
         )
-        rate = 0.0 if self.learning_rate is None else float(self.learning_rate)
-        check_setting(rate >= 0 and math.isfinite(rate), "learning_rate", self.learning_rate, "0 or more, or None")
+        rate = float(self.learning_rate)
+        check_setting(rate >= 0 and math.isfinite(rate), "learning_rate", self.learning_rate, "0 or more")
         for name in ("kl_coef", "written_coef"):
             value = getattr(self, name)
             check_setting(value >= 0 and math.isfinite(value), name, value, "0 or more")

@@ -83,8 +83,6 @@ class ReinforceTrainer(RolloutTrainer):
         check_arguments(args, kwargs)
         if processing_class is None:
             raise InputError("processing_class is missing: give the model's tokenizer")
-        if args.learning_rate is None:
-            raise InputError("learning_rate is None: set it; only experts (SVFTrainer) have a default")
         self.scorers: dict[str | None, Scorer] = dict(scorers)
         self.choosers: dict[str | None, Any] = dict(choosers or {})
         if self.choosers and (written := set(self.scorers) - set(self.choosers)):

@@ -32,7 +32,7 @@ from t2kernels.rollout.rewards import Reward, Scorer
 from t2kernels.storage import temporary_beside, write_json
 
 from . import trainer_state as checkpoint
-from .config import SVFConfig, default_learning_rate
+from .config import SVFConfig
 from .data import by_expert, problems, validation_of
 from .policy.scores import AtHead
 from .reinforce import ReinforceTrainer, check_arguments
@@ -117,8 +117,6 @@ class SVFTrainer(ReinforceTrainer):
             raise InputError(f"init has {sorted(unknown)}, but the experts in training are {names}")
         if args.max_new_tokens is None and tasks:
             args.max_new_tokens = max(getattr(t, "max_new_tokens", 64) for t in tasks.values())
-        if args.learning_rate is None:
-            args.learning_rate = default_learning_rate(len(bank.matrices))
         rewards = reward if isinstance(reward, Mapping) else dict.fromkeys(names, reward)
         scorers = {}
         for name in names:

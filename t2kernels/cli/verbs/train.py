@@ -61,9 +61,7 @@ def train(
     loss_type: str = typer.Option("sum", help="What a token counts: sum, grpo, dapo or dr_grpo."),
     policy_loss: str = typer.Option("expected", help="With --check choice: expected, -E[r], or log, -log E[r]."),
     written: float = typer.Option(0.02, help="With --check choice: weight of -log P(any option is written)."),
-    lr: float = typer.Option(
-        None, help=f"Adam's learning rate.  {RECIPE.format('.02 for 28 matrices', '.01')}", show_default=False
-    ),
+    lr: float = typer.Option(None, help=f"Adam's learning rate.  {RECIPE.format('.02', '.01')}", show_default=False),
     kl: float = typer.Option(
         None, help=f"Weight of the KL to the base model.  {RECIPE.format('.05', '0')}", show_default=False
     ),
