@@ -11,9 +11,9 @@ from t2kernels.integrations.vllm.rollouts import memory
 from t2kernels.integrations.vllm.rollouts.colocated import ColocatedEngine
 from t2kernels.patching.gguf import unmark
 from t2kernels.rollout.engines import Draw
-from t2kernels.rollout.generation import Sampler, completion_logits, log_probs
+from t2kernels.rollout.generation import Sampler
 from t2kernels.tiny import smollm2
-from tests.vllm.worlds import engine
+from tests.vllm.worlds import agrees_with_hf, engine
 
 PROMPTS = [
     "Name three rivers of Europe.",
@@ -69,12 +69,6 @@ def test_each_version_of_a_policy_answers_as_hf_does_with_it(colocated, trained)
     answers = []
     for policies in (["mine@0", "mine@1", None, "mine@2"], ["mine@2"] * 4, [None] * 4):
         drawn = colocated.draw(ids, mask, policies, Draw(0.0, 1))
-        wanted = sampler.draw(model, ids, mask, 0.0, expert_ids=bank.ids(policies))
-        assert drawn.completion_ids() == wanted.completion_ids()
-        with torch.no_grad():
-            logits = completion_logits(model, drawn, expert_ids=bank.ids(policies))
-        told = log_probs(logits).gather(2, drawn.tokens[..., None])[..., 0]
-        there = drawn.completion
-        assert (told[there] - drawn.sampled[there]).abs().max() < 1e-3
+        agrees_with_hf(drawn, model, bank, sampler, PROMPTS, policies)
         answers.append(drawn.completion_ids())
     assert answers[1] != answers[2], "the policy does not change an answer"

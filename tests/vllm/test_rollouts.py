@@ -23,7 +23,7 @@ from t2kernels.rollout.engines import Draw
 from t2kernels.rollout.generation import Sampler, completion_logits, log_probs
 from t2kernels.train import SVFConfig, SVFTrainer
 from tests.vllm.test_server import Server
-from tests.vllm.worlds import LONG, PROMPTS, SMALL, engine
+from tests.vllm.worlds import LONG, PROMPTS, SMALL, agrees_with_hf, engine
 
 ROWS = [{"prompt": f"{i}+{i + 3}=", "answer": str(2 * i + 3)} for i in range(24)]
 RANK = 16
@@ -56,15 +56,7 @@ def policy(bank, seed: int) -> t2.Expert:
 
 def agrees(drawn, patched, policies) -> None:
     """Greedy tokens and their log-probabilities are those of HF under each policy's row."""
-    model, bank, sampler = patched
-    ids, mask = sampler.encode(PROMPTS, torch.device("cpu"))
-    wanted = sampler.draw(model, ids, mask, 0.0, expert_ids=bank.ids(policies))
-    assert drawn.completion_ids() == wanted.completion_ids()
-    with torch.no_grad():
-        logits = completion_logits(model, drawn, expert_ids=bank.ids(policies))
-    told = log_probs(logits).gather(2, drawn.tokens[..., None])[..., 0]
-    there = drawn.completion
-    assert (told[there] - drawn.sampled[there]).abs().max() < 1e-3
+    agrees_with_hf(drawn, *patched, PROMPTS, policies)
 
 
 def publish(engine_, patched, names, seed) -> None:

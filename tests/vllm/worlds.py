@@ -12,6 +12,7 @@ import torch
 
 import t2kernels as t2
 from t2kernels import tiny
+from t2kernels.rollout.generation import completion_logits, log_probs
 
 NEW = 24  # tokens of an answer
 LONG = "the quick brown fox jumps over the lazy dog again and again"  # longer than a block of the prefix cache
@@ -50,6 +51,18 @@ def answers_of(model, tokenizer, prompts=PROMPTS) -> list[list[int]]:
         made = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
         out.append(made[0, ids.shape[1] :].tolist())
     return out
+
+
+def agrees_with_hf(drawn, model, bank, sampler, prompts, policies) -> None:
+    """A greedy rollout of an engine has the tokens that HF gives under each policy, with the log-probabilities there."""
+    ids, mask = sampler.encode(prompts, torch.device("cpu"))
+    wanted = sampler.draw(model, ids, mask, 0.0, expert_ids=bank.ids(policies))
+    assert drawn.completion_ids() == wanted.completion_ids()
+    with torch.no_grad():
+        logits = completion_logits(model, drawn, expert_ids=bank.ids(policies))
+    told = log_probs(logits).gather(2, drawn.tokens[..., None])[..., 0]
+    there = drawn.completion
+    assert (told[there] - drawn.sampled[there]).abs().max() < 1e-3
 
 
 def materialise(model, factors, expert) -> None:
