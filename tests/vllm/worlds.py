@@ -54,7 +54,7 @@ def answers_of(model, tokenizer, prompts=PROMPTS) -> list[list[int]]:
 
 
 def agrees_with_hf(drawn, model, bank, sampler, prompts, policies) -> None:
-    """A greedy rollout of an engine has the tokens that HF gives under each policy, with the log-probabilities there."""
+    """A greedy rollout of an engine has the tokens and the log-probabilities that HF gives under each policy."""
     ids, mask = sampler.encode(prompts, torch.device("cpu"))
     wanted = sampler.draw(model, ids, mask, 0.0, expert_ids=bank.ids(policies))
     assert drawn.completion_ids() == wanted.completion_ids()
