@@ -28,6 +28,7 @@ from rl import LoraTrainer, lora
 import t2kernels as t2
 from t2kernels import tasks, tiny
 from t2kernels.cli import models
+from t2kernels.patching import gguf
 from t2kernels.rollout.chat import prompt_form
 from t2kernels.rollout.rewards import Scorer
 from t2kernels.tasks import Task
@@ -44,6 +45,7 @@ def prepare(task: Task, arm: str, config: SVFConfig, loaded: models.Loaded, test
         bank = t2.patch_model(model)
         shared = {"experts": "mine", "processing_class": loaded.tokenizer}
         return SVFTrainer(model, config, task, test, **shared), sum(bank.matrices.values())
+    gguf.unmark(model)  # as `patch_model` does: its weights are plain numbers
     model = lora(model, 16, config.seed)
     data = problems({"lora": task}, "train", "train"), problems({"lora": test}, "test", "test")
     trainer = LoraTrainer(model, config, *data, {"lora": Scorer.of(task)}, loaded.tokenizer, {"lora": task})

@@ -28,7 +28,7 @@ import torch
 from measure import RESULTS, append, machine, require, show, timing
 from real_decode import predicted, sharing
 from rich.table import Table
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from vllm_decode import CHECKED, EXPERTS, PROMPT, exact, expert_files
 
 import t2kernels as t2
@@ -50,15 +50,7 @@ def plain(dense: torch.nn.Module, settings: BatchSettings) -> tuple[Any, Arm]:
     """transformers' manager with the sizes of the engine's, and the arm that asks it."""
     manager = dense.init_continuous_batching(
         GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1),
-        ContinuousBatchingConfig(
-            page_size=settings.page_size,
-            num_blocks=-(-settings.kv_tokens // settings.page_size),
-            max_batch_tokens=settings.batch_tokens,
-            max_requests_per_batch=settings.batch_requests,
-            allow_block_sharing=False,
-            use_async_batching=False,
-            use_cuda_graph=False,
-        ),
+        settings.config(dense.device),
     )
     manager.start()
 

@@ -83,7 +83,7 @@ def test_what_it_does_not_take():
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, F32, F64])
 def test_both_products_with_weights_in_fp64(dtype, there, monkeypatch):
     if not there:
-        monkeypatch.setattr(compiled, "extension", lambda: None)
+        monkeypatch.setattr(compiled.extension, "unsupported", lambda: "not built")
     A, X, Y = normal(1300, 60, dtype, False, 6), normal(7, 60, F64, False, 7), normal(7, 1300, F64, False, 8)
     wide = A.double()
     B, C = both(X, A)
@@ -95,7 +95,7 @@ def test_both_products_with_weights_in_fp64(dtype, there, monkeypatch):
 @pytest.mark.parametrize("there", [True, False])
 def test_no_global_setting_makes_large_products_narrower(there, monkeypatch):
     if not there:
-        monkeypatch.setattr(compiled, "extension", lambda: None)
+        monkeypatch.setattr(compiled.extension, "unsupported", lambda: "not built")
     A, B = normal(50, 400, F32, False, 9), normal(400, 60, F32, False, 10)
     torch.set_float32_matmul_precision("medium")
     try:

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from t2kernels.ops.impls import extension
 
 SUMS: dict[torch.dtype, int] = {torch.bfloat16: 0, torch.float32: 1, torch.float64: 2}
 """X's dtype, and what sums it: bf16 products in fp32, fp32 and fp64 ones in themselves."""
 NUMBERS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-
-
-@functools.cache
-def extension() -> Any | None:
-    """`t2kernels._C` with the threads of torch, or None: not built, or built before it had `cpu_multiply`."""
-    try:
-        found = importlib.import_module("t2kernels._C")
-    except ImportError:
-        return None
-    if not hasattr(found, "cpu_multiply"):
-        return None
-    found.cpu_find_threads(torch._C.__file__)
-    return found
 
 
 def fits(X: Tensor, Y: Tensor) -> bool:
@@ -33,7 +18,7 @@ def fits(X: Tensor, Y: Tensor) -> bool:
         return False
     if Y.dtype not in NUMBERS or Y.dtype.itemsize > X.dtype.itemsize:
         return False
-    return (found := extension()) is not None and found.cpu_can_multiply(SUMS[X.dtype])
+    return extension.unsupported() is None and extension.load().cpu_can_multiply(SUMS[X.dtype])
 
 
 def product(X: Tensor, Y: Tensor, out: Tensor | None = None, add: bool = False, upper: bool = False) -> Tensor:
@@ -50,5 +35,5 @@ def product(X: Tensor, Y: Tensor, out: Tensor | None = None, add: bool = False, 
         out = torch.empty(p, n, dtype=torch.float32 if X.dtype == torch.bfloat16 else X.dtype)
     x, y = ((t.data_ptr(), NUMBERS[t.dtype], *(t.shape[0], *t.stride())) for t in (X, Y))
     threads = torch.get_num_threads()
-    extension().cpu_multiply(SUMS[X.dtype], x, y, K, out.data_ptr(), out.stride(0), add, upper, threads)
+    extension.load().cpu_multiply(SUMS[X.dtype], x, y, K, out.data_ptr(), out.stride(0), add, upper, threads)
     return out

@@ -1,4 +1,4 @@
-"""The compiled extension `t2kernels._C`, loaded once for all implementations. How to build it: docs/howto/build.md."""
+"""The compiled extension `t2kernels._C`, loaded once for all its callers. How to build it: docs/howto/build.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from t2kernels import PackageError
 
-INTERFACE = 3
+INTERFACE = 4
 """The number of what Python calls in the extension, in csrc/bindings.cpp as well. A change of it changes both."""
 
 

@@ -48,6 +48,23 @@ class BatchSettings:
     batch_tokens: int = 512
     batch_requests: int = 64
 
+    def config(self, device: torch.device) -> Any:
+        """transformers' `ContinuousBatchingConfig` of these sizes, for a model on `device`."""
+        from transformers import ContinuousBatchingConfig
+
+        return ContinuousBatchingConfig(
+            page_size=self.page_size,
+            num_blocks=-(-self.kv_tokens // self.page_size),
+            max_batch_tokens=self.batch_tokens,
+            max_requests_per_batch=self.batch_requests,
+            # The prefix cache finds blocks by their tokens, so an expert would get keys and values of another one.
+            allow_block_sharing=False,
+            # Captured graphs sample all requests in one way, and the asynchronous loop has a second set of inputs.
+            use_async_batching=False,
+            use_cuda_graph=False,
+            auto_switch_to_flash=device.type != "cpu",
+        )
+
 
 def check_transformers() -> None:
     """Raises EngineError if transformers has an untested version or an overridden method has another signature."""
@@ -101,7 +118,7 @@ def make_manager(
     check_transformers()
     if not hasattr(model, "t2_bank"):
         raise InputError("the model is not patched: call t2kernels.patch_model(model) first")
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.generation.continuous_batching import continuous_api, input_outputs, model_runner
 
     class ExpertIOs(input_outputs.ContinuousBatchingIOs):
@@ -192,18 +209,7 @@ def make_manager(
     manager = Manager(
         model,
         GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1),
-        ContinuousBatchingConfig(
-            page_size=settings.page_size,
-            num_blocks=-(-settings.kv_tokens // settings.page_size),
-            max_batch_tokens=settings.batch_tokens,
-            max_requests_per_batch=settings.batch_requests,
-            # The prefix cache finds blocks by their tokens, so an expert would get keys and values of another one.
-            allow_block_sharing=False,
-            # Captured graphs sample all requests in one way, and the asynchronous loop has a second set of inputs.
-            use_async_batching=False,
-            use_cuda_graph=False,
-            auto_switch_to_flash=model.device.type != "cpu",
-        ),
+        settings.config(model.device),
     )
     manager.output_router = Deliver()
     manager.logit_processor.supported_keys[ROW] = int
