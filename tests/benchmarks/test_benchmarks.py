@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import t2kernels as t2
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
@@ -183,3 +186,18 @@ def test_a_large_layer(targets):
     row = large_layer.one("nano", 1 / 4, targets)
     assert row["matrices"] == (len(targets) or 7)
     assert row["off_experts"] <= 1.5 * row["off_base"] < row["experts_move"]
+
+
+def test_a_whole_model(tmp_path):
+    import whole_model
+
+    row = whole_model.one(tmp_path, "nano", 16)
+    assert (row["matrices"], row["parameters"]) == (14, 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 384 * 128))
+    assert row["factors_bytes"] > 4 * 16 * 2 * (2 * 256 + 2 * 192 + 3 * 512)  # fp32 numbers of U and V
+    assert row["worst_residual"] < 1e-6
+    factors, name = t2.Factors.load(tmp_path / "factors"), row["drawn"][0]
+    assert whole_model.off(tmp_path, factors, name, 16) < 1e-6
+    weights = load_file(tmp_path / f"layer-{name.split('.')[2]}.safetensors")
+    weights[f"{name}.weight"] += 0.01 * torch.randn_like(weights[f"{name}.weight"])
+    save_file(weights, tmp_path / f"layer-{name.split('.')[2]}.safetensors")
+    assert whole_model.off(tmp_path, factors, name, 16) > 1e-3  # of another weight
