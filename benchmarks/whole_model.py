@@ -67,16 +67,19 @@ def write(folder: Path, size: str) -> None:
 def off(folder: Path, factors: t2.Factors, name: str, rank: int) -> float:
     """How far the change of a random expert is from that of the exact components, relative to it, in fp64.
 
-    W has the exact components V of WᵀW and U diag(sigma) = W V, so an expert adds W V diag(z - 1) Vᵀ.
+    W has the exact components V of WᵀW and U diag(sigma) = W V, so an expert adds W V diag(z - 1) Vᵀ; if W is wide, it is
+    Wᵀ that is looked at so, because its eigenproblem is smaller.
     """
+    change = 0.25 * torch.randn(rank, dtype=torch.float64)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     with safe_open(folder / index[f"{name}.weight"], framework="pt") as f:
         W = f.get_tensor(f"{name}.weight").double()
-    V = torch.linalg.eigh(W.t() @ W).eigenvectors[:, -rank:].flip(1)
-    change = 0.25 * torch.randn(rank, dtype=torch.float64)
-    wanted = (W @ V * change) @ V.t()
     U, sigma, V = (t.double() for t in factors[name])
+    if W.shape[0] < W.shape[1]:
+        W, U, V = W.t(), V, U
     found = (U * (sigma * change)) @ V.t()
+    V = torch.linalg.eigh(W.t() @ W).eigenvectors[:, -rank:].flip(1)
+    wanted = (W @ V * change) @ V.t()
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
