@@ -67,8 +67,8 @@ def write(folder: Path, size: str) -> None:
 def off(folder: Path, factors: t2.Factors, name: str, rank: int) -> float:
     """How far the change of a random expert is from that of the exact components, relative to it, in fp64.
 
-    W has the exact components V of WᵀW, and U diag(sigma) = W V, so an expert adds W V diag(z - 1) Vᵀ. A wide W is taken
-    as Wᵀ, whose eigenproblem is smaller.
+    W has the exact components V of WᵀW, and U diag(sigma) = W V, so an expert adds W V diag(z - 1) Vᵀ. A wide W is
+    taken as Wᵀ, whose eigenproblem is smaller.
     """
     change = 0.25 * torch.randn(rank, dtype=torch.float64)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
