@@ -29,18 +29,28 @@ class Scores:
     """The scores of P candidates on K examples.
 
     rewards: [P, K * samples] fp32, of the answers, or None
-    likelihood: [P] fp32, mean log-likelihood of a right answer in nats, or None
+    likelihoods: [P, K] fp32, log-likelihood of a right answer in nats, or None
     answers: P lists of K * samples answers, or None
     """
 
     rewards: Tensor | None
-    likelihood: Tensor | None
+    likelihoods: Tensor | None
     answers: list[list[Any]] | None = None
 
     @property
     def reward(self) -> Tensor | None:
         """[P], the mean reward of each candidate."""
         return None if self.rewards is None else self.rewards.mean(1)
+
+    @property
+    def likelihood(self) -> Tensor | None:
+        """[P], the mean log-likelihood of a right answer under each candidate, nats."""
+        return None if self.likelihoods is None else self.likelihoods.mean(1)
+
+    @property
+    def expected(self) -> Tensor | None:
+        """[P, K], the probability of the right answer under each candidate: exp(likelihoods)."""
+        return None if self.likelihoods is None else self.likelihoods.exp()
 
 
 class Examples:
@@ -123,7 +133,7 @@ class Examples:
                     "likeliest option: nothing is drawn. Leave both out"
                 )
             found = self._choose(ids)
-            return found if reward else Scores(None, found.likelihood)
+            return found if reward else Scores(None, found.likelihoods)
         for chunk in ids.split(self.chunk(samples if reward else 1)):
             # Reward and likelihood both read the prompts, and both change the cache that they get. One alone reads the
             # prompts in its own first forward.
@@ -165,7 +175,7 @@ class Examples:
             rewards.append(got)
             answers += said
             right = [found.log_softmax(0)[i] for found, i in zip(sums, self._right * count, strict=True)]
-            likelihoods.append(torch.stack(right).float().reshape(count, -1).mean(1))
+            likelihoods.append(torch.stack(right).float().reshape(count, -1))
         return Scores(torch.cat(rewards), torch.cat(likelihoods), answers)
 
     def chunk(self, samples: int = 1) -> int:
@@ -201,14 +211,14 @@ class Examples:
 
     @torch.no_grad()
     def _likelihoods(self, chunk: Tensor, cache: Any) -> Tensor:
-        """The mean over the examples of log p(gold | prompt), for each candidate of the chunk, in one forward."""
+        """log p(gold | prompt) of each example under each candidate of the chunk, [P, K], in one forward."""
         assert self.gold is not None
         tokens, there = self.gold
         ids, mask = self._rows(chunk, torch.cat([self.ids, tokens], 1), torch.cat([self.mask, there.long()], 1))
         rollout = Rollout(ids, mask, *self._rows(chunk, there))
         logits = completion_logits(self.model, rollout, cache=cache, expert_ids=chunk.repeat_interleave(len(self)))
         found = log_probs(logits).gather(-1, rollout.tokens[..., None])[..., 0]
-        return torch.where(rollout.completion, found, 0).sum(1).reshape(len(chunk), -1).mean(1)
+        return torch.where(rollout.completion, found, 0).sum(1).reshape(len(chunk), -1)
 
     def _encode_gold(self, gold: str | Callable[[Mapping[str, Any]], str]) -> tuple[Tensor, Tensor]:
         texts = [gold(row) if callable(gold) else row.get(gold) for row in self.rows]

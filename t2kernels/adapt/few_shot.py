@@ -53,10 +53,11 @@ class FewShot(Strategy):
             raise InputError(f"the bank has an expert named {name!r}: choose another name, or pass replace=True")
         self.found: Found = search(examples, experts, name, config, progress=progress)
         self.bank.add(name, self.found.expert, replace=replace)
-        scores = examples.score(self.bank.ids([None, name]), likelihood=examples.scorer is None)
+        options = examples.chooser is not None
+        scores = examples.score(self.bank.ids([None, name]), likelihood=options or examples.scorer is None)
         self.gain: float
         self.error: float
-        self.gain, self.error = gain(scores)
+        self.gain, self.error = gain(scores, expected=options)
         self.name: str | None = name if is_better(self.gain, self.error, caution) else None
 
     def choose_batch(self, prompts: Sequence[AnyPrompt]) -> list[Name]:
@@ -64,15 +65,17 @@ class FewShot(Strategy):
         return [self.name] * len(prompts)
 
 
-def gain(scores: Scores) -> tuple[float, float]:
+def gain(scores: Scores, expected: bool = False) -> tuple[float, float]:
     """The gain of the second of two experts over the first.
 
-    Returns (difference of the mean reward, its standard error over examples), or (difference of the likelihood in nats,
-    0) without a reward.
+    expected: True to compare the probabilities of the right answers, not the rewards
+    Returns (difference of the mean reward or probability, its standard error over examples), or (difference of the
+    likelihood in nats, 0) without a reward.
     """
-    if scores.rewards is None:
+    values = scores.expected if expected else scores.rewards
+    if values is None:
         return (scores.likelihood[1] - scores.likelihood[0]).item(), 0.0
-    difference = scores.rewards[1] - scores.rewards[0]
+    difference = values[1] - values[0]
     return difference.mean().item(), (difference.std(unbiased=False) / len(difference) ** 0.5).item()
 
 
@@ -105,4 +108,4 @@ def make_few_shot(
     found = Examples(
         model, tokenizer, rows, task, gold=lambda row: ("=" if tiny else "") + (row.get("target") or row["answer"])
     )
-    return FewShot(model, tokenizer, found, bank_names(experts), CEMConfig())
+    return FewShot(model, tokenizer, found, bank_names(experts))
