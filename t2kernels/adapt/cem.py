@@ -43,7 +43,7 @@ class CEMConfig:
     mixing: "delta", "z", "normalised" or "logits" (see `Mixer`)
     score: "reward" of the answers, ties broken by the likelihood of right ones where they are known; "likelihood" of
         right answers, one forward without decoding; "both", reward + likelihood_weight * likelihood; "expected", the
-        mean probability of the right answer, for examples with options
+        mean probability of the right option, all candidates equally sure, for examples with options
     temperature, samples: of the answers that are rewarded; 0 is greedy
     keep_best: True to put the best candidate so far into each generation
     take: the result is the centre of the last distribution ("mean") or the best candidate ("best")
@@ -93,16 +93,17 @@ class CEMConfig:
     def options(cls, **changes: Any) -> CEMConfig:
         """The settings for examples that are answered by the likeliest option. `changes` replace single settings.
 
-        16 candidates, at most 3 generations and none after one that brought nothing, scored by the probability of the right option less a penalty of .5, and the best
-        candidate taken. Accuracy on 16 examples has 17 values, which many candidates share, and the centre of an elite
-        with several peaks may lie on none of them.
+        16 candidates, at most 3 generations and none after one that brought nothing, score "expected" less a penalty of
+        .25, and the best candidate. Accuracy on 16 examples has 17 values, which many candidates share; the likelihood
+        asks how sure a candidate is, which changes no choice; and the centre of an elite with several peaks may lie
+        on none of them.
         """
         settings = {
             "population": 16,
             "iterations": 3,
             "patience": 1,
             "score": "expected",
-            "penalty": 0.5,
+            "penalty": 0.25,
             "take": "best",
         }
         return cls(**{**settings, **changes})
@@ -185,6 +186,11 @@ def search(
         raise InputError(
             f"score={config.score!r} needs gold answers, and these examples have none: use score='reward', or give some"
         )
+    if config.score == "expected" and examples.chooser is None:
+        raise InputError(
+            "score='expected' needs examples with options, of a task with check 'choice'; these are answered in text: "
+            "use another score"
+        )
     chunk = min(config.population, examples.chunk(config.samples))
     if chunk > examples.bank.rows - 1:
         raise InputError(
@@ -192,7 +198,7 @@ def search(
             f"patch_model(..., rows={chunk + 1})"
         )
     # The reward of the likeliest option costs no forward; its right answers are kept.
-    rewarded = rewarded or (config.score == "expected" and examples.chooser is not None)
+    rewarded = rewarded or config.score == "expected"
     with examples.bank.scratch(chunk) as rows:
 
         def score(alpha: Tensor) -> Iterable[Scores]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -27,7 +27,8 @@ class FewShot(Strategy):
     name: of the new expert; replace: True if it may replace an expert of that name
     caution: the base model answers unless the mean gain on the examples is above so many of its standard errors; None:
         the new expert always answers. A search over many candidates always finds one that is a little better on few
-        examples.
+        examples. "auto": 1 for examples with options, whose gain is in the probability of the right option, 2 for
+        rewards of written answers.
 
     Attributes: `found`, the result of the search; `name`, the new expert, or None for the base model; `gain` and
     `error`, as of `gain`.
@@ -43,7 +44,7 @@ class FewShot(Strategy):
         config: CEMConfig | None = None,
         name: str = "few-shot",
         replace: bool = False,
-        caution: float | None = 2.0,
+        caution: float | Literal["auto"] | None = "auto",
         progress: Callable[[int, float], None] | None = None,
     ) -> None:
         super().__init__(model, tokenizer)
@@ -54,10 +55,12 @@ class FewShot(Strategy):
         self.found: Found = search(examples, experts, name, config, progress=progress)
         self.bank.add(name, self.found.expert, replace=replace)
         options = examples.chooser is not None
-        scores = examples.score(self.bank.ids([None, name]), likelihood=options or examples.scorer is None)
+        scores = examples.score(self.bank.ids([None, name]), likelihood=examples.scorer is None)
         self.gain: float
         self.error: float
         self.gain, self.error = gain(scores, expected=options)
+        if caution == "auto":
+            caution = 1.0 if options else 2.0
         self.name: str | None = name if is_better(self.gain, self.error, caution) else None
 
     def choose_batch(self, prompts: Sequence[AnyPrompt]) -> list[Name]:
@@ -68,7 +71,7 @@ class FewShot(Strategy):
 def gain(scores: Scores, expected: bool = False) -> tuple[float, float]:
     """The gain of the second of two experts over the first.
 
-    expected: True to compare the probabilities of the right answers, not the rewards
+    expected: True to compare the probabilities of the right options (`Scores.expected`), not the rewards
     Returns (difference of the mean reward or probability, its standard error over examples), or (difference of the
     likelihood in nats, 0) without a reward.
     """
