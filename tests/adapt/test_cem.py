@@ -480,6 +480,27 @@ def test_the_base_model_and_each_expert_are_candidates_of_the_first_generation(t
     assert not run(heavy)[0].alpha.any()  # 1 - 3 for the second expert, -1 for the base model
 
 
+def test_caution_by_options_is_one_standard_error_of_the_probability_of_the_right_one(tiny, monkeypatch):
+    model, tokenizer, bank = tiny
+    options = ["=10", "=7+3=12", "a"]
+    rows = [{**row, "answer": options[i % 3]} for i, row in enumerate(t2.tasks.load("math").split("train", 6))]
+    examples = Examples(model, tokenizer, rows, choice_task(options, rows))
+    config = CEMConfig.options(population=6, iterations=1)
+    strategy = FewShot(model, tokenizer, examples, NAMES, config, name="by options", caution=None)
+    base, found = examples.score(bank.ids([None, "by options"])).expected.double()
+    gains = found - base
+    error = (gains.square().mean() - gains.mean() ** 2).clamp(min=0).sqrt() / 6**0.5
+    assert strategy.name == "by options"
+    assert (strategy.gain, strategy.error) == pytest.approx((gains.mean().item(), error.item()), abs=1e-6)
+    bank.remove("by options")
+    # Of a gain of 1.5 standard errors an option's search is sure, that of a reward is not.
+    monkeypatch.setattr("t2kernels.adapt.few_shot.gain", lambda scores, expected=False: (1.5, 1.0))
+    for few, name in ((examples, "by options"), (Examples(model, tokenizer, rows, t2.tasks.load("math")), None)):
+        config = CEMConfig(population=2, iterations=1, score="reward")
+        assert FewShot(model, tokenizer, few, NAMES, config, name="by options").name == name
+        bank.remove("by options")
+
+
 def test_few_shot_on_a_file_with_labels_chooses_by_likelihood(tiny, tmp_path, monkeypatch):
     model, tokenizer, bank = tiny
     text = "text,label,split\n" + "".join(f"{i}+{i + 1},{'odd' if i % 2 else 'even'},train\n" for i in range(8))
