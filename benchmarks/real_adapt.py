@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--expert-seeds", nargs="+", type=int, help="of the trained tasks' experts; 0 if not given")
     parser.add_argument("--unseen", nargs="*", default=[], metavar="TASK")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the examples and the search")
+    parser.add_argument("--routers", nargs="+", default=["nearest", "prompt"], choices=["nearest", "prompt"])
     parser.add_argument("--no-routing", action="store_true")
     parser.add_argument("--n", type=int, default=200, help="at most so many test rows of a task")
     parser.add_argument("--shots", type=int, default=16, help="labelled rows of an unseen task")
@@ -77,7 +78,7 @@ def main() -> None:
         shown.add_row(row["part"], row["task"], str(row.get("seed", "")), row["arm"], str(row["N"]), rate, str(note))
 
     if not arguments.no_routing:
-        for row in routing(judge, trained):
+        for row in routing(judge, trained, arguments.routers):
             write(row)
     for name in arguments.unseen:
         known = next((task for task, file in zip(trained, arguments.trained, strict=True) if file == name), None)
@@ -147,7 +148,7 @@ def row_of(part: str, task: str, arm: str, found: Sequence[bool], **more: object
     return {"part": part, "task": task, "arm": arm, **numbers, **more}
 
 
-def routing(judge: Judge, trained: Sequence[Task]) -> list[dict]:
+def routing(judge: Judge, trained: Sequence[Task], routers: Sequence[str]) -> list[dict]:
     """Each arm on the test rows of all trained tasks."""
     model, tokenizer = judge.loaded.model, judge.loaded.tokenizer
     stream = [(task, i, row) for task in trained for i, row in enumerate(judge.rows(task))]
@@ -156,13 +157,17 @@ def routing(judge: Judge, trained: Sequence[Task]) -> list[dict]:
     own: list[str | None] = [task.name for task, _, _ in stream]
     chosen: dict[str, Sequence[str | None]] = {"base": [None] * len(stream), "own": own}
     seconds = {}
-    for arm in ("nearest", "prompt"):
+    for arm in routers:
         start = time.process_time()
         if arm == "nearest":
             router = Nearest(model, tokenizer, examples)
         else:
             router = Prompt(
-                model, tokenizer, Question.about({NAMES.get(n, n): n for n in examples}, other=None, chat=True)
+                model,
+                tokenizer,
+                Question.about(
+                    {NAMES.get(n, n): n for n in examples}, other=None, chat=not isinstance(prompts[0], str)
+                ),
             )
             router.calibrate([prompt for some in examples.values() for prompt in some])
         chosen[arm] = router.choose(prompts)
