@@ -653,6 +653,11 @@ def test_the_papers_settings():
     )
 
 
+def test_the_papers_search_has_no_prior_and_no_known_candidates():
+    c = CEMConfig.paper()
+    assert (c.known, c.penalty, c.score, c.take, c.patience) == (False, 0.0, "reward", "best", 50)
+
+
 def test_a_score_needs_what_it_needs(tiny, examples):
     model, tokenizer, _ = tiny
     task = t2.tasks.load("sub")
