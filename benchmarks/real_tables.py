@@ -9,6 +9,8 @@ from pathlib import Path
 
 from paper_tables import read, table
 
+from t2kernels.adapt.few_shot import CAUTION_OF_OPTIONS, is_better
+
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "explanation" / "real-models.md"
 NAMES = {
@@ -121,12 +123,15 @@ ARMS = {
 
 
 def searches(rows: list[dict]) -> dict[str, dict[int, dict[str, dict]]]:
-    """{task: {seed: {arm: its row}}} of the few-shot rows, with the best single expert in hindsight."""
+    """{task: {seed: {arm: its row}}} of the few-shot rows, with the best single expert in hindsight, and
+    with what today's caution keeps."""
     cells: dict[str, dict[int, dict[str, dict]]] = defaultdict(lambda: defaultdict(dict))
     for row in latest(rows, "few-shot"):
         cells[row["task"]][row["seed"]][row["arm"]] = row
     for seeds in cells.values():
         for arms in seeds.values():
+            kept = is_better(arms["cautious"]["gain"], arms["cautious"]["error"], CAUTION_OF_OPTIONS)
+            arms["cautious"] = arms["found" if kept else "base"] | {"note": "found" if kept else "base"}
             arms["best"] = max((arms[name] for name in arms["base"]["unseen_for"]), key=lambda r: r["accuracy"])
     return dict(sorted(cells.items(), key=lambda cell: list(NAMES).index(cell[0])))
 

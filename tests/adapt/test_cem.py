@@ -480,7 +480,7 @@ def test_the_base_model_and_each_expert_are_candidates_of_the_first_generation(t
     assert not run(heavy)[0].alpha.any()  # 1 - 3 for the second expert, -1 for the base model
 
 
-def test_caution_by_options_is_one_standard_error_of_the_probability_of_the_right_one(tiny, monkeypatch):
+def test_caution_by_options_is_of_the_standard_error_of_the_probability_of_the_right_one(tiny, monkeypatch):
     model, tokenizer, bank = tiny
     options = ["=10", "=7+3=12", "a"]
     rows = [{**row, "answer": options[i % 3]} for i, row in enumerate(t2.tasks.load("math").split("train", 6))]
@@ -493,8 +493,8 @@ def test_caution_by_options_is_one_standard_error_of_the_probability_of_the_righ
     assert strategy.name == "by options"
     assert (strategy.gain, strategy.error) == pytest.approx((gains.mean().item(), error.item()), abs=1e-6)
     bank.remove("by options")
-    # Of a gain of 1.5 standard errors an option's search is sure, that of a reward is not.
-    monkeypatch.setattr("t2kernels.adapt.few_shot.gain", lambda scores, expected=False: (1.5, 1.0))
+    # Of a gain of 1.75 standard errors a search by options is sure, one by the reward is not.
+    monkeypatch.setattr("t2kernels.adapt.few_shot.gain", lambda scores, expected=False: (1.75, 1.0))
     for few, name in ((examples, "by options"), (Examples(model, tokenizer, rows, t2.tasks.load("math")), None)):
         config = CEMConfig(population=2, iterations=1, score="reward")
         assert FewShot(model, tokenizer, few, NAMES, config, name="by options").name == name
