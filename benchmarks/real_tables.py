@@ -9,6 +9,8 @@ from pathlib import Path
 
 from paper_tables import read, table
 
+from t2kernels.adapt.few_shot import CAUTION_OF_OPTIONS, is_better
+
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "explanation" / "real-models.md"
 NAMES = {
@@ -17,6 +19,8 @@ NAMES = {
     "subj": "Subj",
     "tickets": "the package's tickets, 4 classes",
     "arc_easy": "ARC-Easy, by likelihood",
+    "trec_reworded": "TREC in other words",
+    "sst2_reworded": "SST-2 in other words",
 }
 
 
@@ -82,34 +86,90 @@ def gains(rows: list[dict]) -> str:
     )
 
 
+def latest(rows: list[dict], part: str) -> list[dict]:
+    """The rows of a part over the most experts: a run over more of them replaces what was measured before."""
+    found = [r for r in rows if r["part"] == part]
+    most = max(len(r["experts"]) for r in found)
+    return [r for r in found if len(r["experts"]) == most]
+
+
 def routed(rows: list[dict]) -> str:
-    """Each arm on mixed traffic, over seeds."""
+    """Each arm on mixed traffic."""
     cells = defaultdict(list)
-    for row in rows:
-        if row["part"] == "routing":
-            cells[row["arm"]].append(row)
-    names = {"base": "base model", "own": "the expert of the row's task (oracle)", "nearest": "`Nearest`"}
-    lines = [
-        [names.get(arm, f"`{arm}` on everything"), found[0]["N"], rate([r["accuracy"] for r in found])]
-        for arm, found in cells.items()
-    ]
-    return table(["", "N", "accuracy"], lines)
+    for row in latest(rows, "routing"):
+        cells[row["arm"]].append(row)
+    names = {
+        "base": "base model",
+        "own": "the expert of the row's task (oracle)",
+        "nearest": "`Nearest`",
+        "prompt": "`Prompt`, by the likelihood of plain names, calibrated",
+    }
+    lines = []
+    for arm, found in cells.items():
+        routes, error = found[-1].get("right_routes"), max(r["standard_error"] for r in found)
+        cost = found[-1].get("cpu_seconds_a_prompt")
+        line = [names.get(arm, f"`{arm}` on everything"), found[0]["N"], rate([r["accuracy"] for r in found])]
+        lines.append([*line, f"{100 * error:.1f}", "" if routes is None else f"{100 * routes:.1f}", cost or ""])
+    return table(["", "N", "accuracy", "SE", "right routes", "CPU s a prompt"], lines)
+
+
+ARMS = {
+    "base": "base",
+    "best": "best single, in hindsight",
+    "single": "single, by the examples",
+    "found": "mixture found",
+    "cautious": "kept by default",
+}
+
+
+def searches(rows: list[dict]) -> dict[str, dict[int, dict[str, dict]]]:
+    """{task: {seed: {arm: its row}}} of the few-shot rows, with the best single expert in hindsight, and
+    with what today's caution keeps."""
+    cells: dict[str, dict[int, dict[str, dict]]] = defaultdict(lambda: defaultdict(dict))
+    for row in latest(rows, "few-shot"):
+        cells[row["task"]][row["seed"]][row["arm"]] = row
+    for seeds in cells.values():
+        for arms in seeds.values():
+            kept = is_better(arms["cautious"]["gain"], arms["cautious"]["error"], CAUTION_OF_OPTIONS)
+            arms["cautious"] = arms["found" if kept else "base"] | {"note": "found" if kept else "base"}
+            arms["best"] = max((arms[name] for name in arms["base"]["unseen_for"]), key=lambda r: r["accuracy"])
+    return dict(sorted(cells.items(), key=lambda cell: list(NAMES).index(cell[0])))
 
 
 def few_shot(rows: list[dict]) -> str:
-    """Each arm on each unseen task, over seeds."""
-    cells: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["part"] == "few-shot":
-            cells[row["task"]][row["arm"]].append(row["accuracy"])
-    arms = {
-        "base": "base model",
-        "single": "the expert that the examples choose",
-        "found": "the mixture that the search finds",
-        "cautious": "what `FewShot` keeps by default",
+    """Each unseen task, over seeds of the examples."""
+    lines = []
+    for task, seeds in searches(rows).items():
+        one = next(iter(seeds.values()))["base"]
+        error = max(r["standard_error"] for arms in seeds.values() for r in arms.values())
+        kept = sum(arms["cautious"]["note"] == "found" for arms in seeds.values())
+        shown = [rate([arms[arm]["accuracy"] for arms in seeds.values()]) for arm in ARMS]
+        note = f"{kept} of {len(seeds)}"
+        lines.append([NAMES[task], ", ".join(one["unseen_for"]), one["N"], *shown, f"{100 * error:.1f}", note])
+    return table(["task", "experts", "N", *ARMS.values(), "SE of one", "mixture kept"], lines)
+
+
+def decisions(rows: list[dict]) -> str:
+    """How often `FewShot` kept what was better on the test rows, and what its choices cost or gained."""
+    every = [arms for seeds in searches(rows).values() for arms in seeds.values()]
+    gains = [arms["found"]["accuracy"] - arms["base"]["accuracy"] for arms in every]
+    kept = [arms["cautious"]["note"] == "found" for arms in every]
+    good, bad = (sum(k for k, g in zip(kept, gains, strict=True) if (g > 0) == up) for up in (True, False))
+    up = sum(g > 0 for g in gains)
+    return (
+        f"{good} of the {up} mixtures that are better than the base model on the test rows were kept, "
+        f"and {bad} of the {len(gains) - up} that are not"
+    )
+
+
+def averages(rows: list[dict]) -> str:
+    """The mean of each arm over the tasks, each task weighing the same."""
+    tasks = searches(rows).values()
+    means = {
+        arm: statistics.mean(statistics.mean(arms[arm]["accuracy"] for arms in seeds.values()) for seeds in tasks)
+        for arm in ARMS
     }
-    lines = [[label, *(rate(cells[task][arm]) for task in cells)] for arm, label in arms.items()]
-    return table(["", *(NAMES[task] for task in cells)], lines)
+    return ", ".join(f"{ARMS[arm]} {100 * value:.1f}" for arm, value in means.items())
 
 
 def main() -> None:
@@ -119,6 +179,8 @@ def main() -> None:
         "gains": gains(real) + " points",
         "routed": routed(adapt),
         "few-shot": few_shot(adapt),
+        "decisions": decisions(adapt),
+        "averages": averages(adapt),
         "machine": ", ".join(dict.fromkeys(r["machine"].split(",")[0] for r in real + adapt)),
         "seconds": f"{statistics.mean(r['cpu_seconds'] for r in real if r['arm'].startswith('svf')):.0f}",
     }

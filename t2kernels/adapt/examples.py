@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from t2kernels import InputError
 from t2kernels.experts.bank import ExpertBank
 from t2kernels.rollout.chat import AnyPrompt, as_completion
 from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
-from t2kernels.rollout.labels import likeliest, option_log_likelihoods
+from t2kernels.rollout.labels import equally_sharp, likeliest, normalised, option_log_likelihoods
 from t2kernels.rollout.patched import bank_of
 from t2kernels.rollout.prefix import forward, hoist, prefill
 from t2kernels.rollout.rewards import Reward, Scorer, is_task
@@ -29,18 +30,26 @@ class Scores:
     """The scores of P candidates on K examples.
 
     rewards: [P, K * samples] fp32, of the answers, or None
-    likelihood: [P] fp32, mean log-likelihood of a right answer in nats, or None
+    likelihoods: [P, K] fp32, log-likelihood of a right answer in nats, or None
     answers: P lists of K * samples answers, or None
+    expected: [P, K] fp32, the probability of the right option where all candidates are equally sure of their choices
+        (`rollout.labels.equally_sharp`); None for examples without options
     """
 
     rewards: Tensor | None
-    likelihood: Tensor | None
+    likelihoods: Tensor | None
     answers: list[list[Any]] | None = None
+    expected: Tensor | None = None
 
     @property
     def reward(self) -> Tensor | None:
         """[P], the mean reward of each candidate."""
         return None if self.rewards is None else self.rewards.mean(1)
+
+    @property
+    def likelihood(self) -> Tensor | None:
+        """[P], the mean log-likelihood of a right answer under each candidate, nats."""
+        return None if self.likelihoods is None else self.likelihoods.mean(1)
 
 
 class Examples:
@@ -123,7 +132,7 @@ class Examples:
                     "likeliest option: nothing is drawn. Leave both out"
                 )
             found = self._choose(ids)
-            return found if reward else Scores(None, found.likelihood)
+            return found if reward else Scores(None, found.likelihoods, None, found.expected)
         for chunk in ids.split(self.chunk(samples if reward else 1)):
             # Reward and likelihood both read the prompts, and both change the cache that they get. One alone reads the
             # prompts in its own first forward.
@@ -148,7 +157,7 @@ class Examples:
         """The likeliest option of each example under each candidate, its reward, and log p(right option)."""
         assert self.scorer is not None
         options = [self.chooser.options(row) for row in self.rows]
-        rewards, likelihoods, answers = [], [], []
+        rewards, likelihoods, expected, answers = [], [], [], []
         for chunk in ids.split(self.chunk()):
             count = len(chunk)
             sums = option_log_likelihoods(
@@ -165,8 +174,11 @@ class Examples:
             rewards.append(got)
             answers += said
             right = [found.log_softmax(0)[i] for found, i in zip(sums, self._right * count, strict=True)]
-            likelihoods.append(torch.stack(right).float().reshape(count, -1).mean(1))
-        return Scores(torch.cat(rewards), torch.cat(likelihoods), answers)
+            likelihoods.append(torch.stack(right).float().reshape(count, -1))
+            compared = [normalised(f, some, self.chooser.norm) for f, some in zip(sums, options * count, strict=True)]
+            sharp = equally_sharp(pad_sequence(compared, True, -torch.inf).reshape(count, len(self), -1))
+            expected.append(sharp.gather(-1, torch.tensor(self._right).expand(count, -1)[..., None])[..., 0])
+        return Scores(torch.cat(rewards), torch.cat(likelihoods), answers, torch.cat(expected))
 
     def chunk(self, samples: int = 1) -> int:
         """How many candidates go through at once: as many as `memory` allows, at most `at_once`."""
@@ -201,14 +213,14 @@ class Examples:
 
     @torch.no_grad()
     def _likelihoods(self, chunk: Tensor, cache: Any) -> Tensor:
-        """The mean over the examples of log p(gold | prompt), for each candidate of the chunk, in one forward."""
+        """log p(gold | prompt) of each example under each candidate of the chunk, [P, K], in one forward."""
         assert self.gold is not None
         tokens, there = self.gold
         ids, mask = self._rows(chunk, torch.cat([self.ids, tokens], 1), torch.cat([self.mask, there.long()], 1))
         rollout = Rollout(ids, mask, *self._rows(chunk, there))
         logits = completion_logits(self.model, rollout, cache=cache, expert_ids=chunk.repeat_interleave(len(self)))
         found = log_probs(logits).gather(-1, rollout.tokens[..., None])[..., 0]
-        return torch.where(rollout.completion, found, 0).sum(1).reshape(len(chunk), -1).mean(1)
+        return torch.where(rollout.completion, found, 0).sum(1).reshape(len(chunk), -1)
 
     def _encode_gold(self, gold: str | Callable[[Mapping[str, Any]], str]) -> tuple[Tensor, Tensor]:
         texts = [gold(row) if callable(gold) else row.get(gold) for row in self.rows]

@@ -98,6 +98,27 @@ def likeliest(sums: Tensor, options: Sequence[str], norm: str) -> str:
     return options[int(normalised(sums, options, norm).argmax())]
 
 
+def equally_sharp(scores: Tensor, share: float = 0.5) -> Tensor:
+    """softmax(scores / T) for each of several readers, T so that all are equally sure of their choices.
+
+    T: the mean entropy over the prompts is `share` of its largest value, that of equal probabilities. T changes no
+    choice, and a reader gains nothing by being bolder or more timid. No answer is used.
+
+    scores: [P, K, L], of P readers, K prompts and L options, -inf where a prompt has fewer
+    Returns [P, K, L] fp32.
+    """
+    scores = scores.float()
+    there = scores.isfinite()
+    wanted = share * there.sum(-1).float().log().mean(-1)
+    low, high = torch.full_like(wanted, -12.0), torch.full_like(wanted, 12.0)  # log T
+    for _ in range(40):
+        middle = (low + high) / 2
+        p = (scores / middle.exp()[:, None, None]).softmax(-1)
+        sure = -torch.special.xlogy(p, p).sum(-1).mean(-1) < wanted
+        low, high = torch.where(sure, middle, low), torch.where(sure, high, middle)
+    return (scores / high.exp()[:, None, None]).softmax(-1)
+
+
 def option_log_likelihoods(
     model: nn.Module,
     tokenizer: Any,

@@ -357,8 +357,8 @@ def choice_task(options, rows, norm="sum"):
     return t2.tasks.Task("own", lambda *_: rows, check="choice", labels=tuple(options), norm=norm)
 
 
-def option_scores(model, tokenizer, row, options, expert, norm):
-    """(which option is the likeliest in the task's norm, log p of each option among them), by a forward each."""
+def option_sums(model, tokenizer, row, options, expert):
+    """log p of each option, by a forward each."""
     found = []
     for option in options:
         head = len(tokenizer(row["prompt"])["input_ids"])
@@ -366,7 +366,12 @@ def option_scores(model, tokenizer, row, options, expert, norm):
         with torch.no_grad():
             logp = model(ids, expert_ids=model.t2_bank.ids([expert])).logits.double().log_softmax(-1)[0, :-1]
         found.append(logp.gather(-1, ids[0, 1:, None])[head - 1 :].sum())
-    sums = torch.stack(found)
+    return torch.stack(found)
+
+
+def option_scores(model, tokenizer, row, options, expert, norm):
+    """(which option is the likeliest in the task's norm, log p of each option among them)."""
+    sums = option_sums(model, tokenizer, row, options, expert)
     compared = sums if norm == "sum" else sums / torch.tensor([len(option) for option in options])
     return int(compared.argmax()), sums.log_softmax(0)
 
@@ -397,6 +402,103 @@ def test_examples_with_options_are_answered_by_the_likeliest_and_nothing_is_writ
         examples.score(bank.ids(experts), temperature=1.0, samples=2)
     with pytest.raises(t2.InputError, match="none of the options"):
         Examples(model, tokenizer, [{**rows[0], "answer": "b"}], choice_task(options, rows))
+
+
+@pytest.mark.parametrize("norm", ["sum", "length"])
+def test_the_expected_score_is_the_probability_of_the_right_option_at_equal_sharpness(tiny, norm):
+    model, tokenizer, bank = tiny
+    options = ["=10", "=7+3=12", "a"]
+    rows = [{**row, "answer": options[i % 3]} for i, row in enumerate(t2.tasks.load("math").split("train", 6))]
+    examples = Examples(model, tokenizer, rows, choice_task(options, rows, norm))
+    experts = [None, "math", "code"]
+    got = examples.score(bank.ids(experts)).expected
+    for p, expert in enumerate(experts):
+        sums = torch.stack([option_sums(model, tokenizer, row, options, expert) for row in rows])
+        compared = sums if norm == "sum" else sums / torch.tensor([len(option) for option in options])
+        best = math.inf  # the temperature of half the largest entropy, from a grid
+        for t in torch.logspace(-3, 3, 4001, dtype=torch.float64):
+            q = (compared / t).softmax(-1)
+            off = abs(-torch.special.xlogy(q, q).sum(-1).mean().item() - math.log(3) / 2)
+            if off < best:
+                best, found = off, q
+        want = found[torch.arange(6), [options.index(row["answer"]) for row in rows]]
+        torch.testing.assert_close(got[p].double(), want, rtol=0, atol=2e-3)
+    assert torch.equal(examples.score(bank.ids(experts), reward=False).expected, got)
+
+
+def test_a_search_by_options_does_not_take_an_expert_for_its_boldness(tiny):
+    """Candidates of a stub whose option scores are those of the base model times 1 + alpha: no choice changes."""
+    from t2kernels.adapt.cem import cross_entropy_method
+    from t2kernels.adapt.examples import Scores
+    from t2kernels.rollout.labels import equally_sharp
+
+    bank = tiny[2]
+    torch.manual_seed(0)
+    sums, right = torch.randn(16, 3), torch.randint(0, 3, (16, 1))
+    sums.scatter_add_(1, right, torch.full((16, 1), 0.7))  # the base model knows something
+
+    def score(alpha):
+        bold = sums * (1 + alpha.sum((1, 2)).clamp(min=0))[:, None, None]
+        p = bold.log_softmax(-1).gather(2, right.expand(len(alpha), 16, 1))[..., 0]
+        q = equally_sharp(bold).gather(2, right.expand(len(alpha), 16, 1))[..., 0]
+        yield Scores((p > math.log(0.5)).float(), p, None, q)
+
+    make = lambda alpha, **facts: bank["math"]  # noqa: E731
+    kept = cross_entropy_method(score, (2, 1), 16, make, CEMConfig.options(seed=3))
+    assert not kept.alpha.any()  # the base model, a candidate of the first generation
+    bold = cross_entropy_method(score, (2, 1), 16, make, CEMConfig(score="likelihood", take="best", seed=3))
+    assert bold.alpha.sum().abs() > 0.1
+
+
+def test_the_base_model_and_each_expert_are_candidates_of_the_first_generation(tiny):
+    from t2kernels.adapt.cem import cross_entropy_method
+    from t2kernels.adapt.examples import Scores
+
+    def run(config, shape=(3, 2)):
+        seen = []
+
+        def score(alpha):
+            seen.append(alpha.clone())
+            # Only the second expert alone is right; every other candidate is a little worse the larger it is.
+            wanted = torch.tensor([0.0, 1.0, 0.0])[None, : shape[0], None].expand(1, *shape)
+            away = (alpha - wanted).abs().amax((1, 2))
+            yield Scores(torch.where(away == 0, 1.0, -away)[:, None], None, [[""]] * len(alpha))
+
+        return cross_entropy_method(score, shape, 1, lambda alpha, **facts: tiny[2]["math"], config), seen
+
+    found, seen = run(CEMConfig(score="reward", population=16, iterations=2, take="best"))
+    assert torch.equal(seen[0][1:5, :, 1], torch.cat([torch.zeros(1, 3), torch.eye(3)]))
+    assert torch.equal(seen[1][1], seen[0][3])  # the best so far stays in
+    assert torch.equal(found.alpha, seen[0][3])
+    assert found.scores[-1] == 1.0
+    assert len(seen) == 2  # the best is not scored again: its answers are greedy
+    _, cut = run(CEMConfig(score="reward", population=6, iterations=1, high=0.5))
+    assert torch.equal(cut[0][1:4, :, 0], torch.tensor([[0, 0, 0], [0.5, 0, 0], [0, 0.5, 0]]))  # half of six, in range
+    drawn = run(CEMConfig(score="reward", population=16, iterations=1, known=False))[1][0]
+    assert not (drawn == 0).any()
+    heavy = CEMConfig(score="reward", population=16, iterations=1, take="best", penalty=3.0)
+    assert not run(heavy)[0].alpha.any()  # 1 - 3 for the second expert, -1 for the base model
+
+
+def test_caution_by_options_is_of_the_standard_error_of_the_probability_of_the_right_one(tiny, monkeypatch):
+    model, tokenizer, bank = tiny
+    options = ["=10", "=7+3=12", "a"]
+    rows = [{**row, "answer": options[i % 3]} for i, row in enumerate(t2.tasks.load("math").split("train", 6))]
+    examples = Examples(model, tokenizer, rows, choice_task(options, rows))
+    config = CEMConfig.options(population=6, iterations=1)
+    strategy = FewShot(model, tokenizer, examples, NAMES, config, name="by options", caution=None)
+    base, found = examples.score(bank.ids([None, "by options"])).expected.double()
+    gains = found - base
+    error = (gains.square().mean() - gains.mean() ** 2).clamp(min=0).sqrt() / 6**0.5
+    assert strategy.name == "by options"
+    assert (strategy.gain, strategy.error) == pytest.approx((gains.mean().item(), error.item()), abs=1e-6)
+    bank.remove("by options")
+    # Of a gain of 1.75 standard errors a search by options is sure, one by the reward is not.
+    monkeypatch.setattr("t2kernels.adapt.few_shot.gain", lambda scores, expected=False: (1.75, 1.0))
+    for few, name in ((examples, "by options"), (Examples(model, tokenizer, rows, t2.tasks.load("math")), None)):
+        config = CEMConfig(population=2, iterations=1, score="reward")
+        assert FewShot(model, tokenizer, few, NAMES, config, name="by options").name == name
+        bank.remove("by options")
 
 
 def test_few_shot_on_a_file_with_labels_chooses_by_likelihood(tiny, tmp_path, monkeypatch):
@@ -529,6 +631,7 @@ def test_searches_that_cannot_work(tiny, examples, experts, config, message):
         {"samples": 2},
         {"low": 1.0, "high": 0.0},
         {"take": "x"},
+        {"penalty": -1.0},
     ],
 )
 def test_settings_that_cannot_be(setting):
@@ -550,10 +653,17 @@ def test_the_papers_settings():
     )
 
 
+def test_the_papers_search_has_no_prior_and_no_known_candidates():
+    c = CEMConfig.paper()
+    assert (c.known, c.penalty, c.score, c.take, c.patience) == (False, 0.0, "reward", "best", 50)
+
+
 def test_a_score_needs_what_it_needs(tiny, examples):
     model, tokenizer, _ = tiny
     task = t2.tasks.load("sub")
     with pytest.raises(ValueError, match="needs gold"):
         search(Examples(model, tokenizer, examples.rows, task), NAMES)
+    with pytest.raises(ValueError, match="examples with options"):
+        search(examples, NAMES, config=CEMConfig.options())
     with pytest.raises(ValueError, match="needs a reward"):
         search(Examples(model, tokenizer, examples.rows, gold=gold), NAMES)

@@ -201,3 +201,40 @@ def test_a_whole_model(tmp_path):
     weights[f"{name}.weight"] += 0.01 * torch.randn_like(weights[f"{name}.weight"])
     save_file(weights, tmp_path / f"layer-{name.split('.')[2]}.safetensors")
     assert whole_model.off(tmp_path, factors, name, 16) > 1e-3  # of another weight
+
+
+def test_experts_on_mixed_traffic_and_unseen_tasks(tmp_path, monkeypatch):
+    """Every part, on the built-in model: an expert of a task takes no part in its search, one in other words does."""
+    import real_adapt
+
+    monkeypatch.chdir(tmp_path)
+    for name, expert in (("parity", "math"), ("size", "code")):
+        labels = ("even", "odd") if name == "parity" else ("large", "small")
+        splits = ["train"] * 12 + ["test"] * 8
+        texts = [f"{i}+{i},{labels[i % 2]},{split}\n" for i, split in enumerate(splits)]
+        (tmp_path / f"{name}.csv").write_text("text,label,split\n" + "".join(texts))
+        t2.Expert.load(t2.tiny.experts()[expert]).save(tmp_path / f"{name}-0")
+    command = (
+        "real_adapt.py --model tiny --experts . --trained parity.csv size.csv --seeds 0 1 --shots 4 --out out.jsonl"
+    )
+    monkeypatch.setattr(
+        sys, "argv", [*command.split(), "--routers", "nearest", "--unseen", "parity.csv", "size.csv=a,b"]
+    )
+    real_adapt.main()
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    routed = {r["arm"]: r for r in rows if r["part"] == "routing"}
+    assert set(routed) == {
+        "base",
+        "own",
+        "nearest",
+        "parity",
+        "size",
+    }  # the question of `prompt` is too long for this model
+    few = {(r["task"], r["seed"], r["arm"]): r for r in rows if r["part"] == "few-shot"}
+    assert {key[:2] for key in few} == {(t, s) for t in ("parity", "size_reworded") for s in (0, 1)}
+    assert few["parity", 0, "base"]["unseen_for"] == ["size"]
+    assert few["size_reworded", 0, "base"]["unseen_for"] == ["parity", "size"]
+    assert few["parity", 1, "base"]["N"] == 16  # 20 rows less the examples
+    for (task, seed, arm), row in few.items():
+        if arm in ("single", "cautious"):
+            assert row["accuracy"] == few[task, seed, row["note"]]["accuracy"]

@@ -1,12 +1,14 @@
 """Likelihoods of options: those of each option alone in fp64, whatever shares its batch; tokens cut where they are."""
 
+import math
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import t2kernels as t2
-from t2kernels.rollout.labels import encode_options, normalised, option_log_likelihoods
+from t2kernels.rollout.labels import encode_options, equally_sharp, normalised, option_log_likelihoods
 from tests.helpers.families import build
 
 TEXT = "Answer: positive negative fall at a constant speed. Answer:\n positively Question: It is so good, is it? "
@@ -111,6 +113,23 @@ def test_a_token_that_the_option_changes_belongs_to_the_option(tokenizer):
     assert context + first == whole
     assert len(joining("x posi")["input_ids"]) > len(context)  # "positive" is one token: the prompt's end is healed
     assert context + second == joining("x positively", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_readers_that_are_equally_sure_keep_their_choices(share):
+    scores = 5 * torch.randn(4, 7, 5)
+    scores[:, 2, 3:] = scores[:, 5, 4:] = -math.inf  # prompts with fewer options
+    scores[1] = 30 * scores[0]  # a bolder reader
+    scores[2] = scores[0] / 7 - 3.0
+    got = equally_sharp(scores, share).double()
+    entropy = -torch.special.xlogy(got, got).sum(-1).mean(-1)
+    most = (5 * math.log(5) + math.log(3) + math.log(4)) / 7
+    torch.testing.assert_close(entropy, torch.full_like(entropy, share * most), rtol=1e-4, atol=0)
+    torch.testing.assert_close(got.sum(-1), torch.ones(4, 7, dtype=torch.float64))
+    assert torch.equal(got.argmax(-1), scores.argmax(-1))
+    assert not got[:, 2, 3:].any()
+    torch.testing.assert_close(got[1], got[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got[2], got[0], rtol=1e-4, atol=1e-6)
 
 
 def test_lengths_are_characters():
