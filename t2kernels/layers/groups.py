@@ -123,7 +123,7 @@ class Group:
     def joined(self, layer: Member, x: Tensor, route: Route) -> Tensor | None:
         """`changed` with gradients: the first member's call computes the dense products and the changes of all, in one
         step of autograd. None where that cannot be (`ops.joint`)."""
-        if (self.wasted > 3 and self.wasted > self.hits) or not self._ready():
+        if not (layer.routing.training or x.requires_grad) or (self.wasted > 3 and self.wasted > self.hits):
             return None
         shared = route.cache.pop(self, None)
         if shared is not None and shared.kind == "joined" and layer in shared.result and shared.fits(x):
@@ -133,7 +133,8 @@ class Group:
                 route.cache[self] = shared
             return y
         self.wasted += shared is not None
-        op, held = self._op, [p for _, p in self._dense or ()]
+        op = self._op if self._ready() else None
+        held = [p for _, p in self._dense or ()]
         if op is None or not held or not all(held):
             return None
         weights, biases = [p["weight"] for p in held], [p["bias"] for p in held]

@@ -76,7 +76,7 @@ class _Joint(torch.autograd.Function):
         flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
         h = through(flat, V)
         rows = scale.index_select(0, expert_ids.reshape(-1))
-        every = torch.arange(rows.shape[0]).view(expert_ids.shape)
+        every = torch.arange(rows.shape[0], device=x.device).view(expert_ids.shape)
         g, ys, start = scale_rows(h, rows, every, lead, 1.0), [], 0
         for U, W, b in zip(Us, weights, biases, strict=True):
             y = linear(x, W, b)

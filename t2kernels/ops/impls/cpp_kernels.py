@@ -212,7 +212,7 @@ def prepare(V: Tensor, Us: list[Tensor], scale: Tensor) -> InPlace | None:
 
 def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
     """g = (x V) * scale[expert_ids], [T, C] fp32: the first half of `forward`."""
-    g = torch.empty((x.shape[:-1].numel(), V.shape[1]), dtype=torch.float32)
+    g = x.new_empty((x.shape[:-1].numel(), V.shape[1]), dtype=torch.float32)
     held, first = _first_half(x, V, scale, expert_ids)
     extension.load().cpu_shrink(first, g.data_ptr(), torch.get_num_threads(), isa())
     del held
@@ -230,7 +230,7 @@ def times(a: Tensor, B: Tensor) -> Tensor | None:
         return None
     if B.stride(0) != 1:
         B = B.t().contiguous().t()
-    return shrink(a, B, torch.ones(1, B.shape[1]), torch.zeros(1, dtype=torch.int64))
+    return shrink(a, B, a.new_ones(1, B.shape[1]), a.new_zeros(1, dtype=torch.int64))
 
 
 def expand(
