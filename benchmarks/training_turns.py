@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -55,7 +56,7 @@ class Arm:
         at.append(time.perf_counter())
         self.optimiser.step()
         at.append(time.perf_counter())
-        self.seconds.append(tuple(b - a for a, b in zip(at, at[1:], strict=False)))
+        self.seconds.append(tuple(b - a for a, b in itertools.pairwise(at)))
         return loss.item()
 
 
