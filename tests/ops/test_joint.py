@@ -1,4 +1,4 @@
-"""`ops.joint` against the reference in fp64: forward, every gradient, all mixes of experts, what is kept and refused."""
+"""`ops.joint` against the reference in fp64: forward, gradients, mixes of experts, what is kept and what is refused."""
 
 import pytest
 import torch
