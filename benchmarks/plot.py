@@ -55,6 +55,8 @@ def last_run(name: str) -> list[dict]:
         return list({cell({"length": 1} | r): r for r in rows if not r["inference_mode"]}.values())
     if name == "vllm_decode":  # a command for some of the ranks: the last row of each cell
         return list({(r["streams"], r["arm"]): r for r in rows if not r["arm"].startswith("before")}.values())
+    if name == "training_turns":  # a command a model: the last row of each cell
+        return list({(r["model"], r["dtype"], r["checkpointing"], r["arm"]): r for r in rows}.values())
     if name == "training":  # a run of a single model has no place among the others
         rows = [r for r in rows if "--subjects" not in r["command"]]
     if name == "rl" or not rows:
@@ -306,6 +308,20 @@ def of_real_decode(rows: list[dict]) -> str:
     return markdown(head.split("|"), lines)
 
 
+def of_training_turns(rows: list[dict]) -> str:
+    lines = [
+        [r["model"].rpartition("/")[2], r["dtype"], " x ".join(map(str, r["batch"])), r["arm"],
+         f"{1e3 * r['step_s']:.0f}", f"{r['ratio']:.2f}",
+         *(f"{1e3 * r[part]:.0f}" for part in ("forward_s", "backward_s", "optimiser_s")),
+         f"{r['peak_over_before_bytes'] / 1e6:.0f}", r["machine"].rpartition(", load ")[2], r["commit"]]
+        for r in rows
+    ]  # fmt: skip
+    head = (
+        "model|dtype|batch|arm|a step, ms|over LoRA|forward|backward|optimiser|memory beyond the model, MB|load|commit"
+    )
+    return markdown(head.split("|"), lines)
+
+
 def of_training(rows: list[dict]) -> str:
     peer = {r["subject"]: r["step_s"] for r in rows if r["arm"].startswith("PEFT")}
     lines = (
@@ -406,6 +422,7 @@ TABLES = {
     "population": of_population,
     "experts": of_experts,
     "training": of_training,
+    "training_turns": of_training_turns,
     "decomposition": of_decomposition,
     "rl": of_rl,
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from t2kernels.ops.dispatch import expand, fuses_swiglu, shrink, swiglu
+from t2kernels.ops.joint import can_join, join
 from t2kernels.ops.op import call, call_group
 from t2kernels.ops.prepared import Prepared
 from t2kernels.ops.stream_order import capturing, finish
@@ -117,6 +118,36 @@ class Group:
         made = dict(zip(self.layers, ys, strict=True))
         y = made.pop(layer)
         cache[self] = _Shared("changed", made, x)
+        return y
+
+    def joined(self, layer: Member, x: Tensor, route: Route) -> Tensor | None:
+        """`changed` with gradients: the first member's call computes the dense products and the changes of all, in one
+        step of autograd. None where that cannot be (`ops.joint`)."""
+        if not (layer.routing.training or x.requires_grad) or (self.wasted > 3 and self.wasted > self.hits):
+            return None
+        shared = route.cache.pop(self, None)
+        if shared is not None and shared.kind == "joined" and layer in shared.result and shared.fits(x):
+            self.hits += 1
+            y = shared.result.pop(layer)
+            if shared.result:
+                route.cache[self] = shared
+            return y
+        self.wasted += shared is not None
+        op = self._op if self._ready() else None
+        held = [p for _, p in self._dense or ()]
+        if op is None or not held or not all(held):
+            return None
+        weights, biases = [p["weight"] for p in held], [p["bias"] for p in held]
+        if not can_join(x, op.V, weights, biases):
+            return None
+        tables = [m.table() for m in self.layers] if layer.routing.training else [op.scale]
+        scale = tables[0] if len(tables) == 1 else torch.cat(tables, 1)
+        ids = route.fit(x.shape[:-1])
+        ys = join(x, op.V, op.Us, scale, ids if ids.is_cpu else ids.cpu(), weights, biases)
+        made = dict(zip(self.layers, ys, strict=True))
+        y = made.pop(layer)
+        if made:
+            route.cache[self] = _Shared("joined", made, x)
         return y
 
     def _compiled(self, layer: Member, x: Tensor, route: Route) -> Tensor | None:

@@ -278,8 +278,13 @@ class DeltaLinear(SVFLinear):
 
     def together(self, x: Tensor, route: Route) -> Tensor | None:
         """The output [..., M] of the dense layer for x with the change of each token's expert, made for its group at
-        once, without gradients; None: it must be made the long way, by the dense layer and `add_to`."""
+        once; None: it must be made the long way, by the dense layer and `add_to`."""
         group = self.group
+        if torch.is_grad_enabled():
+            if torch.compiler.is_compiling() or not x.is_cpu:
+                return None
+            y = None if group is None else group.joined(self, x, route)
+            return (self._own or self.alone()).joined(self, x, route) if y is None else y
         if group is not None and (y := group.changed(self, x, route)) is not None:
             return y
         if torch.compiler.is_dynamo_compiling():

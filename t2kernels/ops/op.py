@@ -163,6 +163,18 @@ def unobserved_input(x: Tensor, ids: Tensor) -> bool:
     )
 
 
+def untransformed(x: Tensor) -> bool:
+    """True for a plain tensor outside of torch.compile, tracing, function transforms and dispatch modes."""
+    return (
+        not torch.compiler.is_compiling()
+        and _CAN_TELL
+        and type(x) is Tensor
+        and not _dispatch_modes()
+        and _transform() is None
+        and _tracing() is None
+    )
+
+
 def _differentiated(x: Tensor, scale: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
 

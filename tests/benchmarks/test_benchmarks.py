@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,20 @@ def test_a_training_step(arm):
     row = training.one("nano", arm, torch.float32, CPU, 0.0)
     assert row["last_loss"] < row["first_loss"] + 1e-3
     assert row["optimiser_bytes"] >= 8 * row["numbers"]
+
+
+@pytest.mark.parametrize("dtype, checkpointing", [("float32", False), ("bfloat16", True)])
+def test_training_steps_in_turn(dtype, checkpointing):
+    import training_turns
+
+    args = SimpleNamespace(model="nano", dtype=dtype, factors=None, batch=[2, 8], checkpointing=checkpointing)
+    arms = training_turns.build(args, list(training_turns.ARMS))
+    assert training_turns.check(arms["svf"], dtype) < training_turns.ALLOWED[dtype]
+    for arm in arms.values():
+        losses = [arm.step() for _ in range(2)]
+        assert losses[1] < losses[0] + 1e-2
+        assert all(p.grad is not None for p in arm.parameters)
+        assert [len(parts) for parts in arm.seconds] == [3, 3]
 
 
 @pytest.mark.parametrize("rank", [None, 16])

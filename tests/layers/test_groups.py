@@ -99,19 +99,21 @@ def _alone(module, x, bank):
 
 @pytest.mark.parametrize("form, rank", FORMS)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_only(form, rank, context):
+def test_what_is_shared_with_and_without_gradients(form, rank, context):
     model, bank = patched(form=form, rank=rank)
     model.double()
     ids = torch.randint(0, 60, (2, 5))
+    once = [len(g.layers) - 1 for g in groups(bank)]
     model(ids, experts=["a", "b"])
-    assert not any(hits(bank))
+    assert not any(hits(bank))  # nothing wants a gradient
+    leaf = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=leaf, experts=["a", "b"])
+    assert hits(bank) == (once if form == "delta" else [0] * len(once))  # delta form alone shares under autograd
     with context():
         got = model(ids, experts=["a", "b"]).logits
         base = model(ids).logits
-        once = [len(g.layers) - 1 for g in groups(bank)]
-        assert hits(bank) == (
-            once if form == "delta" else [2 * n for n in once]
-        )  # the base model adds nothing in delta
+        # the base model adds nothing in delta
+        assert hits(bank) == [2 * n for n in once]
         alone(bank)
         torch.testing.assert_close(got, model(ids, experts=["a", "b"]).logits, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(base, model(ids).logits, rtol=1e-10, atol=1e-10)

@@ -71,6 +71,28 @@ def two_forwards(model, x, backward=lambda loss: loss.backward()):
     return [p.grad.clone() for p in parameters(model)]
 
 
+@pytest.mark.parametrize("kind", [None, "block", "part", "nested", "transformers", "reentrant"])
+def test_one_step_of_autograd_gives_the_gradients_of_separate_ops(kind, monkeypatch):
+    """In fp64, several experts in a batch: `ops.joint` against the way that it replaces."""
+    model = build("llama")
+    bank = t2.patch_model(model.double(), form="delta", rows=8)
+    bank.add("a", bank.expert({n: 1 + 0.4 * torch.randn(k) for n, k in bank.matrices.items()}))
+    for name in "tu":
+        bank.start_training(name)
+        for p in bank.trained_parameters(name).values():
+            p.data.normal_(std=0.3)
+    x = torch.randint(3, 60, (4, 6))
+    model = model.train() if kind is None else wrapped(model.train(), kind)
+    joint = copy.deepcopy(model)
+    got = two_forwards(joint, x)
+    assert all(layer.group.hits > 0 for layer, _ in joint.t2_bank.layers if layer.group)
+    monkeypatch.setattr("t2kernels.layers.groups.can_join", lambda *args: False)
+    want = two_forwards(model, x)
+    for a, b in zip(got, want, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)  # gradients of p are in fp32
+
+
 @pytest.mark.parametrize("kind", ["block", "part", "nested", "transformers", "reentrant"])
 def test_gradients_are_those_without_checkpointing(world, kind):
     model, _, x = world

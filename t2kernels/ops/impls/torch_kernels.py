@@ -254,13 +254,16 @@ def backward(
             scale_rows(p, scale, expert_ids, lead, backward_precision(x.dtype, V.dtype).scale), V, x.shape
         )
     if need_dscale:
-        product = (through_V(x, V) if h is None else h).to(scale.dtype) * p.to(scale.dtype)  # [T, C]
-        rows, repeat = expert_ids.numel(), tokens_per_id(expert_ids, lead)
-        per_id = product if repeat == 1 else product.reshape(rows, repeat, product.shape[1]).sum(1)
-        dscale = torch.zeros_like(scale).index_add_(
-            0, expert_ids.reshape(-1), per_id, alpha=unit_of_dscale(x.dtype, V.dtype)
-        )
+        h = through_V(x, V) if h is None else h
+        dscale = dscale_of(h, p, torch.zeros_like(scale), expert_ids, lead, unit_of_dscale(x.dtype, V.dtype))
     return dx, dscale
+
+
+def dscale_of(h: Tensor, p: Tensor, zeros: Tensor, expert_ids: Tensor, lead: torch.Size, unit: float = 1.0) -> Tensor:
+    """dscale[e] = unit * sum over the tokens of e of h * p [E, C], written into `zeros`, in its dtype. h, p: [T, C]"""
+    product, rows, repeat = h.to(zeros.dtype) * p.to(zeros.dtype), expert_ids.numel(), tokens_per_id(expert_ids, lead)
+    per_id = product if repeat == 1 else product.reshape(rows, repeat, product.shape[1]).sum(1)
+    return zeros.index_add_(0, expert_ids.reshape(-1), per_id, alpha=unit)
 
 
 def tokens_per_id(expert_ids: Tensor, lead: torch.Size) -> int:
