@@ -101,7 +101,8 @@ void add_whole(const float* w, int64_t K, const uint16_t* g, int64_t stride_g, i
 
 void add(const float* w, int64_t K, const uint16_t* g, int64_t stride_g, int T, int rows, const void* base,
          int64_t stride_base, const void* bias, void* y, int64_t stride_y) {
-  (rows == BLOCK ? add_whole<true> : add_whole<false>)(w, K, g, stride_g, T, rows, base, stride_base, bias, y, stride_y);
+  const auto f = rows == BLOCK ? add_whole<true> : add_whole<false>;
+  f(w, K, g, stride_g, T, rows, base, stride_base, bias, y, stride_y);
 }
 
 }  // namespace

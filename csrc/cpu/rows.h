@@ -187,10 +187,10 @@ void narrow(int dtype, const float* sum, int stride, int n, const void* base, co
 template <class S>
 const Kernels* table() {
   if constexpr (S::transposes) {
-    static constexpr Kernels all{S::name, widen<S>, dot<S>, columns<S>, across<S>, narrow<S>, nullptr, nullptr, nullptr};
+    static constexpr Kernels all{S::name, widen<S>, dot<S>, columns<S>, across<S>, narrow<S>};
     return &all;
   } else {
-    static constexpr Kernels all{S::name, widen<S>, dot<S>, nullptr, nullptr, narrow<S>, nullptr, nullptr, nullptr};
+    static constexpr Kernels all{S::name, widen<S>, dot<S>, nullptr, nullptr, narrow<S>};
     return &all;
   }
 }

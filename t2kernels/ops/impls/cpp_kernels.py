@@ -3,10 +3,10 @@
 Each factor is read once, as it is stored. Factors in fp32, bf16, fp16 or int8, x in fp32, bf16 or fp16. x, V and U are
 widened to fp32 in registers, which is exact. With AVX-512's bf16 instructions x and V in bf16 are multiplied as they
 are, as exactly, but subnormal numbers count as 0; in calls of more than `FEW` tokens they also multiply U with g in
-bf16, rounded once. Otherwise g = (x V) * scale[expert_ids] is fp32, as all products and sums are, and y is rounded once:
-it rounds nowhere where `ops.precision` does not. Each number of y depends on its own token and row, and on whether the
-tokens are few, to the last bit: threads, other tokens and other members do not change the order of a sum. There is no
-backward.
+bf16, rounded once. Otherwise g = (x V) * scale[expert_ids] is fp32, as products and sums are, and y is rounded once. It
+rounds nowhere where `ops.precision` does not. Each number of y depends on its own token and row alone, and on whether
+the tokens are few, to the last bit: threads, other tokens and other members do not change the order of a sum. There is
+no backward.
 """
 
 from __future__ import annotations
