@@ -66,9 +66,11 @@ struct Kernels {
               float* out);
   // The same sums for short rows, K <= SHORT: a whole block at once, without adding up the lanes of a vector. Null if
   // the instruction set has no use for it. `columns`: out[k * BLOCK + r] = W[r, k] as fp32, once for all tokens.
-  // `across`: out[t * BLOCK + r] = sum_k columns[k * BLOCK + r] x[t, k] for T <= TILE
+  // `across`: out[t * BLOCK + r] = sum_k columns[k * BLOCK + r] x[t, k] for T <= TILE. Meanwhile K times `ahead` bytes
+  // at `next` come into the cache, unless that is null: memory would rest while the sums are made
   void (*columns)(int dtype, const void* W, int64_t stride, int rows, int64_t K, float* out);
-  void (*across)(const float* columns, int64_t K, const float* x, int64_t stride_x, int T, float* out);
+  void (*across)(const float* columns, int64_t K, const float* x, int64_t stride_x, int T, float* out, const char* next,
+                 int64_t ahead);
   // y[n] = base[n] + sum[n * stride] + bias[n], rounded once to dtype
   void (*narrow)(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y);
   // `dot` for W and x in bf16, by the instruction for it. x is not padded. Null if there is none

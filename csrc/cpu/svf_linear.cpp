@@ -169,6 +169,9 @@ void expand_rows(Round& r) {
     if (is_short && g.halves) r.k.pack(U, e.U.stride, rows, e.U.K, columns);
     else if (is_short) r.k.columns(r.dtype, U, e.U.stride, rows, e.U.K, columns);
     const void* bias = e.bias ? at(e.bias, m, r.x_dtype) : nullptr;
+    // the next block, and for every column a share of it
+    const char* next = m + rows < e.U.rows ? at(e.U.data, (m + rows) * e.U.stride, r.dtype) : nullptr;
+    const int64_t share = BLOCK * e.U.stride * size_of(r.dtype) / std::max<int64_t>(1, e.U.K);
     by_tiles(r.T, [&](int64_t t0, int T) {
       const auto base_of = [&](int64_t t) {
         return e.base ? at(e.base, (r.first + t) * e.stride_base + m, r.x_dtype) : nullptr;
@@ -181,7 +184,7 @@ void expand_rows(Round& r) {
                        e.stride_y);
       }
       alignas(64) float sums[SUMS];
-      if (is_short) r.k.across(columns, e.U.K, g.at(t0), g.stride, T, sums);
+      if (is_short) r.k.across(columns, e.U.K, g.at(t0), g.stride, T, sums, t0 ? nullptr : next, share);
       else if (g.halves) r.k.pairs(U, e.U.stride, rows, e.U.K, g.half_at(t0), g.stride, T, sums);
       else r.k.dot(r.dtype, U, e.U.stride, rows, e.U.K, g.at(t0), g.stride, T, sums);
       for (int t = 0; t < T; ++t) {
