@@ -99,11 +99,14 @@ void columns(int dtype, const void* w, int64_t stride, int rows, int64_t K, floa
 }
 
 template <class S, int T>
-void across_by(const float* w, int64_t K, const float* x, int64_t stride_x, float* out) {
+void across_by(const float* w, int64_t K, const float* x, int64_t stride_x, float* out, const char* next,
+               int64_t ahead) {
   constexpr int V = BLOCK / S::lanes;
   typename S::Float sum[V][T];
   T2_UNROLL for (int i = 0; i < V; ++i) T2_UNROLL for (int t = 0; t < T; ++t) sum[i][t] = S::zero();
+  int64_t asked = 0;
   for (int64_t k = 0; k < K; ++k, w += BLOCK) {
+    for (; next && asked < (k + 1) * ahead; asked += 64) __builtin_prefetch(next + asked);
     typename S::Float v[V];
     T2_UNROLL for (int i = 0; i < V; ++i) v[i] = S::load(w + i * S::lanes);
     T2_UNROLL for (int t = 0; t < T; ++t) {
@@ -116,11 +119,12 @@ void across_by(const float* w, int64_t K, const float* x, int64_t stride_x, floa
 }
 
 template <class S>
-void across(const float* w, int64_t K, const float* x, int64_t stride_x, int T, float* out) {
-  using F = void (*)(const float*, int64_t, const float*, int64_t, float*);
+void across(const float* w, int64_t K, const float* x, int64_t stride_x, int T, float* out, const char* next,
+            int64_t ahead) {
+  using F = void (*)(const float*, int64_t, const float*, int64_t, float*, const char*, int64_t);
   static constexpr F by[TILE] = {across_by<S, 1>, across_by<S, 2>, across_by<S, 3>, across_by<S, 4>,
                                  across_by<S, 5>, across_by<S, 6>, across_by<S, 7>, across_by<S, 8>};
-  by[T - 1](w, K, x, stride_x, out);
+  by[T - 1](w, K, x, stride_x, out, next, ahead);
 }
 
 template <class S, class W, class X>
@@ -187,10 +191,10 @@ void narrow(int dtype, const float* sum, int stride, int n, const void* base, co
 template <class S>
 const Kernels* table() {
   if constexpr (S::transposes) {
-    static constexpr Kernels all{S::name, widen<S>, dot<S>, columns<S>, across<S>, narrow<S>, nullptr};
+    static constexpr Kernels all{S::name, widen<S>, dot<S>, columns<S>, across<S>, narrow<S>};
     return &all;
   } else {
-    static constexpr Kernels all{S::name, widen<S>, dot<S>, nullptr, nullptr, narrow<S>, nullptr};
+    static constexpr Kernels all{S::name, widen<S>, dot<S>, nullptr, nullptr, narrow<S>};
     return &all;
   }
 }

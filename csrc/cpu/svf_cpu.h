@@ -5,10 +5,10 @@
 //
 // Vt [C, N] and U [M, C] have contiguous rows and are streamed once.
 //
-// x, V and U are widened to fp32, exactly, or multiplied exactly as they are, where subnormal numbers in bf16 count as
-// 0. Products, g and sums are fp32, and y is rounded once. One thread sums a
-// number of y or g, in an order that depends on its row alone: threads, other tokens and other members do not change
-// its bits.
+// x, V and U are widened to fp32, exactly; products, g and sums are fp32, and y is rounded once. By the instructions
+// for bf16, x and V in bf16 are multiplied as they are, as exactly, but subnormal numbers count as 0. In calls of more
+// than FEW tokens they also multiply g, rounded to bf16 once, with U. One thread sums a number of y or g, in an order
+// that depends on its row alone: threads, other tokens and other members do not change its bits.
 #pragma once
 #include <cstdint>
 
@@ -24,6 +24,8 @@ constexpr int SHORT = 128;  // the columns of a block, in fp32, take 24 KB of th
 constexpr int SUMS = BLOCK * TILE + 4;
 // Tokens between two readings of the factors, which bounds the scratch. From 8 on arithmetic costs more than reading.
 constexpr int TOKENS = 64;
+constexpr int FEW = 32;    // of a decode step, in which g stays in fp32
+constexpr int MANY = 512;  // the same with `add`: a block of U is packed once for them
 constexpr int MEMBERS = 8;  // matrices that share x in one call
 constexpr int LANE = 16;   // fp32 numbers of the widest vector; x and g are padded with zeros to a multiple of it
 
@@ -64,13 +66,22 @@ struct Kernels {
               float* out);
   // The same sums for short rows, K <= SHORT: a whole block at once, without adding up the lanes of a vector. Null if
   // the instruction set has no use for it. `columns`: out[k * BLOCK + r] = W[r, k] as fp32, once for all tokens.
-  // `across`: out[t * BLOCK + r] = sum_k columns[k * BLOCK + r] x[t, k] for T <= TILE
+  // `across`: out[t * BLOCK + r] = sum_k columns[k * BLOCK + r] x[t, k] for T <= TILE. Meanwhile K times `ahead` bytes
+  // at `next` come into the cache, unless that is null: memory would rest while the sums are made
   void (*columns)(int dtype, const void* W, int64_t stride, int rows, int64_t K, float* out);
-  void (*across)(const float* columns, int64_t K, const float* x, int64_t stride_x, int T, float* out);
+  void (*across)(const float* columns, int64_t K, const float* x, int64_t stride_x, int T, float* out, const char* next,
+                 int64_t ahead);
   // y[n] = base[n] + sum[n * stride] + bias[n], rounded once to dtype
   void (*narrow)(int dtype, const float* sum, int stride, int n, const void* base, const void* bias, void* y);
   // `dot` for W and x in bf16, by the instruction for it. x is not padded. Null if there is none
-  void (*pairs)(const void* W, int64_t stride, int rows, int64_t K, const void* x, int64_t stride_x, int T, float* out);
+  void (*pairs)(const void* W, int64_t stride, int rows, int64_t K, const void* x, int64_t stride_x, int T,
+                float* out) = nullptr;
+  // The same for short rows, K <= 2 SHORT, and `narrow` with it. `pack`: out[k / 2 * BLOCK + r] = the bits of W[r, k]
+  // and W[r, k + 1], or of W[r, k] and 0. `add`: y[t, r] = base[t, r] + sum_k W[r, k] g[t, k] + bias[r] for
+  // r < rows <= BLOCK, t < T <= TILE. g in bf16, padded with a 0 to an even K
+  void (*pack)(const void* W, int64_t stride, int rows, int64_t K, float* out) = nullptr;
+  void (*add)(const float* packed, int64_t K, const uint16_t* g, int64_t stride_g, int T, int rows, const void* base,
+              int64_t stride_base, const void* bias, void* y, int64_t stride_y) = nullptr;
 };
 
 const Kernels* portable();

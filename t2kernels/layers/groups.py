@@ -101,7 +101,7 @@ class Group:
                     cache[self] = shared
                 return y
             self.wasted += 1
-        if torch.compiler.is_compiling():  # an export that traces without Dynamo
+        if type(x) is not Tensor and torch.compiler.is_compiling():  # an export that traces without Dynamo
             return self._compiled(layer, x, route)
         on = "cpu" if x.is_cpu else x.device.type
         if (self.wasted > 3 and self.wasted > self.hits) or torch.is_autocast_enabled(on):
@@ -339,17 +339,13 @@ class _Shared:
 
     def __init__(self, kind: str, result: Any, x: Tensor, waiting: Sequence[Member] = ()) -> None:
         self.kind, self.result, self.waiting = kind, result, list(waiting)
-        self._x, self._version = weakref.ref(x), _version(x)
+        # Inference tensors have no version counter. No model changes the input of q, k and v between them, so their
+        # identity suffices.
+        self._x, self._version = weakref.ref(x), None if x.is_inference() else x._version
 
     def fits(self, x: Tensor) -> bool:
         """True if x is the identical tensor, unmodified."""
-        return self._x() is x and _version(x) == self._version
-
-
-def _version(x: Tensor) -> int | None:
-    # Inference tensors have no version counter. No model changes the input of q, k and v between them, so their
-    # identity suffices.
-    return None if x.is_inference() else x._version
+        return self._x() is x and (self._version is None or x._version == self._version)
 
 
 def _bias(layer: Any, dtype: torch.dtype) -> Tensor | None:

@@ -17,6 +17,7 @@ from .impls.implementation import InPlace
 from .op import call_group, unobserved_input
 
 KEPT = 256  # sizes of x that are remembered
+CPU = torch.device("cpu")
 
 
 class Prepared:
@@ -59,7 +60,7 @@ class Prepared:
     def _prepared(self, x: Tensor, expert_ids: Tensor) -> InPlace | None:
         if not (self._plain and unobserved_input(x, expert_ids)):
             return None
-        device = dispatch.probe(x.device)
+        device = dispatch.probe(CPU)  # where all unobserved inputs are
         if device is not self._device or len(self._runs) >= KEPT:
             self._device, self._runs = device, {}
         key = x.shape, x.dtype, expert_ids.numel() == 1

@@ -2,9 +2,11 @@
 
 Each factor is read once, as it is stored. Factors in fp32, bf16, fp16 or int8, x in fp32, bf16 or fp16. x, V and U are
 widened to fp32 in registers, which is exact. With AVX-512's bf16 instructions x and V in bf16 are multiplied as they
-are, as exactly, but subnormal numbers count as 0. Products, sums and g = (x V) * scale[expert_ids] are fp32, and y is
-rounded once: it rounds nowhere where `ops.precision` does not. Each number of y depends on its own token and row alone,
-to the last bit: threads, other tokens and other members do not change the order of a sum. There is no backward.
+are, as exactly, but subnormal numbers count as 0; in calls of more than `FEW` tokens they also multiply U with g in
+bf16, rounded once. Otherwise g = (x V) * scale[expert_ids] is fp32, as products and sums are, and y is rounded once. It
+rounds nowhere where `ops.precision` does not. Each number of y depends on its own token and row alone, and on whether
+the tokens are few, to the last bit: threads, other tokens and other members do not change the order of a sum. There is
+no backward.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from .implementation import Added, Expansion, Implementation, InPlace, Operands
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 MEMBERS = 8
 TUNED = 64  # `t2 tune` times no more tokens
+FEW = 32  # as in csrc/cpu/svf_cpu.h
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 TIMES = 128  # tokens from which `times` is worth copying a factor
 # Up to this many tokens it is ahead of torch by 5 % or more on every shape of benchmarks/cpp.py, for an instruction set
@@ -66,6 +69,9 @@ TOKENS: dict[tuple[str, torch.dtype, torch.dtype], int] = {
 # avx512_bf16, one member: 0.71 of torch's time at 11 M, 0.85 at 16 M, 1.1 at 34 M; two: 0.71 at 8 M, 0.85 at 10 M, 1.2
 # at 19 M; three: 0.47 at 6 M, 0.96 at 25 M.
 BF16_WORK = {"avx512": (6e6, 3e6), "avx512_bf16": (10e6, 4e6)}
+# With g in bf16 it is ahead from 33 to so many tokens, up to these in_features and columns of a member: 0.2 to 0.98 of
+# torch's time for 128 to 2048 in_features and 16 to 256 columns, in place, one thread. Above them 0.9 to 1.3.
+BF16_MANY = {"avx512_bf16": (2048, 2048, 256)}
 
 
 class Cpp(Implementation):
@@ -120,11 +126,13 @@ class Cpp(Implementation):
             most = here
         if call.T > TUNED and dense_path(call) is not None:
             return "W' made once takes fewer operations"
+        bf16 = call.x == call.factors == torch.bfloat16
+        if bf16 and most >= TUNED and FEW < call.T and _ahead_of_many(call, device.isa):
+            return None
         if 0 < call.T <= most:
             work = call.T * sum(C * (call.N + M) for M, C in zip(call.M, call.C, strict=True))
             first, further = BF16_WORK.get(device.isa, (0, 0))
-            bf16 = first > 0 and call.x == call.factors == torch.bfloat16
-            if here is None and call.T > 4 and bf16 and work > first + further * (len(call.M) - 1):
+            if here is None and call.T > 4 and bf16 and first and work > first + further * (len(call.M) - 1):
                 return f"in bfloat16 torch is ahead in calls as large as this ({call.T} tokens)"
             return None
         formats = f"{call.x} with {call.factors} factors on {device.isa}".replace("torch.", "")
@@ -132,6 +140,8 @@ class Cpp(Implementation):
 
     def path(self, call: Call, device: Device) -> Path:
         """See `Implementation`."""
+        if call.T > FEW and device.isa == "avx512_bf16" and call.x == call.factors == torch.bfloat16:
+            return Path("stream", "factors read once, multiplied in bf16")
         return Path("stream", "factors read once, widened in registers")
 
     def forward(self, choice: Choice, given: Operands) -> list[Tensor]:
@@ -152,6 +162,11 @@ class Cpp(Implementation):
 
 
 CPP = Cpp()
+
+
+def _ahead_of_many(call: Call, isa: str) -> bool:
+    T, N, C = BF16_MANY.get(isa, (0, 0, 0))
+    return call.T <= T and call.N <= N and max(call.C) <= C
 
 
 @functools.cache
