@@ -129,7 +129,7 @@ class Judge:
         return test[: self.count] if len(test) >= FEW else [*task.split("train"), *test]
 
     def right(self, task: Task, expert: str | None, alpha: Sequence[float] | None = None) -> list[bool]:
-        """Whether the likeliest option of each test row is right. alpha: what an expert that is a mixture is made of."""
+        """Whether the likeliest option of each test row is right. alpha: what a mixture is made of."""
         key = (id(task), expert if alpha is None else tuple(alpha))
         if key not in self._known:
             rows, model, tokenizer = self.rows(task), self.loaded.model, self.loaded.tokenizer

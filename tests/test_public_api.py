@@ -58,7 +58,7 @@ NAMES = {
         "CEMConfig": (
             "population=32, elite=0.2, iterations=8, patience=3, tolerance=0.02, mean=None, std=0.5, "
             "low=None, high=None, per='expert', mixing='delta', score='both', likelihood_weight=0.01, "
-            "temperature=0.0, samples=1, keep_best=True, take='mean', seed=0, known=True, penalty=0.0"
+            "temperature=0.0, samples=1, keep_best=True, take='mean', seed=0, known=False, penalty=0.0"
         ),
         "Classifier": "model, tokenizer, question=None, classifier='classify', **settings",
         "Examples": "model, tokenizer, rows, reward=None, gold=None, max_new_tokens=None, memory=4294967296",

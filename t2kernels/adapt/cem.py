@@ -72,7 +72,7 @@ class CEMConfig:
     keep_best: bool = True
     take: str = "mean"
     seed: int = 0
-    known: bool = True
+    known: bool = False
     penalty: float = 0.0
 
     def __post_init__(self) -> None:
@@ -104,6 +104,7 @@ class CEMConfig:
             "patience": 1,
             "score": "expected",
             "penalty": 0.25,
+            "known": True,
             "take": "best",
         }
         return cls(**{**settings, **changes})
@@ -127,7 +128,6 @@ class CEMConfig:
             "mixing": "logits",
             "score": "reward",
             "take": "best",
-            "known": False,
         }
         return cls(**{**settings, **changes})
 

@@ -18,10 +18,10 @@ from .cem import CEMConfig, Found, search
 from .examples import Examples, Scores
 from .strategy import Strategy, bank_names
 
-CAUTION_OF_OPTIONS = 1.5
+CAUTION_OF_OPTIONS: float = 1.5
 """Chosen on SmolLM2 and training rows of four tasks, 120 draws of 16 examples each, the scores of candidates read off a
-quadratic fit to 13 or 17 measured mixtures: it gives away 1 point where the base model is best and wins 7 and 9 where it
-is not. 1 gives away 2, a tenth of the draws 7 or more, and wins 10 and 12; 2 wins 4 and 6."""
+quadratic fit to 13 or 17 measured mixtures: it gives away 1 point where the base model is best and wins 7 and 9 where
+it is not. 1 gives away 2, a tenth of the draws 7 or more, and wins 10 and 12; 2 wins 4 and 6."""
 
 
 class FewShot(Strategy):

@@ -466,17 +466,17 @@ def test_the_base_model_and_each_expert_are_candidates_of_the_first_generation(t
 
         return cross_entropy_method(score, shape, 1, lambda alpha, **facts: tiny[2]["math"], config), seen
 
-    found, seen = run(CEMConfig(score="reward", population=16, iterations=2, take="best"))
+    found, seen = run(CEMConfig(score="reward", population=16, iterations=2, take="best", known=True))
     assert torch.equal(seen[0][1:5, :, 1], torch.cat([torch.zeros(1, 3), torch.eye(3)]))
     assert torch.equal(seen[1][1], seen[0][3])  # the best so far stays in
     assert torch.equal(found.alpha, seen[0][3])
     assert found.scores[-1] == 1.0
     assert len(seen) == 2  # the best is not scored again: its answers are greedy
-    _, cut = run(CEMConfig(score="reward", population=6, iterations=1, high=0.5))
+    _, cut = run(CEMConfig(score="reward", population=6, iterations=1, high=0.5, known=True))
     assert torch.equal(cut[0][1:4, :, 0], torch.tensor([[0, 0, 0], [0.5, 0, 0], [0, 0.5, 0]]))  # half of six, in range
-    drawn = run(CEMConfig(score="reward", population=16, iterations=1, known=False))[1][0]
+    drawn = run(CEMConfig(score="reward", population=16, iterations=1))[1][0]
     assert not (drawn == 0).any()
-    heavy = CEMConfig(score="reward", population=16, iterations=1, take="best", penalty=3.0)
+    heavy = CEMConfig(score="reward", population=16, iterations=1, take="best", penalty=3.0, known=True)
     assert not run(heavy)[0].alpha.any()  # 1 - 3 for the second expert, -1 for the base model
 
 
@@ -486,19 +486,19 @@ def test_caution_by_options_is_of_the_standard_error_of_the_probability_of_the_r
     rows = [{**row, "answer": options[i % 3]} for i, row in enumerate(t2.tasks.load("math").split("train", 6))]
     examples = Examples(model, tokenizer, rows, choice_task(options, rows))
     config = CEMConfig.options(population=6, iterations=1)
-    strategy = FewShot(model, tokenizer, examples, NAMES, config, name="by options", caution=None)
-    base, found = examples.score(bank.ids([None, "by options"])).expected.double()
+    strategy = FewShot(model, tokenizer, examples, NAMES, config, name="by-options", caution=None)
+    base, found = examples.score(bank.ids([None, "by-options"])).expected.double()
     gains = found - base
     error = (gains.square().mean() - gains.mean() ** 2).clamp(min=0).sqrt() / 6**0.5
-    assert strategy.name == "by options"
+    assert strategy.name == "by-options"
     assert (strategy.gain, strategy.error) == pytest.approx((gains.mean().item(), error.item()), abs=1e-6)
-    bank.remove("by options")
+    bank.remove("by-options")
     # Of a gain of 1.75 standard errors a search by options is sure, one by the reward is not.
     monkeypatch.setattr("t2kernels.adapt.few_shot.gain", lambda scores, expected=False: (1.75, 1.0))
-    for few, name in ((examples, "by options"), (Examples(model, tokenizer, rows, t2.tasks.load("math")), None)):
+    for few, name in ((examples, "by-options"), (Examples(model, tokenizer, rows, t2.tasks.load("math")), None)):
         config = CEMConfig(population=2, iterations=1, score="reward")
-        assert FewShot(model, tokenizer, few, NAMES, config, name="by options").name == name
-        bank.remove("by options")
+        assert FewShot(model, tokenizer, few, NAMES, config, name="by-options").name == name
+        bank.remove("by-options")
 
 
 def test_few_shot_on_a_file_with_labels_chooses_by_likelihood(tiny, tmp_path, monkeypatch):
