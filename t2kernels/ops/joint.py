@@ -60,9 +60,15 @@ def join(
 
 
 def through(a: Tensor, B: Tensor) -> Tensor:
-    """a B [T, C] in their dtype, for B [K, C] with few columns. a: [T, K]"""
+    """a B [T, C] in their dtype. a: [T, K]; B: [K, C]"""
     found = cpp_times(a, B)
     return a @ B if found is None else found
+
+
+def add_through(y: Tensor, a: Tensor, B: Tensor) -> Tensor:
+    """y + a B, in place."""
+    found = cpp_times(a, B)
+    return y.addmm_(a, B) if found is None else y.add_(found)
 
 
 class _Joint(torch.autograd.Function):
@@ -104,7 +110,7 @@ class _Joint(torch.autograd.Function):
         if need_dx:
             for dy, W in zip(flat, weights, strict=True):
                 if dy is not None:
-                    dx = dy @ W if dx is None else dx.addmm_(dy, W)
+                    dx = through(dy, W) if dx is None else add_through(dx, dy, W)
             q = scale_rows(p, rows, every, ctx.shape[:-1], 1.0)
             dx = (q @ V.t() if dx is None else dx.addmm_(q, V.t())).view(ctx.shape)
         if need_dscale:

@@ -32,7 +32,8 @@ MEMBERS = 8
 TUNED = 64  # `t2 tune` times no more tokens
 FEW = 32  # as in csrc/cpu/svf_cpu.h
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
-TIMES = 128  # tokens from which `times` is worth copying a factor
+TIMES = 128  # tokens from which `times` is ahead
+COPIED = 512, 2**22  # if B is copied: tokens from which it is, and numbers of B that stay in the cache (16 MB)
 # Up to this many tokens it is ahead of torch by 5 % or more on every shape of benchmarks/cpp.py, for an instruction set
 # and the dtypes of x and of the factors; for other dtypes it never is. torch converts factors of another dtype whole
 # before it multiplies. Measured on an AMD EPYC; `t2 tune --device cpu` writes this machine's own numbers into a table,
@@ -237,13 +238,17 @@ def shrink(x: Tensor, V: Tensor, scale: Tensor, expert_ids: Tensor) -> Tensor:
 def times(a: Tensor, B: Tensor) -> Tensor | None:
     """a B [T, C] for a [T, K] and B [K, C]; None where torch is as fast.
 
-    In fp32 with AVX-512 it takes 0.46 to 0.76 of torch's time for 512 and 4096 tokens and 8 to 1024 columns; a B whose
-    columns are not contiguous is copied. In bf16 torch is level with it (one thread of an AMD EPYC).
+    In fp32 with AVX-512 it takes 0.46 to 0.68 of torch's time for 512 and 4096 tokens and 8 to 1024 columns. A B whose
+    columns are not contiguous is copied: 0.6 to 0.83 for 512 and 2048 tokens and matrices of up to 11.5 MB, 1.0 for
+    64 MB, and up to 1.5 for 128 tokens. In bf16 torch is level with it (one thread of an AMD EPYC).
     """
-    small = a.shape[0] < TIMES or not a.dtype is B.dtype is torch.float32 or not a.is_cpu
-    if small or extension.unsupported() is not None or not isa().startswith("avx512"):
+    copied = B.stride(0) != 1
+    small = a.shape[0] < (COPIED[0] if copied else TIMES) or (copied and B.numel() > COPIED[1])
+    if small or not a.dtype is B.dtype is torch.float32 or not a.is_cpu:
         return None
-    if B.stride(0) != 1:
+    if extension.unsupported() is not None or not isa().startswith("avx512"):
+        return None
+    if copied:
         B = B.t().contiguous().t()
     return shrink(a, B, a.new_ones(1, B.shape[1]), a.new_zeros(1, dtype=torch.int64))
 
