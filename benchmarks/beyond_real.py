@@ -80,7 +80,8 @@ def sharing(model: nn.Module) -> Iterator[None]:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pads = L - mask.sum(1)
         rows = [row[pad:].tolist() for row, pad in zip(input_ids, pads.tolist(), strict=True)]
-        P = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
+        P = next((at for at, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), L)
+        P = min(P, min(map(len, rows)) - 1)
         if not torch.is_grad_enabled() or P < 1 or B < 2:
             return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **rest)
         cache = DynamicCache(config=model.config)
