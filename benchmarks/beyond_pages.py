@@ -147,6 +147,8 @@ def real_against(cells: Cells) -> str:
         for kind, peer in REAL_PEERS.items()
         if cells.values("trec", kind) and cells.values("trec", peer)
     ]
+    if not lines:
+        return "No other kind has three seeds yet."
     others = [f"SST-2 after {REAL_NAMES[t]}" for t in tasks]
     return table(["kind", "over", *(REAL_NAMES[t] for t in tasks), *others], lines)
 
