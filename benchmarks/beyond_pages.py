@@ -1,12 +1,14 @@
-"""Write docs/explanation/beyond-z.md and continual.md, with their figures, from the committed rows of beyond_z.py and
-continual.py: `python benchmarks/beyond_pages.py`. Measures nothing."""
+"""Write docs/explanation/beyond-z.md and continual.md, with their figures, from the committed rows of beyond_z.py,
+beyond_real.py and continual.py: `python benchmarks/beyond_pages.py`. Measures nothing."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 
+import beyond_real
 import plot
 from beyond_z import BASE, KINDS, OTHERS, TASKS, best_rates
 from continual import SEQUENCE, WAYS
@@ -19,6 +21,19 @@ from t2kernels.train import SVFConfig
 
 PEERS = {kind: "z 16" if kind in ("core 4", "tied 13", "tied 448") else "z 128" for kind in KINDS if kind[0] != "z"}
 """{kind: the z that it is compared with}: the one of as many numbers, or the largest that there is."""
+REAL_PEERS = {
+    "output 32": "z 32",
+    "core 6": "z 32",
+    "band 11": "z 32",
+    "core 2": "z 4",
+    "tied 840": "z 4",
+    "core 22": "z 576",
+    "tied 13": "z 4",
+    "z 4": "z 32",
+    "z 576": "z 32",
+}
+"""The same for SmolLM2; the other sizes of z are compared with the size that an expert has by default."""
+REAL_NAMES = {"trec": "TREC", "subj": "Subj"}
 COLOURS = {
     "z": "#0072b2",
     "band": "#56b4e9",
@@ -46,11 +61,9 @@ class Cells:
         """The mean accuracy on the other trained tasks, for each seed."""
         return [statistics.mean(o.values()) for o in self.values(task, kind, "others")]
 
-    def over(self, task: str, kind: str, peer: str) -> list[float]:
+    def over(self, task: str, kind: str, peer: str, key: str = "accuracy") -> list[float]:
         """The difference to a peer, seed by seed."""
-        of, to = (
-            {r["seed"]: r["accuracy"] for r in self.rows if (r["task"], r["kind"]) == (task, k)} for k in (kind, peer)
-        )
+        of, to = ({r["seed"]: r[key] for r in self.rows if (r["task"], r["kind"]) == (task, k)} for k in (kind, peer))
         return [of[seed] - to[seed] for seed in of if seed in to]
 
 
@@ -94,18 +107,50 @@ def forgotten(cells: Cells) -> str:
     return table(["kind", *(f"after {task}" for task in TASKS)], lines)
 
 
-def tuning(rows: Sequence[dict]) -> str:
-    """Accuracy by learning rate, on the validation problems of code."""
+def tuning(rows: Sequence[dict], kinds: Mapping[str, Sequence[float]], collapsed: Callable[[dict], bool]) -> str:
+    """Accuracy by learning rate, on validation problems, and how many of these runs collapsed."""
     chosen, lines = best_rates(rows), []
-    for kind, rates in KINDS.items():
-        found = {r["learning_rate"]: r["accuracy"] for r in rows if (r["kind"], r["split"]) == (kind, "validation")}
-        shown = [
-            f"{rate:g}: **{found[rate]:.3f}**" if rate == chosen[kind] else f"{rate:g}: {found[rate]:.3f}"
-            for rate in rates
-            if rate in found
-        ]
-        lines.append([kind, ", ".join(shown), sum(a < 0.1 for a in found.values())])
+    for kind in kinds:
+        found = [r for r in rows if (r["kind"], r["split"]) == (kind, "validation")]
+        shown = {r["learning_rate"]: f"{r['learning_rate']:g}: {r['accuracy']:.3f}" for r in found}
+        if found:
+            best = shown[chosen[kind]]
+            shown[chosen[kind]] = best.replace(" ", " **") + "**"
+            lines.append(
+                [kind, ", ".join(shown[rate] for rate in kinds[kind] if rate in shown), sum(map(collapsed, found))]
+            )
     return table(["kind", "rate: accuracy", "runs that collapsed"], lines)
+
+
+def real_gains(cells: Cells) -> str:
+    """What each kind buys on SmolLM2, and what is left of the other task."""
+    numbers = {r["kind"]: r["numbers"] for r in cells.rows}
+    tasks = beyond_real.TASKS
+    lines = []
+    for kind in (BASE, *sorted(set(numbers) - {BASE}, key=lambda k: (numbers[k], k))):
+        row = ["base model" if kind == BASE else kind, f"{numbers[kind]:,}"]
+        row += [spread(cells.values(t, kind)) for t in tasks] + [spread(cells.values(t, kind, "other")) for t in tasks]
+        shares = [r["most_common"] for t in tasks for r in cells.rows if (r["task"], r["kind"]) == (t, kind)]
+        seconds = [s for t in tasks for s in cells.values(t, kind, "train_cpu_seconds")]
+        lines.append([*row, f"{max(shares):.2f}", "-" if kind == BASE else f"{statistics.mean(seconds):.0f}"])
+    others = [f"SST-2 after {REAL_NAMES[t]}" for t in tasks]
+    return table(
+        ["kind", "numbers", *(REAL_NAMES[t] for t in tasks), *others, "most common answer", "CPU s to train"], lines
+    )
+
+
+def real_against(cells: Cells) -> str:
+    """The gain over z on SmolLM2, seed by seed."""
+    tasks = beyond_real.TASKS
+    lines = [
+        [kind, peer] + [signed(cells.over(task, kind, peer, key)) for key in ("accuracy", "other") for task in tasks]
+        for kind, peer in REAL_PEERS.items()
+        if cells.values("trec", kind) and cells.values("trec", peer)
+    ]
+    if not lines:
+        return "No other kind has three seeds yet."
+    others = [f"SST-2 after {REAL_NAMES[t]}" for t in tasks]
+    return table(["kind", "over", *(REAL_NAMES[t] for t in tasks), *others], lines)
 
 
 def draw_kinds(cells: Cells) -> None:
@@ -200,6 +245,19 @@ def facts(rows: Sequence[dict]) -> dict[str, str]:
     }
 
 
+def real_blocks(rows: Sequence[dict]) -> dict[str, str]:
+    """What the page says of SmolLM2: of what has three seeds."""
+    cells = Cells(rows)
+    counts = Counter((r["task"], r["kind"]) for r in cells.rows)
+    cells.rows = [r for r in cells.rows if r["kind"] == BASE or counts[r["task"], r["kind"]] >= 3]
+    blocks = {
+        "gains": real_gains(cells),
+        "against": real_against(cells),
+        "tuning": tuning(rows, beyond_real.KINDS, lambda row: row["most_common"] > 0.9),
+    }
+    return {f"real_{name}": text for name, text in (blocks | facts(rows)).items()}
+
+
 def main() -> None:
     plot.matplotlib.rcParams["svg.hashsalt"] = "t2kernels"
     plot.matplotlib.rcParams["svg.fonttype"] = "none"
@@ -207,8 +265,13 @@ def main() -> None:
     cells = Cells(rows)
     others = ", ".join(OTHERS)
     last = [r for r in sequence if r["stage"] == len(SEQUENCE)]
-    blocks = {"gains": gains(cells), "against": against(cells), "forgotten": forgotten(cells), "tuning": tuning(rows)}
-    page("beyond-z", blocks | {"others": others} | facts(rows))
+    blocks = {
+        "gains": gains(cells),
+        "against": against(cells),
+        "forgotten": forgotten(cells),
+        "tuning": tuning(rows, KINDS, lambda row: row["accuracy"] < 0.1),
+    }
+    page("beyond-z", blocks | {"others": others} | facts(rows) | real_blocks(read(RESULTS / "beyond_real.jsonl")))
     ways = {way: stages(sequence, way) for way in WAYS if any(r["way"] == way for r in sequence)}
     page("continual", ways | {"kept": kept(sequence), "router": router(sequence)} | facts(last))
     draw_kinds(cells)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from t2kernels import tasks, tiny
-from t2kernels.factors.factor import svd
+from t2kernels.factors.factor import Factor, svd
 from t2kernels.rollout.generation import Rollout
 from t2kernels.rollout.rewards import Scorer
 from t2kernels.train import ReinforceTrainer, SVFConfig
@@ -75,7 +75,9 @@ STEPS, PROMPTS = 50, 40
 class Change(nn.Module):
     """W [M, N] -> W', as a parametrisation of the weight of one linear layer."""
 
-    def __init__(self, kind: str, W: Tensor, shared: nn.Parameter | None, seed: torch.Generator) -> None:
+    def __init__(
+        self, kind: str, W: Tensor, shared: nn.Parameter | None, seed: torch.Generator, factor: Factor | None = None
+    ) -> None:
         super().__init__()
         name, size = kind.split()
         self.kind, self.size, self.on = name, int(size), True
@@ -89,8 +91,8 @@ class Change(nn.Module):
                 self.A = nn.Parameter(self.start.clone())
             self.p = nn.Parameter(made)
             return
-        k = TIED if name == "tied" else self.size
-        factor = svd(W, k)
+        k = min(TIED if name == "tied" else self.size, M, N)
+        factor = svd(W, k) if factor is None else factor.cut(k)
         self.register_buffer("U", factor.U)
         self.register_buffer("right", factor.sigma[:, None] * factor.V.t())  # [k, N]
         i, j = torch.meshgrid(torch.arange(k), torch.arange(k), indexing="ij")
@@ -107,28 +109,57 @@ class Change(nn.Module):
         if not self.on:
             return W
         if self.kind == "output":
-            return W * (1 + self.p.repeat_interleave(W.shape[0] // self.size))[:, None]
+            return W * self.scale(W.shape[0])[:, None]
+        B, A = self.pair()
+        return W + B @ A
+
+    def output(self, layer: nn.Linear, args: tuple[Tensor], y: Tensor) -> Tensor:
+        """A forward hook: y = x Wᵀ becomes x W'ᵀ. No W' is made, so no gradient of its size."""
+        if not self.on:
+            return y
+        if self.kind == "output":
+            return y * self.scale(y.shape[-1])
+        B, A = self.pair()
+        return y + (args[0] @ A.t()) @ B.t()
+
+    def scale(self, M: int) -> Tensor:
+        """1 + s of each output, [M]."""
+        return 1 + self.p.repeat_interleave(M // self.size)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(B [M, k], A [k, N]) with W' = W + B A."""
         if self.kind == "lora":
-            return W + self.p @ self.A
+            return self.p, self.A
         numbers = self.mix @ self.p if self.kind == "tied" else self.p
         if self.kind == "z":
-            return W + (self.U * numbers) @ self.right
+            return self.U * numbers, self.right
         k = self.U.shape[1]
-        return W + self.U @ self.U.new_zeros(k, k).index_put(tuple(self.where), numbers) @ self.right
+        return self.U @ self.U.new_zeros(k, k).index_put(tuple(self.where), numbers), self.right
 
 
-def change(model: nn.Module, kind: str, seed: int) -> list[Change]:
-    """Freeze the model and put a change at every linear layer of its blocks."""
+def change(model: nn.Module, kind: str, seed: int, factors: Sequence[Factor] | None = None) -> list[Change]:
+    """Freeze the model and put a change at every linear layer of its blocks.
+
+    factors: of each of these layers, for a model whose W' is not to be made: the changes act on the layers' outputs
+    """
     model.requires_grad_(False)
     name, size = kind.split()
     shared = nn.Parameter(torch.zeros(int(size))) if name == "tied" else None
     generator = torch.Generator().manual_seed(seed)
     out = []
-    for module in model.model.layers.modules():
-        if type(module) is nn.Linear:
-            out.append(Change(kind, module.weight.detach(), shared, generator))
+    for at, module in enumerate(linear_layers(model)):
+        out.append(Change(kind, module.weight.detach(), shared, generator, factors and factors[at]))
+        if factors is None:
             parametrize.register_parametrization(module, "weight", out[-1])
+        else:
+            module.add_module("change", out[-1])
+            module.register_forward_hook(out[-1].output)
     return out
+
+
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers of the blocks."""
+    return [module for module in model.model.layers.modules() if type(module) is nn.Linear]
 
 
 class ChangeTrainer(ReinforceTrainer):

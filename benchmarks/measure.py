@@ -144,9 +144,9 @@ def _without_places(arguments: Sequence[str]) -> list[str]:
     """A command line without where its files lie, which changes no number."""
     kept, skip = [], False
     for a in arguments:
-        if not skip and a not in ("--out", "--cache", "--extension"):
+        if not skip and a not in ("--out", "--cache", "--extension", "--data"):
             kept.append(a)
-        skip = a in ("--out", "--cache", "--extension")
+        skip = a in ("--out", "--cache", "--extension", "--data")
     return kept
 
 

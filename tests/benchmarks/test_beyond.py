@@ -61,6 +61,94 @@ def test_a_change_against_fp64(beyond, kind, shape):
     assert change(W) is W
 
 
+@pytest.mark.parametrize("kind", ["z 128", "band 9", "core 9", "tied 5", "output 16", "lora 3"])
+def test_a_change_of_outputs_is_the_change_of_the_weight(beyond, kind):
+    """As a hook, with given factors: the same logits and gradients as with W'. More components than there are: all."""
+    ids, found = torch.randint(1, 40, (3, 9)), []
+    for hooked in (False, True):
+        model, _ = t2.tiny.load()
+        factors = [svd(layer.weight) for layer in beyond.linear_layers(model)]
+        changes = beyond.change(model, kind.replace("128", "999") if hooked else kind, 7, factors if hooked else None)
+        generator = torch.Generator().manual_seed(1)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(torch.randn(p.shape, generator=generator) / 20)
+        logits = model(ids).logits
+        logits.logsumexp(-1).sum().backward()
+        found.append((logits.detach(), torch.cat([p.grad.flatten() for p in parameters])))
+        for one in changes:
+            one.on = False
+        base, _ = t2.tiny.load()
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, base(ids).logits)
+            assert not torch.allclose(base(ids).logits, logits, atol=1e-2)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=1e-3)
+    assert (found[1][1] - found[0][1]).norm() < 1e-3 * found[0][1].norm()
+
+
+def test_a_prefix_that_is_read_once_changes_no_number(beyond):
+    """Logits of the last tokens and gradients: with padding on the left, with none, and with rows that are alike."""
+    import beyond_real
+
+    model, _ = t2.tiny.load()
+    changes = beyond.change(model, "output 16", 0, [svd(layer.weight) for layer in beyond.linear_layers(model)])
+    lengths = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, y: lengths.append(y.shape[:2]))
+
+    def gradient(ids, mask):
+        model.zero_grad()
+        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+        logits = model(input_ids=ids, logits_to_keep=1, **inputs).logits
+        logits[..., :9].sum().backward()
+        return logits.detach(), torch.cat([change.p.grad for change in changes])
+
+    for pads in ((0, 2, 5), (0, 0, 0)):
+        ids = torch.randint(1, 40, (3, 20))
+        ids[:, :8], ids[1, 8] = ids[0, :8], ids[0, 8] + 1
+        mask = torch.ones_like(ids)
+        for row, pad in enumerate(pads):
+            ids[row] = ids[row].roll(pad)
+            mask[row, :pad] = 0
+        expected = gradient(ids, mask)
+        lengths.clear()
+        with beyond_real.sharing(model):
+            found = gradient(ids, mask)
+            assert lengths == [(1, 8), (3, 12)]
+            with torch.no_grad():  # nothing is shared without gradients
+                assert torch.equal(model(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+            assert lengths[2:] == [(3, 20)] * 2
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    alike = torch.randint(1, 40, (1, 6)).expand(2, 6)
+    with beyond_real.sharing(model):
+        found = gradient(alike, torch.ones_like(alike))
+    torch.testing.assert_close(found, gradient(alike, torch.ones_like(alike)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_kind_gets_its_rates_and_then_its_seeds(beyond):
+    import beyond_real
+
+    rows = []
+
+    def done(cell, accuracy=0.5):
+        names = ("task", "kind", "seed", "learning_rate", "split")
+        rows.append(dict(zip(names, cell, strict=False)) | {"accuracy": accuracy})
+
+    for task in ("trec", "subj"):
+        done(beyond_real.cells(rows, "z 4", ["trec", "subj"], [0])[0])
+        assert rows[-1]["kind"] == "base"
+        assert rows[-1]["task"] == task
+    for rate in beyond_real.KINDS["z 4"]:
+        cell = beyond_real.cells(rows, "z 4", ["trec", "subj"], [0])[0]
+        assert cell[:5] == ("trec", "z 4", beyond_real.TUNING_SEED, rate, "validation")
+        done(cell, rate)
+    best = beyond_real.KINDS["z 4"][1]
+    waiting = beyond_real.cells(rows, "z 4", ["trec", "subj"], [0, 1])
+    assert [cell[:4] for cell in waiting] == [(t, "z 4", s, best) for s in (0, 1) for t in ("trec", "subj")]
+    done(waiting[0])
+    assert beyond_real.cells(rows, "z 4", ["trec", "subj"], [0, 1]) == waiting[1:]
+
+
 def test_the_kind_z_is_an_expert_of_the_library(beyond):
     """The same numbers as an expert in the bank give the same logits."""
     (model, tokenizer), (patched, _) = t2.tiny.load(), t2.tiny.load()
