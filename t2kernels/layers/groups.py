@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from t2kernels.ops.dispatch import expand, fuses_swiglu, shrink, swiglu
+from t2kernels.ops.dispatch import adds_in_place, device_of, expand, fuses_swiglu, plan, shrink, swiglu
 from t2kernels.ops.joint import can_join, join
 from t2kernels.ops.op import call, call_group
 from t2kernels.ops.prepared import Prepared
@@ -140,10 +140,12 @@ class Group:
         weights, biases = [p["weight"] for p in held], [p["bias"] for p in held]
         if not can_join(x, op.V, weights, biases):
             return None
+        ids = route.fit(x.shape[:-1]).cpu()
+        if not adds_in_place(plan(x, op.V, op.Us, ids, base=True, grad=True).impl, device_of(x.device)):
+            return None
         tables = [m.table() for m in self.layers] if layer.routing.training else [op.scale]
         scale = tables[0] if len(tables) == 1 else torch.cat(tables, 1)
-        ids = route.fit(x.shape[:-1])
-        ys = join(x, op.V, op.Us, scale, ids if ids.is_cpu else ids.cpu(), weights, biases)
+        ys = join(x, op.V, op.Us, scale, ids, weights, biases)
         made = dict(zip(self.layers, ys, strict=True))
         y = made.pop(layer)
         if made:
