@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, help="of every arm; by default each arm's own")
-    parser.add_argument("--loss", default=SVFConfig.policy_loss, choices=["expected", "log"], help="policy_loss")
+    parser.add_argument("--loss", default="log", choices=["expected", "log"], help="policy_loss")
     parser.add_argument("--n", type=int, default=400, help="at most so many test rows")
     parser.add_argument("--save", type=Path, metavar="DIR", help="where to put the experts, for real_adapt.py")
     parser.add_argument("--out", type=Path, default=RESULTS / "real.jsonl")

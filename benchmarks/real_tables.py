@@ -13,6 +13,7 @@ from t2kernels.adapt.few_shot import CAUTION_OF_OPTIONS, is_better
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "explanation" / "real-models.md"
+LOSSES = {"expected": "-E[r]", "log": "-log E[r]"}
 NAMES = {
     "trec": "TREC, 5 classes",
     "sst2": "SST-2",
@@ -35,9 +36,9 @@ def trained(rows: list[dict]) -> str:
     """Each task and arm, over seeds."""
     cells = defaultdict(list)
     for row in rows:
-        cells[row["task"], row["arm"], row["learning_rate"], row["steps"] * row["batch"]].append(row)
+        cells[row["task"], row["arm"], loss(row), row["learning_rate"], row["steps"] * row["batch"]].append(row)
     lines = []
-    for (task, arm, lr, seen), found in sorted(
+    for (task, arm, kind, lr, seen), found in sorted(
         cells.items(), key=lambda item: (list(NAMES).index(item[0][0]), item[0][1:])
     ):
         base = found[0]["base_accuracy"]
@@ -46,6 +47,7 @@ def trained(rows: list[dict]) -> str:
             [
                 NAMES[task],
                 arm,
+                LOSSES[kind],
                 f"{found[0]['numbers']:,}",
                 lr,
                 seen,
@@ -56,11 +58,13 @@ def trained(rows: list[dict]) -> str:
                 f"{100 * max(r['standard_error'] for r in found):.1f}",
                 f"{gain:+.1f}",
                 f"{statistics.mean(r['written'][1] for r in found):.2f}",
+                sum(map(one_label, found)),
             ]
         )
     head = [
         "task",
         "arm",
+        "loss",
         "numbers",
         "rate",
         "rows seen",
@@ -71,15 +75,26 @@ def trained(rows: list[dict]) -> str:
         "SE of one",
         "gain",
         "written",
+        "in one label",
     ]
     return table(head, lines)
 
 
-def gains(rows: list[dict]) -> str:
-    """The gain of SVF experts over the base model, task by task, in points."""
+def loss(row: dict) -> str:
+    """The `policy_loss` of a run; rows from before it could be chosen do not have it."""
+    return row.get("loss", "expected")
+
+
+def one_label(row: dict) -> bool:
+    """Whether a run ended in one label for nearly all texts."""
+    return row["same_text"] > 0.95
+
+
+def gains(rows: list[dict], kind: str) -> str:
+    """The gain of SVF experts of this loss over the base model, task by task, in points."""
     found = defaultdict(list)
     for row in rows:
-        if row["arm"].startswith("svf"):
+        if row["arm"].startswith("svf") and loss(row) == kind:
             found[row["task"]].append(100 * (row["accuracy"] - row["base_accuracy"]))
     return ", ".join(
         f"{NAMES[task].partition(',')[0]} {statistics.mean(values):+.0f}" for task, values in found.items()
@@ -176,7 +191,9 @@ def main() -> None:
     real, adapt = read("real.jsonl"), read("real_adapt.jsonl")
     blocks = {
         "trained": trained(real),
-        "gains": gains(real) + " points",
+        "gains-expected": gains(real, "expected"),
+        "gains-log": gains(real, "log"),
+        "collapsed": f"{sum(map(one_label, real))} of {len(real)}",
         "routed": routed(adapt),
         "few-shot": few_shot(adapt),
         "decisions": decisions(adapt),

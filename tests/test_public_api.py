@@ -145,7 +145,7 @@ OPTIONS = {
     "demo": "--quick",
     "train": (
         "--task/-t=math --classes --out/-o --model/-m=tiny --chat/--no-chat --system --check --sft --init --steps "
-        "--batch --samples=1 --advantage=none --loss-type=sum --policy-loss=expected --written=0.02 --lr "
+        "--batch --samples=1 --advantage=none --loss-type=sum --policy-loss --written=0.02 --lr "
         "--kl --loss-batch=32 --temperature=1.0 --rollout=transformers --max-staleness=0 --param=raw --seed=0 "
         "--max-new-tokens --eval-every=10 "
         "--validation=128 --history --plot --report-to -n=1000 --checkpoints --targets=all --rank=auto --form=auto "

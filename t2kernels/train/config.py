@@ -272,9 +272,11 @@ class SVFConfig(TrainingArguments):
         """The settings for tasks with check="choice". `changes` replace single settings.
 
         The gradient is exact there, so small batches do: 60 steps of 32 prompts at a learning rate of .01. No KL: it
-        would hold the choice to that of the base model, which is often one label for every text.
+        would hold the choice to that of the base model, which is often one label for every text. The loss is
+        -log E[r]: the gradient of -E[r] vanishes where the policy is sure of one label, and a run may end there.
         """
         settings = {"max_steps": 60, "per_device_train_batch_size": 32, "learning_rate": 0.01, "kl_coef": 0.0}
+        settings |= {"policy_loss": "log"}
         return cls(output_dir, **{**settings, **changes})
 
     @classmethod

@@ -11,6 +11,7 @@ import t2kernels as t2
 from t2kernels.tasks import Task
 from t2kernels.tiny.tokenizer import build
 from t2kernels.train import SVFConfig, SVFTrainer
+from t2kernels.train.policy.options import options_loss
 
 TOKENIZER = build()
 ROWS = [{"prompt": p, "answer": a} for p, a in (("1+2=", "b"), ("12+7=", "a"), ("a", "b"), ("x(abc)=", "a"))]
@@ -178,3 +179,13 @@ def test_the_recipe_for_choices(tmp_path):
     config = SVFConfig.choices(str(tmp_path), max_steps=7)
     found = (config.max_steps, config.per_device_train_batch_size, config.learning_rate, config.kl_coef)
     assert found == (7, 32, 0.01, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("expected", 0.0, 1e-9), (SVFConfig.choices().policy_loss, 0.99, 1.0)]
+)
+def test_the_loss_of_choices_moves_a_policy_that_is_sure_of_a_wrong_option(kind, low, high):
+    sums = torch.tensor([[30.0, 0.0]], requires_grad=True)
+    loss, _ = options_loss(sums.log_softmax(1), torch.tensor([[0.0, 1.0]]), torch.ones(1), kind=kind)
+    (grad,) = torch.autograd.grad(loss, sums)
+    assert low <= grad[0, 0] <= high

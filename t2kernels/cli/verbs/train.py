@@ -59,7 +59,9 @@ def train(
         help="Advantages: none, batch, or with --samples group, grpo or leave_one_out (docs/reference/training.md).",
     ),
     loss_type: str = typer.Option("sum", help="What a token counts: sum, grpo, dapo or dr_grpo."),
-    policy_loss: str = typer.Option("expected", help="With --check choice: expected, -E[r], or log, -log E[r]."),
+    policy_loss: str = typer.Option(
+        None, help="With --check choice: log, -log E[r], or expected, -E[r].  \\[default: log]", show_default=False
+    ),
     written: float = typer.Option(0.02, help="With --check choice: weight of -log P(any option is written)."),
     lr: float = typer.Option(None, help=f"Adam's learning rate.  {RECIPE.format('.02', '.01')}", show_default=False),
     kl: float = typer.Option(
@@ -153,6 +155,7 @@ def train(
     out.print(f"[dim]{bank.describe()}[/]")
     start, log = time.perf_counter(), history or into.parent / f"{into.stem}.history.jsonl"
     own = {"max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": lr, "kl_coef": kl}
+    own["policy_loss"] = policy_loss
     settings: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
     if rollout == "vllm" and factors and Path(factors).is_dir():
         settings["rollout_options"] = {"factors": factors}
@@ -174,7 +177,6 @@ def train(
             num_generations=samples,
             advantage=advantage,
             loss_type=loss_type,
-            policy_loss=policy_loss,
             written_coef=written,
             loss_batch_size=loss_batch,
             temperature=temperature,
