@@ -4,24 +4,20 @@
 
 For each kind: two learning rates on one seed and validation rows of TREC, then every task and seed at the better rate.
 DIR holds trec.csv, subj.csv and sst2.csv with text, label and split. The model and the recipe are those of real.py: a
-softmax over the options, the exact gradient of the expected reward, `SVFConfig.choices`, but in 12 steps of 16 rows. An
-expert is learned on TREC or Subj, and judged on it and on SST-2, by the likeliest option. A row for each run is
-appended to benchmarks/results/beyond_real.jsonl. `beyond_pages.py` makes the page.
-
-The prompts of a batch differ in their last third. In training, what they have in common is read once (`sharing`), which
-changes no number and halves the time.
+softmax over the options, exact gradients, `SVFConfig.choices`, but in 30 steps of 16 rows. An expert is learned on TREC
+or Subj, and judged on it and on SST-2, by the likeliest option. A row for each run is appended to
+benchmarks/results/beyond_real.jsonl. `beyond_pages.py` makes the page.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import gc
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,14 +27,12 @@ from beyond_z import BASE, ChangeTrainer, best_rates, change, linear_layers
 from measure import RESULTS, append, machine
 from paper import read
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from t2kernels import tasks
 from t2kernels.cli import models
 from t2kernels.factors.factor import Factor, svd
 from t2kernels.patching.gguf import unmark
 from t2kernels.rollout.chat import prompt_form
-from t2kernels.rollout.generation import cache_argument
 from t2kernels.rollout.rewards import Scorer
 from t2kernels.tasks import Task
 from t2kernels.train import SVFConfig
@@ -65,50 +59,13 @@ LONGEST = {"trec": 60, "subj": 90, "sst2": 70}
 """{task: characters of the longest text that is used}: it leaves 200 test rows, and short runs."""
 TASKS, OTHER = ("trec", "subj"), "sst2"
 TUNING_SEED = 100
-STEPS, BATCH, COUNT, COUNT_OTHER = 12, 16, 200, 100
-
-
-@contextlib.contextmanager
-def sharing(model: nn.Module) -> Iterator[None]:
-    """Inside the block, a forward with gradients reads the common first tokens of its rows once, gradients included.
-
-    Its hidden states then begin after those tokens.
-    """
-    inner, forward = model.model, model.model.forward
-
-    def shared(input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Any = None, **rest: Any) -> Any:
-        B, L = input_ids.shape
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        pads = L - mask.sum(1)
-        rows = [row[pad:].tolist() for row, pad in zip(input_ids, pads.tolist(), strict=True)]
-        P = next((at for at, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), L)
-        P = min(P, min(map(len, rows)) - 1)
-        if not torch.is_grad_enabled() or P < 1 or B < 2:
-            return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **rest)
-        cache = DynamicCache(config=model.config)
-        rest |= {cache_argument(): cache, "use_cache": True}
-        forward(torch.tensor([rows[0][:P]], device=input_ids.device), **rest)
-        cache.batch_repeat_interleave(B)
-        own = torch.arange(P, L, device=input_ids.device) >= pads[:, None] + P  # the rest begins with the padding
-        at = (torch.arange(P, L, device=input_ids.device) - pads[:, None]).clamp(min=0)
-        seen = torch.cat([mask.new_ones(B, P), own.to(mask.dtype)], 1)
-        return forward(input_ids[:, P:], attention_mask=seen, position_ids=at, **rest)
-
-    inner.forward = shared
-    try:
-        yield
-    finally:
-        del inner.forward
+STEPS, BATCH, COUNT, COUNT_OTHER = 30, 16, 200, 100
 
 
 class OptionTrainer(ChangeTrainer):
     """Trains changes on tasks that are answered by options, and keeps what `evaluate` answered."""
 
     answered: list[str] | None = None
-
-    def options_loss(self, model: nn.Module, inputs: Any) -> Tensor:
-        with sharing(model):
-            return super().options_loss(model, inputs)
 
     def score(self, rows: Sequence, completions: Sequence, completion_ids: Any = None) -> Tensor:
         if self.answered is not None:
@@ -153,7 +110,6 @@ def prepare(base: Base, task: Task, kind: str, seed: int, rate: float, steps: in
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=32,  # less padding
         learning_rate=rate,
-        loss_batch_size=None,  # all rows share their prefix
         use_cpu=True,
         report_to="none",
         logging_steps=1,

@@ -322,6 +322,16 @@ def of_training_turns(rows: list[dict]) -> str:
     return markdown(head.split("|"), lines)
 
 
+def of_shared_prefix(rows: list[dict]) -> str:
+    lines = [
+        [r["batch"], r["rows"], r["tokens"], r["tokens_read"], f"{r['whole_s']:.1f}", f"{r['shared_s']:.1f}",
+         f"{r['ratio']:.2f}"]
+        for r in rows
+    ]  # fmt: skip
+    head = "batch|rows|tokens|tokens read with shared prefixes|whole rows, s|shared, s|ratio"
+    return markdown(head.split("|"), lines)
+
+
 def of_training(rows: list[dict]) -> str:
     peer = {r["subject"]: r["step_s"] for r in rows if r["arm"].startswith("PEFT")}
     lines = (
@@ -423,6 +433,7 @@ TABLES = {
     "experts": of_experts,
     "training": of_training,
     "training_turns": of_training_turns,
+    "shared_prefix": of_shared_prefix,
     "decomposition": of_decomposition,
     "rl": of_rl,
 }

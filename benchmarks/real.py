@@ -63,11 +63,12 @@ def load(name: str, tokenizer: Any) -> Task:
 
 def run(
     file: str, arm: str, seed: int, steps: int, batch: int, rate: float, count: int, name: str, folder: Path | None,
-    loss: str,
+    loss: str, written: float | None,
 ) -> dict:  # fmt: skip
     """One run: a fresh model, judged, trained and judged again. Returns what was measured.
 
     folder: where its expert is saved, as TASK-SEED.safetensors; None: nowhere. LoRA is not saved.
+    written: written_coef of the loss; None: that of `SVFConfig.choices`
     """
     loaded = models.load(name)
     task = load(file, loaded.tokenizer)
@@ -79,6 +80,7 @@ def run(
         per_device_train_batch_size=batch,
         learning_rate=rate,
         policy_loss=loss,
+        **({} if written is None else {"written_coef": written}),
         use_cpu=True,
         report_to="none",
         logging_steps=1,
@@ -101,6 +103,7 @@ def run(
         "batch": batch,
         "learning_rate": rate,
         "loss": loss,
+        "written_coef": config.written_coef,
         "N": len(test),
         "base_accuracy": round(before["eval_accuracy"], 4),
         "accuracy": round(after["eval_accuracy"], 4),
@@ -124,6 +127,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, help="of every arm; by default each arm's own")
     parser.add_argument("--loss", default="log", choices=["expected", "log"], help="policy_loss")
+    parser.add_argument("--written", type=float, help="written_coef; by default that of SVFConfig.choices")
     parser.add_argument("--n", type=int, default=400, help="at most so many test rows")
     parser.add_argument("--save", type=Path, metavar="DIR", help="where to put the experts, for real_adapt.py")
     parser.add_argument("--out", type=Path, default=RESULTS / "real.jsonl")
@@ -136,7 +140,7 @@ def main() -> None:
             for seed in arguments.seeds:
                 rate = arguments.lr or RATES[arm]
                 sizes = arguments.steps, arguments.batch, rate, arguments.n
-                row = run(file, arm, seed, *sizes, arguments.model, arguments.save, arguments.loss)
+                row = run(file, arm, seed, *sizes, arguments.model, arguments.save, arguments.loss, arguments.written)
                 append(arguments.out, row | facts)
                 rows.append(row)
     for row in rows:

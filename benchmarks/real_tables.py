@@ -13,6 +13,8 @@ from t2kernels.adapt.few_shot import CAUTION_OF_OPTIONS, is_better
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "explanation" / "real-models.md"
+STEPS = 60
+"""Steps of a run of full length; shorter ones compare learning rates."""
 LOSSES = {"expected": "-E[r]", "log": "-log E[r]"}
 NAMES = {
     "trec": "TREC, 5 classes",
@@ -33,14 +35,12 @@ def rate(values: list[float]) -> str:
 
 
 def trained(rows: list[dict]) -> str:
-    """Each task and arm, over seeds."""
+    """Each task, arm and loss, over seeds, of the runs of full length."""
     cells = defaultdict(list)
-    for row in rows:
-        cells[row["task"], row["arm"], loss(row), row["learning_rate"], row["steps"] * row["batch"]].append(row)
+    for row in whole_runs(rows):
+        cells[row["task"], row["arm"], loss(row), row.get("written_coef", 0.02), row["learning_rate"]].append(row)
     lines = []
-    for (task, arm, kind, lr, seen), found in sorted(
-        cells.items(), key=lambda item: (list(NAMES).index(item[0][0]), item[0][1:])
-    ):
+    for (task, arm, kind, written, lr), found in sorted(cells.items(), key=lambda item: by_task(item[0])):
         base = found[0]["base_accuracy"]
         gain = 100 * (statistics.mean(r["accuracy"] for r in found) - base)
         lines.append(
@@ -48,9 +48,9 @@ def trained(rows: list[dict]) -> str:
                 NAMES[task],
                 arm,
                 LOSSES[kind],
+                written,
                 f"{found[0]['numbers']:,}",
                 lr,
-                seen,
                 len(found),
                 found[0]["N"],
                 f"{100 * base:.1f}",
@@ -59,15 +59,16 @@ def trained(rows: list[dict]) -> str:
                 f"{gain:+.1f}",
                 f"{statistics.mean(r['written'][1] for r in found):.2f}",
                 sum(map(one_label, found)),
+                f"{statistics.mean(r['cpu_seconds'] for r in found):.0f}",
             ]
         )
     head = [
         "task",
         "arm",
         "loss",
+        "writing",
         "numbers",
         "rate",
-        "rows seen",
         "seeds",
         "N",
         "base",
@@ -76,8 +77,32 @@ def trained(rows: list[dict]) -> str:
         "gain",
         "written",
         "in one label",
+        "CPU s",
     ]
     return table(head, lines)
+
+
+def rates(rows: list[dict]) -> str:
+    """The short runs, of which the best gave LoRA its learning rate: accuracy of each rate."""
+    cells: dict[tuple, dict[float, float]] = defaultdict(dict)
+    for row in rows:
+        if row["steps"] < STEPS:
+            cells[row["task"], row["arm"], row["steps"], row["N"]][row["learning_rate"]] = row["accuracy"]
+    tried = sorted({rate for found in cells.values() for rate in found})
+    lines = [
+        [NAMES[key[0]], *key[1:], *(f"{100 * found[r]:.1f}" if r in found else "" for r in tried)]
+        for key, found in sorted(cells.items(), key=lambda item: by_task(item[0]))
+    ]
+    return table(["task", "arm", "steps", "N", *(f"rate {rate:g}" for rate in tried)], lines)
+
+
+def whole_runs(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["steps"] >= STEPS]
+
+
+def by_task(key: tuple) -> tuple:
+    """The order of the lines of a table."""
+    return (list(NAMES).index(key[0]), *key[1:])
 
 
 def loss(row: dict) -> str:
@@ -90,22 +115,31 @@ def one_label(row: dict) -> bool:
     return row["same_text"] > 0.95
 
 
-def gains(rows: list[dict], kind: str) -> str:
-    """The gain of SVF experts of this loss over the base model, task by task, in points."""
+def gains(rows: list[dict], kind: tuple[str, float]) -> str:
+    """The gain of SVF experts of this loss and written_coef over the base model, task by task, in points."""
     found = defaultdict(list)
-    for row in rows:
-        if row["arm"].startswith("svf") and loss(row) == kind:
+    for row in whole_runs(rows):
+        if row["arm"].startswith("svf") and (loss(row), row.get("written_coef", 0.02)) == kind:
             found[row["task"]].append(100 * (row["accuracy"] - row["base_accuracy"]))
     return ", ".join(
         f"{NAMES[task].partition(',')[0]} {statistics.mean(values):+.0f}" for task, values in found.items()
     )
 
 
+def collapsed(rows: list[dict]) -> str:
+    """How many whole runs of each loss ended in one label, over both arms."""
+    found = defaultdict(list)
+    for row in whole_runs(rows):
+        found[LOSSES[loss(row)]].append(one_label(row))
+    return ", ".join(f"{sum(ends)} of {len(ends)} with {name}" for name, ends in found.items())
+
+
 def latest(rows: list[dict], part: str) -> list[dict]:
-    """The rows of a part over the most experts: a run over more of them replaces what was measured before."""
+    """The rows of a part over the most experts, of the last commit that measured it."""
     found = [r for r in rows if r["part"] == part]
     most = max(len(r["experts"]) for r in found)
-    return [r for r in found if len(r["experts"]) == most]
+    found = [r for r in found if len(r["experts"]) == most]
+    return [r for r in found if r["commit"] == found[-1]["commit"]]  # other experts, of another recipe, came before
 
 
 def routed(rows: list[dict]) -> str:
@@ -191,15 +225,16 @@ def main() -> None:
     real, adapt = read("real.jsonl"), read("real_adapt.jsonl")
     blocks = {
         "trained": trained(real),
-        "gains-expected": gains(real, "expected"),
-        "gains-log": gains(real, "log"),
-        "collapsed": f"{sum(map(one_label, real))} of {len(real)}",
+        "rates": rates(real),
+        "gains-expected": gains(real, ("expected", 0.02)),
+        "gains-log": gains(real, ("log", 0.1)),
+        "collapsed": collapsed(real),
         "routed": routed(adapt),
         "few-shot": few_shot(adapt),
         "decisions": decisions(adapt),
         "averages": averages(adapt),
         "machine": ", ".join(dict.fromkeys(r["machine"].split(",")[0] for r in real + adapt)),
-        "seconds": f"{statistics.mean(r['cpu_seconds'] for r in real if r['arm'].startswith('svf')):.0f}",
+        "seconds": f"{statistics.mean(r['cpu_seconds'] for r in whole_runs(real) if r['arm'].startswith('svf') and 'written_coef' in r):.0f}",
     }
     text = (HERE / "real-models.md.in").read_text()
     for key, block in blocks.items():

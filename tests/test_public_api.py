@@ -88,9 +88,9 @@ NAMES = {
             "output_dir=None, parametrisation='raw', max_new_tokens=None, num_generations=1, temperature=1.0, "
             "reward_range=<factory>, advantage='none', advantage_clip=None, kl_coef=0.05, "
             "kl_direction='reverse', loss_type='sum', num_iterations=1, clip=None, policy_loss='expected', "
-            "written_coef=0.02, supervised=False, loss_batch_size=32, loss_memory=None, logits_memory=268435456, "
-            "keep_best=False, history=None, rollout='transformers', rollout_options=None, max_staleness=0, "
-            "importance_cap=2.0"
+            "written_coef=0.02, supervised=False, loss_batch_size=32, loss_memory=None, share_prefix=True, "
+            "logits_memory=268435456, keep_best=False, history=None, rollout='transformers', "
+            "rollout_options=None, max_staleness=0, importance_cap=2.0"
         ),
         "SVFTrainer": (
             "model, args=None, train_dataset=None, eval_dataset=None, reward=None, experts=None, "
@@ -145,7 +145,7 @@ OPTIONS = {
     "demo": "--quick",
     "train": (
         "--task/-t=math --classes --out/-o --model/-m=tiny --chat/--no-chat --system --check --sft --init --steps "
-        "--batch --samples=1 --advantage=none --loss-type=sum --policy-loss --written=0.02 --lr "
+        "--batch --samples=1 --advantage=none --loss-type=sum --policy-loss --written --lr "
         "--kl --loss-batch=32 --temperature=1.0 --rollout=transformers --max-staleness=0 --param=raw --seed=0 "
         "--max-new-tokens --eval-every=10 "
         "--validation=128 --history --plot --report-to -n=1000 --checkpoints --targets=all --rank=auto --form=auto "

@@ -17,7 +17,7 @@ from t2kernels.rollout.chat import AnyPrompt, as_completion
 from t2kernels.rollout.generation import Rollout, Sampler, completion_logits, log_probs
 from t2kernels.rollout.labels import equally_sharp, likeliest, normalised, option_log_likelihoods
 from t2kernels.rollout.patched import bank_of
-from t2kernels.rollout.prefix import forward, hoist, prefill
+from t2kernels.rollout.prefix import forward, hoist, prefill, window_of
 from t2kernels.rollout.rewards import Reward, Scorer, is_task
 from t2kernels.tasks.judging import CHOICE
 
@@ -97,8 +97,9 @@ class Examples:
         self.prefix: Tensor
         self.ids: Tensor
         self.mask: Tensor
-        self.prefix, self.ids, self.mask = hoist(ids, mask)
         self.gold: tuple[Tensor, Tensor] | None = None if gold is None else self._encode_gold(gold)
+        after = max(max_new_tokens, 0 if self.gold is None else self.gold[0].shape[1])
+        self.prefix, self.ids, self.mask = hoist(ids, mask, window_of(model) - after)
 
     def __len__(self) -> int:
         return len(self.rows)

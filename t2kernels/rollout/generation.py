@@ -288,7 +288,7 @@ def forward_inputs(model: nn.Module, ids: Tensor, mask: Tensor, keep: int, cache
     keep: how many last logits to compute, 0 for all
     """
     known = 0 if cache is None else cache.get_seq_length()
-    accepted = _forward_arguments(model)
+    accepted = forward_arguments(model)
     inputs: dict[str, Any] = {"input_ids": ids[:, known:], "attention_mask": mask}
     if "position_ids" in accepted:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, known:]
@@ -307,7 +307,8 @@ def cache_argument() -> str:
     return "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
-def _forward_arguments(model: nn.Module) -> set[str]:
+def forward_arguments(model: nn.Module) -> set[str]:
+    """The names of the arguments of a model's forward, without what wraps the model."""
     while hasattr(model, "module"):  # DistributedDataParallel
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT

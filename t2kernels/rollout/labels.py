@@ -16,7 +16,7 @@ from t2kernels import InputError
 
 from .chat import AnyPrompt, render
 from .generation import log_probs
-from .prefix import forward, hoist, prefill
+from .prefix import common_start, forward, hoist, prefill, window_of
 
 MEMORY = 2**28
 """Bytes of fp32 logits of a batch of options. Larger batches were not faster on a CPU."""
@@ -33,16 +33,8 @@ def split_labels(labels: Sequence[Sequence[int]]) -> tuple[list[int], list[list[
 
     The common tokens do not tell the labels apart, so they can be read as part of the prompt.
     """
-    common = _common(labels, min(map(len, labels)) - 1)
+    common = common_start(labels, min(map(len, labels)) - 1)
     return list(labels[0][:common]), [list(label[common:]) for label in labels]
-
-
-def _common(rows: Sequence[Sequence[int]], most: int) -> int:
-    """How many tokens all rows start with, at most `most`."""
-    count = 0
-    while count < most and len({row[count] for row in rows}) == 1:
-        count += 1
-    return count
 
 
 def encode_options(
@@ -70,7 +62,7 @@ def encode_options(
     for i, some in enumerate(options):
         alone, *wholes = ids[start : start + 1 + len(some)]
         start += 1 + len(some)
-        common = _common([alone, *wholes], min(len(alone), *(len(whole) - 1 for whole in wholes)))
+        common = common_start([alone, *wholes], min(len(alone), *(len(whole) - 1 for whole in wholes)))
         if not common:
             raise InputError(f"prompt {i} is {texts[i]!r:.40}: wanted at least one token before its options")
         contexts.append(list(alone[:common]))
@@ -180,9 +172,10 @@ def _score(
     model: nn.Module, ids: Tensor, mask: Tensor, options: Sequence[Sequence[Sequence[int]]], expert_ids: Tensor | None
 ) -> list[Tensor]:
     """The summed log-probability of each option of each row. ids, mask: [B, S], left-padded; options: [B] lists."""
-    prefix, ids, mask = hoist(ids, mask)
     counts = torch.tensor([len(some) for some in options])
     flat = [option for some in options for option in some]
+    longest = max(map(len, flat))
+    prefix, ids, mask = hoist(ids, mask, window_of(model) - longest)
     owner = torch.arange(len(options)).repeat_interleave(counts)  # [sum L], the row of each option
     first = torch.tensor([option[0] for option in flat]).to(ids.device)
     at = owner.to(ids.device)
@@ -198,7 +191,6 @@ def _score(
             cache.batch_select_indices(reader)
         logits, cache = forward(model, ids, mask, cache, keep=1, **route)
         sums = log_probs(logits[:, -1])[at, first]
-        longest = max(map(len, flat))
         if longest > 1:
             tokens = torch.zeros(len(flat), longest, dtype=ids.dtype)
             for i, option in enumerate(flat):

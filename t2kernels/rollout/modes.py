@@ -64,7 +64,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Freeze every weight. After the block requires_grad, the modes and gradient checkpointing are as before."""
     grads = {p: p.requires_grad for p in model.parameters()}
-    checkpointing = _checkpoints(model)
+    checkpointing = recomputes_activations(model)
     model.requires_grad_(False)
     try:
         with restored_mode(model):
@@ -72,13 +72,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for p, grad in grads.items():
             p.requires_grad_(grad)
-        if _checkpoints(model) and not checkpointing:
+        if recomputes_activations(model) and not checkpointing:
             # transformers 5.23 renamed it.
             stop: Any = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
             stop()
 
 
-def _checkpoints(model: nn.Module) -> bool:
+def recomputes_activations(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on in a module."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from t2kernels.layers.dense.head import contiguous_head
 
@@ -16,23 +19,36 @@ MIN_PREFIX = 16
 """Common tokens below which a prefix cache saves nothing: copying it costs about as much as so few tokens."""
 
 
-def hoist(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def common_start(rows: Sequence[Sequence[int]], most: int) -> int:
+    """How many tokens all rows start with, at most `most`."""
+    count = 0
+    while count < most and len({row[count] for row in rows}) == 1:
+        count += 1
+    return count
+
+
+def window_of(model: Any) -> float:
+    """The fewest tokens that a layer of a model looks back at, its sliding window or chunk; inf if each sees all.
+
+    Windows count padding. Before a prompt it does no harm; in the middle of a row that is longer than a window it takes
+    the place of tokens.
+    """
+    layers = DynamicCache(config=model.config).layers
+    return min((getattr(layer, "sliding_window", None) or math.inf for layer in layers), default=math.inf)
+
+
+def hoist(ids: Tensor, mask: Tensor, longest: float = math.inf) -> tuple[Tensor, Tensor, Tensor]:
     """Move the common prefix of left-padded prompts before the padding.
 
-    ids, mask: [B, S] int64
+    ids, mask: [B, S] int64; longest: rows with more tokens stay as they are (see `window_of`)
     Returns (prefix [P], empty if it is shorter than MIN_PREFIX; ids [B, S]; mask [B, S]), the last two in the order
     (prefix, padding, rest). Positions are counted by the mask, so the padding in between is not seen. At least one
     token stays in each rest.
     """
     starts = (mask.shape[1] - mask.sum(1)).tolist()
     rows = [row[s:].tolist() for row, s in zip(ids, starts, strict=True)]
-    count = 0
-    for tokens in zip(*rows, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        count += 1
-    count = min(count, min(map(len, rows)) - 1)
-    if count < MIN_PREFIX or len(rows) < 2:
+    count = common_start(rows, min(map(len, rows)) - 1)
+    if count < MIN_PREFIX or len(rows) < 2 or ids.shape[1] > longest:
         return ids[0, :0], ids, mask
     order = [
         torch.cat([torch.arange(s, s + count), torch.arange(s), torch.arange(s + count, ids.shape[1])]).to(ids.device)

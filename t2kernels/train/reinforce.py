@@ -119,8 +119,10 @@ class ReinforceTrainer(RolloutTrainer):
         self.remove_callback(PrinterCallback)  # Trainer adds it where there is no progress bar; it writes to stdout
         self.add_callback(_Begin(self._begin))
         sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None  # the head has no weights by itself
-        self.scorer: TokenScorer = TokenScorer(args.logits_memory, args.temperature, args.kl_direction, whole=sharded)
-        self.option_scorer: TokenScorer = TokenScorer(args.logits_memory, 1.0, args.kl_direction, whole=sharded)
+        # Several processes have to run the same forwards, and their rows start differently.
+        how = {"whole": sharded, "share": args.share_prefix and self.accelerator.num_processes == 1}
+        self.scorer: TokenScorer = TokenScorer(args.logits_memory, args.temperature, args.kl_direction, **how)
+        self.option_scorer: TokenScorer = TokenScorer(args.logits_memory, 1.0, args.kl_direction, **how)
         speaks = self.is_world_process_zero() and not args.supervised  # a sure policy is what right answers ask for
         self.measures: Measures = Measures(Watch(speaks), len(self.scorers) > 1)
         self.gap: Gap = Gap(args.importance_cap)

@@ -9,7 +9,7 @@ import t2kernels as t2
 from t2kernels.adapt import CEMConfig, Examples, FewShot, refine, search
 from t2kernels.adapt.mixing import Mixer
 from t2kernels.rollout.generation import Rollout, completion_logits
-from t2kernels.rollout.prefix import hoist, prefill
+from t2kernels.rollout.prefix import hoist, prefill, window_of
 from tests.helpers.families import build
 
 NAMES = ["math", "code", "reason"]
@@ -176,9 +176,11 @@ def test_scratch_rows_are_lent_and_given_back(random_bank):
 # --- the prompts' common beginning
 
 
-@pytest.mark.parametrize("common", [0, 3, 20])
-def test_a_hoisted_prefix_changes_no_logit(common):
-    model = build("llama")
+@pytest.mark.parametrize(("common", "window"), [(0, None), (3, None), (20, None), (20, 29), (20, 28), (20, 20)])
+def test_a_hoisted_prefix_changes_no_logit(common, window):
+    """The longest row has 29 tokens: where a layer looks back at fewer, nothing is hoisted."""
+    kinds = ["sliding_attention", "full_attention"]
+    model = build("gemma3", sliding_window=window, layer_types=kinds) if window else build("llama")
     bank = t2.patch_model(model)
     for i in range(2):
         bank.add(f"e{i}", bank.expert({n: 1 + 0.3 * torch.randn(k) for n, k in bank.matrices.items()}))
@@ -200,8 +202,8 @@ def test_a_hoisted_prefix_changes_no_logit(common):
         with torch.no_grad():
             return completion_logits(model, rollout, cache=cache, expert_ids=rows.repeat_interleave(3))
 
-    prefix, hoisted, seen = hoist(ids, mask)
-    assert len(prefix) == (common if common >= 16 else 0)
+    prefix, hoisted, seen = hoist(ids, mask, window_of(model) - 2)
+    assert len(prefix) == (common if common >= 16 and window in (None, 29) else 0)
     if len(prefix):
         assert (hoisted[:, :common] == start).all()
     torch.testing.assert_close(

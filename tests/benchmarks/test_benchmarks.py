@@ -109,6 +109,18 @@ def test_a_training_step(arm):
     assert row["optimiser_bytes"] >= 8 * row["numbers"]
 
 
+def test_batches_with_a_common_prefix():
+    import shared_prefix
+
+    from t2kernels.train.policy.shared import divide
+
+    batch = shared_prefix.group(4, 4, 30, 6, 60)
+    divided = divide(batch, [0] * 16)
+    assert len(divided.first) == 4
+    tickets = shared_prefix.tickets(SimpleNamespace(tokenizer=t2.tiny.load()[1]))
+    assert len(divide(tickets, [0] * 32).first) == 1
+
+
 @pytest.mark.parametrize("dtype, checkpointing", [("float32", False), ("bfloat16", True)])
 def test_training_steps_in_turn(dtype, checkpointing):
     import training_turns

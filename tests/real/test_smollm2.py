@@ -8,8 +8,10 @@ import torch
 
 import t2kernels as t2
 from t2kernels.patching.budget import plan
+from t2kernels.rollout.generation import Rollout
 from t2kernels.tiny import smollm2
 from t2kernels.train import SVFConfig, SVFTrainer
+from t2kernels.train.policy.scores import TokenScorer
 from tests.docs.test_pages import ROOT, blocks
 from tests.helpers.commandline import t2_
 from tests.patching.test_budget import tensor_bytes
@@ -66,6 +68,26 @@ def test_three_steps_of_training_and_an_expert_that_stays(patched, tmp_path):
     expert = t2.Expert.load(tmp_path / "reviews.safetensors")
     assert sum(z.numel() for z in expert.z.values()) == sum(bank.matrices.values()) == 6120
     assert all(torch.isfinite(z).all() for z in expert.z.values())
+
+
+def test_an_instruction_that_is_read_once_changes_no_score(patched):
+    model, bank, tokenizer = patched
+    chats = [[{"role": "user", "content": REVIEW.format(text)}] for text in TEXTS * 2]
+    prompts = [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"] for chat in chats
+    ]
+    drawn = Rollout.of(prompts, [tokenizer(" positive", add_special_tokens=False)["input_ids"]] * 6, 0)
+    routing = {"expert_ids": bank.ids(["warm", "cold", None] * 2)}
+    seen, found = [], []
+    handle = model.get_input_embeddings().register_forward_hook(lambda m, given, out: seen.append(given[0].numel()))
+    with torch.no_grad():
+        for share in (False, True):
+            scorer = TokenScorer(2**28, 1.0, "reverse", share=share)
+            found.append(scorer.score(model, drawn, routing).log_probs)
+    handle.remove()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-3)
+    assert seen[-2] % 3 == 0, "the instruction, by each of three experts"
+    assert sum(seen[-2:]) < 0.8 * max(seen)
 
 
 @pytest.mark.slow

@@ -95,7 +95,12 @@ def exact(tr, rows, norm, temperature, kl_coef, kind, direction):
         (LONG, "length", 1.0, 0.1, "log", "reverse", 3, 0.1),
     ],
 )
-def test_loss_and_gradient_are_exact(tmp_path, rows, norm, temperature, kl_coef, kind, direction, size, written):
+@pytest.mark.parametrize("start", ["", "1+2+3+4+5+6+7+8+9+1+2+3+"])
+def test_loss_and_gradient_are_exact(
+    tmp_path, rows, norm, temperature, kl_coef, kind, direction, size, written, start
+):  # fmt: skip
+    """Also where what all prompts start with is read once."""
+    rows = [{**row, "prompt": start + row["prompt"]} for row in rows]
     tr = trainer(
         tmp_path, task(rows, norm), kl_coef=kl_coef, temperature=temperature, policy_loss=kind,
         kl_direction=direction, loss_batch_size=size, written_coef=written,
@@ -108,7 +113,11 @@ def test_loss_and_gradient_are_exact(tmp_path, rows, norm, temperature, kl_coef,
     for p in parameters:
         p.grad = None
     tr.current_gradient_accumulation_steps = 1
+    read = []
+    tr.model.model.register_forward_pre_hook(lambda m, a, k: read.append(k["input_ids"].shape), with_kwargs=True)
     found = tr.training_step(tr.model, {"rows": batch})
+    apart = [shape for shape in read if shape[0] == 1 and shape[1] >= 20]
+    assert bool(apart) == bool(start)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-5)
     for p, grad in zip(parameters, grads, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-5 * float(grad.norm()) + 1e-7)

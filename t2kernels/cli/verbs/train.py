@@ -62,7 +62,9 @@ def train(
     policy_loss: str = typer.Option(
         None, help="With --check choice: log, -log E[r], or expected, -E[r].  \\[default: log]", show_default=False
     ),
-    written: float = typer.Option(0.02, help="With --check choice: weight of -log P(any option is written)."),
+    written: float = typer.Option(
+        None, help="With --check choice: weight of -log P(any option is written).  \\[default: .1]", show_default=False
+    ),
     lr: float = typer.Option(None, help=f"Adam's learning rate.  {RECIPE.format('.02', '.01')}", show_default=False),
     kl: float = typer.Option(
         None, help=f"Weight of the KL to the base model.  {RECIPE.format('.05', '0')}", show_default=False
@@ -154,8 +156,14 @@ def train(
     bank = models.patch(loaded, targets, rank, form, factors)
     out.print(f"[dim]{bank.describe()}[/]")
     start, log = time.perf_counter(), history or into.parent / f"{into.stem}.history.jsonl"
-    own = {"max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": lr, "kl_coef": kl}
-    own["policy_loss"] = policy_loss
+    own = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "learning_rate": lr,
+        "kl_coef": kl,
+        "policy_loss": policy_loss,
+        "written_coef": written,
+    }
     settings: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
     if rollout == "vllm" and factors and Path(factors).is_dir():
         settings["rollout_options"] = {"factors": factors}
@@ -177,7 +185,6 @@ def train(
             num_generations=samples,
             advantage=advantage,
             loss_type=loss_type,
-            written_coef=written,
             loss_batch_size=loss_batch,
             temperature=temperature,
             rollout=rollout,

@@ -87,7 +87,7 @@ class ChoiceTrainer(Trainer):
 
     @torch.no_grad()
     def choices(self, rows: Sequence[Mapping[str, Any]]) -> list[Choices]:
-        """The options of each row, with their rewards, in pieces of at most `loss_batch_size` options."""
+        """The options of each row, with their rewards, in pieces of at most `loss_batch_size` rows."""
         args, experts = self.args, [row.get("expert") for row in rows]
         prompts, texts = [row["prompt"] for row in rows], [self._options(row) for row in rows]
         each = [(row, text) for row, some in zip(rows, texts, strict=True) for text in some]

@@ -128,17 +128,18 @@ def pieces(
     size: int | None,
     device: torch.device,
 ) -> Iterator[Choices]:
-    """Choices of at most `size` options (None: all), at least one prompt; prompts of equal length together.
+    """Choices of at most `size` rows of a rollout (None: all), at least one prompt; prompts of equal length together.
 
     rows: from `encoded`, of the prompts; texts: the options; rewards: of the options; norms: "sum" or "length", of each
         row
     """
     order = sorted(range(len(rows)), key=lambda i: (max(map(len, rows[i][1])), len(rows[i][0])))
     while order:
-        count, options = 0, 0
+        count, options, single = 0, 0, True
         for i in order:
             options += len(rows[i][1])
-            if count and size is not None and options > size:
+            single = single and max(map(len, rows[i][1])) == 1
+            if count and size is not None and (count + 1 if single else options) > size:
                 break
             count += 1
         part, order = order[:count], order[count:]

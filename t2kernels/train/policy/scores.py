@@ -20,6 +20,7 @@ from t2kernels.layers.dense.head import head_of
 from t2kernels.rollout.generation import Rollout, completion_logits
 
 from .reading import bytes_of_a_logit, read
+from .shared import shared_logits
 
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 AtHead = Callable[[Tensor | None], contextlib.AbstractContextManager[object]]
@@ -50,13 +51,17 @@ class TokenScorer:
     memory: bytes of all logits that live at once
     temperature, direction: as in `SVFConfig`
     whole: compute all logits of a rollout at once, as it is done for a model whose head cannot be called by itself
+    share: read what rows start with once, as `shared_logits` does
     """
 
-    def __init__(self, memory: int, temperature: float, direction: str, whole: bool = False) -> None:
+    def __init__(
+        self, memory: int, temperature: float, direction: str, whole: bool = False, share: bool = False
+    ) -> None:
         self.memory: int = memory
         self.temperature: float = temperature
         self.direction: str = direction
         self.whole: bool = whole
+        self._logits: Callable[..., Tensor] = shared_logits if share else completion_logits
         self._activation: float | None = None
         self._finish: Callable[[Tensor], Tensor] | None = None  # from the head's output to the model's logits
 
@@ -88,8 +93,8 @@ class TokenScorer:
             base = None
             if reference is not None:
                 with torch.no_grad(), reference():
-                    base = hidden_states(model, rollout)[mask]
-            states = hidden_states(model, rollout, **routing)[mask]
+                    base = hidden_states(model, rollout, self._logits)[mask]
+            states = hidden_states(model, rollout, self._logits, **routing)[mask]
             found = self._in_chunks(model, states, base, tokens, rows, reference, at_head)
         taken, entropy, kl = found
 
@@ -144,9 +149,9 @@ class TokenScorer:
         def of_base() -> Tensor:
             assert reference is not None
             with torch.no_grad(), reference():
-                return completion_logits(model, rollout)[mask]
+                return self._logits(model, rollout)[mask]
 
-        logits = completion_logits(model, rollout, **routing)[mask]
+        logits = self._logits(model, rollout, **routing)[mask]
         return read(logits, None if reference is None else of_base, tokens, self.temperature, self.direction)
 
     def activation_bytes(
@@ -205,12 +210,17 @@ def captured(head: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def hidden_states(model: nn.Module, rollout: Rollout, **routing: Tensor) -> Tensor:
-    """[B, C, width]: what the head makes the logits of each token of the completion of."""
+def hidden_states(
+    model: nn.Module, rollout: Rollout, logits: Callable[..., Tensor] = completion_logits, **routing: Tensor
+) -> Tensor:
+    """[B, C, width]: what the head makes the logits of each token of the completion of.
+
+    logits: `completion_logits`, or another function of the same arguments that runs the model on the completions last
+    """
     head: Any = head_of(model)
     with captured(head) as seen:
-        completion_logits(model, rollout, **routing)
-    return seen[0][:, -rollout.completion.shape[1] :]
+        logits(model, rollout, **routing)
+    return seen[-1][:, -rollout.completion.shape[1] :]
 
 
 @torch.no_grad()
