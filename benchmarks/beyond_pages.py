@@ -122,10 +122,15 @@ def tuning(rows: Sequence[dict], kinds: Mapping[str, Sequence[float]], collapsed
     return table(["kind", "rate: accuracy", "runs that collapsed"], lines)
 
 
+def real_tasks(cells: Cells) -> list[str]:
+    """The tasks of SmolLM2 that some kind was trained on."""
+    return [t for t in beyond_real.TASKS if any(r["task"] == t and r["kind"] != BASE for r in cells.rows)]
+
+
 def real_gains(cells: Cells) -> str:
     """What each kind buys on SmolLM2, and what is left of the other task."""
     numbers = {r["kind"]: r["numbers"] for r in cells.rows}
-    tasks = beyond_real.TASKS
+    tasks = real_tasks(cells)
     lines = []
     for kind in (BASE, *sorted(set(numbers) - {BASE}, key=lambda k: (numbers[k], k))):
         row = ["base model" if kind == BASE else kind, f"{numbers[kind]:,}"]
@@ -141,7 +146,7 @@ def real_gains(cells: Cells) -> str:
 
 def real_against(cells: Cells) -> str:
     """The gain over z on SmolLM2, seed by seed."""
-    tasks = beyond_real.TASKS
+    tasks = real_tasks(cells)
     lines = [
         [kind, peer] + [signed(cells.over(task, kind, peer, key)) for key in ("accuracy", "other") for task in tasks]
         for kind, peer in REAL_PEERS.items()

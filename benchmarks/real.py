@@ -35,14 +35,15 @@ from t2kernels.tasks import Task
 from t2kernels.train import SVFConfig, SVFTrainer
 from t2kernels.train.data import problems
 
-RATES = {"svf R/16": 0.01, "lora r=16": 2e-4}
+RATES = {"svf R/16": 0.01, "svf R/8": 0.01, "lora r=16": 1e-3}
+"""{arm: its learning rate}: of three for each, the best on TREC and SST-2 after 20 steps."""
 
 
 def prepare(task: Task, arm: str, config: SVFConfig, loaded: models.Loaded, test: list[dict]):
     """(trainer, how many numbers it trains) of one run, on a fresh model."""
     model = loaded.model.requires_grad_(False)
     if arm.startswith("svf"):
-        bank = t2.patch_model(model)
+        bank = t2.patch_model(model, rank=1 / int(arm.partition("/")[2]))
         shared = {"experts": "mine", "processing_class": loaded.tokenizer}
         return SVFTrainer(model, config, task, test, **shared), sum(bank.matrices.values())
     gguf.unmark(model)  # as `patch_model` does: its weights are plain numbers
@@ -121,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tasks", nargs="+", default=[str(tiny.tickets())], metavar="FILE")
-    parser.add_argument("--arms", nargs="+", default=list(RATES), choices=list(RATES), metavar="ARM")
+    parser.add_argument("--arms", nargs="+", default=["svf R/16", "lora r=16"], choices=list(RATES), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=16)
