@@ -135,18 +135,19 @@ def collapsed(rows: list[dict]) -> str:
 
 
 def latest(rows: list[dict], part: str) -> list[dict]:
-    """The rows of a part over the most experts, of the last commit that measured it."""
+    """The rows of a part over the most experts."""
     found = [r for r in rows if r["part"] == part]
     most = max(len(r["experts"]) for r in found)
-    found = [r for r in found if len(r["experts"]) == most]
-    return [r for r in found if r["commit"] == found[-1]["commit"]]  # other experts, of another recipe, came before
+    return [r for r in found if len(r["experts"]) == most]
 
 
 def routed(rows: list[dict]) -> str:
     """Each arm on mixed traffic."""
     cells = defaultdict(list)
-    for row in latest(rows, "routing"):
-        cells[row["arm"]].append(row)
+    measured = latest(rows, "routing")
+    for row in measured:
+        if row["commit"] == measured[-1]["commit"]:  # experts of another recipe came before
+            cells[row["arm"]].append(row)
     names = {
         "base": "base model",
         "own": "the expert of the row's task (oracle)",
@@ -234,7 +235,6 @@ def main() -> None:
         "decisions": decisions(adapt),
         "averages": averages(adapt),
         "machine": ", ".join(dict.fromkeys(r["machine"].split(",")[0] for r in real + adapt)),
-        "seconds": f"{statistics.mean(r['cpu_seconds'] for r in whole_runs(real) if r['arm'].startswith('svf') and 'written_coef' in r):.0f}",
     }
     text = (HERE / "real-models.md.in").read_text()
     for key, block in blocks.items():
