@@ -87,44 +87,6 @@ def test_a_change_of_outputs_is_the_change_of_the_weight(beyond, kind):
     assert (found[1][1] - found[0][1]).norm() < 1e-3 * found[0][1].norm()
 
 
-def test_a_prefix_that_is_read_once_changes_no_number(beyond):
-    """Logits of the last tokens and gradients: with padding on the left, with none, and with rows that are alike."""
-    import beyond_real
-
-    model, _ = t2.tiny.load()
-    changes = beyond.change(model, "output 16", 0, [svd(layer.weight) for layer in beyond.linear_layers(model)])
-    lengths = []
-    model.model.layers[0].mlp.register_forward_hook(lambda module, args, y: lengths.append(y.shape[:2]))
-
-    def gradient(ids, mask):
-        model.zero_grad()
-        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
-        logits = model(input_ids=ids, logits_to_keep=1, **inputs).logits
-        logits[..., :9].sum().backward()
-        return logits.detach(), torch.cat([change.p.grad for change in changes])
-
-    for pads in ((0, 2, 5), (0, 0, 0)):
-        ids = torch.randint(1, 40, (3, 20))
-        ids[:, :8], ids[1, 8] = ids[0, :8], ids[0, 8] + 1
-        mask = torch.ones_like(ids)
-        for row, pad in enumerate(pads):
-            ids[row] = ids[row].roll(pad)
-            mask[row, :pad] = 0
-        expected = gradient(ids, mask)
-        lengths.clear()
-        with beyond_real.sharing(model):
-            found = gradient(ids, mask)
-            assert lengths == [(1, 8), (3, 12)]
-            with torch.no_grad():  # nothing is shared without gradients
-                assert torch.equal(model(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
-            assert lengths[2:] == [(3, 20)] * 2
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    alike = torch.randint(1, 40, (1, 6)).expand(2, 6)
-    with beyond_real.sharing(model):
-        found = gradient(alike, torch.ones_like(alike))
-    torch.testing.assert_close(found, gradient(alike, torch.ones_like(alike)), rtol=1e-4, atol=1e-4)
-
-
 def test_a_kind_gets_its_rates_and_then_its_seeds(beyond):
     import beyond_real
 
