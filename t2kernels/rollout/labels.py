@@ -16,7 +16,7 @@ from t2kernels import InputError
 
 from .chat import AnyPrompt, render
 from .generation import log_probs
-from .prefix import common_start, forward, hoist, prefill, window_of
+from .prefix import common_start, forward, hoist, left_padded, prefill, window_of
 
 MEMORY = 2**28
 """Bytes of fp32 logits of a batch of options. Larger batches were not faster on a CPU."""
@@ -142,7 +142,7 @@ def option_log_likelihoods(
                 break
             count += 1
         part, order = order[-count:], order[:-count]
-        ids, mask = _left_padded([contexts[i] for i in part], device)
+        ids, mask = left_padded([contexts[i] for i in part], device)
         routed = None if expert_ids is None else expert_ids[part]
         for i, found in zip(part, _score(model, ids, mask, [continuations[i] for i in part], routed), strict=True):
             out[i] = found.cpu()
@@ -203,12 +203,3 @@ def _score(
             more = log_probs(logits).gather(-1, tokens[:, 1:, None])[..., 0]
             sums = sums + torch.where(there[:, 1:], more, 0).sum(1)
     return list(sums.split(counts.tolist()))
-
-
-def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both [B, S] int64."""
-    width = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :], mask[i, width - len(row) :] = torch.tensor(row), 1
-    return ids.to(device), mask.to(device)

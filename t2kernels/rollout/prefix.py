@@ -27,6 +27,15 @@ def common_start(rows: Sequence[Sequence[int]], most: int) -> int:
     return count
 
 
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both [B, S] int64, of rows of tokens."""
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :], mask[i, width - len(row) :] = torch.tensor(row), 1
+    return ids.to(device), mask.to(device)
+
+
 def window_of(model: Any) -> float:
     """The fewest tokens that a layer of a model looks back at, its sliding window or chunk; inf if each sees all.
 

@@ -101,20 +101,11 @@ def test_each_expert_reads_the_start_for_itself(names, rows):
     assert_same(got, wanted)
 
 
-def sliding():
-    """Windows of 40 tokens in two of three layers."""
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    changes = dict(COMMON, num_hidden_layers=3)
-    config = tf.Gemma3TextConfig(**changes, **GQA, **QUIET, head_dim=8, sliding_window=40, layer_types=kinds)
-    model = tf.AutoModelForCausalLM.from_config(config).eval()
-    for p in model.parameters():
-        p.data.mul_(3).add_(0.05 * torch.randn_like(p))
-    return model.requires_grad_(False)
-
-
 @pytest.mark.parametrize(("start", "forwards"), [(25, 2), (34, 1), (60, 1)])
 def test_rows_longer_than_a_sliding_window_are_read_whole(start, forwards):
-    model, drawn = sliding().double(), starting(random(start))
+    kinds = ["sliding_attention", "full_attention"]
+    model = build("gemma3", sliding_window=40, layer_types=kinds).double()
+    drawn = starting(random(start))
     learned = weights_of(model)
     wanted, _ = found(model, drawn, False, learned)
     got, tokens = found(model, drawn, True, learned)

@@ -31,7 +31,7 @@ from t2kernels.rollout.generation import (
     forward_inputs,
 )
 from t2kernels.rollout.modes import recomputes_activations
-from t2kernels.rollout.prefix import MIN_PREFIX, common_start, window_of
+from t2kernels.rollout.prefix import MIN_PREFIX, common_start, left_padded, window_of
 
 WORTH = 0.8
 """The share of the tokens of whole rows above which rows are not divided."""
@@ -75,29 +75,24 @@ def divide(rollout: Rollout, readers: Sequence[Hashable]) -> Divided | None:
         rest = max(len(prompts[i]) - count for group, count in zip(groups, counts, strict=True) for i in group)
         tokens = len(groups) * max(counts) + B * (rest + C - 1)
         if min(counts) >= MIN_PREFIX and tokens <= least:
-            least, found = tokens, (groups, counts, rest)
+            least, found = tokens, (groups, counts)
     return None if found is None else _arranged(rollout, prompts, *found)
 
 
 def _arranged(
-    rollout: Rollout, prompts: Sequence[Sequence[int]], groups: list[list[int]], counts: list[int], rest: int
+    rollout: Rollout, prompts: Sequence[Sequence[int]], groups: list[list[int]], counts: list[int]
 ) -> Divided:
-    B, P = len(prompts), max(counts)
-    prefixes, seen = torch.zeros(len(groups), P, dtype=torch.int64), torch.zeros(len(groups), P, dtype=torch.int64)
-    own, there = torch.zeros(B, rest, dtype=torch.int64), torch.zeros(B, rest, dtype=torch.int64)
-    group = torch.empty(B, dtype=torch.int64)
-    for g, (rows, count) in enumerate(zip(groups, counts, strict=True)):
-        prefixes[g, P - count :], seen[g, P - count :] = torch.tensor(prompts[rows[0]][:count]), 1
-        for i in rows:
-            length = len(prompts[i]) - count
-            own[i, rest - length :], there[i, rest - length :] = torch.tensor(prompts[i][count:]), 1
-            group[i] = g
     device, C = rollout.ids.device, rollout.completion.shape[1]
-    ids = torch.cat([prefixes[group].to(device), own.to(device), rollout.ids[:, -C:]], 1)
-    mask = torch.cat([seen[group].to(device), there.to(device), rollout.mask[:, -C:]], 1)
+    group = torch.empty(len(prompts), dtype=torch.int64)
+    for g, rows in enumerate(groups):
+        group[rows] = g
+    prefixes, seen = left_padded([prompts[rows[0]][:count] for rows, count in zip(groups, counts, strict=True)], device)
+    rests, there = left_padded([prompt[counts[g] :] for prompt, g in zip(prompts, group.tolist(), strict=True)], device)
+    group = group.to(device)
+    ids = torch.cat([prefixes[group], rests, rollout.ids[:, -C:]], 1)
+    mask = torch.cat([seen[group], there, rollout.mask[:, -C:]], 1)
     first = torch.tensor([rows[0] for rows in groups], device=device)
-    whole = Rollout(ids, mask, rollout.completion)
-    return Divided(prefixes.to(device), seen.to(device), group.to(device), first, whole)
+    return Divided(prefixes, seen, group, first, Rollout(ids, mask, rollout.completion))
 
 
 def shared_logits(model: nn.Module, rollout: Rollout, **routing: Tensor) -> Tensor:
